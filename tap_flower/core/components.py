@@ -1,0 +1,111 @@
+"""Which tensor belongs to which component, and which components a modality-task pair reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, order=True)
+class Pair:
+    """A modality-task pair (m, o): what goes in, and what is to be done with it.
+
+    Attributes:
+        task: name of the task, unique on a client; clients that use one name share the task's head.
+        modalities: names of the input modalities, sorted.
+    """
+
+    task: str
+    modalities: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.modalities:
+            raise ValueError(f"task {self.task!r} has no modality: name at least one")
+        object.__setattr__(self, "modalities", tuple(sorted(self.modalities)))
+
+    def __str__(self) -> str:
+        return f"{'+'.join(self.modalities)}:{self.task}"
+
+
+@dataclass(frozen=True)
+class ComponentMap:
+    """The trainable tensors of one model, by component and by the pairs whose forward pass reaches them.
+
+    A *component* is the unit that the server averages: tensors of one component are held, sent and averaged together.
+
+    Attributes:
+        component_of: tensor name -> component name.
+        reach: pair -> names of the components that the pair's forward pass reaches.
+    """
+
+    component_of: Mapping[str, str]
+    reach: Mapping[Pair, frozenset[str]]
+
+    def __post_init__(self) -> None:
+        known = set(self.component_of.values())
+        for pair, components in self.reach.items():
+            if unknown := sorted(components - known):
+                raise ValueError(f"pair {pair} reaches components without tensors: {unknown}")
+        unreached = known - set().union(*self.reach.values()) if self.reach else known
+        if unreached:
+            raise ValueError(f"no pair reaches these components, so they must not be held: {sorted(unreached)}")
+
+    @cached_property
+    def pair_of_task(self) -> dict[str, Pair]:
+        """Task name -> pair."""
+        return {pair.task: pair for pair in self.reach}
+
+    def tensors_of(self, pair: Pair) -> tuple[str, ...]:
+        """Names of the tensors that the forward pass of `pair` reaches: what a replacement copies."""
+        reached = self.reach[pair]
+        return tuple(name for name, component in self.component_of.items() if component in reached)
+
+    def examples_per_component(self, examples: Mapping[Pair, int]) -> dict[str, int]:
+        """Aggregation weights: for each component the number of examples of the pairs that reach it.
+
+        Args:
+            examples: pair -> number of its training examples.
+        """
+        weights = dict.fromkeys(self.component_of.values(), 0)
+        for pair, components in self.reach.items():
+            for component in components:
+                weights[component] += examples[pair]
+        return weights
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable tensors of `model` by name, detached but sharing memory with the model."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor], names: Iterable[str] | None = None) -> None:
+    """Copies tensors into the trainable parameters of `model`, strictly.
+
+    Args:
+        model: the model that is changed in place.
+        state: tensor name -> value; the shape must be that of the parameter.
+        names: the tensors to copy; by default all trainable ones, and `state` must then hold exactly these.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or has another shape. The model is unchanged then.
+    """
+    own = trainable_state(model)
+    wanted = set(own if names is None else names)
+    if unknown := sorted(wanted - own.keys()):
+        raise ValueError(f"the model has no trainable tensor named {unknown[:3]} ({len(unknown)} unknown)")
+    if missing := sorted(wanted - state.keys()):
+        raise ValueError(f"the state lacks {len(missing)} of the model's tensors, such as {missing[:3]}")
+    if names is None and (extra := sorted(state.keys() - wanted)):
+        raise ValueError(f"the state holds {len(extra)} tensors that the model lacks, such as {extra[:3]}")
+    for name in wanted:
+        if own[name].shape != state[name].shape:
+            raise ValueError(
+                f"tensor {name!r} has shape {tuple(state[name].shape)} in the state, {tuple(own[name].shape)} in the model"
+            )
+    for name in wanted:
+        own[name].copy_(state[name])

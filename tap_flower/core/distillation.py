@@ -1,0 +1,50 @@
+"""Stage 2: distillation from the fine-tuned server copy (teacher) into the personal model (student)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tap_flower.core.tasks import TaskKind
+from tap_flower.core.training import Batch, PairModel
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The additional loss of stage 2: `weight[kind] · mean over units of the kind's divergence(teacher -> student)`.
+
+    An instance is an objective for `core.training.train`. The teacher runs in evaluation mode and without gradients.
+
+    Attributes:
+        teacher: the fine-tuned server copy.
+        kinds: task name -> its kind.
+        weights: name of the kind -> w; a kind that is not named has weight 0.
+        temperature: T of the softened distributions (classification and text).
+    """
+
+    teacher: PairModel
+    kinds: Mapping[str, TaskKind]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    temperature: float = 1.0
+
+    def __call__(self, batch: Batch, output: Tensor) -> Tensor:
+        """The weighted distillation loss of one batch.
+
+        Args:
+            batch: the batch that the student has just seen.
+            output: the student's output for it.
+
+        Returns:
+            A scalar.
+        """
+        kind = self.kinds[batch.task]
+        weight = self.weights.get(kind.name, 0.0)
+        if weight == 0.0:
+            return output.new_zeros(())
+        self.teacher.eval()
+        with torch.no_grad():
+            target = self.teacher(batch.task, batch.inputs)
+        return weight * kind.divergences(output, target, batch.target, self.temperature).mean()

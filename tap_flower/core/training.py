@@ -1,0 +1,162 @@
+"""The one local training loop (teacher, personal model, stage 2 and every baseline use it), and evaluation."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tap_flower.core.tasks import Statistics, TaskKind
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of one pair and one domain.
+
+    Attributes:
+        task: name of the task.
+        inputs: what the model takes, by name.
+        target: what the task's loss compares the output with.
+    """
+
+    task: str
+    inputs: Mapping[str, Any]
+    target: Tensor
+
+
+class PairModel(Protocol):
+    """A `torch.nn.Module` that runs one pair at a time."""
+
+    def __call__(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
+        """The output of `task` for a batch of inputs."""
+        ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """As `torch.nn.Module.parameters`."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """As `torch.nn.Module.train`."""
+        ...
+
+    def eval(self) -> Any:
+        """As `torch.nn.Module.eval`."""
+        ...
+
+
+class Objective(Protocol):
+    """A loss added to the task's own, distillation for example."""
+
+    def __call__(self, batch: Batch, output: Tensor) -> Tensor:
+        """A scalar for one batch and the model's output for it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How one participation trains (AdamW, fresh in each participation).
+
+    Attributes:
+        steps: optimiser steps.
+        learning_rate: of AdamW.
+        weight_decay: of AdamW.
+        accumulation: batches per optimiser step; the step follows their mean loss.
+        clip_norm: largest L2 norm of the gradient over all tensors.
+    """
+
+    steps: int
+    learning_rate: float
+    weight_decay: float = 0.01
+    accumulation: int = 1
+    clip_norm: float = 1.0
+
+
+class DivergedError(RuntimeError):
+    """Training produced a loss that is not finite."""
+
+
+def train(
+    model: PairModel,
+    kinds: Mapping[str, TaskKind],
+    batches: Iterator[Batch],
+    optimisation: Optimisation,
+    objective: Objective | None = None,
+) -> dict[str, float]:
+    """Trains `model` in place.
+
+    Args:
+        model: its parameters with `requires_grad` are trained.
+        kinds: task name -> kind.
+        batches: an endless iterator; `steps · accumulation` batches are taken.
+        optimisation: steps, learning rate and so on.
+        objective: a further loss, added to the task's mean loss.
+
+    Returns:
+        Task name -> mean training loss over all units seen (samples or tokens), without the further loss.
+
+    Raises:
+        DivergedError: a loss was NaN or infinite; the message names the task and the step.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=optimisation.learning_rate,
+        weight_decay=optimisation.weight_decay,
+        fused=True,
+    )
+    loss_sum: dict[str, Tensor] = {}
+    units: dict[str, int] = defaultdict(int)
+    for _ in range(optimisation.steps):
+        optimizer.zero_grad(set_to_none=True)
+        for _ in range(optimisation.accumulation):
+            batch = next(batches)
+            model.train()  # each time: an objective's teacher, in evaluation mode, may share frozen modules with the model
+            output = model(batch.task, batch.inputs)
+            losses = kinds[batch.task].losses(output, batch.target)
+            loss = losses.mean()
+            if objective is not None:
+                loss = loss + objective(batch, output)
+            (loss / optimisation.accumulation).backward()  # type: ignore[no-untyped-call]
+            total = losses.detach().double().sum()
+            loss_sum[batch.task] = loss_sum[batch.task] + total if batch.task in loss_sum else total
+            units[batch.task] += len(losses)
+        # A parameter that no batch of this step reached has no gradient, and AdamW leaves it alone.
+        torch.nn.utils.clip_grad_norm_(parameters, optimisation.clip_norm)
+        optimizer.step()
+    means = {task: float(loss_sum[task]) / units[task] for task in loss_sum}
+    for task, mean in means.items():
+        if not torch.isfinite(torch.tensor(mean)):
+            raise DivergedError(
+                f"the training loss of task {task!r} is {mean} within {optimisation.steps} steps at learning rate "
+                f"{optimisation.learning_rate:g}: lower the learning rate, or look for broken examples"
+            )
+    return means
+
+
+@torch.no_grad()
+def evaluate(
+    model: PairModel, kinds: Mapping[str, TaskKind], batches: Iterable[Batch]
+) -> dict[str, dict[str, float]]:
+    """Metrics of `model` over all of `batches`, each computed from sums over the whole data set.
+
+    Args:
+        model: run in evaluation mode, without gradients.
+        kinds: task name -> kind.
+        batches: a finite iterable over the data of one or more tasks.
+
+    Returns:
+        Task name -> metric name -> value; `loss` is among the metrics of every kind.
+    """
+    model.eval()
+    sums: dict[str, Statistics] = {}
+    for batch in batches:
+        output = model(batch.task, batch.inputs)
+        statistics = kinds[batch.task].statistics(output, batch.target)
+        if batch.task in sums:
+            statistics = {name: sums[batch.task][name] + value for name, value in statistics.items()}
+        sums[batch.task] = statistics
+    return {task: kinds[task].metrics(statistics) for task, statistics in sums.items()}

@@ -1,0 +1,76 @@
+"""The trainable part of the encoders; the frozen part is the backbone's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tap_flower.models.experts import FrozenLayer
+from tap_flower.models.lora import LoRA, LoraSettings, lora_linear
+
+
+class ImageAdaptor(nn.Module):
+    """What stands in front of the image encoder: ×2 bilinear -> 3×3 conv -> GELU -> the backbone's size -> 1×1 conv."""
+
+    def __init__(self, image_size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, kernel_size=3, padding=1, bias=False)
+        self.mix = nn.Conv2d(3, 3, kernel_size=1)
+        self.image_size = image_size
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, 3, image_size, image_size]."""
+        x = F.interpolate(pixels, scale_factor=2, mode="bilinear", align_corners=True)
+        x = F.gelu(self.conv(x))
+        x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bilinear", align_corners=True)
+        mixed: Tensor = self.mix(x)
+        return mixed
+
+
+class LayerLoRA(nn.Module):
+    """LoRA on query and value of one encoder layer."""
+
+    def __init__(self, layer: FrozenLayer, settings: LoraSettings) -> None:
+        super().__init__()
+        self.query = LoRA.on(layer.query, settings)
+        self.value = LoRA.on(layer.value, settings)
+
+
+class Output(nn.Module):
+    """Linear D -> D and LayerNorm: the end of every encoder."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(size, size)
+        self.norm = nn.LayerNorm(size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        normed: Tensor = self.norm(self.proj(tokens))
+        return normed
+
+
+def encode(
+    layers: Sequence[FrozenLayer], loras: Sequence[LayerLoRA], tokens: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Frozen pre-norm transformer layers with LoRA on query and value.
+
+    Args:
+        layers: of the backbone.
+        loras: one for each layer.
+        tokens: [B, T, D].
+        mask: [B, T] bool, False at padding, or None.
+
+    Returns:
+        [B, T, D].
+    """
+    x = tokens[None]
+    for layer, lora in zip(layers, loras, strict=True):
+        n = layer.norm_before(x)
+        query = lora_linear(layer.query, [lora.query], n)
+        value = lora_linear(layer.value, [lora.value], n)
+        x = x + layer.attend(query, layer.key(n), value, mask)
+        x = x + layer.down(layer.activation(layer.up(layer.norm_after(x))))
+    return x[0]

@@ -1,0 +1,96 @@
+"""FLAVA (`facebook/flava-full` and any other FLAVA checkpoint): arXiv 2112.04482."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+from transformers import FlavaModel
+
+from tap_flower.models.backbones import Backbone, Encoder, frozen_layers
+from tap_flower.models.encoders import ImageAdaptor, LayerLoRA, Output, encode
+from tap_flower.models.experts import FrozenLayer
+from tap_flower.models.lora import LoraSettings
+
+ENCODER_LORA = LoraSettings(rank=8, alpha=16)
+
+
+class FlavaBackbone(Backbone):
+    """Image transformer, text transformer and the multimodal transformer's layers; poolers and projections are dropped."""
+
+    attention_lora = LoraSettings(rank=16, alpha=32)
+    expert_lora = LoraSettings(rank=4, alpha=8)
+
+    def __init__(self, model: FlavaModel) -> None:
+        super().__init__()
+        image, text, multimodal = model.image_model, model.text_model, model.multimodal_model
+        self.size = multimodal.config.hidden_size
+        self.vocabulary = text.config.vocab_size
+        self.text_length = text.config.max_position_embeddings
+        self.image_size = image.config.image_size
+        self.image_embeddings = image.embeddings
+        self.image_layers = frozen_layers(image.encoder.layer, image.config.num_attention_heads)
+        self.image_norm = image.layernorm
+        self.text_embeddings = text.embeddings
+        self.text_layers = frozen_layers(text.encoder.layer, text.config.num_attention_heads)
+        self.text_norm = text.layernorm
+        self.fusion_layers = frozen_layers(multimodal.encoder.layer, multimodal.config.num_attention_heads)
+
+    def image_encoder(self) -> Encoder:
+        """Adaptor, LoRA on every image layer, projection."""
+        return FlavaImageEncoder(self)
+
+    def text_encoder(self) -> Encoder:
+        """LoRA on every text layer, projection."""
+        return FlavaTextEncoder(self)
+
+    def classification_head(self, classes: int) -> nn.Module:
+        """D -> D/2, ReLU, dropout .3, -> classes."""
+        return nn.Sequential(
+            nn.Linear(self.size, self.size // 2), nn.ReLU(), nn.Dropout(0.3), nn.Linear(self.size // 2, classes)
+        )
+
+
+class FlavaImageEncoder(Encoder):
+    """Trainable part of the image encoder."""
+
+    def __init__(self, backbone: FlavaBackbone) -> None:
+        super().__init__()
+        self.adaptor = ImageAdaptor(backbone.image_size)
+        self.layers = _loras(backbone.image_layers)
+        self.output = Output(backbone.size)
+
+    def forward(self, backbone: Backbone, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """Pixels [B, 3, H, W] -> class token and patches [B, 1 + patches, D]."""
+        frozen = cast(FlavaBackbone, backbone)
+        tokens = frozen.image_embeddings(self.adaptor(inputs))
+        tokens = encode(_layers(frozen.image_layers), _own(self.layers), tokens, mask)
+        return cast(Tensor, self.output(frozen.image_norm(tokens)))
+
+
+class FlavaTextEncoder(Encoder):
+    """Trainable part of the text encoder."""
+
+    def __init__(self, backbone: FlavaBackbone) -> None:
+        super().__init__()
+        self.layers = _loras(backbone.text_layers)
+        self.output = Output(backbone.size)
+
+    def forward(self, backbone: Backbone, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """Token ids [B, T] -> [B, T, D]."""
+        frozen = cast(FlavaBackbone, backbone)
+        tokens = frozen.text_embeddings(input_ids=inputs)
+        tokens = encode(_layers(frozen.text_layers), _own(self.layers), tokens, mask)
+        return cast(Tensor, self.output(frozen.text_norm(tokens)))
+
+
+def _loras(layers: nn.ModuleList) -> nn.ModuleList:
+    return nn.ModuleList(LayerLoRA(layer, ENCODER_LORA) for layer in _layers(layers))
+
+
+def _layers(layers: nn.ModuleList) -> list[FrozenLayer]:
+    return cast(list[FrozenLayer], list(layers))
+
+
+def _own(layers: nn.ModuleList) -> list[LayerLoRA]:
+    return cast(list[LayerLoRA], list(layers))

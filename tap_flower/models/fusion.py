@@ -1,0 +1,211 @@
+"""Fusion: four paths, each a modality-to-task-expert stage (MoTE), then a task-to-modality-expert stage (MoME).
+
+The components are flat and named; `paths` is the one place that says which of them a pair's stream goes through. The
+model holds what `components` lists, and the forward pass takes exactly these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tap_flower.models.experts import DomainExperts, Expert, FrozenLayer, domain_residuals
+from tap_flower.models.lora import LoRA, LoraSettings, lora_linear
+
+SHARED = "shared"
+SHARED_PROJECTION = "fusion/shared_proj"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The part of a path in one stage.
+
+    Attributes:
+        name: `mote` or `mome`.
+        block: whose attention and domain experts: a modality (mote), a kind of task (mome) or `shared`.
+        expert: (modality, kind) in mote, (kind, modality) in mome; either may be `shared`.
+    """
+
+    name: str
+    block: str
+    expert: tuple[str, str]
+
+    @property
+    def block_component(self) -> str:
+        """Name of the component with the block's attention LoRA."""
+        return f"{self.name}/block/{self.block}"
+
+    @property
+    def expert_component(self) -> str:
+        """Name of the component with the expert's LoRA."""
+        return f"{self.name}/expert/{self.expert[0]}/{self.expert[1]}"
+
+    def domain_component(self, domain: str) -> str:
+        """Name of the component with the block's experts of a domain."""
+        return f"{self.name}/domain/{self.block}/{domain}"
+
+
+@dataclass(frozen=True)
+class Path:
+    """One of the four paths of a stream.
+
+    Attributes:
+        own_input: whether it starts from the stream itself (x) or from its shared projection (h).
+        mote: the first stage.
+        mome: the second stage.
+    """
+
+    own_input: bool
+    mote: Stage
+    mome: Stage
+
+
+def paths(modality: str, kind: str) -> tuple[Path, Path, Path, Path]:
+    """Shared-shared, shared-task, modality-task and modality-shared path for a modality and a kind of task."""
+    m, o, both = modality, kind, SHARED
+    return (
+        Path(False, Stage("mote", both, (both, both)), Stage("mome", both, (both, both))),
+        Path(False, Stage("mote", m, (both, o)), Stage("mome", o, (o, both))),
+        Path(True, Stage("mote", m, (m, o)), Stage("mome", o, (o, m))),
+        Path(True, Stage("mote", m, (m, both)), Stage("mome", both, (both, m))),
+    )
+
+
+class BlockAttention(nn.Module):
+    """LoRA on query and value of one layer of a block."""
+
+    def __init__(self, layer: FrozenLayer, settings: LoraSettings) -> None:
+        super().__init__()
+        self.query = LoRA.on(layer.query, settings)
+        self.value = LoRA.on(layer.value, settings)
+
+
+def components(
+    modality: str,
+    kind: str,
+    domains: Sequence[str],
+    mote_layers: Sequence[FrozenLayer],
+    mome_layers: Sequence[FrozenLayer],
+    attention: LoraSettings,
+    experts: LoraSettings,
+) -> dict[str, Callable[[], nn.Module]]:
+    """Name -> constructor of every fusion component that a modality's stream of a kind of task goes through."""
+    size = mote_layers[0].query.in_features
+    found: dict[str, Callable[[], nn.Module]] = {SHARED_PROJECTION: lambda: nn.Linear(size, size)}
+
+    def per_layer(
+        part: type[BlockAttention] | type[Expert] | type[DomainExperts],
+        layers: Sequence[FrozenLayer],
+        settings: LoraSettings,
+    ) -> Callable[[], nn.Module]:
+        return lambda: nn.ModuleList(part(layer, settings) for layer in layers)
+
+    for path in paths(modality, kind):
+        for stage, layers in ((path.mote, mote_layers), (path.mome, mome_layers)):
+            found[stage.block_component] = per_layer(BlockAttention, layers, attention)
+            found[stage.expert_component] = per_layer(Expert, layers, experts)
+            for domain in domains:
+                found[stage.domain_component(domain)] = per_layer(DomainExperts, layers, experts)
+    return found
+
+
+class Fusion:
+    """The forward pass of a stream through the four paths, as one batch with stacked LoRA.
+
+    It holds no weights of its own: the frozen layers are the backbone's, the rest are the model's components.
+
+    Args:
+        mote_layers: the backbone's multimodal layers 0 .. L-1.
+        mome_layers: the backbone's multimodal layers L .. 2L-1.
+    """
+
+    def __init__(self, mote_layers: Sequence[FrozenLayer], mome_layers: Sequence[FrozenLayer]) -> None:
+        self.mote_layers = mote_layers
+        self.mome_layers = mome_layers
+
+    def __call__(
+        self,
+        held: Mapping[str, nn.Module],
+        x: Tensor,
+        mask: Tensor | None,
+        modality: str,
+        kind: str,
+        domain: str,
+    ) -> Tensor:
+        """Runs one stream.
+
+        Args:
+            held: component name -> module.
+            x: tokens of one modality, [B, T, D].
+            mask: [B, T] bool, False at padding; None where nothing is padded.
+            modality: of the stream.
+            kind: kind of the task.
+            domain: of the batch.
+
+        Returns:
+            Pooled features of the four paths, [4, B, D]: the mean over the tokens that are not padding.
+        """
+        route = paths(modality, kind)
+        h = held[SHARED_PROJECTION](x)
+        # Paths that enter the first layer through the same block with the same input share its attention part.
+        entries = list(dict.fromkeys((path.mote.block, path.own_input) for path in route))
+        entered = [entries.index((path.mote.block, path.own_input)) for path in route]
+        by_entry = [route[entered.index(i)] for i in range(len(entries))]
+        streams = torch.stack([x if path.own_input else h for path in by_entry])
+        for depth, layer in enumerate(self.mote_layers):
+            stages = [path.mote for path in (by_entry if depth == 0 else route)]
+            streams = self._attention_part(layer, depth, held, streams, mask, stages, domain)
+            if depth == 0:
+                streams = streams[entered]
+            streams = self._expert_part(layer, depth, held, streams, [path.mote for path in route])
+        for depth, layer in enumerate(self.mome_layers):
+            stages = [path.mome for path in route]
+            streams = self._attention_part(layer, depth, held, streams, mask, stages, domain)
+            streams = self._expert_part(layer, depth, held, streams, stages)
+        return masked_mean(streams, mask)
+
+    def project(self, linear: nn.Linear, loras: Sequence[LoRA], x: Tensor) -> Tensor:
+        """Query or value projection of a stack: [S, B, T, D] -> [S, B, T, D]."""
+        return lora_linear(linear, loras, x)
+
+    def _attention_part(
+        self,
+        layer: FrozenLayer,
+        depth: int,
+        held: Mapping[str, nn.Module],
+        x: Tensor,
+        mask: Tensor | None,
+        stages: Sequence[Stage],
+        domain: str,
+    ) -> Tensor:
+        """`n = LN1(x); q = n + E_q(n), v = n + E_v(n), k = n; x + attention(q, k, v)`."""
+        n = layer.norm_before(x)
+        domains = [cast(DomainExperts, _at(held[s.domain_component(domain)], depth)) for s in stages]
+        blocks = [cast(BlockAttention, _at(held[s.block_component], depth)) for s in stages]
+        query, value = domain_residuals(layer, domains, n)
+        query = self.project(layer.query, [b.query for b in blocks], n + query)
+        value = self.project(layer.value, [b.value for b in blocks], n + value)
+        return x + layer.attend(query, layer.key(n), value, mask)
+
+    def _expert_part(
+        self, layer: FrozenLayer, depth: int, held: Mapping[str, nn.Module], x: Tensor, stages: Sequence[Stage]
+    ) -> Tensor:
+        """`x + E(LN2(x))`."""
+        experts = [cast(Expert, _at(held[s.expert_component], depth)) for s in stages]
+        return x + layer.feed_forward(experts, layer.norm_after(x))
+
+
+def _at(module: nn.Module, depth: int) -> nn.Module:
+    return cast(nn.ModuleList, module)[depth]
+
+
+def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over tokens: x [S, B, T, D], mask [B, T] bool -> [S, B, D], over the tokens where the mask is True."""
+    if mask is None:
+        return x.mean(2)
+    weights = (mask / mask.sum(1, keepdim=True)).to(x.dtype)
+    return torch.einsum("sbtd,bt->sbd", x, weights)

@@ -1,0 +1,64 @@
+"""Heads: from pooled features [B, D] to the output of a task."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2Model
+
+IMAGE_SIZE = 64
+"""Side, in pixels, of the images that clients hold and that the image head generates."""
+
+
+class ImageHead(nn.Module):
+    """Image generation: D -> 4096 -> 64×8×8, then three transposed convolutions -> [B, 3, 64, 64], normalised pixels."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(size, 64 * 8 * 8)
+        self.decoder = nn.Sequential(
+            nn.ConvTranspose2d(64, 32, kernel_size=4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(32, 16, kernel_size=4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(16, 3, kernel_size=4, stride=2, padding=1),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, 3, 64, 64]."""
+        image: Tensor = self.decoder(self.proj(features).view(-1, 64, 8, 8))
+        return image
+
+
+class TextHead(nn.Module):
+    """Text generation: all positions at once, from a table of positions and the pooled features.
+
+    Each position attends to the pooled features, and the result is added to it. There is one thing to attend to, so the
+    softmax of that attention is 1 whatever query and key are: what is left of it, and all that is held here, are its
+    value and output projections. A one-layer GPT-2 follows (4 heads, inner size 2D, causal), then Linear D -> vocabulary.
+
+    Args:
+        size: D.
+        vocabulary: number of tokens.
+        length: longest text, in tokens.
+    """
+
+    def __init__(self, size: int, vocabulary: int, length: int) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(length, size)
+        self.value = nn.Linear(size, size)
+        self.output = nn.Linear(size, size)
+        config = GPT2Config(
+            vocab_size=1, bos_token_id=None, eos_token_id=None, n_positions=length, n_embd=size, n_layer=1, n_head=4, n_inner=2 * size
+        )
+        self.gpt2 = GPT2Model(config)
+        del self.gpt2.wte  # its input is never token ids
+        self.vocabulary = nn.Linear(size, vocabulary, bias=False)
+
+    def forward(self, features: Tensor, length: int) -> Tensor:
+        """Logits of the first `length` positions: [B, D] -> [B, length, V]. Causal, so they do not depend on `length`."""
+        condition = self.output(self.value(features))
+        states = self.positions.weight[:length] + condition[:, None]
+        hidden = self.gpt2(inputs_embeds=states, use_cache=False).last_hidden_state
+        logits: Tensor = self.vocabulary(hidden)
+        return logits

@@ -1,0 +1,162 @@
+"""The model of a client: one frozen backbone and the trainable components that the client's pairs reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tap_flower.core.components import ComponentMap, Pair
+from tap_flower.core.initial import Initial, initialise
+from tap_flower.models import fusion
+from tap_flower.models.backbones import Backbone
+from tap_flower.models.heads import ImageHead, TextHead
+from tap_flower.models.lora import LoRA
+
+
+@dataclass(frozen=True)
+class ModelTask:
+    """What the model must know of a task.
+
+    Attributes:
+        pair: name and modalities.
+        kind: name of its kind.
+        domains: of its data; a batch has one of them.
+        classes: number of classes (classification).
+        target_length: longest target in tokens (text generation).
+    """
+
+    pair: Pair
+    kind: str
+    domains: tuple[str, ...]
+    classes: int = 0
+    target_length: int = 0
+
+
+class TapModel(nn.Module):
+    """Encoders, fusion with four paths, heads. A flat set of named components makes up everything trainable.
+
+    The inputs of a batch are `image` [B, 3, 64, 64] (normalised), `input_ids` [B, T] (int64), `attention_mask` [B, T]
+    (0 at padding; left out where nothing is padded), `domain` (a string) and, for text generation, `target_length` (an
+    int, positions to generate).
+
+    Args:
+        backbone: shared by all models of the process.
+        tasks: the client's tasks.
+        layers: L, fusion layers of each stage.
+        seed: of the run; it decides the initial values together with the tensors' names.
+    """
+
+    def __init__(self, backbone: Backbone, tasks: Sequence[ModelTask], layers: int, seed: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.tasks = {task.pair.task: task for task in tasks}
+        mote_layers, mome_layers = backbone.fusion_stages(layers)
+        self.fusion = fusion.Fusion(mote_layers, mome_layers)
+        reach: dict[Pair, frozenset[str]] = {}
+        constructors: dict[str, Callable[[], nn.Module]] = {}
+        for task in tasks:
+            needed = _constructors(backbone, task, mote_layers, mome_layers)
+            reach[task.pair] = frozenset(needed)
+            constructors |= needed
+        self.components = nn.ModuleDict({name: constructors[name]() for name in sorted(constructors)})
+        component_of = {
+            f"components.{component}.{name}": component
+            for component, module in self.components.items()
+            for name, _ in module.named_parameters()
+        }
+        self.component_map = ComponentMap(component_of, reach)
+        self.initials = {
+            f"components.{component}.{name}": initial
+            for component, module in self.components.items()
+            for name, initial in initial_values(module).items()
+        }
+        if next(backbone.parameters()).device.type != "meta":
+            initialise(self, self.initials, seed)
+
+    def features(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
+        """Pooled features [B, D]: the mean over tokens that are not padding, over the paths and over the streams."""
+        wanted = self.tasks[task]
+        pooled = []
+        for modality in wanted.pair.modalities:
+            tokens, mask = self.encode(modality, inputs)
+            stream = self.fusion(self.components, tokens, mask, modality, wanted.kind, inputs["domain"])
+            pooled.append(stream)
+        return torch.cat(pooled).mean(0)
+
+    def encode(self, modality: str, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Tokens of one modality [B, T, D], and their mask [B, T] bool or None where nothing is padded."""
+        encoder = self.components[f"encoder/{modality}"]
+        if modality == "image":
+            return encoder(self.backbone, inputs["image"], None), None
+        mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+        return encoder(self.backbone, inputs["input_ids"], mask), mask
+
+    def forward(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
+        """Output of a task: logits [B, C], image [B, 3, 64, 64] or token logits [B, target_length, V]."""
+        head = self.components[f"head/{task}"]
+        features = self.features(task, inputs)
+        if isinstance(head, TextHead):
+            return head(features, inputs["target_length"])  # type: ignore[no-any-return]
+        return head(features)  # type: ignore[no-any-return]
+
+
+def _constructors(
+    backbone: Backbone, task: ModelTask, mote_layers: Sequence[Any], mome_layers: Sequence[Any]
+) -> dict[str, Callable[[], nn.Module]]:
+    """Name -> constructor of every component that a task reaches."""
+    found: dict[str, Callable[[], nn.Module]] = {f"head/{task.pair.task}": lambda: _head(backbone, task)}
+    for modality in task.pair.modalities:
+        if modality not in backbone.encoders:
+            raise ValueError(
+                f"task {task.pair.task!r} has the modality {modality!r}: use one of {sorted(backbone.encoders)}"
+            )
+        found[f"encoder/{modality}"] = backbone.encoders[modality]
+        found |= fusion.components(
+            modality,
+            task.kind,
+            task.domains,
+            mote_layers,
+            mome_layers,
+            backbone.attention_lora,
+            backbone.expert_lora,
+        )
+    return found
+
+
+def _head(backbone: Backbone, task: ModelTask) -> nn.Module:
+    if task.kind == "image_generation":
+        return ImageHead(backbone.size)
+    if task.kind == "text_generation":
+        return TextHead(backbone.size, backbone.vocabulary, task.target_length)
+    return backbone.classification_head(task.classes)
+
+
+def initial_values(module: nn.Module) -> dict[str, Initial]:
+    """Parameter name -> how it starts, by the type of the module that owns it.
+
+    LoRA: A uniform ± 1/√in, B zero. Linear and convolution: uniform ± 1/√fan_in (PyTorch's own). LayerNorm: 1 and 0.
+    Embedding: normal, deviation .02. GPT-2's Conv1D: normal, deviation .02, and 0.
+    """
+    initials: dict[str, Initial] = {}
+    zero, small = Initial("constant", 0.0), Initial("normal", 0.02)
+    for path, part in module.named_modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            bias = name == "bias"
+            if isinstance(part, LoRA):
+                initial = zero if name == "B" else Initial("uniform", 1 / math.sqrt(part.A.shape[1]))
+            elif isinstance(part, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+                initial = Initial("uniform", 1 / math.sqrt(part.weight[0].numel()))
+            elif isinstance(part, nn.LayerNorm):
+                initial = zero if bias else Initial("constant", 1.0)
+            elif isinstance(part, nn.Embedding | Conv1D):
+                initial = zero if bias else small
+            else:
+                raise TypeError(f"no initial value is defined for {type(part).__name__}.{name} {tuple(parameter.shape)}")
+            initials[f"{path}.{name}" if path else name] = initial
+    return initials

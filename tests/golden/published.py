@@ -1,0 +1,130 @@
+"""The bridge to the golden vectors: the published code's names, and its two habits that stay out of the product."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tap_flower.core.components import Pair
+from tap_flower.models.backbones import Backbone
+from tap_flower.models.fusion import BlockAttention, Fusion
+from tap_flower.models.lora import LoRA, lora_linear
+from tap_flower.models.model import ModelTask, TapModel
+
+FIRST_OR_SECOND = {"up": "0", "down": "2"}
+
+
+def model_tasks(expected: Mapping[str, Any]) -> list[ModelTask]:
+    """The tasks of a case, from its `expected.json`."""
+    tasks = []
+    for name, modalities, domain in expected["task_domain_pair"]:
+        config = expected["task_configs"][name]
+        what = config["modality"] if config["type"] == "generation" else modalities[0]
+        tasks.append(
+            ModelTask(
+                pair=Pair(name, tuple(modalities)),
+                kind=f"{what}_{config['type']}",
+                domains=(domain,),
+                classes=config.get("num_classes", 0),
+                target_length=config.get("max_length", 0),
+            )
+        )
+    return tasks
+
+
+def published_name(name: str) -> str:
+    """The published name of one of our trainable tensors."""
+    component, _, rest = name.removeprefix("components.").partition(".")
+    kind, *parts = component.split("/")
+    if kind == "encoder":
+        prefix = f"encoders.{parts[0]}"
+        if match := re.fullmatch(r"layers\.(\d+)\.(query|value)\.([AB])", rest):
+            layer, which, matrix = match.groups()
+            inner = f"backbone.base_model.model.encoder.layer.{layer}.attention.attention.{which}"
+            return f"{prefix}.{inner}.lora_{matrix}.default.weight"
+        for ours, theirs in (
+            ("adaptor.conv", "input_adaptor.1"),
+            ("adaptor.mix", "input_adaptor.4"),
+            ("output.proj", "proj"),
+            ("output.norm", "layer_norm"),
+        ):
+            if rest.startswith(ours):
+                return f"{prefix}.{theirs}{rest.removeprefix(ours)}"
+    if kind == "fusion":
+        return f"fusion.{parts[0]}.{rest}"
+    if kind in ("mote", "mome"):
+        layer, _, tail = rest.partition(".")
+        if parts[0] == "block":
+            which, matrix = tail.split(".")
+            return f"fusion.{kind}_transformers.{parts[1]}.layers.{layer}.attention.lora_{which[0]}.lora_{matrix}.weight"
+        if parts[0] == "domain":
+            which, linear, matrix = tail.split(".")
+            inner = f"mode_{which[0]}.experts.{parts[2]}.{FIRST_OR_SECOND[linear]}.lora_{matrix}.default.weight"
+            return f"fusion.{kind}_transformers.{parts[1]}.layers.{layer}.{inner}"
+        linear, matrix = tail.split(".")
+        inner = f"{parts[1]}.{parts[2]}.{FIRST_OR_SECOND[linear]}.lora_{matrix}.default.weight"
+        return f"fusion.{kind}_experts.layer_{layer}.{inner}"
+    if kind == "head":
+        for ours, theirs in (
+            ("positions.", "position_embeddings."),
+            ("value.", "cond_attention.in_proj_"),
+            ("output.", "cond_attention.out_proj."),
+            ("vocabulary.", "lm_head."),
+            ("proj.", "proj.0."),
+        ):
+            if rest.startswith(ours):
+                rest = theirs + rest.removeprefix(ours)
+                break
+        return f"head.task_heads.{parts[0]}.{rest}"
+    raise KeyError(name)
+
+
+def published_value(name: str, state: Mapping[str, Tensor]) -> Tensor:
+    """The value of one of our tensors in a published state: of the one-key attention only the value's third is ours."""
+    theirs = published_name(name)
+    value = state[theirs]
+    return value.chunk(3)[2] if ".cond_attention.in_proj_" in theirs else value
+
+
+class PublishedFusion(Fusion):
+    """Habit 1: `q' = W_copy q + LoRA(q)` without bias, then the frozen `W_q, b_q` on q'; value likewise."""
+
+    def __init__(self, model: TapModel, state: Mapping[str, Tensor]) -> None:
+        super().__init__(model.fusion.mote_layers, model.fusion.mome_layers)
+        self.copies: dict[LoRA, nn.Parameter] = {}
+        self.copy_names: dict[str, nn.Parameter] = {}
+        for component, module in model.components.items():
+            stage, *parts = component.split("/")
+            if parts[0] != "block":
+                continue
+            for depth, block in enumerate(module):
+                assert isinstance(block, BlockAttention)
+                for which, lora in (("q", block.query), ("v", block.value)):
+                    inner = f"layers.{depth}.attention.lora_{which}.base_linear.weight"
+                    name = f"fusion.{stage}_transformers.{parts[1]}.{inner}"
+                    self.copies[lora] = self.copy_names[name] = nn.Parameter(state[name].clone())
+
+    def project(self, linear: nn.Linear, loras: Sequence[LoRA], x: Tensor) -> Tensor:
+        outputs = []
+        for one, lora in zip(x, loras, strict=True):
+            copy = nn.Linear(linear.in_features, linear.out_features, bias=False)
+            del copy.weight
+            copy.weight = self.copies[lora]
+            outputs.append(linear(lora_linear(copy, [lora], one[None])[0]))
+        return torch.stack(outputs)
+
+
+def published_model(backbone: Backbone, expected: Mapping[str, Any], state: Mapping[str, Tensor]) -> TapModel:
+    """Our model with the published weights and the two habits."""
+    model = TapModel(backbone, model_tasks(expected), layers=expected["num_layers"], seed=0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(published_value(name, state))
+    model.fusion = PublishedFusion(model, state)
+    for layer in backbone.fusion_layers:  # habit 2
+        layer.norm_before.eps = layer.norm_after.eps = 1e-5
+    return model.eval()
