@@ -1,6 +1,11 @@
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# A shared machine is slow at times; no test is judged by the clock.
+hypothesis.settings.register_profile("tap", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tap")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

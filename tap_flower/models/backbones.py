@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import cast
@@ -84,6 +84,7 @@ class Backbone(ABC, nn.Module):
         chosen = cast(list[FrozenLayer], list(self.fusion_layers))
         return chosen[:layers], chosen[layers : 2 * layers]
 
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes and values of the frozen tensors, as 16 hexadecimal digits."""
         digest = hashlib.sha256()

@@ -49,10 +49,13 @@ class TapModel(nn.Module):
         backbone: shared by all models of the process.
         tasks: the client's tasks.
         layers: L, fusion layers of each stage.
-        seed: of the run; it decides the initial values together with the tensors' names.
+
+    Attributes:
+        component_map: which tensor belongs to which component, and what each pair reaches.
+        initials: tensor name -> how it starts, see `initialise`.
     """
 
-    def __init__(self, backbone: Backbone, tasks: Sequence[ModelTask], layers: int, seed: int) -> None:
+    def __init__(self, backbone: Backbone, tasks: Sequence[ModelTask], layers: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.tasks = {task.pair.task: task for task in tasks}
@@ -76,8 +79,11 @@ class TapModel(nn.Module):
             for component, module in self.components.items()
             for name, initial in initial_values(module).items()
         }
-        if next(backbone.parameters()).device.type != "meta":
-            initialise(self, self.initials, seed)
+
+    def initialise(self, seed: int) -> TapModel:
+        """Sets every trainable tensor to the value that `seed` and its name give; returns the model itself."""
+        initialise(self, self.initials, seed)
+        return self
 
     def features(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
         """Pooled features [B, D]: the mean over tokens that are not padding, over the paths and over the streams."""

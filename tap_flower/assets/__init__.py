@@ -1,0 +1,1 @@
+"""The demo backbone (folder `flava-demo`) and the script that pretrained it."""

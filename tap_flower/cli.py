@@ -1,0 +1,102 @@
+"""The command `tap-flower`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tap_flower.config import ConfigError, client_specs, load_config, presets
+from tap_flower.data.spec import SpecError
+from tap_flower.reporting.progress import RunProgress
+from tap_flower.reporting.results import read_results
+from tap_flower.reporting.tables import results_table
+from tap_flower.simulation import Launch, SimulationError, simulate
+from tap_flower.storage import StorageError, read_tensors
+
+app = typer.Typer(
+    help="TAP: two-stage adaptive personalization for multi-task, multi-modal federated learning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+EXPECTED = (ConfigError, SpecError, StorageError, SimulationError)
+"""Errors that are told in one line, without a traceback."""
+
+
+@app.command("simulate")
+def simulate_command(
+    preset: Annotated[str, typer.Option(help="One of `tap-flower presets`.")] = "demo",
+    config: Annotated[str, typer.Option(help="A YAML file that overrides the preset.")] = "",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value; may be repeated.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Short for --set rounds=N.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Short for --set seed=S.")] = None,
+    cpus_per_client: Annotated[int, typer.Option(min=1, help="Processor cores of a client.")] = 1,
+    gpus_per_client: Annotated[float, typer.Option(min=0.0, help="Share of a GPU that a client gets.")] = 0.0,
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/PRESET-seedS without it.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+) -> None:
+    """A whole run on this machine, through Flower's simulation runtime."""
+    console = Console()
+    settings = tuple(set_ or ())
+    settings += () if rounds is None else (f"rounds={rounds}",)
+    settings += () if seed is None else (f"seed={seed}",)
+    resolved = load_config(preset, config, settings)
+    specs = client_specs(resolved)
+    if not specs:
+        raise ConfigError(f"preset {preset!r} has no clients: add client specs under `clients`")
+    out = out or _free_folder(Path("runs"), f"{preset}-seed{resolved.seed}", resume)
+    if resume:
+        read_tensors(out / "server" / "server.safetensors")  # what cannot be resumed is said before Flower starts
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is not empty: give another folder with `--out`, or go on with `--resume`")
+    launch = Launch(preset, config, settings, out, resume, len(specs), cpus_per_client, gpus_per_client)
+    with RunProgress(console) as progress:
+        found = simulate(launch, progress.show)
+    console.print(results_table(found))
+    console.print(f"{found['seconds']['total']:.0f} s; results in {out}", highlight=False, soft_wrap=True)
+
+
+@app.command("report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+) -> None:
+    """The results of finished runs, as tables."""
+    tables = [results_table(read_results(run)) for run in runs]
+    for table in tables:
+        Console().print(table)
+
+
+@app.command("presets")
+def presets_command() -> None:
+    """The presets that there are."""
+    table = Table("preset", "rounds", "clients", "clients a round", "tasks")
+    for name in presets():
+        config = load_config(name)
+        specs = client_specs(config)
+        tasks = sorted({task.name for spec in specs for task in spec.tasks})
+        table.add_row(name, str(config.rounds), str(len(specs)), str(config.clients_per_round), ", ".join(tasks))
+    Console().print(table)
+
+
+def _free_folder(parent: Path, name: str, resume: bool) -> Path:
+    """`parent/name`, or with a number behind it where that is taken by another run."""
+    folder, number = parent / name, 1
+    while not resume and folder.exists():
+        number += 1
+        folder = parent / f"{name}-{number}"
+    return folder
+
+
+def main() -> None:
+    """Entry point: an expected error is told in a line, and the exit code is 1."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except EXPECTED as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from error

@@ -1,0 +1,1 @@
+"""Data: client specs, data sets, tokenising, batches."""

@@ -1,0 +1,50 @@
+"""From examples to tensors: normalised pixels, padded token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tap_flower.core.tasks import IGNORE
+
+IMAGE_MEAN = (0.5071, 0.4865, 0.4409)
+"""Mean of each channel, of pixels between 0 and 1."""
+IMAGE_STD = (0.2673, 0.2564, 0.2762)
+"""Standard deviation of each channel, of pixels between 0 and 1."""
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 pixels [B, 3, H, W] -> float32, mean 0 and deviation 1 by channel. The one place that normalises."""
+    mean = torch.tensor(IMAGE_MEAN, device=pixels.device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGE_STD, device=pixels.device).view(1, 3, 1, 1)
+    return (pixels.float() / 255 - mean) / std
+
+
+def pad_inputs(texts: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+    """Token ids padded to the longest text of the batch.
+
+    Args:
+        texts: token ids of each example.
+        pad: id of the padding token.
+
+    Returns:
+        `input_ids` [B, T] int64, and `attention_mask` [B, T] int64 (0 at padding) where something was padded.
+    """
+    ids = _pad(texts, pad)
+    lengths = torch.tensor([len(text) for text in texts])
+    if bool((lengths == ids.shape[1]).all()):
+        return {"input_ids": ids}
+    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+
+
+def pad_targets(texts: Sequence[Sequence[int]]) -> Tensor:
+    """Target token ids padded with `IGNORE` to the longest of the batch, [B, S] int64."""
+    return _pad(texts, IGNORE)
+
+
+def _pad(texts: Sequence[Sequence[int]], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(text, dtype=torch.int64) for text in texts], batch_first=True, padding_value=value
+    )

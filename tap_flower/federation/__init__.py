@@ -1,0 +1,1 @@
+"""TAP over Flower: messages, the clients' handlers, the server's strategy."""

@@ -1,0 +1,52 @@
+"""Sending a message to each of some nodes, and getting the replies as they come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+_POLL = 0.1
+"""Seconds between looks for replies."""
+
+
+def exchange(
+    grid: Grid,
+    nodes: Mapping[str, int],
+    content: Callable[[str], RecordDict],
+    message_type: str,
+    group: int,
+    timeout: float,
+) -> Iterator[tuple[str, Message | None]]:
+    """Sends one message to each node and yields the replies in the order of their arrival.
+
+    Args:
+        grid: Flower's.
+        nodes: client name -> node id.
+        content: client name -> content of its message; called once a client, when it is sent.
+        message_type: one of `messages`.
+        group: number of the round.
+        timeout: seconds until those that have not answered are given up.
+
+    Yields:
+        (client name, its reply), and in the end (client name, None) for each that did not answer.
+    """
+    waiting: dict[str, str] = {}
+    for name, node in nodes.items():
+        # One at a time: only one client's payload is in memory.
+        message = Message(content=content(name), dst_node_id=node, message_type=message_type, group_id=str(group))
+        for message_id in grid.push_messages([message]):
+            waiting[message_id] = name
+    deadline = time.monotonic() + timeout
+    while waiting and time.monotonic() < deadline:
+        arrived = list(grid.pull_messages(list(waiting)))
+        for reply in arrived:
+            name = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if name is not None:
+                yield name, reply
+        if waiting and not arrived:
+            time.sleep(_POLL)
+    for name in waiting.values():
+        yield name, None

@@ -1,0 +1,318 @@
+"""The wire: what is in a message, and how it is checked.
+
+Every message has a ConfigRecord `tap` with the one key `json`, and, where tensors travel, an ArrayRecord `tensors`. Tensors
+are float32, trainable, and by name. Nothing else is ever sent; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from torch import Tensor
+
+import tap_flower
+from tap_flower.core.components import ComponentMap, Pair
+from tap_flower.core.initial import Initial
+
+PROTOCOL = 1
+MANIFEST, TRAIN, DISTILL, EVALUATE = "query.manifest", "train", "train.distill", "evaluate"
+_PLAIN, _TENSORS = "tap", "tensors"
+_NUMPY = "numpy.ndarray"
+
+
+class MessageError(ValueError):
+    """A message is not what the protocol says; the text names the field and the value."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What the server sends.
+
+    Attributes:
+        run: identity of the run.
+        server_round: counted from 1; 0 in a manifest query.
+        hyper_parameters: nested plain values of `config.HyperParameters`.
+    """
+
+    run: str
+    server_round: int
+    hyper_parameters: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor that a client holds: its component, its shape, and how it starts."""
+
+    component: str
+    shape: tuple[int, ...]
+    initial: Initial
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """A pair that a client has, and the number of its training examples."""
+
+    pair: Pair
+    kind: str
+    domain: str
+    head_size: int
+    examples: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a client has, before the first round. Names of classes and columns are not in it."""
+
+    client: str
+    fingerprint: str
+    tasks: tuple[TaskInfo, ...]
+    tensors: Mapping[str, TensorInfo]
+    reach: Mapping[str, frozenset[str]]
+
+    @property
+    def component_map(self) -> ComponentMap:
+        """Tensor -> component, pair -> components."""
+        return ComponentMap(
+            {name: info.component for name, info in self.tensors.items()},
+            {task.pair: self.reach[task.pair.task] for task in self.tasks},
+        )
+
+    @property
+    def examples_per_component(self) -> dict[str, int]:
+        """The client's aggregation weights."""
+        return self.component_map.examples_per_component({task.pair: task.examples for task in self.tasks})
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a client returns beside tensors.
+
+    Attributes:
+        server_round: of the instruction that it answers.
+        examples: task name -> training examples.
+        losses: task name -> mean training loss of the server's copy.
+        replacements: task name -> 1 where the personal model's components were replaced, else 0.
+    """
+
+    server_round: int
+    examples: dict[str, int]
+    losses: dict[str, float]
+    replacements: dict[str, int]
+
+
+Metrics = dict[str, dict[str, dict[str, float]]]
+"""Task name -> model (`server`, `tap`, …) -> metric -> value."""
+
+
+def encode(values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> RecordDict:
+    """The content of a message.
+
+    Args:
+        values: plain values, nested.
+        tensors: float32 tensors by name, or None where the message carries none.
+    """
+    content = RecordDict({_PLAIN: ConfigRecord({"json": json.dumps(values)})})
+    if tensors is not None:
+        content[_TENSORS] = ArrayRecord({name: Array(tensor.numpy()) for name, tensor in tensors.items()})
+    return content
+
+
+def decode(content: RecordDict) -> dict[str, Any]:
+    """The plain values of a message.
+
+    Raises:
+        MessageError: there are none.
+    """
+    record = content.config_records.get(_PLAIN)
+    text = None if record is None else record.get("json")
+    if not isinstance(text, str):
+        raise MessageError(f"the message has no record {_PLAIN!r} with a text 'json': it is not one of tap-flower's")
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise MessageError(f"the message's plain values are no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise MessageError(f"the message's plain values are a {type(values).__name__}, not an object")
+    return values
+
+
+def decode_tensors(content: RecordDict) -> dict[str, Tensor]:
+    """The tensors of a message, as they came: names, shapes and values are the receiver's to check.
+
+    Raises:
+        MessageError: there are none, or one is not a plain float32 array.
+    """
+    record = content.array_records.get(_TENSORS)
+    if record is None:
+        raise MessageError(f"the message has no record {_TENSORS!r}")
+    tensors = {}
+    for name, array in record.items():
+        if array.stype != _NUMPY or array.dtype != "float32":
+            raise MessageError(f"tensor {name!r} is {array.dtype} in {array.stype}, not float32 in {_NUMPY}")
+        try:
+            values = array.numpy()
+        except (ValueError, TypeError, EOFError) as error:
+            raise MessageError(f"tensor {name!r} cannot be read: {error}") from error
+        if values.dtype != np.float32:
+            raise MessageError(f"tensor {name!r} is {values.dtype}, not float32")
+        tensors[name] = torch.from_numpy(np.array(values, order="C"))
+    return tensors
+
+
+def payload_bytes(content: RecordDict) -> dict[str, int]:
+    """Tensor name -> bytes on the wire."""
+    record = content.array_records.get(_TENSORS)
+    return {} if record is None else {name: len(array.data) for name, array in record.items()}
+
+
+def instruction(message: Message) -> Instruction:
+    """Reads what the server wants.
+
+    Raises:
+        MessageError: another protocol or package version, or a malformed instruction.
+    """
+    values = decode(message.content)
+    check_version(values, "the server")
+    server_round = _whole(values, "round", 0)
+    if not isinstance(values.get("run"), str) or not values["run"].isalnum():
+        raise MessageError(f"run is {values.get('run')!r}, not letters and digits")
+    if not isinstance(values.get("hyper_parameters"), dict):
+        raise MessageError("hyper_parameters is missing")
+    return Instruction(values["run"], server_round, values["hyper_parameters"])
+
+
+def encode_instruction(wanted: Instruction, tensors: Mapping[str, Tensor] | None = None) -> RecordDict:
+    """What `instruction` reads, with the client's tensors."""
+    values = {"round": wanted.server_round, "run": wanted.run, "hyper_parameters": wanted.hyper_parameters}
+    return encode({**_version(), **values}, tensors)
+
+
+def encode_manifest(manifest: Manifest) -> RecordDict:
+    """What `decode_manifest` reads."""
+    values = {
+        "client": manifest.client,
+        "fingerprint": manifest.fingerprint,
+        "tasks": [asdict(task) for task in manifest.tasks],
+        "tensors": {n: [i.component, i.shape, i.initial.distribution, i.initial.scale] for n, i in manifest.tensors.items()},
+        "reach": {task: sorted(components) for task, components in manifest.reach.items()},
+    }
+    return encode({**_version(), **values})
+
+
+def decode_manifest(content: RecordDict) -> Manifest:
+    """Reads and checks a client's manifest.
+
+    Raises:
+        MessageError: another version, or a malformed manifest.
+    """
+    values = decode(content)
+    who = f"client {values.get('client')!r}"
+    check_version(values, who)
+    try:
+        manifest = Manifest(
+            client=str(values["client"]),
+            fingerprint=str(values["fingerprint"]),
+            tasks=tuple(
+                TaskInfo(
+                    Pair(str(task["pair"]["task"]), tuple(task["pair"]["modalities"])),
+                    str(task["kind"]),
+                    str(task["domain"]),
+                    int(task["head_size"]),
+                    _whole(task, "examples", 1),
+                )
+                for task in values["tasks"]
+            ),
+            tensors={
+                str(name): TensorInfo(str(component), tuple(int(n) for n in shape), Initial(distribution, float(scale)))
+                for name, (component, shape, distribution, scale) in values["tensors"].items()
+            },
+            reach={str(task): frozenset(components) for task, components in values["reach"].items()},
+        )
+        _ = manifest.component_map  # its own checks
+    except MessageError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MessageError(f"{who}: the manifest is malformed: {error!r}") from error
+    return manifest
+
+
+def encode_report(report: Report, tensors: Mapping[str, Tensor] | None = None) -> RecordDict:
+    """What `decode_report` reads, with the trained tensors."""
+    return encode(asdict(report), tensors)
+
+
+def decode_report(content: RecordDict, tasks: Iterable[str]) -> Report:
+    """Reads and checks a client's report.
+
+    Args:
+        content: of the reply.
+        tasks: the names that the client's manifest has.
+
+    Raises:
+        MessageError: a field is missing, is about another task, or is no number of the right kind.
+    """
+    values, names = decode(content), set(tasks)
+    for key in ("examples", "losses", "replacements"):
+        if not isinstance(values.get(key), dict) or not values[key].keys() <= names:
+            raise MessageError(f"{key} is {values.get(key)!r}, not an object about the tasks {sorted(names)}")
+    for task, loss in values["losses"].items():
+        if not isinstance(loss, float) or not math.isfinite(loss):
+            raise MessageError(f"the loss of task {task!r} is {loss!r}, not a finite number")
+    return Report(
+        server_round=_whole(values, "server_round", 0),
+        examples={task: _whole(values["examples"], task, 1) for task in values["examples"]},
+        losses=values["losses"],
+        replacements={task: _whole(values["replacements"], task, 0) for task in values["replacements"]},
+    )
+
+
+def decode_metrics(content: RecordDict, tasks: Iterable[str]) -> Metrics:
+    """Reads and checks a client's evaluation: task -> model -> metric -> number.
+
+    Raises:
+        MessageError: it is anything else.
+    """
+    metrics, names = decode(content).get("metrics"), set(tasks)
+    try:
+        return {
+            task: {
+                str(model): {str(metric): float(value) for metric, value in by_metric.items()}
+                for model, by_metric in by_model.items()
+            }
+            for task, by_model in metrics.items()
+            if task in names
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise MessageError(f"the metrics are malformed: {error}") from error
+
+
+def check_version(values: Mapping[str, Any], sender: str) -> None:
+    """Refuses another protocol or another version of tap-flower.
+
+    Raises:
+        MessageError: with both versions.
+    """
+    theirs, ours = (values.get("protocol"), values.get("version")), tuple(_version().values())
+    if theirs != ours:
+        raise MessageError(
+            f"{sender} speaks protocol {theirs[0]} of tap-flower {theirs[1]}, here is protocol {ours[0]} of tap-flower "
+            f"{ours[1]}: install the same version on the server and on every node"
+        )
+
+
+def _version() -> dict[str, Any]:
+    return {"protocol": PROTOCOL, "version": tap_flower.__version__}
+
+
+def _whole(values: Mapping[str, Any], key: str, low: int) -> int:
+    value = values.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**53:
+        raise MessageError(f"{key} is {value!r}, not a whole number from {low} on")
+    return value

@@ -1,0 +1,111 @@
+"""Who takes part: clients by their stable name, with what they hold."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from tap_flower.core.aggregation import BadUpdateError
+from tap_flower.core.initial import named_seed
+from tap_flower.federation.messages import Manifest
+
+
+class RosterError(RuntimeError):
+    """A client cannot take part; the message names it and what to do."""
+
+
+class Roster:
+    """The clients that the server knows, and one value for each tensor that any of them holds.
+
+    Args:
+        seed: of the run; it decides initial values and sampling.
+        tensors: values of a checkpoint, or nothing.
+    """
+
+    def __init__(self, seed: int, tensors: Mapping[str, Tensor] | None = None) -> None:
+        self.seed = seed
+        self.tensors: dict[str, Tensor] = dict(tensors or {})
+        self.manifests: dict[str, Manifest] = {}
+        self.nodes: dict[str, int] = {}
+        self.component_of: dict[str, str] = {}
+        self._first_holder: dict[str, str] = {}
+
+    def admit(self, node: int, manifest: Manifest) -> None:
+        """Takes in a client, or a known one that has come back on another node.
+
+        Raises:
+            RosterError: its name is taken by a node that is alive, or what it holds does not fit the others.
+        """
+        name = manifest.client
+        if name in self.nodes and self.nodes[name] != node:
+            raise RosterError(
+                f"client {name!r} is already there on node {self.nodes[name]}: node {node} is refused; give every node "
+                f"a client spec with a name of its own"
+            )
+        for other in self.manifests.values():
+            if other.client != name and other.fingerprint != manifest.fingerprint:
+                raise RosterError(
+                    f"client {name!r} has a backbone with fingerprint {manifest.fingerprint}, client {other.client!r} "
+                    f"has {other.fingerprint}: use the same checkpoint on every node"
+                )
+        for tensor, info in manifest.tensors.items():
+            known = self.tensors.get(tensor)
+            if known is not None and tuple(known.shape) != info.shape:
+                holder = self._first_holder.get(tensor, "the checkpoint")
+                raise RosterError(
+                    f"tensor {tensor!r} has shape {info.shape} on client {name!r} but {tuple(known.shape)} on "
+                    f"{holder!r}: tasks of one name need the same classes and the same backbone; rename one of them"
+                )
+            if self.component_of.get(tensor, info.component) != info.component:
+                raise RosterError(
+                    f"tensor {tensor!r} belongs to {info.component!r} on client {name!r} but to "
+                    f"{self.component_of[tensor]!r} on {self._first_holder[tensor]!r}: install one version everywhere"
+                )
+        for tensor, info in manifest.tensors.items():
+            if tensor not in self.tensors:
+                self.tensors[tensor] = info.initial.value(tensor, info.shape, self.seed)
+            self.component_of[tensor] = info.component
+            self._first_holder.setdefault(tensor, name)
+        self.manifests[name] = manifest
+        self.nodes[name] = node
+
+    def keep_only(self, alive: set[int]) -> None:
+        """Forgets the nodes (not the tensors) of clients that have gone: their names may come back on other nodes."""
+        for name in [name for name, node in self.nodes.items() if node not in alive]:
+            del self.nodes[name]
+
+    @property
+    def names(self) -> list[str]:
+        """Clients that are there, sorted."""
+        return sorted(self.nodes)
+
+    def sample(self, server_round: int, count: int) -> list[str]:
+        """The clients of a round: it depends on the seed, the round and the names, not on node ids."""
+        names = self.names
+        chosen = random.Random(named_seed(self.seed, "sample", server_round)).sample(names, min(count, len(names)))
+        return sorted(chosen)
+
+    def tensors_for(self, name: str) -> dict[str, Tensor]:
+        """The current values of exactly the tensors that a client holds."""
+        return {tensor: self.tensors[tensor] for tensor in self.manifests[name].tensors}
+
+    def expected_examples(self, names: list[str]) -> dict[str, int]:
+        """Component -> sum of the examples of some clients."""
+        total = dict.fromkeys(self.component_of.values(), 0)
+        for name in names:
+            for component, examples in self.manifests[name].examples_per_component.items():
+                total[component] += examples
+        return total
+
+    def check_examples(self, name: str, examples: Mapping[str, int]) -> None:
+        """Refuses a reply whose example counts are not those of the client's manifest.
+
+        Raises:
+            BadUpdateError: with both counts.
+        """
+        expected = {task.pair.task: task.examples for task in self.manifests[name].tasks}
+        if dict(examples) != expected:
+            raise BadUpdateError(f"client {name!r}: the reply counts {dict(examples)} examples, the manifest {expected}")
+

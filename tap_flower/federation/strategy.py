@@ -1,0 +1,249 @@
+"""The server: manifests, rounds of stage 1, stage 2, evaluation."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from tap_flower.config import Config, client_specs, sent_hyper_parameters
+from tap_flower.core.aggregation import Aggregator, BadUpdateError
+from tap_flower.federation import checkpoint, messages
+from tap_flower.federation.checkpoint import Progress
+from tap_flower.federation.exchange import exchange
+from tap_flower.federation.messages import Instruction, MessageError, Metrics, Report
+from tap_flower.federation.roster import Roster, RosterError
+from tap_flower.reporting.events import EventLog
+from tap_flower.reporting.results import RESULTS, results
+from tap_flower.storage import write_json
+
+METHOD = "tap"
+_WAIT = 0.5
+"""Seconds between looks for nodes that have not registered yet."""
+log = logging.getLogger("tap_flower")
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+class TapStrategy:
+    """Runs TAP over a grid of nodes.
+
+    The server holds one value for each component's tensors, whatever the number of clients. It averages a component over
+    the clients that return it, as replies arrive, and keeps its value where none does.
+
+    Args:
+        config: the run.
+        folder: the run folder.
+        progress: a new run's, or that of the checkpoint that is resumed.
+        roster: likewise.
+    """
+
+    def __init__(self, config: Config, folder: Path, progress: Progress, roster: Roster) -> None:
+        self.config = config
+        self.folder = folder
+        self.progress = progress
+        self.roster = roster
+        self.events = EventLog(folder, after_round=progress.round if progress.round else None)
+        self._seconds: dict[str, float] = {}
+
+    def start(self, grid: Grid) -> dict[str, Any]:
+        """Runs to the end and returns what `results.json` then holds.
+
+        Raises:
+            RunError: clients are missing at the start, or none is left.
+            RosterError: two clients cannot take part in one run.
+        """
+        config, began = self.config, time.monotonic()
+        self._phase("start", lambda: self._gather(grid))
+        self.events.write(
+            "start",
+            round=self.progress.round,
+            rounds=config.rounds,
+            clients={name: sorted(self.roster.manifests[name].reach) for name in self.roster.names},
+        )
+        self._phase("rounds", lambda: self._rounds(grid))
+        self._phase("distillation", lambda: self._second_stage(grid))
+        metrics = self._phase("evaluation", lambda: self._evaluation(grid))
+        self._seconds["total"] = time.monotonic() - began
+        found = results(
+            preset=config.preset,
+            method=METHOD,
+            seed=config.seed,
+            rounds=config.rounds,
+            clients=metrics,
+            kinds={task.pair.task: task.kind for m in self.roster.manifests.values() for task in m.tasks},
+            replacements=self.progress.replacements,
+            bytes_={
+                "down": sum(self.progress.down.values()),
+                "up": sum(self.progress.up.values()),
+                "per_component": {
+                    component: {"down": self.progress.down[component], "up": self.progress.up.get(component, 0)}
+                    for component in sorted(self.progress.down)
+                },
+            },
+            seconds=self._seconds,
+        )
+        write_json(self.folder / RESULTS, found)
+        self.events.write("end", round=config.rounds, seconds=self._seconds["total"])
+        return found
+
+    def _gather(self, grid: Grid) -> None:
+        """Waits for the clients and asks each for its manifest."""
+        expected = len(self.config.clients) or self.config.clients_per_round
+        deadline = time.monotonic() + self.config.start_timeout
+        while len(list(grid.get_node_ids())) < expected and time.monotonic() < deadline:
+            time.sleep(_WAIT)
+        self._welcome(grid, strict=True)
+        missing = sorted({spec.name for spec in client_specs(self.config)} - set(self.roster.names))
+        if missing or len(self.roster.names) < expected:
+            raise RunError(
+                f"{len(self.roster.names)} of {expected} clients are there after {self.config.start_timeout:g} s"
+                + (f", without {', '.join(missing)}" if missing else "")
+                + f": start more nodes (`num-supernodes={expected}` in a simulation) or lower clients_per_round"
+            )
+
+    def _welcome(self, grid: Grid, strict: bool) -> None:
+        """Admits the nodes that are not known yet; one that cannot take part ends a run only at its start (`strict`)."""
+        alive = set(grid.get_node_ids())
+        self.roster.keep_only(alive)
+        unknown = {str(node): node for node in sorted(alive - set(self.roster.nodes.values()))}
+        ask = messages.encode_instruction(self._instruction(0))
+        admitted: list[tuple[str, int, RecordDict]] = []
+        for node, reply in exchange(grid, unknown, lambda _: ask, messages.MANIFEST, 0, self.config.round_timeout):
+            problem = _problem(reply)
+            if problem is None and reply is not None:
+                admitted.append((node, unknown[node], reply.content))
+            elif strict:
+                raise RunError(f"node {node} cannot take part: {problem}")
+            else:
+                self._drop(f"node {node}", problem or "")
+        for node, node_id, content in sorted(admitted):
+            try:
+                self.roster.admit(node_id, messages.decode_manifest(content))
+            except (RosterError, MessageError) as error:
+                if strict:
+                    raise RosterError(str(error)) from error
+                self._drop(f"node {node}", str(error))
+
+    def _rounds(self, grid: Grid) -> None:
+        while self.progress.round < self.config.rounds:
+            server_round, began = self.progress.round + 1, time.monotonic()
+            self._welcome(grid, strict=False)
+            names = self.roster.sample(server_round, self.config.clients_per_round)
+            if not names:
+                raise RunError(f"round {server_round}: no client is there; start the nodes again, then `--resume`")
+            self.events.write("round_start", round=server_round, clients=names)
+            reports = self._train(grid, server_round, names)
+            self.progress.round = server_round
+            self.events.write(
+                "round",
+                round=server_round,
+                clients={name: {"losses": r.losses, "replacements": r.replacements} for name, r in reports.items()},
+                dropped=sorted(set(names) - reports.keys()),
+                seconds=time.monotonic() - began,
+            )
+            checkpoint.save(self.folder / "server", self.progress, self.roster.tensors)
+
+    def _train(self, grid: Grid, server_round: int, names: list[str]) -> dict[str, Report]:
+        """One round: replies are folded in as they arrive and released."""
+        roster, reports = self.roster, dict[str, Report]()
+        aggregator = Aggregator(roster.tensors, roster.component_of, roster.expected_examples(names))
+
+        def fold(name: str, reply: Message) -> None:
+            manifest = roster.manifests[name]
+            report = messages.decode_report(reply.content, manifest.reach)
+            if report.server_round != server_round:
+                raise MessageError(f"the reply is for round {report.server_round}, not {server_round}")
+            roster.check_examples(name, report.examples)
+            update, weights = messages.decode_tensors(reply.content), manifest.examples_per_component
+            aggregator.check(name, update, set(manifest.tensors), weights)
+            aggregator.add(update, weights)
+            reports[name] = report
+
+        self._for_each(grid, messages.TRAIN, server_round, names, fold)
+        roster.tensors = aggregator.result()
+        for name, report in sorted(reports.items()):
+            counts = Counter(self.progress.replacements.get(name, {}))
+            counts.update({task: count for task, count in report.replacements.items()})
+            self.progress.replacements[name] = dict(counts)
+        return dict(sorted(reports.items()))
+
+    def _second_stage(self, grid: Grid) -> None:
+        def done(name: str, reply: Message) -> None:
+            report = messages.decode_report(reply.content, self.roster.manifests[name].reach)
+            self.events.write("distilled", round=self.config.rounds, client=name, losses=report.losses)
+
+        self._welcome(grid, strict=False)
+        self.events.write("distill_start", round=self.config.rounds, clients=self.roster.names)
+        self._for_each(grid, messages.DISTILL, self.config.rounds, self.roster.names, done)
+
+    def _evaluation(self, grid: Grid) -> dict[str, Metrics]:
+        found: dict[str, Metrics] = {}
+
+        def collect(name: str, reply: Message) -> None:
+            found[name] = messages.decode_metrics(reply.content, self.roster.manifests[name].reach)
+            self.events.write("evaluated", round=self.config.rounds, client=name, metrics=found[name])
+
+        self.events.write("evaluate_start", round=self.config.rounds, clients=self.roster.names)
+        self._for_each(grid, messages.EVALUATE, self.config.rounds, self.roster.names, collect)
+        if not found:
+            raise RunError("no client answered the evaluation: start the nodes again, then `--resume`")
+        return found
+
+    def _for_each(
+        self, grid: Grid, message_type: str, server_round: int, names: Iterable[str], use: Callable[[str, Message], None]
+    ) -> None:
+        """Sends each client its own tensors; uses each good reply, and drops and logs a bad one."""
+
+        def content(name: str) -> RecordDict:
+            record = messages.encode_instruction(self._instruction(server_round), self.roster.tensors_for(name))
+            self._count(self.progress.down, record)
+            return record
+
+        nodes = {name: self.roster.nodes[name] for name in names}
+        for name, reply in exchange(grid, nodes, content, message_type, server_round, self.config.round_timeout):
+            problem = _problem(reply)
+            if problem is None and reply is not None:
+                try:
+                    use(name, reply)
+                    self._count(self.progress.up, reply.content)
+                except (MessageError, BadUpdateError) as error:
+                    problem = str(error)
+            if problem is not None:
+                self._drop(f"client {name!r}", problem)
+
+    def _instruction(self, server_round: int) -> Instruction:
+        return Instruction(self.progress.run, server_round, sent_hyper_parameters(self.config))
+
+    def _count(self, total: dict[str, int], content: RecordDict) -> None:
+        for tensor, size in messages.payload_bytes(content).items():
+            component = self.roster.component_of[tensor]
+            total[component] = total.get(component, 0) + size
+
+    def _drop(self, who: str, problem: str) -> None:
+        self.progress.dropped += 1
+        log.warning("dropped the reply of %s: %s", who, problem)
+        self.events.write("dropped", round=self.progress.round, who=who, problem=problem)
+
+    def _phase(self, name: str, run: Callable[[], Any]) -> Any:
+        began = time.monotonic()
+        outcome = run()
+        self._seconds[name] = time.monotonic() - began
+        return outcome
+
+
+def _problem(reply: Message | None) -> str | None:
+    """Why there is no content to use, or None."""
+    if reply is None:
+        return "no answer in time (raise round_timeout, or look at the node)"
+    if reply.has_error():
+        return f"{reply.error.reason} (code {reply.error.code})"
+    return None

@@ -1,0 +1,1 @@
+"""Methods of personalised federated learning, over the core's one training loop."""

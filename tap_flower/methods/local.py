@@ -1,0 +1,129 @@
+"""What a method works with on a client: its model, its data and the run's hyper-parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tap_flower.config import HyperParameters
+from tap_flower.core.components import load_trainable_state
+from tap_flower.core.initial import named_seed
+from tap_flower.core.tasks import TASK_KINDS, TaskKind
+from tap_flower.core.training import Batch, Objective, Optimisation, evaluate, train
+from tap_flower.data.loading import ClientData
+from tap_flower.data.spec import ClientSpec
+from tap_flower.models.backbones import Backbone
+from tap_flower.models.model import ModelTask, TapModel
+
+State = dict[str, Tensor]
+"""Tensor name -> value, on the CPU."""
+EVALUATION_BATCH = 128
+"""Examples in a batch of an evaluation; no result depends on it."""
+
+
+@dataclass
+class LocalClient:
+    """A client in one process.
+
+    Attributes:
+        spec: name and tasks.
+        data: its examples.
+        backbone: shared by all clients of the process.
+        settings: the run's hyper-parameters, as the server sent them.
+        device: where it computes.
+    """
+
+    spec: ClientSpec
+    data: ClientData
+    backbone: Backbone
+    settings: HyperParameters
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @cached_property
+    def kinds(self) -> Mapping[str, TaskKind]:
+        """Task name -> kind."""
+        return {task.name: TASK_KINDS[task.kind] for task in self.spec.tasks}
+
+    @cached_property
+    def margins(self) -> Mapping[str, float]:
+        """Task name -> the client's own margin, or the run's for the kind of task."""
+        by_kind = self.settings.replacement.margin
+        return {
+            task.name: getattr(by_kind, task.kind) if task.margin is None else task.margin for task in self.spec.tasks
+        }
+
+    def new_model(self) -> TapModel:
+        """A model of the client's components; its trainable tensors have no values yet."""
+        return TapModel(self.backbone, model_tasks(self.spec, self.settings.model.text_length), self.settings.model.layers)
+
+    def model(self, state: Mapping[str, Tensor] | None = None) -> TapModel:
+        """A model with the trainable tensors of `state`, or with the run's initial values, on the client's device."""
+        model = self.new_model()
+        if state is None:
+            model.initialise(self.settings.seed)
+        else:
+            load_trainable_state(model, state)
+        return model.to(self.device)
+
+    def train(
+        self,
+        model: TapModel,
+        optimisation: Optimisation,
+        *,
+        order: tuple[object, ...],
+        noise: tuple[object, ...],
+        objective: Objective | None = None,
+    ) -> dict[str, float]:
+        """Trains `model` in place on the client's training examples.
+
+        Args:
+            model: on the client's device.
+            optimisation: steps, learning rate and so on.
+            order: names the order of the mini-batches: the same names give the same mini-batches.
+            noise: names the random numbers of dropout.
+            objective: a further loss.
+
+        Returns:
+            Task name -> mean training loss.
+        """
+        name, seed = self.spec.name, self.settings.seed
+        batches = self.data.training_batches(
+            self.settings.train.batch_size, named_seed(seed, name, "order", *order), self.device
+        )
+        torch.manual_seed(named_seed(seed, name, "noise", *noise))
+        return train(model, self.kinds, batches, optimisation, objective)
+
+    def evaluate(self, model: TapModel, split: str) -> dict[str, dict[str, float]]:
+        """Task name -> metric -> value over all examples of a split."""
+        return evaluate(model, self.kinds, self.batches(split))
+
+    def losses(self, model: TapModel, split: str) -> dict[str, float]:
+        """Task name -> loss over all examples of a split."""
+        return {task: metrics["loss"] for task, metrics in self.evaluate(model, split).items()}
+
+    def batches(self, split: str) -> Iterator[Batch]:
+        """All examples of a split once."""
+        return self.data.batches(split, EVALUATION_BATCH, self.device)
+
+
+def model_tasks(spec: ClientSpec, text_length: int) -> list[ModelTask]:
+    """The tasks of a client spec, as the model wants them."""
+    return [
+        ModelTask(
+            pair=task.pair,
+            kind=task.kind,
+            domains=(task.domain,),
+            classes=len(task.classes),
+            target_length=text_length if task.kind == "text_generation" else 0,
+        )
+        for task in spec.tasks
+    ]
+
+
+def cpu_state(model: TapModel) -> State:
+    """A copy of the trainable tensors on the CPU."""
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}

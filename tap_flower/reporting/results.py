@@ -1,0 +1,91 @@
+"""`results.json`: the outcome of a run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tap_flower.core.tasks import TASK_KINDS
+from tap_flower.storage import StorageError, read_json
+
+SCHEMA = 1
+RESULTS = "results.json"
+Metrics = Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+def results(
+    *,
+    preset: str,
+    method: str,
+    seed: int,
+    rounds: int,
+    clients: Mapping[str, Metrics],
+    kinds: Mapping[str, str],
+    replacements: Mapping[str, Mapping[str, int]],
+    bytes_: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """The content of `results.json`.
+
+    Args:
+        preset: name of the preset.
+        method: name of the method.
+        seed: of the run.
+        rounds: rounds of stage 1.
+        clients: client -> task -> model -> metric -> value on the client's test data.
+        kinds: task name -> name of its kind.
+        replacements: client -> task -> number of rounds in which its components were replaced.
+        bytes_: `down`, `up` and `per_component`.
+        seconds: of each phase.
+    """
+    collected: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    for _, by_task in sorted(clients.items()):
+        for task, by_model in by_task.items():
+            for model, by_metric in by_model.items():
+                for metric, value in by_metric.items():
+                    collected[task][model][metric].append(value)
+    return {
+        "schema": SCHEMA,
+        "preset": preset,
+        "method": method,
+        "seed": seed,
+        "rounds": rounds,
+        "clients": {name: clients[name] for name in sorted(clients)},
+        "tasks": {
+            task: {model: {metric: fmean(v) for metric, v in m.items()} for model, m in by_model.items()}
+            for task, by_model in sorted(collected.items())
+        },
+        "kinds": dict(sorted(kinds.items())),
+        "replacements": {name: dict(replacements[name]) for name in sorted(replacements)},
+        "bytes": dict(bytes_),
+        "seconds": dict(seconds),
+    }
+
+
+def read_results(run: Path) -> dict[str, Any]:
+    """Reads the results of a run folder.
+
+    Raises:
+        StorageError: there is no such folder, the run has not finished, or the file is damaged.
+    """
+    if not run.is_dir():
+        raise StorageError(f"{run} is no run folder: give the folder that `tap-flower simulate --out` wrote")
+    if not (run / RESULTS).exists():
+        raise StorageError(f"{run} holds no {RESULTS}: the run has not finished; go on with `--out {run} --resume`")
+    found = read_json(run / RESULTS)
+    if found.get("schema") != SCHEMA:
+        raise StorageError(f"{run / RESULTS} has schema {found.get('schema')}, not {SCHEMA}: use the version that wrote it")
+    missing = {"preset", "method", "seed", "rounds", "clients", "tasks", "kinds", "replacements", "bytes"} - found.keys()
+    if missing:
+        raise StorageError(f"{run / RESULTS} is damaged: it lacks {', '.join(sorted(missing))}")
+    return found
+
+
+def headline(kind: str) -> tuple[str, bool]:
+    """(metric that a kind of task is judged by, whether higher is better)."""
+    return TASK_KINDS[kind].headline, TASK_KINDS[kind].higher_is_better

@@ -1,0 +1,256 @@
+"""A whole run on this machine through Flower's simulation runtime.
+
+`flwr run` starts a SuperLink that it never stops, whose working directory and environment are those of the first run ever.
+Here every run has a SuperLink of its own: a neutral working directory, its own `FLWR_HOME` and port, no installation of
+dependencies, and an end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tap_flower.reporting.events import METRICS, read_events
+from tap_flower.reporting.results import read_results
+
+_QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_CONNECTION = "tap-flower"
+_START_SECONDS = 60.0
+_STATUS_SECONDS = 10.0
+"""Seconds without a new event after which Flower is asked whether the run is still alive."""
+
+
+class SimulationError(RuntimeError):
+    """The run failed; the message says why, or where the log is."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to run.
+
+    Attributes:
+        preset: name of a preset.
+        config: path of a YAML file, or nothing.
+        settings: `key=value` strings.
+        out: the run folder.
+        resume: whether to go on with the run in that folder.
+        clients: number of clients, one node each.
+        cpus_per_client: processor cores of a client; as many clients run at once as fit.
+        gpus_per_client: share of a GPU; 0 computes on the processor.
+    """
+
+    preset: str
+    config: str
+    settings: tuple[str, ...]
+    out: Path
+    resume: bool
+    clients: int
+    cpus_per_client: int = 1
+    gpus_per_client: float = 0.0
+
+
+def app_folder() -> Path:
+    """The folder of the Flower app: inside the package when installed from a wheel, else the source tree.
+
+    Raises:
+        SimulationError: it is in neither place.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "flower_app", package.parent):
+        if (folder / "client_app" / "app.py").exists() and (folder / "pyproject.toml").exists():
+            return folder
+    raise SimulationError(f"the Flower app (client_app, server_app) is not beside {package}: install tap-flower again")
+
+
+def simulate(launch: Launch, on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Runs to the end and returns the results.
+
+    Args:
+        launch: what to run.
+        on_event: called with each event of `metrics.jsonl` as it is written.
+
+    Raises:
+        SimulationError: Flower could not be started, or the run failed.
+    """
+    out = launch.out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # The events of a resumed run are rewritten when it starts: wait for that.
+    before = _identity(out / METRICS)
+    with tempfile.TemporaryDirectory(prefix="tap-flower-") as work, _superlink(Path(work)) as flower:
+        run_id = _submit(launch, out, flower)
+        seen, last = 0, time.monotonic()
+        while True:
+            new = list(read_events(out, seen)) if _identity(out / METRICS) != before else []
+            for event in new:
+                on_event(event)
+                if event["event"] == "failed":
+                    raise SimulationError(event["problem"])
+                if event["event"] == "end":
+                    return read_results(out)
+            seen, last = seen + len(new), time.monotonic() if new else last
+            if time.monotonic() - last > _STATUS_SECONDS:
+                status, last = _status(flower, run_id), time.monotonic()
+                if status.startswith("finished"):
+                    raise SimulationError(f"the run ended with status {status}:\n{_tail(flower.log)}")
+            time.sleep(0.2)
+
+
+@dataclass(frozen=True)
+class _Flower:
+    folder: Path
+    environment: dict[str, str]
+    log: Path
+
+
+@contextmanager
+def _superlink(folder: Path) -> Iterator[_Flower]:
+    """A SuperLink for one run, ended with everything that it started."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    home = folder / "flwr"
+    home.mkdir()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n'
+        f'address = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    environment = {**os.environ, **_QUIET, "FLWR_HOME": str(home)}
+    flower = _Flower(folder, environment, folder / "flower.log")
+    with flower.log.open("wb") as log:
+        process = subprocess.Popen(
+            [
+                *(_program("flower-superlink"), "--insecure", "--simulation"),
+                *("--isolation", "subprocess", "--disable-runtime-dependency-installation"),
+                *("--host", "127.0.0.1", "--port", str(port)),
+            ],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + _START_SECONDS
+        while not _answers(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SimulationError(f"Flower's SuperLink did not start:\n{_tail(flower.log)}")
+            time.sleep(0.1)
+        yield flower
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the SuperLink's process group: politely, then for good."""
+    for signal_, patience in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(process.pid, signal_)
+            process.wait(patience)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def _submit(launch: Launch, out: Path, flower: _Flower) -> int:
+    # A TOML file, since `--run-config` on the command line takes values with quotes and spaces apart.
+    values = {
+        "preset": launch.preset,
+        "config": str(Path(launch.config).resolve()) if launch.config else "",
+        "set": " ".join(launch.settings),
+        "out": str(out),
+    }
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()] + [f"resume = {str(launch.resume).lower()}"]
+    run_config = flower.folder / "run.toml"
+    run_config.write_text("\n".join(lines) + "\n")
+    resources = {
+        "num-supernodes": launch.clients,
+        "client-resources-num-cpus": launch.cpus_per_client,
+        "init-args-num-cpus": max(os.cpu_count() or 1, launch.cpus_per_client),
+    }
+    if launch.gpus_per_client > 0:
+        import torch
+
+        resources |= {
+            "client-resources-num-gpus": launch.gpus_per_client,
+            "init-args-num-gpus": torch.cuda.device_count(),
+        }
+    federation = " ".join(f"{key}={value}" for key, value in resources.items())
+    answer = _flwr(
+        flower, "run", str(app_folder()), _CONNECTION, "--run-config", str(run_config), "--federation-config", federation
+    )
+    if not answer.get("success", False):
+        raise SimulationError(f"Flower did not take the run: {answer.get('error-message', answer)}")
+    return int(answer["run-id"])
+
+
+def _status(flower: _Flower, run_id: int) -> str:
+    answer = _flwr(flower, "ls", _CONNECTION, "--run-id", str(run_id))
+    runs = answer.get("runs") or [{}]
+    return str(runs[0].get("status", "unknown"))
+
+
+def _flwr(flower: _Flower, *arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [_program("flwr"), *arguments, "--format", "json"],
+        cwd=flower.folder,
+        env=flower.environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    start = done.stdout.find("{")
+    try:
+        answer = json.loads(done.stdout[start:])
+    except ValueError as error:
+        raise SimulationError(f"flwr {arguments[0]} failed: {(done.stderr or done.stdout).strip()}") from error
+    return dict(answer)
+
+
+def _program(name: str) -> str:
+    """Flower's command from this Python's environment, whether or not that is on PATH."""
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise SimulationError(f"the command {name!r} is not installed: install tap-flower again")
+    return found
+
+
+def _answers(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=1.0).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Something that changes when the file is replaced, not when it grows; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_dev
+
+
+def _tail(log: Path, lines: int = 25) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

@@ -1,0 +1,84 @@
+"""Files that survive a crash: every write goes to a temporary file first, which is then renamed. No pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+_RECORD = "tap_flower"
+
+
+class StorageError(RuntimeError):
+    """A file cannot be read or written; the message names it and what to do."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces the file at `path`: after a crash it holds either its old or its new content, whole.
+
+    Raises:
+        StorageError: the folder or the disk does not take it. The old content is intact.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path} cannot be written: {error.strerror}; what was there before is intact") from error
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes nested plain values, atomically."""
+    write_atomically(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads what `write_json` wrote.
+
+    Raises:
+        StorageError: the file is missing, unreadable or no JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise StorageError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise StorageError(f"{path} is damaged: it holds a {type(values).__name__}, not an object")
+    return values
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Writes tensors and a record of plain values in one safetensors file, so that the two can never disagree."""
+    write_atomically(path, save(dict(tensors), metadata={_RECORD: json.dumps(record)}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `write_tensors` wrote.
+
+    Returns:
+        The tensors (on the CPU) and the record.
+
+    Raises:
+        StorageError: the file is missing, truncated or not one of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {})[_RECORD])
+            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise StorageError(f"{path} does not exist") from error
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise StorageError(f"{path} is damaged, or was not written by tap-flower: {error}") from error

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tap_flower.config import client_specs, load_config
+from tap_flower.core.tasks import IGNORE
+from tap_flower.data import packaged
+from tap_flower.data.collate import IMAGE_MEAN, IMAGE_STD, normalise, pad_inputs, pad_targets
+from tap_flower.data.loading import ClientData, LazyImages, load_tokenizer
+from tap_flower.data.spec import ClientSpec, Source, SpecError
+from tap_flower.models.backbones import locate
+
+CPU = torch.device("cpu")
+CLIENTS = client_specs(load_config("demo"))
+
+
+def data(spec: ClientSpec, seed: int = 1) -> ClientData:
+    return ClientData(spec, load_tokenizer(locate("demo")), 40, seed)
+
+
+def changed(index: int, **changes: Any) -> ClientSpec:
+    return replace(CLIENTS[index], tasks=(replace(CLIENTS[index].tasks[0], **changes),))
+
+
+def test_clients_of_one_run_share_no_training_row() -> None:
+    seen: dict[tuple[str, int], str] = {}
+    for spec in CLIENTS:
+        client = data(spec)
+        for task in spec.tasks:
+            rows = client.splits["train"][task.name].rows
+            assert len(rows) == len(set(rows))
+            for row in rows:
+                # Questions about one image are rows of their own, and a client's translation is not its languages.
+                assert (task.train.name, row) not in seen, (spec.name, seen.get((task.train.name, row)))
+                seen[task.train.name, row] = spec.name
+
+
+def test_clients_have_between_200_and_1000_examples() -> None:
+    for spec in CLIENTS:
+        assert 200 <= sum(data(spec).sizes("train").values()) <= 1000
+
+
+def test_rows_depend_on_the_seed_and_on_nothing_else() -> None:
+    one, again, other = (data(CLIENTS[1], seed).splits["train"]["languages"].rows for seed in (1, 1, 2))
+    assert one == again != other
+    test = [data(CLIENTS[1], seed).splits["test"]["languages"].rows for seed in (1, 2)]
+    assert test[0] == test[1]  # every seed is judged on the same test rows
+
+
+def test_without_validation_rows_a_fifth_is_set_aside() -> None:
+    client = data(changed(1, validation=None, train=Source("packaged", "names", "train", (0, 50))))
+    train, held_out = (client.splits[split]["languages"] for split in ("train", "validation"))
+    assert (len(train), len(held_out)) == (40, 10)
+    assert sorted(train.rows + held_out.rows) == list(range(50))
+    assert not set(train.rows) & set(held_out.rows)
+    raw = packaged.load("names", "train")
+    assert [train.labels[0], held_out.labels[3]] == [raw[train.rows[0]]["label"], raw[held_out.rows[3]]["label"]]
+
+
+def test_batches_take_turns_and_cover_everything() -> None:
+    client = data(CLIENTS[7])
+    batches = list(itertools.islice(client.training_batches(50, 3, CPU), 8))
+    assert [b.task for b in batches] == ["digits", "languages"] * 4
+    assert [b.inputs["domain"] for b in batches[:2]] == ["handwriting", "names"]
+    epoch = torch.cat([b.inputs["image"].flatten(1) for b in batches if b.task == "digits"])
+    assert len(epoch.unique(dim=0)) == len(epoch) == 200
+    again = next(client.training_batches(50, 3, CPU))
+    assert torch.equal(again.inputs["image"], batches[0].inputs["image"])
+    other = next(client.training_batches(50, 4, CPU))
+    assert not torch.equal(other.inputs["image"], batches[0].inputs["image"])
+
+
+def test_a_text_batch() -> None:
+    batch = next(data(CLIENTS[6]).training_batches(8, 1, CPU))
+    tokenizer = load_tokenizer(locate("demo"))
+    ids, mask, target = batch.inputs["input_ids"], batch.inputs["attention_mask"], batch.target
+    assert (ids[:, 0] == tokenizer.cls_token_id).all()
+    assert ((ids == tokenizer.pad_token_id) == (mask == 0)).all()
+    assert mask.sum(1).max() == ids.shape[1]  # padded to the longest of the batch
+    assert batch.inputs["target_length"] == target.shape[1]
+    ends = (target != IGNORE).sum(1) - 1
+    assert (target[torch.arange(8), ends] == tokenizer.sep_token_id).all()
+    assert (target[:, 0] != tokenizer.cls_token_id).all()
+
+
+def test_the_target_of_image_generation_is_the_image() -> None:
+    batch = next(data(CLIENTS[3]).training_batches(4, 1, CPU))
+    assert torch.equal(batch.target, batch.inputs["image"])
+
+
+def test_images_are_decoded_when_used_and_once() -> None:
+    images = LazyImages(packaged.load("shapes", "train").select(range(20)).select_columns(["image"]))
+    assert images.decodes == 0
+    first = images[[3, 5]]
+    again = images[[5, 3]]
+    assert images.decodes == 2
+    assert torch.equal(first[0], again[1])
+    assert first.dtype == torch.uint8
+    assert first.shape == (2, 3, 64, 64)
+
+
+def test_pixels_are_normalised_once() -> None:
+    pixels = torch.zeros(1, 3, 1, 2, dtype=torch.uint8)
+    pixels[..., 1] = 255
+    found = normalise(pixels)
+    for channel in range(3):
+        black, white = found[0, channel, 0].tolist()
+        assert black == pytest.approx(-IMAGE_MEAN[channel] / IMAGE_STD[channel])
+        assert white == pytest.approx((1 - IMAGE_MEAN[channel]) / IMAGE_STD[channel])
+
+
+def test_padding() -> None:
+    padded = pad_inputs([[5, 6, 7], [8]], pad=9)
+    assert padded["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert padded["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert pad_inputs([[1, 2], [3, 4]], pad=0).keys() == {"input_ids"}
+    assert pad_targets([[1], [2, 3]]).tolist() == [[1, IGNORE], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"train": Source("packaged", "nomes", "train")}, "train: .*'nomes'"),
+        ({"train": Source("packaged", "names", "train", (0, 10**6))}, "train takes rows 0 to 1000000 of 'names'"),
+        ({"columns": {"text": "txt", "label": "label"}}, "train has no column 'txt' for text: choose among"),
+        ({"classes": ("en", "es")}, r"has 2 classes in the client spec but label \d in train row \d+"),
+    ],
+)
+def test_a_spec_that_does_not_fit_the_data_is_an_error_that_says_where(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SpecError, match=f"client 'client-1': task 'languages'.*{problem}"):
+        data(changed(1, **changes))

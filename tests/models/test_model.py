@@ -1,0 +1,157 @@
+"""The model against autograd, and what it must not do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import FlavaConfig
+
+from tap_flower.config import client_specs, load_config, presets
+from tap_flower.core.components import Pair, trainable_state
+from tap_flower.core.tasks import TASK_KINDS
+from tap_flower.data.loading import ClientData, load_tokenizer
+from tap_flower.data.spec import ClientSpec
+from tap_flower.methods.local import model_tasks
+from tap_flower.models.backbones import from_config, load_backbone, locate
+from tap_flower.models.model import ModelTask, TapModel, initial_values
+
+CPU = torch.device("cpu")
+ALL_CLIENTS = [(name, spec) for name in presets() for spec in client_specs(load_config(name))]
+
+
+def randomise(model: TapModel) -> TapModel:
+    """LoRA's B starts at zero, which would hide whether a tensor matters: give every tensor a value."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("preset", "spec"), ALL_CLIENTS, ids=lambda value: getattr(value, "name", value))
+def test_a_pair_reaches_exactly_the_tensors_that_autograd_finds(preset: str, spec: ClientSpec) -> None:
+    config = load_config(preset)
+    data = ClientData(spec, load_tokenizer(locate(spec.backbone)), config.model.text_length, config.seed)
+    model = randomise(
+        TapModel(load_backbone(spec.backbone), model_tasks(spec, config.model.text_length), config.model.layers)
+    )
+    names = set(trainable_state(model))
+    assert set(model.component_map.component_of) == names
+    union: set[str] = set()
+    for task in spec.tasks:
+        model.zero_grad(set_to_none=True)
+        batch = data.splits["train"][task.name].batch(range(4), CPU)
+        TASK_KINDS[task.kind].losses(model(task.name, batch.inputs), batch.target).mean().backward()
+        reached = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+        assert set(model.component_map.tensors_of(task.pair)) == reached
+        assert all(model.get_parameter(name).grad.abs().max() > 0 for name in reached)
+        union |= reached
+    assert union == names  # nothing is held that no pair of the client reaches
+    assert all(p.grad is None for p in model.backbone.parameters())
+
+
+def text_model() -> TapModel:
+    task = ModelTask(Pair("translation", ("text",)), "text_generation", ("words",), target_length=12)
+    return randomise(TapModel(load_backbone("demo"), [task], layers=1))
+
+
+def tokens(*rows: list[int]) -> dict[str, Any]:
+    return {"input_ids": torch.tensor(rows), "domain": "words", "target_length": 6}
+
+
+def test_different_inputs_give_different_text() -> None:
+    logits = text_model()("translation", tokens([2, 50, 51, 52, 3], [2, 60, 61, 62, 3]))
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
+def test_generated_positions_do_not_depend_on_how_many_are_asked_for() -> None:
+    model, inputs = text_model(), tokens([2, 50, 51, 3])
+    short = model("translation", {**inputs, "target_length": 3})
+    torch.testing.assert_close(model("translation", inputs)[:, :3], short, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_changes_nothing() -> None:
+    model = text_model()
+    alone = model("translation", tokens([2, 50, 51, 3]))
+    padded = tokens([2, 50, 51, 3, 0, 0, 0], [2, 60, 61, 62, 63, 64, 3])
+    padded["attention_mask"] = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1] * 7])
+    torch.testing.assert_close(model("translation", padded)[:1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_is_only_in_training_and_as_frequent_as_it_says() -> None:
+    from tap_flower.models.lora import dropout
+
+    x = torch.ones(400, 501)
+    torch.manual_seed(0)
+    dropped = dropout(x, 0.3)
+    assert set(dropped.unique().tolist()) == {0.0, pytest.approx(1 / 0.7)}
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.3, abs=0.005)
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.01)
+    neighbours = ((dropped[:, 1:] == 0) & (dropped[:, :-1] == 0)).float().mean().item()
+    assert neighbours == pytest.approx(0.09, abs=0.005)  # independent of each other
+    model = text_model()
+    assert torch.equal(model("translation", tokens([2, 50, 3])), model("translation", tokens([2, 50, 3])))
+    model.train()
+    assert not torch.equal(model("translation", tokens([2, 50, 3])), model("translation", tokens([2, 50, 3])))
+
+
+def test_equal_names_start_equal_whatever_else_a_client_holds() -> None:
+    def tensors(*tasks: ModelTask) -> dict[str, Tensor]:
+        return trainable_state(TapModel(load_backbone("demo"), tasks, layers=1).initialise(7))
+
+    read = ModelTask(Pair("read", ("text",)), "text_classification", ("names",), classes=3)
+    see = ModelTask(Pair("see", ("image",)), "image_classification", ("shapes",), classes=5)
+    both, one = tensors(read, see), tensors(see)
+    assert one.keys() < both.keys()
+    assert all(torch.equal(both[name], value) for name, value in one.items())
+    a = [value for name, value in both.items() if name.endswith(".A") and value.shape == (4, 64)]
+    assert len({tuple(value.flatten().tolist()) for value in a}) == len(a)  # no two LoRA A are equal
+
+
+def test_every_expert_of_a_layer_uses_one_frozen_network() -> None:
+    backbone = load_backbone("demo")
+    held = sum(p.numel() for p in backbone.parameters())
+    task = ModelTask(Pair("read", ("text",)), "text_classification", ("names",), classes=3)
+    model = TapModel(backbone, [task], layers=1)
+    assert sum(p.numel() for p in model.parameters() if not p.requires_grad) == held
+
+
+def test_full_size_flava_fits() -> None:
+    """Two tasks, images and text, at the size of facebook/flava-full; nothing is allocated."""
+    tasks = [
+        ModelTask(Pair("cifar100", ("image",)), "image_classification", ("objects",), classes=100),
+        ModelTask(Pair("news", ("text",)), "text_classification", ("news",), classes=4),
+    ]
+    with torch.device("meta"):
+        model = TapModel(from_config(FlavaConfig()), tasks, layers=1)
+    assert all(p.is_meta for p in model.parameters())
+    assert model.backbone.size == 768
+    sent = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sent * 4 <= 18e6
+    used = [model.backbone.fusion_layers[:2], model.components]
+    used += [getattr(model.backbone, name) for name in ("image_layers", "text_layers", "image_norm", "text_norm")]
+    used += [model.backbone.image_embeddings, model.backbone.text_embeddings]
+    assert sum(p.numel() for part in used for p in part.parameters()) <= 225e6
+    assert sum(p.numel() for p in model.parameters()) <= 225e6
+
+
+def test_too_few_fusion_layers_is_an_error_that_says_so() -> None:
+    task = ModelTask(Pair("read", ("text",)), "text_classification", ("names",), classes=3)
+    with pytest.raises(ValueError, match="model.layers = 9 needs 18 multimodal layers, the backbone has"):
+        TapModel(load_backbone("demo"), [task], layers=9)
+
+
+def test_unknown_backbones_are_errors_with_a_remedy(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"backbone '.*nowhere' cannot be loaded.*model.safetensors"):
+        load_backbone(str(tmp_path / "nowhere"))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="'bert' is not supported: use one of"):
+        load_backbone(str(tmp_path))
+
+
+def test_a_module_without_a_rule_for_its_start_is_an_error() -> None:
+    with pytest.raises(TypeError, match="no initial value is defined for GRU"):
+        initial_values(nn.GRU(2, 2))

@@ -1,0 +1,43 @@
+"""The house's rules: who may import whom, and what an import pulls in."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_import_contracts() -> None:
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("tap_flower", {"torch", "flwr", "transformers", "datasets"}),
+        ("tap_flower.core.replacement", {"flwr", "transformers", "datasets", "omegaconf", "ray"}),
+        ("tap_flower.core.aggregation", {"flwr", "transformers", "datasets", "omegaconf", "ray"}),
+        ("tap_flower.core.distillation", {"flwr", "transformers", "datasets", "omegaconf", "ray"}),
+        ("tap_flower.models.model", {"flwr", "datasets", "omegaconf", "ray"}),
+    ],
+)
+def test_an_import_pulls_in_only_what_its_layer_may_use(module: str, forbidden: set[str]) -> None:
+    code = f"import {module}, sys; print(*sorted({forbidden!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_nothing_is_pickled() -> None:
+    for path in [*(ROOT / "tap_flower").rglob("*.py"), *(ROOT / "client_app").glob("*.py"), *(ROOT / "server_app").glob("*.py")]:
+        text = path.read_text()
+        for word in ("import pickle", "torch.load(", "torch.save(", "allow_pickle", "import cloudpickle", "trust_remote_code=True"):
+            assert word not in text, f"{path}: {word}"

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tap_flower.config import (
+    Config,
+    ConfigError,
+    Distill,
+    ReplacementEvidence,
+    Train,
+    client_specs,
+    hyper_parameters,
+    load_config,
+    options,
+    plain,
+    presets,
+    sent_hyper_parameters,
+    to_yaml,
+)
+
+
+def test_precedence(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("rounds: 7\ntrain: {steps: 5, batch_size: 8}\n")
+    config = load_config("demo", str(file), ["train.steps=3", "replacement.evidence=training"])
+    assert (config.rounds, config.train.steps, config.train.batch_size) == (7, 3, 8)
+    assert config.replacement.evidence is ReplacementEvidence.training
+    assert config.train.weight_decay == Train().weight_decay
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (["train.stepz=3"], r"unknown key 'train.stepz' \(did you mean 'train.steps'\?\)"),
+        (["roundz=3"], r"unknown key 'roundz' \(did you mean 'rounds'\?\)"),
+        (["rounds=many"], "setting 'rounds=many': rounds:.*'many'"),
+        (["rounds=0"], "rounds = 0 is out of bounds: choose between 1 and"),
+        (["train.learning_rate=.nan"], "train.learning_rate = nan is out of bounds"),
+        (["replacement.source=borrowed"], "replacement.source.*'borrowed'.*trained.*received"),
+        (["replacement.margin.text_generation=-1"], "replacement.margin.text_generation = -1"),
+        (["distill.weight.smells=1"], "unknown key 'distill.weight.smells'"),
+        (["rounds"], "setting 'rounds' has no '='"),
+        (["rounds="], "rounds"),
+        (["train=3"], "unknown key 'train'"),
+    ],
+)
+def test_a_wrong_setting_names_key_value_and_remedy(settings: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        load_config("demo", "", settings)
+
+
+def test_an_unknown_preset_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"unknown preset 'demmo' \(did you mean 'demo'\?\): use one of .*demo"):
+        load_config("demmo")
+
+
+@pytest.mark.parametrize(("text", "problem"), [("- 1\n", "holds no keys"), ("a: [", "cannot be read")])
+def test_an_unreadable_file_is_named(tmp_path: Path, text: str, problem: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=f"bad.yaml.*{problem}"):
+        load_config("demo", str(file))
+    with pytest.raises(ConfigError, match="none.yaml.*cannot be read"):
+        load_config("demo", str(tmp_path / "none.yaml"))
+
+
+def test_every_preset_loads_and_survives_a_round_trip(tmp_path: Path) -> None:
+    for name in presets():
+        config = load_config(name)
+        assert len(client_specs(config)) == len(config.clients)
+        values = yaml.safe_load(to_yaml(config))
+        del values["preset"]
+        file = tmp_path / "again.yaml"
+        file.write_text(yaml.safe_dump(values))
+        assert plain(load_config(name, str(file))) == plain(config)
+
+
+def test_every_option_has_a_help_text() -> None:
+    found = list(options())
+    assert all(metadata["help"] for _, _, metadata in found)
+    keys = {key for key, _, _ in found}
+    assert {
+        "rounds", "clients_per_round", "seed", "train.steps", "train.batch_size", "distill.iterations",
+        "distill.weight.text_classification", "replacement.margin.image_generation", "replacement.source",
+        "replacement.evidence",
+    } <= keys  # fmt: skip
+
+
+def test_the_learning_rate_warms_up() -> None:
+    # 1e-4 + (3e-4 - 1e-4) · min(r / 20, 1)
+    train = Train(learning_rate=3e-4, start_learning_rate=1e-4, warmup_rounds=20)
+    assert train.optimisation(1).learning_rate == pytest.approx(1.1e-4)
+    assert train.optimisation(10).learning_rate == pytest.approx(2e-4)
+    assert train.optimisation(20).learning_rate == train.optimisation(150).learning_rate == pytest.approx(3e-4)
+    assert Distill(iterations=9, learning_rate=0.5).optimisation(train).steps == 9
+
+
+def test_clients_receive_hyper_parameters_and_nothing_else() -> None:
+    sent = sent_hyper_parameters(load_config("demo", "", ["train.steps=3"]))
+    assert set(sent) == {"seed", "model", "train", "distill", "replacement"}
+    assert hyper_parameters(sent).train.steps == 3
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"clients": []},
+        {"train": {"steps": 0}},
+        {"train": {"steps": "${oc.env:HOME}"}},
+        {"model": {"backbone": "evil/hub"}},
+        {"seed": "x"},
+        {"train": 3},
+    ],
+)
+def test_a_server_cannot_set_anything_else(sent: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="the server"):
+        hyper_parameters(sent)
+
+
+def test_two_clients_of_one_name_are_an_error() -> None:
+    config = load_config("demo")
+    double = Config(**{**vars(config), "clients": [config.clients[0], config.clients[0]]})
+    with pytest.raises(ConfigError, match="two clients are named 'client-0'"):
+        client_specs(double)
