@@ -216,7 +216,7 @@ def plain(config: HyperParameters) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """A configuration as YAML that `load_config` reads."""
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    return str(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
 
 
 def options(schema: type[Any] = Config, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:

@@ -179,10 +179,12 @@ def _submit(launch: Launch, out: Path, flower: _Flower) -> int:
         "set": " ".join(launch.settings),
         "out": str(out),
     }
-    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()] + [f"resume = {str(launch.resume).lower()}"]
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()] + [
+        f"resume = {str(launch.resume).lower()}"
+    ]
     run_config = flower.folder / "run.toml"
     run_config.write_text("\n".join(lines) + "\n")
-    resources = {
+    resources: dict[str, float] = {
         "num-supernodes": launch.clients,
         "client-resources-num-cpus": launch.cpus_per_client,
         "init-args-num-cpus": max(os.cpu_count() or 1, launch.cpus_per_client),
@@ -196,7 +198,14 @@ def _submit(launch: Launch, out: Path, flower: _Flower) -> int:
         }
     federation = " ".join(f"{key}={value}" for key, value in resources.items())
     answer = _flwr(
-        flower, "run", str(app_folder()), _CONNECTION, "--run-config", str(run_config), "--federation-config", federation
+        flower,
+        "run",
+        str(app_folder()),
+        _CONNECTION,
+        "--run-config",
+        str(run_config),
+        "--federation-config",
+        federation,
     )
     if not answer.get("success", False):
         raise SimulationError(f"Flower did not take the run: {answer.get('error-message', answer)}")

@@ -37,7 +37,18 @@ def test_an_import_pulls_in_only_what_its_layer_may_use(module: str, forbidden: 
 
 
 def test_nothing_is_pickled() -> None:
-    for path in [*(ROOT / "tap_flower").rglob("*.py"), *(ROOT / "client_app").glob("*.py"), *(ROOT / "server_app").glob("*.py")]:
+    for path in [
+        *(ROOT / "tap_flower").rglob("*.py"),
+        *(ROOT / "client_app").glob("*.py"),
+        *(ROOT / "server_app").glob("*.py"),
+    ]:
         text = path.read_text()
-        for word in ("import pickle", "torch.load(", "torch.save(", "allow_pickle", "import cloudpickle", "trust_remote_code=True"):
+        for word in (
+            "import pickle",
+            "torch.load(",
+            "torch.save(",
+            "allow_pickle",
+            "import cloudpickle",
+            "trust_remote_code=True",
+        ):
             assert word not in text, f"{path}: {word}"

@@ -11,10 +11,6 @@ Each step adds four losses, every one on a batch of its own:
 * `contrast`: the mean of an image's hidden states, projected, is compared with every distinct caption ("a teal circle",
   "digit four"). Contrast within a batch, which is usual, fails here: too many images of a batch share a caption.
 
-Half of the images of `image` are recoloured at random, in the way of the adaptor that the product puts in front of the
-image encoder: it starts from random weights, so that a client's first images have any colours. (Recoloured images in
-`contrast`, with captions that name no colour, kept it from learning: 600 steps did not get past chance on digits.)
-
 The tasks' own labels are seen in captions and answers of the public items alone. What is saved is a `FlavaModel` (the
 heads that predict pixels and tokens are thrown away), a tokenizer and an image processor, all for `from_pretrained`.
 """
@@ -141,8 +137,8 @@ def train_tokenizer(lines: Iterable[str]) -> transformers.PreTrainedTokenizerBas
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    # The trainer breaks ties by number, and numbers letters in the order of a hash table, another one in each process. As
-    # "special" tokens they come first, in this order, so that the same text gives the same tokens.
+    # The trainer breaks ties by number, and numbers letters in the order of a hash table, another one in each process.
+    # As "special" tokens they come first, in this order, so that the same text gives the same tokens.
     first = [*SPECIAL, *letters, *inner]
     trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=first, show_progress=False)
     tokenizer.train_from_iterator(lines, trainer)
@@ -193,7 +189,7 @@ def build_model(vocabulary: int) -> transformers.FlavaModel:
     model = transformers.FlavaModel(config)
     # FLAVA starts with all positions alike (zeros); a small model then takes thousands of steps to tell them apart.
     nn.init.normal_(model.image_model.embeddings.position_embeddings, std=POSITION_STD)
-    return model.train()
+    return model
 
 
 class Heads(nn.Module):
@@ -227,18 +223,6 @@ def shifted(images: Tensor, limit: int = SHIFT) -> Tensor:
     columns = (torch.arange(width) + right).clamp(0, width - 1)
     picked = images.permute(0, 2, 3, 1)[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
     return picked.permute(0, 3, 1, 2)
-
-
-def recoloured(images: Tensor) -> Tensor:
-    """Returns images (batch, 3, height, width) after 3x3 convolution, GELU, 1x1 convolution, random for each image.
-
-    The weights are drawn as `nn.Conv2d` draws them at its start: uniform within 1 / sqrt(fan in).
-    """
-    count = len(images)
-    first = (torch.rand(3 * count, 3, 3, 3) * 2 - 1) / 27**0.5
-    second, bias = (torch.rand(3 * count, 3, 1, 1) * 2 - 1) / 3**0.5, (torch.rand(3 * count) * 2 - 1) / 3**0.5
-    mixed = functional.conv2d(images.reshape(1, 3 * count, *images.shape[2:]), first, padding=1, groups=count)
-    return functional.conv2d(functional.gelu(mixed), second, bias, groups=count).reshape(images.shape)
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -351,6 +335,7 @@ def pretrain(
     torch.manual_seed(seed)
     draw = random.Random(seed)
     model = build_model(len(tokenizer))
+    model.train(True)
     heads = Heads(len(tokenizer))
 
     @functools.cache
@@ -372,7 +357,7 @@ def pretrain(
         shapes, digits = torch.arange(data.first_digit), torch.arange(data.first_digit, len(data.images))
         rows = half_and_half(shapes, digits, BATCH["image"])
         images = normalised(shifted(data.images[rows]))
-        return masked_image_loss(model, heads, torch.cat([images[::2], recoloured(images[1::2])]))
+        return masked_image_loss(model, heads, images)
 
     def text_loss() -> Tensor:
         lines = []
@@ -414,7 +399,8 @@ def pretrain(
                 f"step {step:5d}  " + "  ".join(f"{n} {np.mean(h[-100:]):.4f}" for n, h in history.items()), flush=True
             )
     last = max(1, steps // 10)
-    return model.eval(), {name: float(np.mean(values[-last:])) for name, values in history.items()}
+    model.train(False)
+    return model, {name: float(np.mean(values[-last:])) for name, values in history.items()}
 
 
 def model_card(data: PublicData, steps: int, seed: int, seconds: float, losses: dict[str, float], size: int) -> str:
@@ -455,7 +441,7 @@ The tokenizer was trained on the same text.
 AdamW, peak learning rate {PEAK_RATE:g} after {WARMUP} steps, cosine decay. Sum of four losses, for which see
 `tap_flower/assets/pretrain.py`: masked patches, masked tokens of names (one to three of a language in a line), masked
 tokens of question and answer given the image, contrast of mean-pooled images with all distinct captions. Images are
-shifted by up to {SHIFT} pixels; half of those with masked patches are recoloured by a random convolution.
+shifted by up to {SHIFT} pixels.
 Mean losses over the last tenth of the steps: {ended}.
 
 Images: RGB, 1/255, mean {PIXEL_MEAN}, standard deviation {PIXEL_STD}.

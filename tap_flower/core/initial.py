@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-Distribution = Literal["constant", "normal", "uniform"]
+Distribution = Literal["constant", "identity", "normal", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Initial:
     """How a tensor starts.
 
     Attributes:
-        distribution: `constant` (= scale), `normal` (mean 0, standard deviation scale) or `uniform` (between ± scale).
+        distribution: `constant` (= scale), `identity` (a convolution that multiplies by scale), `normal` (mean 0, standard
+            deviation scale) or `uniform` (between ± scale).
         scale: see above.
     """
 
@@ -42,6 +43,8 @@ class Initial:
         tensor = torch.empty(shape, dtype=torch.float32)
         if self.distribution == "constant":
             return tensor.fill_(self.scale)
+        if self.distribution == "identity":
+            return nn.init.dirac_(tensor).mul_(self.scale)
         generator = torch.Generator().manual_seed(named_seed(seed, name))
         if self.distribution == "normal":
             return tensor.normal_(0.0, self.scale, generator=generator)

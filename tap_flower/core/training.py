@@ -138,9 +138,7 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(
-    model: PairModel, kinds: Mapping[str, TaskKind], batches: Iterable[Batch]
-) -> dict[str, dict[str, float]]:
+def evaluate(model: PairModel, kinds: Mapping[str, TaskKind], batches: Iterable[Batch]) -> dict[str, dict[str, float]]:
     """Metrics of `model` over all of `batches`, each computed from sums over the whole data set.
 
     Args:

@@ -139,7 +139,7 @@ def _identity(context: Context) -> tuple[ClientSpec, Path]:
     node = context.node_config
     if "client-spec" in node:
         if "state-dir" not in node:
-            raise SpecError("the node has a client-spec but no state-dir: add state-dir=\"FOLDER\" to its --node-config")
+            raise SpecError('the node has a client-spec but no state-dir: add state-dir="FOLDER" to its --node-config')
         path = Path(str(node["client-spec"]))
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -150,7 +150,9 @@ def _identity(context: Context) -> tuple[ClientSpec, Path]:
         spec = client_spec(values)
         return spec, Path(str(node["state-dir"])) / spec.name
     if "partition-id" not in node:
-        raise SpecError('the node has no client-spec: start it with --node-config \'client-spec="FILE" state-dir="FOLDER"\'')
+        raise SpecError(
+            'the node has no client-spec: start it with --node-config \'client-spec="FILE" state-dir="FOLDER"\''
+        )
     config, out = simulated_run(context)
     specs, partition = client_specs(config), int(node["partition-id"])
     if partition >= len(specs):

@@ -43,9 +43,9 @@ def exchange(
     while waiting and time.monotonic() < deadline:
         arrived = list(grid.pull_messages(list(waiting)))
         for reply in arrived:
-            name = waiting.pop(reply.metadata.reply_to_message_id, None)
-            if name is not None:
-                yield name, reply
+            sender = waiting.pop(reply.metadata.reply_to_message_id or "", "")
+            if sender:
+                yield sender, reply
         if waiting and not arrived:
             time.sleep(_POLL)
     for name in waiting.values():

@@ -200,7 +200,9 @@ def encode_manifest(manifest: Manifest) -> RecordDict:
         "client": manifest.client,
         "fingerprint": manifest.fingerprint,
         "tasks": [asdict(task) for task in manifest.tasks],
-        "tensors": {n: [i.component, i.shape, i.initial.distribution, i.initial.scale] for n, i in manifest.tensors.items()},
+        "tensors": {
+            n: [i.component, i.shape, i.initial.distribution, i.initial.scale] for n, i in manifest.tensors.items()
+        },
         "reach": {task: sorted(components) for task, components in manifest.reach.items()},
     }
     return encode({**_version(), **values})
@@ -279,7 +281,7 @@ def decode_metrics(content: RecordDict, tasks: Iterable[str]) -> Metrics:
     Raises:
         MessageError: it is anything else.
     """
-    metrics, names = decode(content).get("metrics"), set(tasks)
+    metrics, names = decode(content).get("metrics", {}), set(tasks)
     try:
         return {
             task: {

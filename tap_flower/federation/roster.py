@@ -107,5 +107,6 @@ class Roster:
         """
         expected = {task.pair.task: task.examples for task in self.manifests[name].tasks}
         if dict(examples) != expected:
-            raise BadUpdateError(f"client {name!r}: the reply counts {dict(examples)} examples, the manifest {expected}")
-
+            raise BadUpdateError(
+                f"client {name!r}: the reply counts {dict(examples)} examples, the manifest {expected}"
+            )

@@ -115,7 +115,9 @@ class ClientStore:
 
     def _check(self, name: str, record: dict[str, Any]) -> None:
         if record.get("schema") != SCHEMA:
-            raise StorageError(f"{self.folder / name} has schema {record.get('schema')}, not {SCHEMA}: use the same version")
+            raise StorageError(
+                f"{self.folder / name} has schema {record.get('schema')}, not {SCHEMA}: use the same version"
+            )
         if record.get("run") != self.run:
             raise StorageError(
                 f"{self.folder / name} belongs to run {record.get('run')}, not {self.run}: use another state folder"

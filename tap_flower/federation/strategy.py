@@ -172,7 +172,7 @@ class TapStrategy:
         roster.tensors = aggregator.result()
         for name, report in sorted(reports.items()):
             counts = Counter(self.progress.replacements.get(name, {}))
-            counts.update({task: count for task, count in report.replacements.items()})
+            counts.update(report.replacements)
             self.progress.replacements[name] = dict(counts)
         return dict(sorted(reports.items()))
 
@@ -199,7 +199,12 @@ class TapStrategy:
         return found
 
     def _for_each(
-        self, grid: Grid, message_type: str, server_round: int, names: Iterable[str], use: Callable[[str, Message], None]
+        self,
+        grid: Grid,
+        message_type: str,
+        server_round: int,
+        names: Iterable[str],
+        use: Callable[[str, Message], None],
     ) -> None:
         """Sends each client its own tensors; uses each good reply, and drops and logs a bad one."""
 

@@ -125,7 +125,7 @@ def family(model_type: str) -> type[Backbone]:
 
 def from_model(model: PreTrainedModel) -> Backbone:
     """A backbone that takes over the modules of a transformers model and freezes them."""
-    backbone = family(model.config.model_type)(model)  # type: ignore[call-arg]
+    backbone = family(model.config.model_type)(model)
     backbone.requires_grad_(False)
     return backbone.eval()
 
@@ -134,7 +134,7 @@ def from_config(config: PreTrainedConfig) -> Backbone:
     """A backbone with random weights; under `torch.device("meta")` it allocates nothing."""
     from transformers import AutoModel
 
-    return from_model(AutoModel.from_config(config))
+    return from_model(AutoModel.from_config(config))  # type: ignore[no-untyped-call]
 
 
 @cache

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tap_flower.core.initial import Initial
 from tap_flower.models.experts import FrozenLayer
 from tap_flower.models.lora import LoRA, LoraSettings, lora_linear
 
 
 class ImageAdaptor(nn.Module):
-    """What stands in front of the image encoder: ×2 bilinear -> 3×3 conv -> GELU -> the backbone's size -> 1×1 conv."""
+    """What stands in front of the image encoder: ×2 bilinear -> 3×3 conv -> GELU -> the backbone's size -> 1×1 conv.
+
+    It starts close to the identity, so that a pretrained encoder sees the images that it knows: the first convolution
+    scales down to where GELU is nearly linear (GELU(x) ≈ x / 2), the second scales up again.
+    """
+
+    SCALE = 0.1
+    INITIALS: ClassVar[dict[str, Initial]] = {
+        "conv.weight": Initial("identity", SCALE),
+        "mix.weight": Initial("identity", 2 / SCALE),
+        "mix.bias": Initial("constant", 0.0),
+    }
 
     def __init__(self, image_size: int) -> None:
         super().__init__()
@@ -52,9 +65,7 @@ class Output(nn.Module):
         return normed
 
 
-def encode(
-    layers: Sequence[FrozenLayer], loras: Sequence[LayerLoRA], tokens: Tensor, mask: Tensor | None
-) -> Tensor:
+def encode(layers: Sequence[FrozenLayer], loras: Sequence[LayerLoRA], tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Frozen pre-norm transformer layers with LoRA on query and value.
 
     Args:

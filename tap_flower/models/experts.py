@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tap_flower.models.lora import LoRA, LoraSettings, add_lora, lora_linear
-
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -34,7 +33,7 @@ class FrozenLayer(nn.Module):
         self.norm_after = _of_type(layer, "layernorm_after", nn.LayerNorm)
         self.up = _of_type(layer, "intermediate.dense", nn.Linear)
         self.down = _of_type(layer, "output.dense", nn.Linear)
-        self.activation = layer.get_submodule("intermediate").intermediate_act_fn
+        self.activation: Callable[[Tensor], Tensor] = layer.get_submodule("intermediate.intermediate_act_fn")
         self.heads = heads
         self.requires_grad_(False)
 

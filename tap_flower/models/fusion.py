@@ -6,7 +6,7 @@ model holds what `components` lists, and the forward pass takes exactly these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -129,7 +129,7 @@ class Fusion:
 
     def __call__(
         self,
-        held: Mapping[str, nn.Module],
+        held: nn.ModuleDict,
         x: Tensor,
         mask: Tensor | None,
         modality: str,
@@ -176,7 +176,7 @@ class Fusion:
         self,
         layer: FrozenLayer,
         depth: int,
-        held: Mapping[str, nn.Module],
+        held: nn.ModuleDict,
         x: Tensor,
         mask: Tensor | None,
         stages: Sequence[Stage],
@@ -192,7 +192,7 @@ class Fusion:
         return x + layer.attend(query, layer.key(n), value, mask)
 
     def _expert_part(
-        self, layer: FrozenLayer, depth: int, held: Mapping[str, nn.Module], x: Tensor, stages: Sequence[Stage]
+        self, layer: FrozenLayer, depth: int, held: nn.ModuleDict, x: Tensor, stages: Sequence[Stage]
     ) -> Tensor:
         """`x + E(LN2(x))`."""
         experts = [cast(Expert, _at(held[s.expert_component], depth)) for s in stages]

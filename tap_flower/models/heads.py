@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
@@ -49,7 +48,14 @@ class TextHead(nn.Module):
         self.value = nn.Linear(size, size)
         self.output = nn.Linear(size, size)
         config = GPT2Config(
-            vocab_size=1, bos_token_id=None, eos_token_id=None, n_positions=length, n_embd=size, n_layer=1, n_head=4, n_inner=2 * size
+            vocab_size=1,
+            bos_token_id=None,
+            eos_token_id=None,
+            n_positions=length,
+            n_embd=size,
+            n_layer=1,
+            n_head=4,
+            n_inner=2 * size,
         )
         self.gpt2 = GPT2Model(config)
         del self.gpt2.wte  # its input is never token ids

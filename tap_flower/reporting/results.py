@@ -79,8 +79,20 @@ def read_results(run: Path) -> dict[str, Any]:
         raise StorageError(f"{run} holds no {RESULTS}: the run has not finished; go on with `--out {run} --resume`")
     found = read_json(run / RESULTS)
     if found.get("schema") != SCHEMA:
-        raise StorageError(f"{run / RESULTS} has schema {found.get('schema')}, not {SCHEMA}: use the version that wrote it")
-    missing = {"preset", "method", "seed", "rounds", "clients", "tasks", "kinds", "replacements", "bytes"} - found.keys()
+        raise StorageError(
+            f"{run / RESULTS} has schema {found.get('schema')}, not {SCHEMA}: use the version that wrote it"
+        )
+    missing = {
+        "preset",
+        "method",
+        "seed",
+        "rounds",
+        "clients",
+        "tasks",
+        "kinds",
+        "replacements",
+        "bytes",
+    } - found.keys()
     if missing:
         raise StorageError(f"{run / RESULTS} is damaged: it lacks {', '.join(sorted(missing))}")
     return found

@@ -45,7 +45,9 @@ updates = st.lists(
 @given(updates, st.randoms())
 def test_the_result_does_not_depend_on_the_order_of_arrival(rows: list[tuple[int, int, float]], random: object) -> None:
     previous = {"a": torch.zeros(37)}
-    made = [(weight, torch.randn(37, generator=torch.Generator().manual_seed(seed)) * size) for weight, seed, size in rows]
+    made = [
+        (weight, torch.randn(37, generator=torch.Generator().manual_seed(seed)) * size) for weight, seed, size in rows
+    ]
     total = sum(weight for weight, _ in made)
 
     def merge(order: list[tuple[int, Tensor]]) -> Tensor:

@@ -212,27 +212,6 @@ def test_shift_moves_the_image_and_repeats_the_border() -> None:
         torch.testing.assert_close(image[1, 5], (torch.arange(64) + step).clamp(0, 63).to(torch.uint8))
 
 
-def test_recolouring_is_what_torchs_own_layers_do() -> None:
-    torch.manual_seed(0)
-    images = torch.randn(2, 3, 16, 16)
-    torch.manual_seed(1)
-    made = pretrain.recoloured(images)
-    torch.manual_seed(1)
-    first, second, bias = (torch.rand(size) * 2 - 1 for size in ((6, 3, 3, 3), (6, 3, 1, 1), (6,)))
-    for index, image in enumerate(images):
-        own = slice(3 * index, 3 * index + 3)
-        conv, mix = torch.nn.Conv2d(3, 3, 3, padding=1, bias=False), torch.nn.Conv2d(3, 3, 1)
-        conv.weight.data, mix.weight.data, mix.bias.data = (
-            first[own] / 27**0.5,
-            second[own] / 3**0.5,
-            bias[own] / 3**0.5,
-        )
-        torch.testing.assert_close(made[index], mix(torch.nn.functional.gelu(conv(image))))
-    # The bounds are those of the layers' own start.
-    assert torch.nn.Conv2d(3, 3, 3, bias=False).weight.abs().max() <= 1 / 27**0.5
-    assert torch.nn.Conv2d(3, 3, 1).weight.abs().max() <= 1 / 3**0.5
-
-
 def test_captions_are_distinct_and_all_in_use() -> None:
     data = pretrain.read_public()
     assert len(data.captions) == len(set(data.captions)) == 24 + 10

@@ -102,7 +102,7 @@ class Federation:
         return prepare(config, self.out, resume)
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_federation(tmp_path: Path) -> Callable[..., Federation]:
     made = 0
 
@@ -118,7 +118,7 @@ def make_federation(tmp_path: Path) -> Callable[..., Federation]:
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def federation(make_federation: Callable[..., Federation]) -> Federation:
     return make_federation()
 

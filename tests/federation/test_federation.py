@@ -92,7 +92,7 @@ def test_after_aggregation_every_client_starts_from_exactly_the_servers_tensors(
     examples = {node: strategy.roster.manifests[names[node]].examples_per_component for node in names}
     component_of = strategy.roster.component_of
     compared = 0
-    for _, node, tensors in [row for row in sent(grid, messages.TRAIN) if row[0] == 2]:
+    for _, _, tensors in [row for row in sent(grid, messages.TRAIN) if row[0] == 2]:
         for name, value in tensors.items():
             holders = [other for other in replies if name in replies[other]]
             weights = torch.tensor([examples[h][component_of[name]] for h in holders], dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_messages_hold_the_tensors_of_the_clients_own_pairs_and_nothing_else(fed
     names = {node: name for name, node in strategy.roster.nodes.items()}
     checked = 0
     for message in [*grid.sent, *grid.received]:
-        if messages.MANIFEST == message.metadata.message_type:
+        if message.metadata.message_type == messages.MANIFEST:
             assert not message.content.array_records
             continue
         assert set(message.content.keys()) <= {"tap", "tensors"}

@@ -60,7 +60,9 @@ def published_name(name: str) -> str:
         layer, _, tail = rest.partition(".")
         if parts[0] == "block":
             which, matrix = tail.split(".")
-            return f"fusion.{kind}_transformers.{parts[1]}.layers.{layer}.attention.lora_{which[0]}.lora_{matrix}.weight"
+            return (
+                f"fusion.{kind}_transformers.{parts[1]}.layers.{layer}.attention.lora_{which[0]}.lora_{matrix}.weight"
+            )
         if parts[0] == "domain":
             which, linear, matrix = tail.split(".")
             inner = f"mode_{which[0]}.experts.{parts[2]}.{FIRST_OR_SECOND[linear]}.lora_{matrix}.default.weight"

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tap_flower import cli
+from tap_flower.reporting.progress import RunProgress
+from tap_flower.reporting.results import results
+from tap_flower.simulation import Launch, SimulationError
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `tap-flower ARGUMENTS`: exit code, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["tap-flower", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+def finished_run(folder: Path) -> dict[str, Any]:
+    models = {"server": {"loss": 2.0, "accuracy": 0.25}, "tap": {"loss": 1.0, "accuracy": 0.75}}
+    pictures = {"server": {"loss": 0.125, "mse": 0.125}, "tap": {"loss": 0.5, "mse": 0.5}}
+    found = results(
+        preset="demo",
+        method="tap",
+        seed=41,
+        rounds=3,
+        clients={"ann": {"read": models, "paint": pictures}, "bob": {"read": {"tap": {"loss": 3.0, "accuracy": 0.5}}}},
+        kinds={"read": "text_classification", "paint": "image_generation"},
+        replacements={"ann": {"read": 2, "paint": 0}, "bob": {"read": 1}},
+        bytes_={"down": 3_000_000, "up": 1_000_000, "per_component": {}},
+        seconds={"total": 1.0},
+    )
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(found))
+    return found
+
+
+def test_results_are_means_over_clients(tmp_path: Path) -> None:
+    found = finished_run(tmp_path / "run")
+    assert found["tasks"]["read"]["tap"] == {"loss": 2.0, "accuracy": 0.625}
+    assert found["tasks"]["read"]["server"] == {"loss": 2.0, "accuracy": 0.25}
+
+
+def test_report_shows_the_headline_metric_of_each_task(command: Any, tmp_path: Path) -> None:
+    finished_run(tmp_path / "run")
+    code, out, _ = command("report", str(tmp_path / "run"))
+    assert code == 0
+    read = next(line for line in out.splitlines() if "read" in line)
+    assert [cell.strip() for cell in re.split(r"\s{2,}", read.strip())] == ["read", "accuracy ↑", "0.250", "0.625", "3"]
+    paint = next(line for line in out.splitlines() if "paint" in line)
+    assert [cell.strip() for cell in re.split(r"\s{2,}", paint.strip())] == ["paint", "mse ↓", "0.125", "0.500", "0"]
+    assert "3.0 MB sent to clients, 1.0 MB back" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "is no run folder"),
+        ({}, "holds no results.json: the run has not finished; go on with"),
+        ({"results.json": "{"}, "results.json is damaged"),
+        ({"results.json": "[]"}, "results.json is damaged: it holds a list"),
+        ({"results.json": '{"schema": 7}'}, "has schema 7, not 1"),
+        ({"results.json": '{"schema": 1}'}, "is damaged: it lacks bytes"),
+    ],
+)
+def test_an_unreadable_run_folder_is_an_error(
+    command: Any, tmp_path: Path, content: dict[str, str] | None, problem: str
+) -> None:
+    run = tmp_path / "run"
+    if content is not None:
+        run.mkdir()
+        for name, text in content.items():
+            (run / name).write_text(text)
+    code, out, err = command("report", str(run))
+    assert code == 1
+    assert problem in err
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--preset", "nope"], "unknown preset 'nope': use one of"),
+        (["--set", "train.stepz=1"], "did you mean 'train.steps'?"),
+        (["--rounds", "0"], "rounds = 0 is out of bounds"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--set", "clients=[]"], "has no clients"),
+        (["--out", "OUT", "--resume"], "server.safetensors does not exist"),
+        (["--out", "USED"], "is not empty: give another folder with `--out`, or go on with `--resume`"),
+    ],
+)
+def test_bad_input_is_told_before_anything_starts(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], problem: str
+) -> None:
+    monkeypatch.setattr(cli, "simulate", lambda *_: pytest.fail("started"))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("precious")
+    known = {"OUT": str(tmp_path / "out"), "USED": str(tmp_path / "used")}
+    code, out, err = command("simulate", *(known.get(a, a) for a in arguments))
+    assert code == 1
+    assert problem in err
+    assert "Traceback" not in out + err
+    assert (tmp_path / "used" / "file").read_text() == "precious"
+
+
+def test_an_unknown_option_is_an_error(command: Any) -> None:
+    code, _, err = command("simulate", "--wrong")
+    assert code == 2
+    assert "--wrong" in err
+
+
+def test_a_failed_run_exits_with_an_error(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(launch: Launch, on_event: object) -> None:
+        raise SimulationError(f"{launch.clients} clients failed")
+
+    monkeypatch.setattr(cli, "simulate", fail)
+    code, _, err = command("simulate", "--out", str(tmp_path / "run"))
+    assert code == 1
+    assert "10 clients failed" in err
+
+
+def test_options_reach_the_run(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    launched: list[Launch] = []
+
+    def fake(launch: Launch, on_event: object) -> dict[str, Any]:
+        launched.append(launch)
+        return finished_run(tmp_path / "elsewhere")
+
+    monkeypatch.setattr(cli, "simulate", fake)
+    (tmp_path / "runs" / "demo-seed7").mkdir(parents=True)
+    code, out, _ = command(
+        "simulate", "--rounds", "4", "--seed", "7", "--set", "train.steps=3", "--gpus-per-client", "0.5"
+    )
+    assert code == 0
+    (launch,) = launched
+    assert launch.settings == ("train.steps=3", "rounds=4", "seed=7")
+    assert (launch.preset, launch.clients, launch.gpus_per_client) == ("demo", 10, 0.5)
+    assert launch.out == Path("runs/demo-seed7-2")  # the first one is taken
+    assert "results in runs/demo-seed7-2" in out
+
+
+def test_presets_are_listed(command: Any) -> None:
+    code, out, _ = command("presets")
+    assert code == 0
+    assert "demo" in out
+    assert "translation" in out
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_rounds_losses_and_replacements(terminal: bool) -> None:
+    console = Console(force_terminal=terminal, record=True, width=200, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    with RunProgress(console) as progress:
+        progress.show({"event": "start", "round": 0, "rounds": 2, "clients": {"ann": ["read"], "bob": ["read"]}})
+        progress.show({"event": "round_start", "round": 1, "clients": ["ann", "bob"]})
+        reports = {
+            "ann": {"losses": {"read": 1.0}, "replacements": {"read": 1}},
+            "bob": {"losses": {"read": 2.0}, "replacements": {"read": 1}},
+        }
+        progress.show({"event": "round", "round": 1, "clients": reports, "dropped": [], "seconds": 1.0})
+        progress.show({"event": "dropped", "round": 1, "who": "client 'bob'", "problem": "broken"})
+        progress.show({"event": "unheard of"})
+        progress.show({"event": "distill_start", "clients": ["ann"]})
+        progress.show({"event": "distilled", "client": "ann", "losses": {"read": 0.5}})
+        progress.show({"event": "evaluate_start", "clients": ["ann"]})
+        progress.show({"event": "evaluated", "client": "ann"})
+    shown = console.export_text()
+    for text in (
+        "2 replacements",
+        "read 1.500",
+        "dropped the reply of client 'bob': broken",
+        "distilling",
+        "evaluating",
+    ):
+        assert text in shown

@@ -1,0 +1,31 @@
+"""What the documentation says is what the code does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from tap_flower.config import options
+from tests.docs_tables import configuration_table
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_configuration_page_is_generated_from_the_dataclasses() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert configuration_table() in page, "run `python -m tests.docs_tables` to write docs/configuration.md again"
+    assert all(f"`{key}`" in page for key, _, _ in options())
+
+
+def test_the_readmes_two_commands() -> None:
+    lines = [
+        line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("pip install -e")
+    ]
+    assert lines == ['pip install -e ".[demo]" && tap-flower simulate', 'pip install -e ".[demo,test]" && pytest']
+    assert "\npytest\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = {page for entry in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"] for page in entry.values()}
+    assert listed == {path.name for path in (ROOT / "docs").glob("*.md")}

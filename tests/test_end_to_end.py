@@ -1,0 +1,80 @@
+"""One run through Flower's simulation runtime, real processes and all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.federation.conftest import CLIENTS, SETTINGS, Federation
+
+pytestmark = pytest.mark.flwr
+TAP_FLOWER = str(Path(sys.executable).with_name("tap-flower"))
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {**os.environ, "HOME": str(tmp_path), "FLWR_HOME": str(tmp_path / "flwr"), "COLUMNS": "160"}
+
+
+def arguments(file: Path, out: Path, *more: str) -> list[str]:
+    settings = [part for setting in SETTINGS if not setting.startswith("start_timeout") for part in ("--set", setting)]
+    return [TAP_FLOWER, "simulate", "--config", str(file), "--out", str(out), *settings, *more]
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({"clients": CLIENTS}))
+    return file
+
+
+def processes_with(text: str) -> list[str]:
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if text in line and "ps -eo" not in line]
+
+
+def test_simulate(tmp_path: Path, config_file: Path, environment: dict[str, str]) -> None:
+    out = tmp_path / "run"
+    done = subprocess.run(
+        arguments(config_file, out), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["clients"]) == {"ann", "bob", "cleo", "dan"}
+    assert set(results["clients"]["bob"]["languages"]) == {"server", "server+finetune", "personal", "tap"}
+    for text in ("round 2: ann, bob, cleo, dan", "distilling 4 clients", "server+finetune", "languages"):
+        assert text in done.stdout
+    assert (out / "clients" / "cleo" / "tap.safetensors").exists()
+    assert processes_with("tap-flower-") == []  # its SuperLink has ended with it
+
+    # The same clients in one process give the same numbers: neither Ray nor the order of replies matters.
+    federation = Federation(tmp_path / "in-process", config_file, settings=list(SETTINGS))
+    federation.folder.mkdir()
+    again = federation.strategy().start(federation.grid())
+    assert again["clients"] == results["clients"]
+    assert again["replacements"] == results["replacements"]
+    assert again["bytes"] == results["bytes"]
+
+    refused = subprocess.run(
+        arguments(config_file, out), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    assert "is not empty" in refused.stderr
+
+
+def test_a_run_that_fails_exits_with_an_error(tmp_path: Path, environment: dict[str, str]) -> None:
+    broken = [{**CLIENTS[0], "tasks": [{**CLIENTS[0]["tasks"][0], "classes": ["en", "es"]}]}]
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({"clients": broken}))
+    done = subprocess.run(
+        arguments(file, tmp_path / "run"), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "client 'ann': task 'languages' has 2 classes in the client spec but label" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert processes_with("tap-flower-") == []

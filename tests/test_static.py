@@ -1,0 +1,33 @@
+"""The static checks: lint, format, types, documentation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["mypy"],
+        ["mkdocs", "build", "--strict", "--quiet", "--site-dir", "SITE"],
+    ],
+    ids=lambda command: "-".join(command[:2]),
+)
+def test_static(command: list[str], tmp_path: Path) -> None:
+    program, *arguments = [str(tmp_path) if part == "SITE" else part for part in command]
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name(program)), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
