@@ -80,6 +80,7 @@ class Train:
     batch_size: int = option(32, "examples in a batch", 1, 65_536)
     accumulation: int = option(4, "batches per optimiser step", 1, 1024)
     learning_rate: float = option(3e-4, "peak learning rate of AdamW", 0.0, 10.0)
+    head_factor: float = option(1.0, "learning rate of the heads, as a multiple of the others'", 0.0, 1e3)
     start_learning_rate: float = option(1e-4, "learning rate of round 0; it rises linearly to the peak", 0.0, 10.0)
     warmup_rounds: int = option(20, "rounds until the peak", 1, 100_000)
     weight_decay: float = option(0.01, "weight decay of AdamW", 0.0, 10.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -29,3 +30,14 @@ def test_the_readmes_two_commands() -> None:
 def test_every_page_is_in_the_navigation() -> None:
     listed = {page for entry in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"] for page in entry.values()}
     assert listed == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_the_plug_in_example_runs() -> None:
+    page = (ROOT / "docs" / "plug-in.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["replaced"] == {"encoder.weight", "encoder.bias", "head.weight", "head.bias"}
+    assert names["losses"][0]["triage"] < names["losses"][1]["triage"]
+    for name, value in names["new_server_tensors"].items():
+        assert (value - names["server_copy"].get_parameter(name)).abs().max() < 1e-6

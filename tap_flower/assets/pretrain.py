@@ -37,8 +37,8 @@ from torch.nn import functional
 from tap_flower.data import packaged
 
 SPLIT = "public"
-HIDDEN, HEADS, INTERMEDIATE, LAYERS = 64, 4, 256, 3
-IMAGE_SIZE, PATCH = 64, 16
+HIDDEN, HEADS, INTERMEDIATE, LAYERS = 64, 4, 128, 3
+IMAGE_SIZE, PATCH = 64, 8
 PIXEL_MEAN, PIXEL_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 VOCABULARY, MAX_TOKENS = 1800, 128
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -47,7 +47,7 @@ PAD, CLS, SEP, MASK = (SPECIAL.index(token) for token in ("[PAD]", "[CLS]", "[SE
 ALPHABET = "".join(map(chr, range(33, 127))) + "".join(map(chr, range(0xA1, 0x180))) + "\u0307’‘“”–—"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-BATCH = {"image": 16, "text": 48, "fusion": 24, "contrast": 32}
+BATCH = {"image": 16, "text": 64, "fusion": 24, "contrast": 32}
 PEAK_RATE, WARMUP, WEIGHT_DECAY = 1e-3, 100, 0.01
 PATCHES_MASKED, TOKENS_MASKED, SHIFT, POSITION_STD = 0.5, 0.2, 3, 0.3
 

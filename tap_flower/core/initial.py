@@ -20,8 +20,8 @@ class Initial:
     """How a tensor starts.
 
     Attributes:
-        distribution: `constant` (= scale), `identity` (a convolution that multiplies by scale), `normal` (mean 0, standard
-            deviation scale) or `uniform` (between ± scale).
+        distribution: `constant` (= scale), `identity` (a linear map or convolution that multiplies by scale), `normal` (mean
+            0, standard deviation scale) or `uniform` (between ± scale).
         scale: see above.
     """
 
@@ -44,7 +44,7 @@ class Initial:
         if self.distribution == "constant":
             return tensor.fill_(self.scale)
         if self.distribution == "identity":
-            return nn.init.dirac_(tensor).mul_(self.scale)
+            return (nn.init.eye_ if tensor.ndim == 2 else nn.init.dirac_)(tensor).mul_(self.scale)
         generator = torch.Generator().manual_seed(named_seed(seed, name))
         if self.distribution == "normal":
             return tensor.normal_(0.0, self.scale, generator=generator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -35,8 +35,8 @@ class PairModel(Protocol):
         """The output of `task` for a batch of inputs."""
         ...
 
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """As `torch.nn.Module.parameters`."""
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """As `torch.nn.Module.named_parameters`."""
         ...
 
     def train(self, mode: bool = True) -> Any:
@@ -66,6 +66,7 @@ class Optimisation:
         weight_decay: of AdamW.
         accumulation: batches per optimiser step; the step follows their mean loss.
         clip_norm: largest L2 norm of the gradient over all tensors.
+        factors: tensor name -> factor on the learning rate; 1 where a name is missing.
     """
 
     steps: int
@@ -73,6 +74,7 @@ class Optimisation:
     weight_decay: float = 0.01
     accumulation: int = 1
     clip_norm: float = 1.0
+    factors: Mapping[str, float] = field(default_factory=dict)
 
 
 class DivergedError(RuntimeError):
@@ -101,9 +103,13 @@ def train(
     Raises:
         DivergedError: a loss was NaN or infinite; the message names the task and the step.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: dict[float, list[torch.nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[optimisation.factors.get(name, 1.0)].append(parameter)
+    parameters = [parameter for group in groups.values() for parameter in group]
     optimizer = torch.optim.AdamW(
-        parameters,
+        [{"params": group, "lr": factor * optimisation.learning_rate} for factor, group in groups.items()],
         lr=optimisation.learning_rate,
         weight_decay=optimisation.weight_decay,
         fused=True,

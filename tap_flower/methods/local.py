@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -97,6 +97,8 @@ class LocalClient:
             self.settings.train.batch_size, named_seed(seed, name, "order", *order), self.device
         )
         torch.manual_seed(named_seed(seed, name, "noise", *noise))
+        heads = [n for n, component in model.component_map.component_of.items() if component.startswith("head/")]
+        optimisation = replace(optimisation, factors=dict.fromkeys(heads, self.settings.train.head_factor))
         return train(model, self.kinds, batches, optimisation, objective)
 
     def evaluate(self, model: TapModel, split: str) -> dict[str, dict[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,6 +36,8 @@ class ImageAdaptor(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, 3, image_size, image_size]."""
+        # Three channels: with the channels last, the convolutions take about half the time on a CPU.
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         x = F.interpolate(pixels, scale_factor=2, mode="bilinear", align_corners=True)
         x = F.gelu(self.conv(x))
         x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bilinear", align_corners=True)
@@ -51,12 +54,21 @@ class LayerLoRA(nn.Module):
         self.value = LoRA.on(layer.value, settings)
 
 
+class Projection(nn.Linear):
+    """Linear D -> D. It starts as the identity, so that what follows begins with the pretrained features."""
+
+    INITIALS: ClassVar[dict[str, Initial]] = {"weight": Initial("identity", 1.0), "bias": Initial("constant", 0.0)}
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size)
+
+
 class Output(nn.Module):
     """Linear D -> D and LayerNorm: the end of every encoder."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(size, size)
+        self.proj = Projection(size)
         self.norm = nn.LayerNorm(size)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -91,14 +90,10 @@ class DomainExperts(nn.Module):
 
 def domain_residuals(layer: FrozenLayer, domains: Sequence[DomainExperts], x: Tensor) -> tuple[Tensor, Tensor]:
     """E_q(x) and E_v(x), each [S, B, T, D]. The frozen part of the first linear is computed once for both."""
-    stack = x.shape[0]
     base = layer.up(x)
-    hidden = torch.cat(
-        [
-            layer.activation(add_lora(base, [d.query.up for d in domains], x)),
-            layer.activation(add_lora(base, [d.value.up for d in domains], x)),
-        ]
-    )
-    down = [d.query.down for d in domains] + [d.value.down for d in domains]
-    residuals = lora_linear(layer.down, down, hidden)
-    return residuals[:stack], residuals[stack:]
+
+    def residual(experts: Sequence[Expert]) -> Tensor:
+        hidden = layer.activation(add_lora(base, [e.up for e in experts], x))
+        return lora_linear(layer.down, [e.down for e in experts], hidden)
+
+    return residual([d.query for d in domains]), residual([d.value for d in domains])

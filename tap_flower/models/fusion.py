@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from tap_flower.models.encoders import Projection
 from tap_flower.models.experts import DomainExperts, Expert, FrozenLayer, domain_residuals
 from tap_flower.models.lora import LoRA, LoraSettings, lora_linear
 
@@ -95,7 +96,7 @@ def components(
 ) -> dict[str, Callable[[], nn.Module]]:
     """Name -> constructor of every fusion component that a modality's stream of a kind of task goes through."""
     size = mote_layers[0].query.in_features
-    found: dict[str, Callable[[], nn.Module]] = {SHARED_PROJECTION: lambda: nn.Linear(size, size)}
+    found: dict[str, Callable[[], nn.Module]] = {SHARED_PROJECTION: lambda: Projection(size)}
 
     def per_layer(
         part: type[BlockAttention] | type[Expert] | type[DomainExperts],

@@ -15,7 +15,7 @@ from tap_flower.core.components import ComponentMap, Pair
 from tap_flower.core.initial import Initial, initialise
 from tap_flower.models import fusion
 from tap_flower.models.backbones import Backbone
-from tap_flower.models.encoders import ImageAdaptor
+from tap_flower.models.encoders import ImageAdaptor, Projection
 from tap_flower.models.heads import ImageHead, TextHead
 from tap_flower.models.lora import LoRA
 
@@ -148,13 +148,14 @@ def initial_values(module: nn.Module) -> dict[str, Initial]:
     """Parameter name -> how it starts, by the type of the module that owns it.
 
     LoRA: A uniform ± 1/√in, B zero. Linear and convolution: uniform ± 1/√fan_in (PyTorch's own). LayerNorm: 1 and 0.
-    Embedding: normal, deviation .02. GPT-2's Conv1D: normal, deviation .02, and 0. The image adaptor: close to the identity.
+    Embedding: normal, deviation .02. GPT-2's Conv1D: normal, deviation .02, and 0. Image adaptor and projections: the
+    identity.
     """
     initials: dict[str, Initial] = {}
     own: dict[str, Initial] = {}
     zero, small = Initial("constant", 0.0), Initial("normal", 0.02)
     for path, part in module.named_modules():
-        if isinstance(part, ImageAdaptor):
+        if isinstance(part, ImageAdaptor | Projection):
             own |= {f"{path}.{name}" if path else name: initial for name, initial in part.INITIALS.items()}
         for name, parameter in part.named_parameters(recurse=False):
             bias = name == "bias"
