@@ -22,7 +22,7 @@ from tap_flower.federation.messages import Instruction, Manifest, MessageError, 
 from tap_flower.federation.store import ClientStore, Kept
 from tap_flower.methods import tap
 from tap_flower.methods.local import LocalClient, State
-from tap_flower.models.backbones import load_backbone, locate
+from tap_flower.models.backbones import BackboneError, load_backbone, locate
 from tap_flower.storage import StorageError
 
 REFUSED = 1001
@@ -62,7 +62,7 @@ def _answer(message: Message, context: Context, handler: Callable[[Participant, 
     """Runs a handler; what goes wrong in a way that somebody can mend is answered in plain words."""
     try:
         return Message(handler(_participant(message, context), message), reply_to=message)
-    except (ConfigError, DivergedError, MessageError, SpecError, StorageError) as error:
+    except (BackboneError, ConfigError, DivergedError, MessageError, SpecError, StorageError) as error:
         return Message(Error(REFUSED, str(error)), reply_to=message)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -195,4 +195,4 @@ def _local_client(key: _Key, settings: str) -> LocalClient:
     parameters: HyperParameters = hyper_parameters(json.loads(settings))
     tokenizer = load_tokenizer(locate(key.spec.backbone))
     data = ClientData(key.spec, tokenizer, parameters.model.text_length, parameters.seed)
-    return LocalClient(key.spec, data, load_backbone(key.spec.backbone), parameters)
+    return LocalClient(key.spec, data, load_backbone(key.spec.backbone, parameters.model.layers), parameters)

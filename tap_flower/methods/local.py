@@ -58,9 +58,7 @@ class LocalClient:
 
     def new_model(self) -> TapModel:
         """A model of the client's components; its trainable tensors have no values yet."""
-        return TapModel(
-            self.backbone, model_tasks(self.spec, self.settings.model.text_length), self.settings.model.layers
-        )
+        return TapModel(self.backbone, model_tasks(self.spec, self.settings.model.text_length))
 
     def model(self, state: Mapping[str, Tensor] | None = None) -> TapModel:
         """A model with the trainable tensors of `state`, or with the run's initial values, on the client's device."""

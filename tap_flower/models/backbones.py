@@ -20,6 +20,10 @@ from tap_flower.models.lora import LoraSettings
 DEMO = "demo"
 
 
+class BackboneError(ValueError):
+    """A backbone cannot be used; the message names it and the remedy."""
+
+
 class Encoder(ABC, nn.Module):
     """The trainable part of a modality's encoder."""
 
@@ -49,6 +53,10 @@ class Backbone(ABC, nn.Module):
     attention_lora: LoraSettings
     expert_lora: LoraSettings
 
+    def __init__(self, model: PreTrainedModel, layers: int) -> None:
+        del model, layers
+        super().__init__()
+
     @abstractmethod
     def image_encoder(self) -> Encoder:
         """A new trainable part of the image encoder."""
@@ -66,23 +74,11 @@ class Backbone(ABC, nn.Module):
         """Modality -> constructor of the trainable part of its encoder."""
         return {"image": self.image_encoder, "text": self.text_encoder}
 
-    def fusion_stages(self, layers: int) -> tuple[list[FrozenLayer], list[FrozenLayer]]:
-        """The layers of MoTE (0 .. L-1) and of MoME (L .. 2L-1).
-
-        Args:
-            layers: L, the number of fusion layers of each stage.
-
-        Raises:
-            ValueError: the backbone has fewer than 2L multimodal layers.
-        """
-        available = len(self.fusion_layers)
-        if not 1 <= layers <= available // 2:
-            raise ValueError(
-                f"model.layers = {layers} needs {2 * layers} multimodal layers, the backbone has {available}: "
-                f"choose between 1 and {available // 2}"
-            )
-        chosen = cast(list[FrozenLayer], list(self.fusion_layers))
-        return chosen[:layers], chosen[layers : 2 * layers]
+    @property
+    def fusion_stages(self) -> tuple[list[FrozenLayer], list[FrozenLayer]]:
+        """The layers of MoTE (0 .. L-1) and of MoME (L .. 2L-1)."""
+        layers = cast(list[FrozenLayer], list(self.fusion_layers))
+        return layers[: len(layers) // 2], layers[len(layers) // 2 :]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -99,6 +95,25 @@ def frozen_layers(layers: nn.ModuleList, heads: int) -> nn.ModuleList:
     return nn.ModuleList(FrozenLayer(layer, heads) for layer in layers)
 
 
+def fusion_layers(available: nn.ModuleList, heads: int, layers: int) -> nn.ModuleList:
+    """The first 2L multimodal layers, the others are not held.
+
+    Args:
+        available: the checkpoint's multimodal layers.
+        heads: number of attention heads.
+        layers: L, the number of fusion layers of each stage.
+
+    Raises:
+        BackboneError: the checkpoint has fewer than 2L multimodal layers.
+    """
+    if not 1 <= layers <= len(available) // 2:
+        raise BackboneError(
+            f"model.layers = {layers} needs {2 * layers} multimodal layers, the backbone has {len(available)}: "
+            f"choose between 1 and {len(available) // 2}"
+        )
+    return frozen_layers(available[: 2 * layers], heads)
+
+
 def demo_folder() -> Path:
     """Folder of the packaged demo backbone."""
     return Path(str(files("tap_flower.assets"))) / "flava-demo"
@@ -113,39 +128,40 @@ def family(model_type: str) -> type[Backbone]:
     """The subclass for a checkpoint's `model_type`.
 
     Raises:
-        ValueError: the type is not supported.
+        BackboneError: the type is not supported.
     """
     from tap_flower.models.flava import FlavaBackbone
 
     families: dict[str, type[Backbone]] = {"flava": FlavaBackbone}
     if model_type not in families:
-        raise ValueError(f"backbone of model_type {model_type!r} is not supported: use one of {sorted(families)}")
+        raise BackboneError(f"backbone of model_type {model_type!r} is not supported: use one of {sorted(families)}")
     return families[model_type]
 
 
-def from_model(model: PreTrainedModel) -> Backbone:
-    """A backbone that takes over the modules of a transformers model and freezes them."""
-    backbone = family(model.config.model_type)(model)
+def from_model(model: PreTrainedModel, layers: int) -> Backbone:
+    """A backbone with L fusion layers that takes over the modules of a transformers model and freezes them."""
+    backbone = family(model.config.model_type)(model, layers)
     backbone.requires_grad_(False)
     return backbone.eval()
 
 
-def from_config(config: PreTrainedConfig) -> Backbone:
+def from_config(config: PreTrainedConfig, layers: int) -> Backbone:
     """A backbone with random weights; under `torch.device("meta")` it allocates nothing."""
     from transformers import AutoModel
 
-    return from_model(AutoModel.from_config(config))  # type: ignore[no-untyped-call]
+    return from_model(AutoModel.from_config(config), layers)  # type: ignore[no-untyped-call]
 
 
 @cache
-def load_backbone(name: str) -> Backbone:
+def load_backbone(name: str, layers: int) -> Backbone:
     """Loads a checkpoint, once a process.
 
     Args:
         name: `demo`, a local folder, or a hub id. No code from the hub is ever run.
+        layers: L, the number of fusion layers of each stage.
 
     Raises:
-        ValueError: the checkpoint cannot be found or is of no supported family.
+        BackboneError: the checkpoint cannot be found, is of no supported family, or has too few multimodal layers.
     """
     from transformers import AutoModel
 
@@ -155,8 +171,8 @@ def load_backbone(name: str) -> Backbone:
         family(config.model_type)
         model = AutoModel.from_pretrained(place, trust_remote_code=False, dtype=torch.float32)
     except OSError as error:
-        raise ValueError(
+        raise BackboneError(
             f"backbone {name!r} cannot be loaded: {str(error).splitlines()[0]} "
             f"(a local folder must hold config.json and model.safetensors; a hub id is fetched with `hf download {name}`)"
         ) from error
-    return from_model(model)
+    return from_model(model, layers)

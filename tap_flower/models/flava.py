@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import cast
 
 from torch import Tensor, nn
-from transformers import FlavaModel
+from transformers import FlavaModel, PreTrainedModel
 
-from tap_flower.models.backbones import Backbone, Encoder, frozen_layers
+from tap_flower.models.backbones import Backbone, Encoder, frozen_layers, fusion_layers
 from tap_flower.models.encoders import ImageAdaptor, LayerLoRA, Output, encode
 from tap_flower.models.experts import FrozenLayer
 from tap_flower.models.lora import LoraSettings
@@ -21,8 +21,9 @@ class FlavaBackbone(Backbone):
     attention_lora = LoraSettings(rank=16, alpha=32)
     expert_lora = LoraSettings(rank=4, alpha=8)
 
-    def __init__(self, model: FlavaModel) -> None:
-        super().__init__()
+    def __init__(self, model: PreTrainedModel, layers: int) -> None:
+        super().__init__(model, layers)
+        model = cast(FlavaModel, model)
         image, text, multimodal = model.image_model, model.text_model, model.multimodal_model
         self.size = multimodal.config.hidden_size
         self.vocabulary = text.config.vocab_size
@@ -34,7 +35,7 @@ class FlavaBackbone(Backbone):
         self.text_embeddings = text.embeddings
         self.text_layers = frozen_layers(text.encoder.layer, text.config.num_attention_heads)
         self.text_norm = text.layernorm
-        self.fusion_layers = frozen_layers(multimodal.encoder.layer, multimodal.config.num_attention_heads)
+        self.fusion_layers = fusion_layers(multimodal.encoder.layer, multimodal.config.num_attention_heads, layers)
 
     def image_encoder(self) -> Encoder:
         """Adaptor, LoRA on every image layer, projection."""

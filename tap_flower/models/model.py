@@ -49,18 +49,17 @@ class TapModel(nn.Module):
     Args:
         backbone: shared by all models of the process.
         tasks: the client's tasks.
-        layers: L, fusion layers of each stage.
 
     Attributes:
         component_map: which tensor belongs to which component, and what each pair reaches.
         initials: tensor name -> how it starts, see `initialise`.
     """
 
-    def __init__(self, backbone: Backbone, tasks: Sequence[ModelTask], layers: int) -> None:
+    def __init__(self, backbone: Backbone, tasks: Sequence[ModelTask]) -> None:
         super().__init__()
         self.backbone = backbone
         self.tasks = {task.pair.task: task for task in tasks}
-        mote_layers, mome_layers = backbone.fusion_stages(layers)
+        mote_layers, mome_layers = backbone.fusion_stages
         self.fusion = fusion.Fusion(mote_layers, mome_layers)
         reach: dict[Pair, frozenset[str]] = {}
         constructors: dict[str, Callable[[], nn.Module]] = {}

@@ -122,7 +122,7 @@ class PublishedFusion(Fusion):
 
 def published_model(backbone: Backbone, expected: Mapping[str, Any], state: Mapping[str, Tensor]) -> TapModel:
     """Our model with the published weights and the two habits."""
-    model = TapModel(backbone, model_tasks(expected), layers=expected["num_layers"])
+    model = TapModel(backbone, model_tasks(expected))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data.copy_(published_value(name, state))

@@ -60,7 +60,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     expected = json.loads((folder / "expected.json").read_text())
     load_backbone.cache_clear()  # the published habits change the loaded layers
     model = published_model(
-        load_backbone(str(folder.parent / expected["backbone"])),
+        load_backbone(str(folder.parent / expected["backbone"]), expected["num_layers"]),
         expected,
         load_file(folder / "client_state.safetensors"),
     )

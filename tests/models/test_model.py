@@ -36,7 +36,7 @@ def test_a_pair_reaches_exactly_the_tensors_that_autograd_finds(preset: str, spe
     config = load_config(preset)
     data = ClientData(spec, load_tokenizer(locate(spec.backbone)), config.model.text_length, config.seed)
     model = randomise(
-        TapModel(load_backbone(spec.backbone), model_tasks(spec, config.model.text_length), config.model.layers)
+        TapModel(load_backbone(spec.backbone, config.model.layers), model_tasks(spec, config.model.text_length))
     )
     names = set(trainable_state(model))
     assert set(model.component_map.component_of) == names
@@ -55,7 +55,7 @@ def test_a_pair_reaches_exactly_the_tensors_that_autograd_finds(preset: str, spe
 
 def text_model() -> TapModel:
     task = ModelTask(Pair("translation", ("text",)), "text_generation", ("words",), target_length=12)
-    return randomise(TapModel(load_backbone("demo"), [task], layers=1))
+    return randomise(TapModel(load_backbone("demo", 1), [task]))
 
 
 def tokens(*rows: list[int]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def test_dropout_is_only_in_training_and_as_frequent_as_it_says() -> None:
     x = torch.ones(400, 501)
     torch.manual_seed(0)
     dropped = dropout(x, 0.3)
-    assert set(dropped.unique().tolist()) == {0.0, pytest.approx(256 / 179)}
+    assert dropped.unique().tolist() == pytest.approx([0.0, 256 / 179])
     assert (dropped == 0).float().mean().item() == pytest.approx(0.3, abs=0.005)
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.01)
     neighbours = ((dropped[:, 1:] == 0) & (dropped[:, :-1] == 0)).float().mean().item()
@@ -100,7 +100,7 @@ def test_dropout_is_only_in_training_and_as_frequent_as_it_says() -> None:
 
 def test_equal_names_start_equal_whatever_else_a_client_holds() -> None:
     def tensors(*tasks: ModelTask) -> dict[str, Tensor]:
-        return trainable_state(TapModel(load_backbone("demo"), tasks, layers=1).initialise(7))
+        return trainable_state(TapModel(load_backbone("demo", 1), tasks).initialise(7))
 
     read = ModelTask(Pair("read", ("text",)), "text_classification", ("names",), classes=3)
     see = ModelTask(Pair("see", ("image",)), "image_classification", ("shapes",), classes=5)
@@ -112,10 +112,10 @@ def test_equal_names_start_equal_whatever_else_a_client_holds() -> None:
 
 
 def test_every_expert_of_a_layer_uses_one_frozen_network() -> None:
-    backbone = load_backbone("demo")
+    backbone = load_backbone("demo", 1)
     held = sum(p.numel() for p in backbone.parameters())
     task = ModelTask(Pair("read", ("text",)), "text_classification", ("names",), classes=3)
-    model = TapModel(backbone, [task], layers=1)
+    model = TapModel(backbone, [task])
     assert sum(p.numel() for p in model.parameters() if not p.requires_grad) == held
 
 
@@ -126,30 +126,25 @@ def test_full_size_flava_fits() -> None:
         ModelTask(Pair("news", ("text",)), "text_classification", ("news",), classes=4),
     ]
     with torch.device("meta"):
-        model = TapModel(from_config(FlavaConfig()), tasks, layers=1)
+        model = TapModel(from_config(FlavaConfig(), layers=1), tasks)
     assert all(p.is_meta for p in model.parameters())
     assert model.backbone.size == 768
     sent = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sent * 4 <= 18e6
-    used = [model.backbone.fusion_layers[:2], model.components]
-    used += [getattr(model.backbone, name) for name in ("image_layers", "text_layers", "image_norm", "text_norm")]
-    used += [model.backbone.image_embeddings, model.backbone.text_embeddings]
-    assert sum(p.numel() for part in used for p in part.parameters()) <= 225e6
     assert sum(p.numel() for p in model.parameters()) <= 225e6
 
 
 def test_too_few_fusion_layers_is_an_error_that_says_so() -> None:
-    task = ModelTask(Pair("read", ("text",)), "text_classification", ("names",), classes=3)
     with pytest.raises(ValueError, match="model.layers = 9 needs 18 multimodal layers, the backbone has"):
-        TapModel(load_backbone("demo"), [task], layers=9)
+        load_backbone("demo", 9)
 
 
 def test_unknown_backbones_are_errors_with_a_remedy(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=r"backbone '.*nowhere' cannot be loaded.*model.safetensors"):
-        load_backbone(str(tmp_path / "nowhere"))
+        load_backbone(str(tmp_path / "nowhere"), 1)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="'bert' is not supported: use one of"):
-        load_backbone(str(tmp_path))
+        load_backbone(str(tmp_path), 1)
 
 
 def test_a_module_without_a_rule_for_its_start_is_an_error() -> None:
