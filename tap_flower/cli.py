@@ -14,7 +14,7 @@ from tap_flower.config import ConfigError, client_specs, load_config, presets
 from tap_flower.data.spec import SpecError
 from tap_flower.reporting.progress import RunProgress
 from tap_flower.reporting.results import read_results
-from tap_flower.reporting.tables import results_table
+from tap_flower.reporting.tables import mean_table, results_table
 from tap_flower.simulation import Launch, SimulationError, simulate
 from tap_flower.storage import StorageError, read_tensors
 
@@ -65,10 +65,12 @@ def simulate_command(
 def report_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
 ) -> None:
-    """The results of finished runs, as tables."""
-    tables = [results_table(read_results(run)) for run in runs]
-    for table in tables:
-        Console().print(table)
+    """The results of finished runs as tables, and the means over several runs."""
+    found = [read_results(run) for run in runs]
+    for one in found:
+        Console().print(results_table(one))
+    if len(found) > 1:
+        Console().print(mean_table(found))
 
 
 @app.command("presets")

@@ -66,6 +66,20 @@ def test_report_shows_the_headline_metric_of_each_task(command: Any, tmp_path: P
     assert "3.0 MB sent to clients, 1.0 MB back" in " ".join(out.split())
 
 
+def test_several_runs_are_averaged(command: Any, tmp_path: Path) -> None:
+    for name, accuracy in (("one", 0.25), ("two", 0.75)):
+        finished_run(tmp_path / name)
+        text = (tmp_path / name / "results.json").read_text()
+        changed = json.loads(text)
+        changed["tasks"]["read"]["tap"]["accuracy"] = accuracy
+        (tmp_path / name / "results.json").write_text(json.dumps(changed))
+    code, out, _ = command("report", str(tmp_path / "one"), str(tmp_path / "two"))
+    assert code == 0
+    mean = out.split("mean of 2 runs, seeds 41, 41")[1]
+    read = next(line for line in mean.splitlines() if "read" in line)
+    assert re.split(r"\s{2,}", read.strip()) == ["read", "accuracy ↑", "0.250", "0.500"]
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [

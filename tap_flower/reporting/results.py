@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -96,6 +96,24 @@ def read_results(run: Path) -> dict[str, Any]:
     if missing:
         raise StorageError(f"{run / RESULTS} is damaged: it lacks {', '.join(sorted(missing))}")
     return found
+
+
+def mean_of_runs(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Task -> model -> metric -> mean over several runs, for what all of them have."""
+    first, *others = [run["tasks"] for run in found]
+    return {
+        task: {
+            model: {
+                metric: fmean([value, *(run[task][model][metric] for run in others)])
+                for metric, value in by_metric.items()
+                if all(metric in run[task][model] for run in others)
+            }
+            for model, by_metric in by_model.items()
+            if all(model in run[task] for run in others)
+        }
+        for task, by_model in first.items()
+        if all(task in run for run in others)
+    }
 
 
 def headline(kind: str) -> tuple[str, bool]:
