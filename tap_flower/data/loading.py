@@ -152,12 +152,12 @@ class ClientData:
         """Endless shuffled batches of the training examples, the tasks taking turns.
 
         Args:
-            batch_size: examples in a batch; a task that has fewer gives all of them.
+            batch_size: examples in a batch, where the task has no batch size of its own; a task that has fewer gives all.
             seed: decides the order.
             device: of the batches.
         """
         streams = [
-            _shuffled(examples, batch_size, named_seed(seed, task), device)
+            _shuffled(examples, examples.task.batch_size or batch_size, named_seed(seed, task), device)
             for task, examples in sorted(self.splits["train"].items())
         ]
         while True:

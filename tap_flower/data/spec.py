@@ -54,6 +54,7 @@ class TaskSpec:
         columns: role (image, text, label, target) -> column, or columns that are joined for text.
         classes: names of the classes, in the order of their labels (classification).
         margin: the client's own replacement margin; None takes the run's for the kind of task.
+        batch_size: the client's own number of training examples in a batch; None takes the run's.
     """
 
     name: str
@@ -66,6 +67,7 @@ class TaskSpec:
     columns: Mapping[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     margin: float | None = None
+    batch_size: int | None = None
 
     @property
     def pair(self) -> Pair:
@@ -119,6 +121,9 @@ def _task_spec(values: Mapping[str, Any], where: str) -> TaskSpec:
     margin = values.get("margin")
     if margin is not None and not 0 <= float(margin) < float("inf"):
         raise SpecError(f"{where} has margin {margin}: use a number of at least 0")
+    batch_size = values.get("batch_size")
+    if batch_size is not None and not (isinstance(batch_size, int) and 1 <= batch_size <= 65_536):
+        raise SpecError(f"{where} has batch_size {batch_size!r}: use a whole number from 1 to 65536")
     columns = dict(values.get("columns") or {})
     roles = {*modalities, {"image_generation": "image", "text_generation": "target"}.get(kind, "label")}
     if missing := roles - columns.keys():
@@ -135,6 +140,7 @@ def _task_spec(values: Mapping[str, Any], where: str) -> TaskSpec:
         columns=columns,
         classes=classes,
         margin=None if margin is None else float(margin),
+        batch_size=batch_size,
     )
 
 

@@ -63,7 +63,8 @@ def test_without_validation_rows_a_fifth_is_set_aside() -> None:
 
 
 def test_batches_take_turns_and_cover_everything() -> None:
-    client = data(CLIENTS[7])
+    tasks = tuple(replace(task, batch_size=None) for task in CLIENTS[7].tasks)
+    client = data(replace(CLIENTS[7], tasks=tasks))
     batches = list(itertools.islice(client.training_batches(50, 3, CPU), 8))
     assert [b.task for b in batches] == ["digits", "languages"] * 4
     assert [b.inputs["domain"] for b in batches[:2]] == ["handwriting", "names"]
@@ -75,8 +76,13 @@ def test_batches_take_turns_and_cover_everything() -> None:
     assert not torch.equal(other.inputs["image"], batches[0].inputs["image"])
 
 
+def test_a_client_may_choose_its_own_batch_size() -> None:
+    spec = changed(1, batch_size=5)
+    assert len(next(data(spec).training_batches(8, 1, CPU)).target) == 5
+
+
 def test_a_text_batch() -> None:
-    batch = next(data(CLIENTS[6]).training_batches(8, 1, CPU))
+    batch = next(data(changed(6, batch_size=None)).training_batches(8, 1, CPU))
     tokenizer = load_tokenizer(locate("demo"))
     ids, mask, target = batch.inputs["input_ids"], batch.inputs["attention_mask"], batch.target
     assert (ids[:, 0] == tokenizer.cls_token_id).all()

@@ -41,6 +41,7 @@ def test_a_spec_is_read() -> None:
         ({"classes": ["one"]}, "has 1 classes: list the names of at least two"),
         ({"columns": {"text": "text"}}, "names no column for label"),
         ({"margin": -1}, "has margin -1"),
+        ({"batch_size": 0}, "has batch_size 0: use a whole number from 1"),
         ({"domain": "a/b"}, "has domain 'a/b': use 1 to 64 letters"),
         ({"domain": None}, "lacks domain"),
         ({"trian": SOURCE}, "unknown key 'trian': did you mean 'train'"),
