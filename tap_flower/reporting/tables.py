@@ -40,11 +40,11 @@ def _task_table(
     more: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Table:
     """A row for each task, a column for each model, and columns with more (name -> task -> text)."""
-    table, more = Table(title=title, box=box.SIMPLE_HEAD), more or {}
+    table, more = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False), more or {}
     present = {model for by_model in tasks.values() for model in by_model}
     models = [m for m in MODELS if m in present] + sorted(present - set(MODELS))
     for name in ("task", "metric"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in (*models, *more):
         table.add_column(name.replace("+", "\n+"), justify="right")
     for task, by_model in tasks.items():
