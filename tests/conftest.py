@@ -2,10 +2,15 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 # A shared machine is slow at times; no test is judged by the clock.
 hypothesis.settings.register_profile("tap", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tap")
+
+
+# As in an actor of the simulation: the last bits of a sum depend on the number of threads.
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from tap_flower.config import load_config
@@ -121,8 +120,3 @@ def make_federation(tmp_path: Path) -> Callable[..., Federation]:
 @pytest.fixture
 def federation(make_federation: Callable[..., Federation]) -> Federation:
     return make_federation()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)

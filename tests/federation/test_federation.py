@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,8 +265,6 @@ def test_a_bad_reply_is_dropped_and_logged_and_the_round_goes_on(
     results = strategy.start(grid)
     (event,) = [e for e in read_events(federation.out) if e["event"] == "dropped"]
     assert event["who"] == "client 'ann'"
-    import re
-
     assert re.search(problem, event["problem"])
     assert event["problem"] in caplog.text
     rounds = [e for e in read_events(federation.out) if e["event"] == "round"]
@@ -292,19 +291,30 @@ def _is_train(message: Message) -> bool:
     return message.metadata.message_type == messages.TRAIN
 
 
-def test_a_client_that_fails_is_told_apart_and_the_round_goes_on(
+def test_a_client_that_fails_is_named_and_the_round_goes_on(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    federation.settings.append("train.learning_rate=10")
-    federation.settings.append("train.start_learning_rate=10")
-    federation.settings.append("train.steps=60")
-    federation.settings.append("train.clip_norm=1000000")
-    grid, strategy = federation.grid(), federation.strategy()
-    strategy.start(grid)
-    problems = [e["problem"] for e in read_events(federation.out) if e["event"] == "dropped"]
-    for problem in problems:
-        assert "lower the learning rate" in problem or "values from 4096 on" in problem
-    assert strategy.progress.round == 2
+    from tap_flower.core.training import DivergedError
+    from tap_flower.federation.client import tap
+
+    participate = tap.participate
+
+    def fail(client: Any, server_round: int, *rest: Any) -> Any:
+        if (client.spec.name, server_round) == ("bob", 1):
+            raise DivergedError("the training loss of task 'languages' is nan: lower the learning rate")
+        if (client.spec.name, server_round) == ("cleo", 2):
+            raise RuntimeError("cosmic ray")
+        return participate(client, server_round, *rest)
+
+    monkeypatch.setattr(tap, "participate", fail)
+    strategy = federation.strategy()
+    strategy.start(federation.grid())
+    dropped = [(e["who"], e["problem"]) for e in read_events(federation.out) if e["event"] == "dropped"]
+    assert [who for who, _ in dropped] == ["client 'bob'", "client 'cleo'"]
+    assert dropped[0][1] == "the training loss of task 'languages' is nan: lower the learning rate (code 1001)"
+    assert re.search(r"unexpected RuntimeError at test_federation.py:\d+: cosmic ray", dropped[1][1])
+    rounds = [sorted(e["clients"]) for e in read_events(federation.out) if e["event"] == "round"]
+    assert rounds == [["ann", "cleo", "dan"], ["ann", "bob", "dan"]]
 
 
 def test_fewer_nodes_than_clients_is_an_error_that_says_who_is_missing(federation: Federation) -> None:
