@@ -40,7 +40,7 @@ def _task_table(
     more: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Table:
     """A row for each task, a column for each model, and columns with more (name -> task -> text)."""
-    table, more = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False), more or {}
+    table, more = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)), more or {}
     present = {model for by_model in tasks.values() for model in by_model}
     models = [m for m in MODELS if m in present] + sorted(present - set(MODELS))
     for name in ("task", "metric"):
