@@ -167,9 +167,9 @@ def load_config(preset: str = "demo", config: str = "", settings: Sequence[str] 
     known = presets()
     if preset not in known:
         raise ConfigError(f"unknown preset {preset!r}{_near(preset, known)}: use one of {', '.join(known)}")
-    layers: list[tuple[str, Mapping[str, Any]]] = [(f"preset {preset!r}", _read_yaml(known[preset]))]
+    layers: list[tuple[str, Mapping[str, Any]]] = [(f"preset {preset!r}", read_yaml(known[preset]))]
     if config:
-        layers.append((f"file {config!r}", _read_yaml(Path(config))))
+        layers.append((f"file {config!r}", read_yaml(Path(config))))
     for setting in settings:
         key, separator, value = setting.partition("=")
         if not separator:
@@ -267,13 +267,18 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return {first: _nested(rest, value) if rest else value}
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any]:
+def read_yaml(path: Path, what: str = "file") -> Mapping[str, Any]:
+    """Reads a YAML file of keys; `what` begins the errors.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no keys.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"file {str(path)!r} cannot be read: {error}") from error
+        raise ConfigError(f"{what} {str(path)!r} cannot be read: {error}") from error
     if not isinstance(values, Mapping):
-        raise ConfigError(f"file {str(path)!r} holds no keys: write `key: value` lines")
+        raise ConfigError(f"{what} {str(path)!r} holds no keys: write `key: value` lines")
     # `definitions` is a place for YAML anchors; they have been put where they are used by now.
     return {key: value for key, value in values.items() if key != "definitions"}
 

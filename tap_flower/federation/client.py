@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import yaml
 from flwr.app import Context, Error, Message, RecordDict
 
-from tap_flower.config import Config, ConfigError, HyperParameters, client_specs, hyper_parameters, load_config
+from tap_flower.config import (
+    Config,
+    ConfigError,
+    HyperParameters,
+    client_specs,
+    hyper_parameters,
+    load_config,
+    read_yaml,
+)
 from tap_flower.core.training import DivergedError
 from tap_flower.data.loading import ClientData, load_tokenizer
 from tap_flower.data.spec import ClientSpec, SpecError, client_spec
@@ -140,14 +147,7 @@ def _identity(context: Context) -> tuple[ClientSpec, Path]:
     if "client-spec" in node:
         if "state-dir" not in node:
             raise SpecError('the node has a client-spec but no state-dir: add state-dir="FOLDER" to its --node-config')
-        path = Path(str(node["client-spec"]))
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SpecError(f"client spec {str(path)!r} cannot be read: {error}") from error
-        if not isinstance(values, dict):
-            raise SpecError(f"client spec {str(path)!r} holds no keys")
-        spec = client_spec(values)
+        spec = client_spec(read_yaml(Path(str(node["client-spec"])), "client spec"))
         return spec, Path(str(node["state-dir"])) / spec.name
     if "partition-id" not in node:
         raise SpecError(

@@ -196,7 +196,7 @@ def test_nothing_of_a_personal_model_is_in_a_message(federation: Federation) -> 
         assert losses
         assert not any(str(loss) in text for loss in losses.values())
     assert personal > 500
-    assert "urgent" not in text
+    assert '"classes"' not in text
     assert "columns" not in text
 
 
