@@ -28,6 +28,7 @@ def test_import_contracts() -> None:
         ("tap_flower.core.aggregation", {"flwr", "transformers", "datasets", "omegaconf", "ray"}),
         ("tap_flower.core.distillation", {"flwr", "transformers", "datasets", "omegaconf", "ray"}),
         ("tap_flower.models.model", {"flwr", "datasets", "omegaconf", "ray"}),
+        ("tap_flower.federation.server", {"transformers", "datasets", "ray"}),
     ],
 )
 def test_an_import_pulls_in_only_what_its_layer_may_use(module: str, forbidden: set[str]) -> None:

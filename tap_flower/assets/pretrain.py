@@ -1,11 +1,13 @@
 """Pretrains the demo's backbone: a small FLAVA, on the public split of the demo data and nothing else.
 
-    python -m tap_flower.assets.pretrain --out DIR [--steps 3000] [--seed 0]
+    python -m tap_flower.assets.pretrain --out DIR [--steps 6000] [--seed 0]
 
-Each step adds four losses, every one on a batch of its own:
+Each step adds five losses, every one on a batch of its own:
 
 * `image`: half of an image's patches are masked, their normalised pixels are predicted (mean squared error);
 * `text`: tokens of emoji names are masked and predicted. A line holds one to three names of one language;
+* `lines`: two lines of one language, of other names each, are drawn together and those of other pairs apart, as two
+  spans of one document are in contrastive learning of text;
 * `fusion`: tokens of question and answer, the answer's always, are masked and predicted by the multimodal encoder,
   which sees the image too;
 * `contrast`: the mean of an image's hidden states, projected, is compared with every distinct caption ("a teal circle",
@@ -47,9 +49,11 @@ PAD, CLS, SEP, MASK = (SPECIAL.index(token) for token in ("[PAD]", "[CLS]", "[SE
 ALPHABET = "".join(map(chr, range(33, 127))) + "".join(map(chr, range(0xA1, 0x180))) + "\u0307’‘“”–—"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-BATCH = {"image": 16, "text": 64, "fusion": 24, "contrast": 32}
+BATCH = {"image": 16, "text": 32, "lines": 32, "fusion": 24, "contrast": 64}
 PEAK_RATE, WARMUP, WEIGHT_DECAY = 1e-3, 100, 0.01
-PATCHES_MASKED, TOKENS_MASKED, SHIFT, POSITION_STD = 0.5, 0.2, 3, 0.3
+PATCHES_MASKED, TOKENS_MASKED, SHIFT, POSITION_STD = 0.5, 0.2, 4, 0.3
+LINES_SCALE = 10.0
+"""Factor on the cosines of `lines`, the inverse of a temperature."""
 
 
 @dataclasses.dataclass
@@ -206,7 +210,7 @@ class Heads(nn.Module):
         return cast(Tensor, self.transform(states) @ embeddings.T + self.bias)
 
 
-# --- the four losses ------------------------------------------------------------------------------
+# --- the five losses ------------------------------------------------------------------------------
 
 
 def pad(lines: list[list[int]]) -> Tensor:
@@ -307,12 +311,27 @@ def contrast_loss(model: Any, images: Tensor, captions: Tensor, target: Tensor) 
         target: int64 (batch,), the number of each image's caption.
     """
     seen = mean_state(model.image_model(pixel_values=images).last_hidden_state)
-    mask = (captions != PAD).long()
-    said = mean_state(model.text_model(input_ids=captions, attention_mask=mask).last_hidden_state, captions)
     seen = functional.normalize(model.image_projection(seen), dim=-1)
-    said = functional.normalize(model.text_projection(said), dim=-1)
-    logits = seen @ said.T * model.logit_scale.clamp(max=4.6052).exp()
+    logits = seen @ embed_text(model, captions).T * model.logit_scale.clamp(max=4.6052).exp()
     return functional.cross_entropy(logits, target)
+
+
+def embed_text(model: Any, ids: Tensor) -> Tensor:
+    """Returns the projected mean states of texts, ids int64 (batch, tokens), at unit length: (batch, HIDDEN)."""
+    states = model.text_model(input_ids=ids, attention_mask=(ids != PAD).long()).last_hidden_state
+    return functional.normalize(model.text_projection(mean_state(states, ids)), dim=-1)
+
+
+def lines_loss(model: Any, first: Tensor, second: Tensor) -> Tensor:
+    """Cross-entropy of a line's partner among the partners of all lines of the batch.
+
+    Args:
+        model: a FlavaModel.
+        first: int64 (pairs, tokens), one line of each pair.
+        second: int64 (pairs, tokens), the other one; of the same language.
+    """
+    logits = embed_text(model, first) @ embed_text(model, second).T * LINES_SCALE
+    return functional.cross_entropy(logits, torch.arange(len(first)))
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -359,12 +378,22 @@ def pretrain(
         images = normalised(shifted(data.images[rows]))
         return masked_image_loss(model, heads, images)
 
+    def line(chosen: list[list[int]]) -> list[int]:
+        """Returns the token ids of one line of names."""
+        return [CLS, *(token for name in chosen for token in [*name, SEP])][:MAX_TOKENS]
+
     def text_loss() -> Tensor:
-        lines = []
-        for _ in range(BATCH["text"]):
-            chosen = draw.sample(draw.choice(names), draw.randint(1, 3))
-            lines.append([CLS, *(token for name in chosen for token in [*name, SEP])][:MAX_TOKENS])
-        return masked_text_loss(model, heads, pad(lines))
+        chosen = [draw.sample(draw.choice(names), draw.randint(1, 3)) for _ in range(BATCH["text"])]
+        return masked_text_loss(model, heads, pad([line(some) for some in chosen]))
+
+    def partner_loss() -> Tensor:
+        first, second = [], []
+        for _ in range(BATCH["lines"]):
+            size = draw.randint(1, 2)
+            chosen = draw.sample(draw.choice(names), 2 * size)
+            first.append(line(chosen[:size]))
+            second.append(line(chosen[size:]))
+        return lines_loss(model, pad(first), pad(second))
 
     def fusion_loss() -> Tensor:
         chosen = draw.choices(questions, k=BATCH["fusion"])
@@ -380,7 +409,13 @@ def pretrain(
         images = normalised(shifted(data.images[data.captioned[which]]))
         return contrast_loss(model, images, captions, data.caption[which])
 
-    losses = {"image": image_loss, "text": text_loss, "fusion": fusion_loss, "contrast": caption_loss}
+    losses = {
+        "image": image_loss,
+        "text": text_loss,
+        "lines": partner_loss,
+        "fusion": fusion_loss,
+        "contrast": caption_loss,
+    }
     parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, weight_decay=WEIGHT_DECAY)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, min(WARMUP, steps // 10), steps)
@@ -438,10 +473,10 @@ The tokenizer was trained on the same text.
     python -m tap_flower.assets.pretrain --out DIR --steps {steps} --seed {seed}
 
 {steps} steps in {seconds:.0f} s on {torch.get_num_threads()} threads ({made_with}).
-AdamW, peak learning rate {PEAK_RATE:g} after {WARMUP} steps, cosine decay. Sum of four losses, for which see
-`tap_flower/assets/pretrain.py`: masked patches, masked tokens of names (one to three of a language in a line), masked
-tokens of question and answer given the image, contrast of mean-pooled images with all distinct captions. Images are
-shifted by up to {SHIFT} pixels.
+AdamW, peak learning rate {PEAK_RATE:g} after {WARMUP} steps, cosine decay. Sum of five losses, for which see
+`tap_flower/assets/pretrain.py`: masked patches, masked tokens of names (one to three of a language in a line), contrast
+between lines of names (two lines of a language belong together), masked tokens of question and answer given the image,
+contrast of mean-pooled images with all distinct captions. Images are shifted by up to {SHIFT} pixels.
 Mean losses over the last tenth of the steps: {ended}.
 
 Images: RGB, 1/255, mean {PIXEL_MEAN}, standard deviation {PIXEL_STD}.
@@ -453,7 +488,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command: reads the public data, trains, saves."""
     parser = argparse.ArgumentParser(description="Pretrains the demo's backbone on the public split of the demo data.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for model, tokenizer, processor")
-    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6000, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="fixes weights and batches (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.steps < 1:

@@ -12,20 +12,13 @@ from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
 
-from tap_flower.config import (
-    Config,
-    ConfigError,
-    HyperParameters,
-    client_specs,
-    hyper_parameters,
-    load_config,
-    read_yaml,
-)
+from tap_flower.config import ConfigError, HyperParameters, client_specs, hyper_parameters, read_yaml
 from tap_flower.core.training import DivergedError
 from tap_flower.data.loading import ClientData, load_tokenizer
 from tap_flower.data.spec import ClientSpec, SpecError, client_spec
 from tap_flower.federation import messages
 from tap_flower.federation.messages import Instruction, Manifest, MessageError, Report, TaskInfo, TensorInfo
+from tap_flower.federation.run_config import simulated_run
 from tap_flower.federation.store import ClientStore, Kept
 from tap_flower.methods import tap
 from tap_flower.methods.local import LocalClient, State
@@ -161,22 +154,6 @@ def _identity(context: Context) -> tuple[ClientSpec, Path]:
             f"use num-supernodes={len(specs)}"
         )
     return specs[partition], out / "clients" / specs[partition].name
-
-
-def simulated_run(context: Context) -> tuple[Config, Path]:
-    """Configuration and run folder from Flower's run configuration (`[tool.flwr.app.config]`).
-
-    Without `out`, the folder is `tap-flower-runs/PRESET-RUN` in the user's home: the runtime's own folder is temporary.
-    """
-    values = context.run_config
-    config = _load_config(*(str(values.get(key, "")) for key in ("preset", "config", "set")))
-    out = str(values.get("out", ""))
-    return config, Path(out) if out else Path.home() / "tap-flower-runs" / f"{config.preset}-{context.run_id}"
-
-
-@cache
-def _load_config(preset: str, config: str, settings: str) -> Config:
-    return load_config(preset, config, settings.split())
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from flwr.serverapp import Grid
 from tap_flower.config import Config, ConfigError, plain, to_yaml
 from tap_flower.federation import checkpoint
 from tap_flower.federation.checkpoint import Progress
-from tap_flower.federation.client import simulated_run
 from tap_flower.federation.roster import Roster
+from tap_flower.federation.run_config import simulated_run
 from tap_flower.federation.strategy import TapStrategy
 from tap_flower.storage import write_atomically
 

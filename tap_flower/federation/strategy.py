@@ -213,7 +213,9 @@ class TapStrategy:
             self._count(self.progress.down, record)
             return record
 
-        nodes = {name: self.roster.nodes[name] for name in names}
+        # Most tensors first: these clients take longest, and where several share a machine its actors then end together.
+        order = sorted(names, key=lambda name: (-len(self.roster.manifests[name].tensors), name))
+        nodes = {name: self.roster.nodes[name] for name in order}
         for name, reply in exchange(grid, nodes, content, message_type, server_round, self.config.round_timeout):
             problem = _problem(reply)
             if problem is None and reply is not None:

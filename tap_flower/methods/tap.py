@@ -84,9 +84,9 @@ def participate(
         source_losses = client.losses(teacher, "validation") if on_validation else losses
 
     student = client.model(None if personal is None else personal.state)
-    personal_losses: Mapping[str, float] = {} if personal is None else personal.losses
-    if on_validation:
-        personal_losses = client.losses(student, "validation")
+    personal_losses: Mapping[str, float] = {}  # what is missing counts as infinity
+    if personal is not None:
+        personal_losses = client.losses(student, "validation") if on_validation else personal.losses
     decisions = decide(student.component_map, source_losses, personal_losses, client.margins)
     replaced = replace(student, received if copies_received else server_copy, student.component_map, decisions)
     # After a replacement the personal model sees other mini-batches than the copy that it was taken from.

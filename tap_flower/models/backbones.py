@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -41,6 +42,7 @@ class Backbone(ABC, nn.Module):
         size: D.
         vocabulary: number of tokens.
         text_length: longest text that the checkpoint has positions for, in tokens.
+        image_size: side, in pixels, of the images that the checkpoint's patches are cut from.
         fusion_layers: layers for MoTE and MoME, in this order.
         attention_lora: LoRA of the fusion's query and value.
         expert_lora: LoRA of the experts.
@@ -49,13 +51,15 @@ class Backbone(ABC, nn.Module):
     size: int
     vocabulary: int
     text_length: int
+    image_size: int
     fusion_layers: nn.ModuleList
     attention_lora: LoraSettings
     expert_lora: LoraSettings
 
-    def __init__(self, model: PreTrainedModel, layers: int) -> None:
-        del model, layers
+    def __init__(self, model: PreTrainedModel, layers: int, image_size: int | None = None) -> None:
+        del layers, image_size
         super().__init__()
+        self._configuration = _configuration(model.config)
 
     @abstractmethod
     def image_encoder(self) -> Encoder:
@@ -80,14 +84,49 @@ class Backbone(ABC, nn.Module):
         layers = cast(list[FrozenLayer], list(self.fusion_layers))
         return layers[: len(layers) // 2], layers[len(layers) // 2 :]
 
+    @staticmethod
+    def checked_image_size(wanted: int | None, own: int, patch: int) -> int:
+        """The image size in use: the checkpoint's own, unless the run wants another one.
+
+        Raises:
+            BackboneError: it is not a multiple of the patch size.
+        """
+        size = own if wanted is None else wanted
+        if size % patch:
+            raise BackboneError(
+                f"model.image_size = {size} is no multiple of the backbone's patches of {patch} pixels: "
+                f"choose {size // patch * patch or patch} or {(size // patch + 1) * patch}"
+            )
+        return size
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names, shapes and values of the frozen tensors, as 16 hexadecimal digits."""
-        digest = hashlib.sha256()
+        """SHA-256 over what of the configuration decides the result, and names, shapes and values of the frozen tensors.
+
+        As 16 hexadecimal digits.
+        """
+        digest = hashlib.sha256(self._configuration.encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+_PARTS = ("image_config", "text_config", "multimodal_config")
+_DECIDES_THE_RESULT = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "image_size", "patch_size")
+
+
+def _configuration(config: PreTrainedConfig) -> str:
+    """What of a configuration, its parts included, decides the result beside the tensors, as JSON."""
+
+    def chosen(values: Mapping[str, object]) -> dict[str, object]:
+        return {
+            key: chosen(value) if isinstance(value, Mapping) else value
+            for key, value in values.items()
+            if key in _DECIDES_THE_RESULT or key in _PARTS
+        }
+
+    return json.dumps(chosen(config.to_dict()), sort_keys=True)
 
 
 def frozen_layers(layers: nn.ModuleList, heads: int) -> nn.ModuleList:
@@ -131,34 +170,37 @@ def family(model_type: str) -> type[Backbone]:
         BackboneError: the type is not supported.
     """
     from tap_flower.models.flava import FlavaBackbone
+    from tap_flower.models.vilt import ViltBackbone
 
-    families: dict[str, type[Backbone]] = {"flava": FlavaBackbone}
+    families: dict[str, type[Backbone]] = {"flava": FlavaBackbone, "vilt": ViltBackbone}
     if model_type not in families:
         raise BackboneError(f"backbone of model_type {model_type!r} is not supported: use one of {sorted(families)}")
     return families[model_type]
 
 
-def from_model(model: PreTrainedModel, layers: int) -> Backbone:
+def from_model(model: PreTrainedModel, layers: int, image_size: int | None = None) -> Backbone:
     """A backbone with L fusion layers that takes over the modules of a transformers model and freezes them."""
-    backbone = family(model.config.model_type)(model, layers)
+    backbone = family(model.config.model_type)(model, layers, image_size)
     backbone.requires_grad_(False)
     return backbone.eval()
 
 
-def from_config(config: PreTrainedConfig, layers: int) -> Backbone:
+def from_config(config: PreTrainedConfig, layers: int, image_size: int | None = None) -> Backbone:
     """A backbone with random weights; under `torch.device("meta")` it allocates nothing."""
     from transformers import AutoModel
 
-    return from_model(AutoModel.from_config(config), layers)  # type: ignore[no-untyped-call]
+    return from_model(AutoModel.from_config(config), layers, image_size)  # type: ignore[no-untyped-call]
 
 
 @cache
-def load_backbone(name: str, layers: int) -> Backbone:
+def load_backbone(name: str, layers: int, image_size: int | None = None, revision: str | None = None) -> Backbone:
     """Loads a checkpoint, once a process.
 
     Args:
         name: `demo`, a local folder, or a hub id. No code from the hub is ever run.
         layers: L, the number of fusion layers of each stage.
+        image_size: side, in pixels, of the images that the patches are cut from; by default the checkpoint's own.
+        revision: commit, tag or branch of a hub id.
 
     Raises:
         BackboneError: the checkpoint cannot be found, is of no supported family, or has too few multimodal layers.
@@ -167,12 +209,12 @@ def load_backbone(name: str, layers: int) -> Backbone:
 
     place = locate(name)
     try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
         family(config.model_type)
-        model = AutoModel.from_pretrained(place, trust_remote_code=False, dtype=torch.float32)
+        model = AutoModel.from_pretrained(place, revision=revision, trust_remote_code=False, dtype=torch.float32)
     except OSError as error:
         raise BackboneError(
             f"backbone {name!r} cannot be loaded: {str(error).splitlines()[0]} "
             f"(a local folder must hold config.json and model.safetensors; a hub id is fetched with `hf download {name}`)"
         ) from error
-    return from_model(model, layers)
+    return from_model(model, layers, image_size)

@@ -21,14 +21,14 @@ class FlavaBackbone(Backbone):
     attention_lora = LoraSettings(rank=16, alpha=32)
     expert_lora = LoraSettings(rank=4, alpha=8)
 
-    def __init__(self, model: PreTrainedModel, layers: int) -> None:
-        super().__init__(model, layers)
+    def __init__(self, model: PreTrainedModel, layers: int, image_size: int | None = None) -> None:
+        super().__init__(model, layers, image_size)
         model = cast(FlavaModel, model)
         image, text, multimodal = model.image_model, model.text_model, model.multimodal_model
         self.size = multimodal.config.hidden_size
         self.vocabulary = text.config.vocab_size
         self.text_length = text.config.max_position_embeddings
-        self.image_size = cast(int, image.config.image_size)
+        self.image_size = self.checked_image_size(image_size, image.config.image_size, image.config.patch_size)
         self.image_embeddings = image.embeddings
         self.image_layers = frozen_layers(image.encoder.layer, image.config.num_attention_heads)
         self.image_norm = image.layernorm
@@ -64,7 +64,7 @@ class FlavaImageEncoder(Encoder):
     def forward(self, backbone: Backbone, inputs: Tensor, mask: Tensor | None) -> Tensor:
         """Pixels [B, 3, H, W] -> class token and patches [B, 1 + patches, D]."""
         frozen = cast(FlavaBackbone, backbone)
-        tokens = frozen.image_embeddings(self.adaptor(inputs))
+        tokens = frozen.image_embeddings(self.adaptor(inputs), interpolate_pos_encoding=True)
         tokens = encode(_layers(frozen.image_layers), _own(self.layers), tokens, mask)
         return cast(Tensor, self.output(frozen.image_norm(tokens)))
 

@@ -15,7 +15,6 @@ from tap_flower.core.components import ComponentMap, Pair
 from tap_flower.core.initial import Initial, initialise
 from tap_flower.models import fusion
 from tap_flower.models.backbones import Backbone
-from tap_flower.models.encoders import ImageAdaptor, Projection
 from tap_flower.models.heads import ImageHead, TextHead
 from tap_flower.models.lora import LoRA
 
@@ -147,16 +146,17 @@ def initial_values(module: nn.Module) -> dict[str, Initial]:
     """Parameter name -> how it starts, by the type of the module that owns it.
 
     LoRA: A uniform ± 1/√in, B zero. Linear and convolution: uniform ± 1/√fan_in (PyTorch's own). LayerNorm: 1 and 0.
-    Embedding: normal, deviation .02. GPT-2's Conv1D: normal, deviation .02, and 0. Image adaptor and projections: the
-    identity.
+    Embedding: normal, deviation .02. GPT-2's Conv1D: normal, deviation .02, and 0. A module with `INITIALS` states its own.
     """
     initials: dict[str, Initial] = {}
     own: dict[str, Initial] = {}
     zero, small = Initial("constant", 0.0), Initial("normal", 0.02)
     for path, part in module.named_modules():
-        if isinstance(part, ImageAdaptor | Projection):
-            own |= {f"{path}.{name}" if path else name: initial for name, initial in part.INITIALS.items()}
+        stated: Mapping[str, Initial] = getattr(part, "INITIALS", {})
+        own |= {f"{path}.{name}" if path else name: initial for name, initial in stated.items()}
         for name, parameter in part.named_parameters(recurse=False):
+            if name in stated:
+                continue
             bias = name == "bias"
             if isinstance(part, LoRA):
                 initial = zero if name == "B" else Initial("uniform", 1 / math.sqrt(part.A.shape[1]))

@@ -1,0 +1,127 @@
+"""ViLT (`dandelin/vilt-b32-mlm` and any other ViLT checkpoint): arXiv 2102.03334."""
+
+from __future__ import annotations
+
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, ViltModel
+
+from tap_flower.core.initial import Initial
+from tap_flower.models.backbones import Backbone, Encoder, fusion_layers
+from tap_flower.models.encoders import ImageAdaptor, Output
+from tap_flower.models.lora import LoRA, LoraSettings, add_lora
+
+PATCH_LORA = LoraSettings(rank=4, alpha=8)
+
+
+class ViltBackbone(Backbone):
+    """Embeddings of words and patches, and the transformer's layers for the fusion; ViLT has no encoders of its own."""
+
+    attention_lora = LoraSettings(rank=8, alpha=16)
+    expert_lora = LoraSettings(rank=8, alpha=16)
+
+    def __init__(self, model: PreTrainedModel, layers: int, image_size: int | None = None) -> None:
+        super().__init__(model, layers, image_size)
+        model = cast(ViltModel, model)
+        config, embeddings = model.config, model.embeddings
+        self.size = config.hidden_size
+        self.vocabulary = config.vocab_size
+        self.text_length = config.max_position_embeddings
+        self.image_size = self.checked_image_size(image_size, config.image_size, config.patch_size)
+        self.text_embeddings = embeddings.text_embeddings
+        self.patches = cast(nn.Conv2d, embeddings.patch_embeddings.projection)
+        grid = self.image_size // config.patch_size
+        positions = _resized(embeddings.position_embeddings.detach(), grid)
+        # What the image's tokens begin with: the class token, and its position and those of the patches.
+        self.register_buffer("class_token", embeddings.cls_token.detach().clone())
+        self.register_buffer("positions", positions)
+        self.fusion_layers = fusion_layers(model.encoder.layer, config.num_attention_heads, layers)
+
+    def image_encoder(self) -> Encoder:
+        """Adaptor, LoRA on the patch convolution, class token, positions, projection."""
+        return ViltImageEncoder(self)
+
+    def text_encoder(self) -> Encoder:
+        """Projection of the frozen embeddings."""
+        return ViltTextEncoder(self)
+
+    def classification_head(self, classes: int) -> nn.Module:
+        """D -> 4D, LayerNorm, GELU, dropout .1, -> D, GELU, -> classes."""
+        return nn.Sequential(
+            nn.Linear(self.size, 4 * self.size),
+            nn.LayerNorm(4 * self.size),
+            nn.GELU(),
+            nn.Dropout(0.1),
+            nn.Linear(4 * self.size, self.size),
+            nn.GELU(),
+            nn.Linear(self.size, classes),
+        )
+
+
+def _resized(positions: Tensor, grid: int) -> Tensor:
+    """Position embeddings [1, 1 + n·n, D] of the checkpoint for a grid of grid x grid patches, interpolated as ViLT does."""
+    side = round((positions.shape[1] - 1) ** 0.5)
+    if side == grid:
+        return positions.clone()
+    spatial = positions[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+    spatial = F.interpolate(spatial, size=(grid, grid), mode="bilinear", align_corners=True)
+    return torch.cat([positions[:, :1], spatial.flatten(2).transpose(1, 2)], dim=1)
+
+
+class TokenOffsets(nn.Module):
+    """The trainable part of class token and positions: what training adds to the checkpoint's values, zero at first.
+
+    A tensor of ours starts from its name and the seed alone, so that a server without the checkpoint can start it.
+    """
+
+    INITIALS: ClassVar[dict[str, Initial]] = {
+        "class_token": Initial("constant", 0.0),
+        "positions": Initial("constant", 0.0),
+    }
+
+    def __init__(self, backbone: ViltBackbone) -> None:
+        super().__init__()
+        self.class_token = nn.Parameter(torch.empty_like(backbone.get_buffer("class_token")))
+        self.positions = nn.Parameter(torch.empty_like(backbone.get_buffer("positions")))
+
+
+class ViltImageEncoder(Encoder):
+    """Trainable part of the image encoder."""
+
+    def __init__(self, backbone: ViltBackbone) -> None:
+        super().__init__()
+        self.adaptor = ImageAdaptor(backbone.image_size)
+        self.patches = LoRA(backbone.patches.weight[0].numel(), backbone.size, PATCH_LORA)
+        self.offsets = TokenOffsets(backbone)
+        self.output = Output(backbone.size)
+
+    def forward(self, backbone: Backbone, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """Pixels [B, 3, H, W] -> class token and patches [B, 1 + patches, D]."""
+        del mask  # all images are of one size
+        frozen = cast(ViltBackbone, backbone)
+        conv = frozen.patches
+        # A convolution whose stride is its kernel is a linear map of each patch.
+        patches = F.unfold(self.adaptor(inputs), conv.kernel_size, stride=conv.stride).transpose(1, 2)
+        base = F.linear(patches, conv.weight.flatten(1), conv.bias)
+        tokens = add_lora(base[None], [self.patches], patches[None])[0]
+        class_token = frozen.get_buffer("class_token") + self.offsets.class_token
+        tokens = torch.cat([class_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = tokens + frozen.get_buffer("positions") + self.offsets.positions
+        return cast(Tensor, self.output(tokens))
+
+
+class ViltTextEncoder(Encoder):
+    """Trainable part of the text encoder."""
+
+    def __init__(self, backbone: ViltBackbone) -> None:
+        super().__init__()
+        self.output = Output(backbone.size)
+
+    def forward(self, backbone: Backbone, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """Token ids [B, T] -> [B, T, D]."""
+        del mask  # there is no attention here
+        frozen = cast(ViltBackbone, backbone)
+        return cast(Tensor, self.output(frozen.text_embeddings(input_ids=inputs)))
