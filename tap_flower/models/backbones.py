@@ -85,19 +85,24 @@ class Backbone(ABC, nn.Module):
         return layers[: len(layers) // 2], layers[len(layers) // 2 :]
 
     @staticmethod
-    def checked_image_size(wanted: int | None, own: int, patch: int) -> int:
-        """The image size in use: the checkpoint's own, unless the run wants another one.
+    def image_grid(wanted: int | None, config: PreTrainedConfig) -> tuple[int, int]:
+        """The image size in use, in pixels and in patches: the checkpoint's own, unless the run wants another one.
+
+        Args:
+            wanted: by the run, in pixels.
+            config: with the checkpoint's `image_size` and `patch_size`.
 
         Raises:
             BackboneError: it is not a multiple of the patch size.
         """
-        size = own if wanted is None else wanted
+        patch = int(config.patch_size)
+        size = int(config.image_size) if wanted is None else wanted
         if size % patch:
             raise BackboneError(
                 f"model.image_size = {size} is no multiple of the backbone's patches of {patch} pixels: "
                 f"choose {size // patch * patch or patch} or {(size // patch + 1) * patch}"
             )
-        return size
+        return size, size // patch
 
     @cached_property
     def fingerprint(self) -> str:

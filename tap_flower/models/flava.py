@@ -28,7 +28,7 @@ class FlavaBackbone(Backbone):
         self.size = multimodal.config.hidden_size
         self.vocabulary = text.config.vocab_size
         self.text_length = text.config.max_position_embeddings
-        self.image_size = self.checked_image_size(image_size, image.config.image_size, image.config.patch_size)
+        self.image_size, _ = self.image_grid(image_size, image.config)
         self.image_embeddings = image.embeddings
         self.image_layers = frozen_layers(image.encoder.layer, image.config.num_attention_heads)
         self.image_norm = image.layernorm

@@ -30,10 +30,9 @@ class ViltBackbone(Backbone):
         self.size = config.hidden_size
         self.vocabulary = config.vocab_size
         self.text_length = config.max_position_embeddings
-        self.image_size = self.checked_image_size(image_size, config.image_size, config.patch_size)
+        self.image_size, grid = self.image_grid(image_size, config)
         self.text_embeddings = embeddings.text_embeddings
-        self.patches = cast(nn.Conv2d, embeddings.patch_embeddings.projection)
-        grid = self.image_size // config.patch_size
+        self.patches = embeddings.patch_embeddings.projection
         positions = _resized(embeddings.position_embeddings.detach(), grid)
         # What the image's tokens begin with: the class token, and its position and those of the patches.
         self.register_buffer("class_token", embeddings.cls_token.detach().clone())
@@ -66,7 +65,7 @@ def _resized(positions: Tensor, grid: int) -> Tensor:
     side = round((positions.shape[1] - 1) ** 0.5)
     if side == grid:
         return positions.clone()
-    spatial = positions[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+    spatial = positions[:, 1:].transpose(1, 2).reshape(1, -1, side, side)
     spatial = F.interpolate(spatial, size=(grid, grid), mode="bilinear", align_corners=True)
     return torch.cat([positions[:, :1], spatial.flatten(2).transpose(1, 2)], dim=1)
 
