@@ -29,8 +29,8 @@ def test_a_spec_is_read() -> None:
     (task,) = client_spec(spec(margin=0.25)).tasks
     assert task.pair == Pair("triage", ("text",))
     assert task.margin == 0.25
-    assert task.train == Source("packaged", "names", "train", (0, 9))
-    assert task.validation is None
+    assert task.train == (Source("packaged", "names", "train", (0, 9)),)
+    assert task.validation == ()
 
 
 @pytest.mark.parametrize(
