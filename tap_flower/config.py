@@ -235,7 +235,7 @@ def hyper_parameters(values: Mapping[str, Any]) -> HyperParameters:
 
 def sent_hyper_parameters(config: Config) -> dict[str, Any]:
     """The part of a configuration that is sent to clients, as nested plain values."""
-    return {name: value for name, value in plain(config).items() if name in {f.name for f in fields(HyperParameters)}}
+    return plain(HyperParameters(**{f.name: getattr(config, f.name) for f in fields(HyperParameters)}))
 
 
 def client_specs(config: Config) -> list[ClientSpec]:
@@ -284,7 +284,7 @@ def _structured(schema: type[Any], layers: Sequence[tuple[str, Mapping[str, Any]
             if key not in known:
                 raise ConfigError(f"{where}: unknown key {key!r}{_near(key, known)}")
         try:
-            merged = OmegaConf.merge(merged, values)
+            merged.merge_with(values)
         except OmegaConfBaseException as error:
             key = getattr(error, "full_key", None) or "?"
             raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from error

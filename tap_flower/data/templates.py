@@ -16,6 +16,7 @@ class PromptError(ValueError):
     """A template cannot be rendered for a row."""
 
 
+@cache
 def problem(template: str) -> str | None:
     """What is wrong with a template's syntax, or None."""
     try:
@@ -25,9 +26,10 @@ def problem(template: str) -> str | None:
     return None
 
 
-def variables(template: str) -> set[str]:
+@cache
+def variables(template: str) -> frozenset[str]:
     """The columns that a template reads."""
-    return meta.find_undeclared_variables(_ENVIRONMENT.parse(template))
+    return frozenset(meta.find_undeclared_variables(_ENVIRONMENT.parse(template)))
 
 
 def render(template: str, row: Mapping[str, Any]) -> str:

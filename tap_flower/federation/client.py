@@ -16,7 +16,6 @@ from tap_flower.config import (
     ConfigError,
     HyperParameters,
     ReplacementEvidence,
-    client_specs,
     hyper_parameters,
     read_yaml,
 )
@@ -26,7 +25,7 @@ from tap_flower.data.spec import ClientSpec, SpecError, client_spec
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.federation import messages
 from tap_flower.federation.messages import Instruction, Manifest, MessageError, Report, TaskInfo, TensorInfo
-from tap_flower.federation.run_config import simulated_run
+from tap_flower.federation.run_config import simulated_clients, simulated_run
 from tap_flower.federation.store import ClientStore, Kept
 from tap_flower.methods import tap
 from tap_flower.methods.local import LocalClient, State
@@ -164,7 +163,7 @@ def _node(context: Context) -> _Node:
             'the node has no client-spec: start it with --node-config \'client-spec="FILE" state-dir="FOLDER"\''
         )
     config, out = simulated_run(context)
-    specs, partition = client_specs(config), int(node["partition-id"])
+    specs, partition = simulated_clients(context), int(node["partition-id"])
     if partition >= len(specs):
         raise ConfigError(
             f"there are more nodes than the {len(specs)} clients of preset {config.preset!r}: "
