@@ -14,6 +14,7 @@ import torch
 
 from tap_flower.core.initial import named_seed
 from tap_flower.data import packaged
+from tap_flower.data.catalogue import fetch_command
 from tap_flower.data.spec import Source
 
 _READERS = {"parquet": "parquet", "jsonl": "json"}
@@ -103,10 +104,8 @@ def _from_hub(source: Source) -> datasets.Dataset:
             snapshot = ""
         found = _in_folder(Path(snapshot), source) if snapshot else None
         if found is None:
-            reason = str(error).splitlines()[0]
-            raise SourceError(
-                f"needs {source}, which cannot be had ({reason}): fetch it with `{fetch(source)}`"
-            ) from error
+            reason, command = str(error).splitlines()[0], fetch_command(source.name, source.revision)
+            raise SourceError(f"needs {source}, which cannot be had ({reason}): fetch it with `{command}`") from error
         return found
 
 
@@ -116,15 +115,9 @@ def _from_mirror(source: Source, root: Path) -> datasets.Dataset:
     if found is None:
         raise SourceError(
             f"needs {source}, which is not in data.root (neither a folder of `save_to_disk` nor {source.split}*.parquet in "
-            f"{folder}): fetch it with `{fetch(source)} --local-dir {folder}`"
+            f"{folder}): fetch it with `{fetch_command(source.name, source.revision)} --local-dir {folder}`"
         )
     return found
-
-
-def fetch(source: Source) -> str:
-    """The command that fetches a hub data set."""
-    revision = f" --revision {source.revision}" if source.revision else ""
-    return f"hf download {source.name} --repo-type dataset{revision}"
 
 
 def _in_folder(folder: Path, source: Source) -> datasets.Dataset | None:
