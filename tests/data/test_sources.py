@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image
@@ -166,6 +167,18 @@ def test_a_missing_data_set_is_one_error_with_the_command_that_fetches_it(tmp_pa
         data(triage(source))
     with pytest.raises(SpecError, match=f"not in data.root .*{fetch} --local-dir {tmp_path}/owner/none`"):
         data(triage(source), str(tmp_path))
+
+
+def test_what_was_downloaded_before_is_found_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "datasets--owner--fetched", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    table = mirror.table("sh0416/ag_news", "train")
+    (repository / "snapshots" / commit / "data").mkdir(parents=True)
+    table.to_parquet(repository / "snapshots" / commit / "data" / "train-00000-of-00001.parquet")
+    for revision in (None, "main", commit):
+        assert open_source(Source("hub", "owner/fetched", "train", revision=revision))[3] == table[3]
 
 
 @pytest.mark.parametrize(
