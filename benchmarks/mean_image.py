@@ -11,7 +11,8 @@ import torch
 
 from tap_flower.config import client_specs, load_config
 from tap_flower.core.tasks import IMAGE_GENERATION
-from tap_flower.data.loading import ClientData, load_tokenizer
+from tap_flower.data.loading import ClientData
+from tap_flower.data.texts import load_tokenizer
 from tap_flower.models.backbones import locate
 
 
@@ -25,7 +26,7 @@ def main() -> None:
         data = ClientData(spec, load_tokenizer(locate(spec.backbone)), config.model.text_length, seed)
         for task in spec.tasks:
             if task.kind == IMAGE_GENERATION.name:
-                train, test = (data.splits[split][task.name] for split in ("train", "test"))
+                train, test = (data.splits[split][task.name][0] for split in ("train", "test"))
                 mean = train.batch(range(len(train)), cpu).target.mean(0, keepdim=True)
                 images = test.batch(range(len(test)), cpu).target
                 error = IMAGE_GENERATION.losses(mean.expand_as(images), images).mean()

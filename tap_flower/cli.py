@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tap_flower.config import ConfigError, client_specs, load_config, presets
-from tap_flower.data.spec import SpecError
+from tap_flower.data.catalogue import CATALOGUE, fetch_command
+from tap_flower.data.spec import ClientSpec, Source, SpecError
 from tap_flower.reporting.progress import RunProgress
 from tap_flower.reporting.results import read_results
 from tap_flower.reporting.tables import mean_table, results_table
@@ -75,14 +78,48 @@ def report_command(
 
 @app.command("presets")
 def presets_command() -> None:
-    """The presets that there are."""
-    table = Table("preset", "rounds", "clients", "clients a round", "tasks")
+    """The presets that there are: clients, backbone, data sets, and what must be downloaded."""
+    console = Console()
     for name in presets():
         config = load_config(name)
         specs = client_specs(config)
         tasks = sorted({task.name for spec in specs for task in spec.tasks})
-        table.add_row(name, str(config.rounds), str(len(specs)), str(config.clients_per_round), ", ".join(tasks))
-    Console().print(table)
+        console.print(
+            f"[bold]{name}[/]: {len(specs)} clients, {config.rounds} rounds of {config.clients_per_round}; "
+            f"tasks {', '.join(tasks)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        table, commands = _needs(specs)
+        console.print(table)
+        for command in commands:
+            console.print(f"  {command}", highlight=False, soft_wrap=True)
+        console.print()
+
+
+def _needs(specs: Sequence[ClientSpec]) -> tuple[Table, list[str]]:
+    """What clients read: a table of backbones and data sets, and the commands that fetch those that must be downloaded."""
+    table = Table("backbone or data set", "split", "training rows", "licence", "MB")
+    commands: dict[str, None] = {}
+
+    def add(name: str, split: str, rows: str, command: str) -> None:
+        facts = CATALOGUE.get(name)
+        if facts:
+            commands[command] = None
+            table.add_row(name, split, rows, facts.licence, str(facts.megabytes or "?"))
+        else:
+            table.add_row(name, split, rows, "comes with a pip package", "")
+
+    for backbone, revision in sorted({(spec.backbone, spec.revision) for spec in specs}):
+        add(backbone, "", "", fetch_command(backbone, revision, is_model=True))
+    counts: Counter[Source] = Counter()
+    for source in (source for spec in specs for task in spec.tasks for source in task.train):
+        start, stop = source.rows or (0, None)
+        counts[source.place] += (stop or start) - start
+    for source, count in counts.items():
+        split = f"{source.config} {source.split}" if source.config else source.split
+        add(source.name, split, f"{count:,}" if count else "all", fetch_command(source.name, source.revision))
+    return table, list(commands)
 
 
 def _free_folder(parent: Path, name: str, resume: bool) -> Path:

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tap_flower.core.training import Optimisation
+from tap_flower.data.patterns import expand
 from tap_flower.data.spec import ClientSpec, SpecError, client_spec
 
 
@@ -40,8 +41,13 @@ class ReplacementEvidence(Enum):
 
 
 def option(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
-    """A field of a configuration dataclass: default, help text, inclusive bounds."""
-    return field(default=default, metadata={"help": text, "low": low, "high": high})
+    """A field of a configuration dataclass: default, help text, inclusive bounds. With the default None it may be null."""
+    return field(default=default, metadata={"help": text, "low": low, "high": high, "optional": default is None})
+
+
+def collection(kind: type[Any], text: str) -> Any:
+    """A field of a configuration dataclass that holds a list or a dictionary, empty by default."""
+    return field(default_factory=kind, metadata={"help": text, "low": None, "high": None})
 
 
 @dataclass
@@ -70,6 +76,12 @@ class Model:
 
     layers: int = option(1, "fusion layers L of each stage; the backbone needs 2L multimodal layers", 1, 64)
     text_length: int = option(256, "longest text and longest target, in tokens", 4, 4096)
+    image_size: int | None = option(
+        None,
+        "side of the images that the backbone's patches are cut from, in pixels; null is the checkpoint's own",
+        1,
+        4096,
+    )
 
 
 @dataclass
@@ -81,14 +93,16 @@ class Train:
     accumulation: int = option(4, "batches per optimiser step", 1, 1024)
     learning_rate: float = option(3e-4, "peak learning rate of AdamW", 0.0, 10.0)
     head_factor: float = option(1.0, "learning rate of the heads, as a multiple of the others'", 0.0, 1e3)
-    start_learning_rate: float = option(1e-4, "learning rate of round 0; it rises linearly to the peak", 0.0, 10.0)
-    warmup_rounds: int = option(20, "rounds until the peak", 1, 100_000)
+    start_learning_rate: float = option(
+        1e-4, "learning rate of the first round; it rises linearly to the peak", 0.0, 10.0
+    )
+    warmup_rounds: int = option(20, "rounds from the first to the one at the peak", 1, 100_000)
     weight_decay: float = option(0.01, "weight decay of AdamW", 0.0, 10.0)
     clip_norm: float = option(1.0, "largest L2 norm of the gradient", 1e-6, 1e6)
 
     def optimisation(self, server_round: int) -> Optimisation:
         """What one participation in `server_round` (counted from 1) does: linear warm-up of the learning rate."""
-        progress = min(server_round / self.warmup_rounds, 1.0)
+        progress = min((server_round - 1) / self.warmup_rounds, 1.0)
         learning_rate = self.start_learning_rate + (self.learning_rate - self.start_learning_rate) * progress
         return Optimisation(self.steps, learning_rate, self.weight_decay, self.accumulation, self.clip_norm)
 
@@ -134,6 +148,15 @@ class HyperParameters:
 
 
 @dataclass
+class Data:
+    """Where the clients of a simulation find their data."""
+
+    root: str = option(
+        "", "a folder with a mirror of the hub data sets, OWNER/NAME[/CONFIG]; without it, the hub is used"
+    )
+
+
+@dataclass
 class Config(HyperParameters):
     """A run."""
 
@@ -142,8 +165,18 @@ class Config(HyperParameters):
     clients_per_round: int = option(2, "clients that are sampled in a round", 1, 1_000_000)
     round_timeout: float = option(3600.0, "seconds until a client that has not answered is left out", 1.0, 1e7)
     start_timeout: float = option(120.0, "seconds to wait for the clients before the first round", 1.0, 1e7)
-    clients: list[Any] = field(
-        default_factory=list, metadata={"help": "the client specs of a simulation", "low": None, "high": None}
+    data: Data = field(default_factory=Data)
+    backbone: str = option(
+        "demo", "of the clients that name none: demo, a local folder (absolute, or ./...) or a hub id"
+    )
+    backbone_revision: str | None = option(None, "commit, tag or branch of `backbone` on the hub")
+    clients: list[Any] = collection(
+        list, "the client specs of a simulation; without any, they are made from `patterns`"
+    )
+    patterns: list[Any] = collection(list, "clients that every group has, see the presets flava and vilt")
+    groups: int = option(1, "groups that share the rows of `datasets`; each has all `patterns`", 1, 100_000)
+    datasets: dict[str, Any] = collection(
+        dict, "the data sets that `patterns` name: name, config, revision, rows to share"
     )
 
 
@@ -175,7 +208,18 @@ def load_config(preset: str = "demo", config: str = "", settings: Sequence[str] 
         if not separator:
             raise ConfigError(f"setting {setting!r} has no '=': write key=value, such as train.steps=5")
         layers.append((f"setting {setting!r}", _nested(key.strip(), yaml.safe_load(value))))
-    return cast(Config, _structured(Config, [*layers, ("preset name", {"preset": preset})]))
+    resolved = cast(Config, _structured(Config, [*layers, ("preset name", {"preset": preset})]))
+    if resolved.data.root and not Path(resolved.data.root).is_absolute():
+        raise ConfigError(f"data.root = {resolved.data.root!r} is relative: give an absolute path in a setting")
+    resolved.clients = resolved.clients or _expanded(resolved)
+    return resolved
+
+
+def _expanded(config: Config) -> list[Any]:
+    try:
+        return list(expand(config.patterns, config.groups, config.datasets))
+    except SpecError as error:
+        raise ConfigError(str(error)) from error
 
 
 def hyper_parameters(values: Mapping[str, Any]) -> HyperParameters:
@@ -191,7 +235,7 @@ def hyper_parameters(values: Mapping[str, Any]) -> HyperParameters:
 
 def sent_hyper_parameters(config: Config) -> dict[str, Any]:
     """The part of a configuration that is sent to clients, as nested plain values."""
-    return {name: value for name, value in plain(config).items() if name in {f.name for f in fields(HyperParameters)}}
+    return plain(HyperParameters(**{f.name: getattr(config, f.name) for f in fields(HyperParameters)}))
 
 
 def client_specs(config: Config) -> list[ClientSpec]:
@@ -201,7 +245,8 @@ def client_specs(config: Config) -> list[ClientSpec]:
         ConfigError: a spec is wrong, or two clients share a name.
     """
     try:
-        specs = [client_spec(values) for values in config.clients]
+        own = {"backbone": config.backbone, "revision": config.backbone_revision}
+        specs = [client_spec(values if "backbone" in values else {**values, **own}) for values in config.clients]
     except SpecError as error:
         raise ConfigError(str(error)) from error
     names = [spec.name for spec in specs]
@@ -239,7 +284,7 @@ def _structured(schema: type[Any], layers: Sequence[tuple[str, Mapping[str, Any]
             if key not in known:
                 raise ConfigError(f"{where}: unknown key {key!r}{_near(key, known)}")
         try:
-            merged = OmegaConf.merge(merged, values)
+            merged.merge_with(values)
         except OmegaConfBaseException as error:
             key = getattr(error, "full_key", None) or "?"
             raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from error
@@ -247,8 +292,9 @@ def _structured(schema: type[Any], layers: Sequence[tuple[str, Mapping[str, Any]
             low, high = metadata["low"], metadata["high"]
             value = OmegaConf.select(merged, key)
             if value is None:
-                raise ConfigError(f"{where}: {key} has no value: give one")
-            if low is not None and not low <= value <= high:
+                if not metadata.get("optional"):
+                    raise ConfigError(f"{where}: {key} has no value: give one")
+            elif low is not None and not low <= value <= high:
                 raise ConfigError(f"{where}: {key} = {value} is out of bounds: choose between {low:g} and {high:g}")
     return OmegaConf.to_object(merged)
 
@@ -268,7 +314,11 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, what: str = "file") -> Mapping[str, Any]:
-    """Reads a YAML file of keys; `what` begins the errors.
+    """Reads a YAML file of keys; relative paths in it start at its folder.
+
+    Args:
+        path: of the file.
+        what: begins the errors.
 
     Raises:
         ConfigError: the file cannot be read, or holds no keys.
@@ -280,7 +330,17 @@ def read_yaml(path: Path, what: str = "file") -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{what} {str(path)!r} holds no keys: write `key: value` lines")
     # `definitions` is a place for YAML anchors; they have been put where they are used by now.
-    return {key: value for key, value in values.items() if key != "definitions"}
+    return {key: _anchored(key, value, path.resolve().parent) for key, value in values.items() if key != "definitions"}
+
+
+def _anchored(key: str, value: Any, folder: Path) -> Any:
+    """`value` with its relative paths made absolute: what is named `path` or `root`, and backbones that begin with a dot."""
+    if isinstance(value, Mapping):
+        return {name: _anchored(name, inner, folder) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_anchored(key, inner, folder) for inner in value]
+    is_path = key in ("path", "root") or (key == "backbone" and str(value).startswith("."))
+    return str(folder / value) if is_path and isinstance(value, str) and value else value
 
 
 def _near(word: str, known: Mapping[str, Any]) -> str:

@@ -173,6 +173,9 @@ def test_presets_are_listed(command: Any) -> None:
     assert code == 0
     assert "demo" in out
     assert "translation" in out
+    assert "flava: 30 clients, 200 rounds of 2" in out
+    assert "cais/mmlu" in out
+    assert "100,000" in out
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -90,11 +90,11 @@ def test_every_option_has_a_help_text() -> None:
 
 
 def test_the_learning_rate_warms_up() -> None:
-    # 1e-4 + (3e-4 - 1e-4) · min(r / 20, 1)
+    # 1e-4 + (3e-4 - 1e-4) · min(r / 20, 1), where r counts from 0 and our rounds from 1
     train = Train(learning_rate=3e-4, start_learning_rate=1e-4, warmup_rounds=20)
-    assert train.optimisation(1).learning_rate == pytest.approx(1.1e-4)
-    assert train.optimisation(10).learning_rate == pytest.approx(2e-4)
-    assert train.optimisation(20).learning_rate == train.optimisation(150).learning_rate == pytest.approx(3e-4)
+    assert train.optimisation(1).learning_rate == pytest.approx(1e-4)
+    assert train.optimisation(11).learning_rate == pytest.approx(2e-4)
+    assert train.optimisation(21).learning_rate == train.optimisation(150).learning_rate == pytest.approx(3e-4)
     assert Distill(iterations=9, learning_rate=0.5).optimisation(train).steps == 9
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tap_flower.config import options
+from tap_flower.data.spec import FORMATS, client_spec
 from tests.docs_tables import configuration_table
 
 ROOT = Path(__file__).parent.parent
@@ -41,3 +44,13 @@ def test_the_plug_in_example_runs() -> None:
     assert names["losses"][0]["triage"] < names["losses"][1]["triage"]
     for name, value in names["new_server_tensors"].items():
         assert (value - names["server_copy"].get_parameter(name)).abs().max() < 1e-6
+
+
+def test_the_examples_of_client_specs_are_right() -> None:
+    page = (ROOT / "docs" / "bring-your-own-data.md").read_text()
+    blocks = [textwrap.dedent(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    assert client_spec(yaml.safe_load(blocks[0])).tasks[0].classes == ("urgent", "routine")
+    tasks = [yaml.safe_load(block) for block in blocks if block.startswith("- name")]
+    for task in tasks:
+        client_spec({"name": "x", "backbone": "demo", "tasks": task})
+    assert {source["format"] for (task,) in tasks for source in [task["test"]]} == FORMATS.keys() - {"packaged"}

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tap_flower.core.tasks import IGNORE
 
+TokenIds = Sequence[int] | NDArray[np.int32]
+"""Token ids of one text."""
 IMAGE_MEAN = (0.5071, 0.4865, 0.4409)
 """Mean of each channel, of pixels between 0 and 1."""
 IMAGE_STD = (0.2673, 0.2564, 0.2762)
@@ -22,7 +26,7 @@ def normalise(pixels: Tensor) -> Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
-def pad_inputs(texts: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+def pad_inputs(texts: Sequence[TokenIds], pad: int) -> dict[str, Tensor]:
     """Token ids padded to the longest text of the batch.
 
     Args:
@@ -39,12 +43,12 @@ def pad_inputs(texts: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
 
 
-def pad_targets(texts: Sequence[Sequence[int]]) -> Tensor:
+def pad_targets(texts: Sequence[TokenIds]) -> Tensor:
     """Target token ids padded with `IGNORE` to the longest of the batch, [B, S] int64."""
     return _pad(texts, IGNORE)
 
 
-def _pad(texts: Sequence[Sequence[int]], value: int) -> Tensor:
+def _pad(texts: Sequence[TokenIds], value: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(text, dtype=torch.int64) for text in texts], batch_first=True, padding_value=value
     )

@@ -1,81 +1,53 @@
-"""From sources to examples that batches are made of: images decoded when they are first used, text tokenised once."""
+"""From sources to examples that batches are made of."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import datasets
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tap_flower.core.initial import named_seed
 from tap_flower.core.training import Batch
-from tap_flower.data import packaged
+from tap_flower.data import templates
 from tap_flower.data.collate import normalise, pad_inputs, pad_targets
-from tap_flower.data.spec import ClientSpec, Source, SpecError, TaskSpec
+from tap_flower.data.images import LazyImages, images_of
+from tap_flower.data.sources import SourceError, open_source, permutation, rows_of
+from tap_flower.data.spec import ClientSpec, Field, Source, SpecError, TaskSpec
+from tap_flower.data.texts import Tokens, tokenised
 
-IMAGE_SIZE = 64
-"""Side of the images that clients hold, in pixels."""
-SPLITS = ("train", "validation", "test")
 HELD_OUT = 5
 """Without validation rows of its own, a task sets every fifth training example aside."""
 
 
-class LazyImages:
-    """The images of a data set as uint8 pixels, each decoded when it is first used and kept.
-
-    Args:
-        column: a data set with the one column `image`.
-
-    Attributes:
-        decodes: how many images have been decoded.
-    """
-
-    def __init__(self, column: datasets.Dataset) -> None:
-        self._column = column
-        # Not initialised: the operating system provides the memory of an image when it is first written.
-        self._pixels = torch.empty((len(column), 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
-        self._is_decoded = [False] * len(column)
-        self.decodes = 0
-
-    def __getitem__(self, rows: Sequence[int]) -> Tensor:
-        """Pixels of some rows, [n, 3, 64, 64] uint8."""
-        for row in rows:
-            if not self._is_decoded[row]:
-                image = self._column[row]["image"].convert("RGB")
-                if image.size != (IMAGE_SIZE, IMAGE_SIZE):
-                    image = image.resize((IMAGE_SIZE, IMAGE_SIZE))
-                self._pixels[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-                self._is_decoded[row] = True
-                self.decodes += 1
-        return self._pixels[torch.tensor(rows)]
-
-
 @dataclass(frozen=True)
 class Examples:
-    """Examples of one task, ready for batches. Sequences are indexed by the example's position.
+    """Examples of one task from one source, ready for batches.
 
     Attributes:
         task: what they belong to.
-        rows: row of the data set.
+        domain: of all of them.
+        rows: row of the data set, by position.
         images: of the data set, indexed by row; None where the task has no image.
-        texts: token ids, or None.
-        labels: class of each example, or None.
-        targets: token ids of the target text with its closing separator, or None.
+        texts: token ids, indexed by place; None where the task has no text.
+        labels: class, indexed by place, or None.
+        targets: token ids of the target text with its closing separator, indexed by place, or None.
+        places: where each example stands among the source's rows, by position.
         pad: id of the padding token.
     """
 
     task: TaskSpec
+    domain: str
     rows: list[int]
     images: LazyImages | None
-    texts: list[list[int]] | None
+    texts: Tokens | None
     labels: list[int] | None
-    targets: list[list[int]] | None
+    targets: Tokens | None
+    places: Sequence[int]
     pad: int
 
     def __len__(self) -> int:
@@ -83,82 +55,90 @@ class Examples:
 
     def batch(self, positions: Sequence[int], device: torch.device) -> Batch:
         """The examples at some positions as one batch on `device`."""
-        inputs: dict[str, Any] = {"domain": self.task.domain}
+        inputs: dict[str, Any] = {"domain": self.domain}
         target: Tensor | None = None
+        places = [self.places[p] for p in positions]
         if self.images is not None:
-            pixels = normalise(self.images[[self.rows[p] for p in positions]].to(device))
-            inputs["image"] = target = pixels
+            inputs["image"] = target = normalise(self.images[[self.rows[p] for p in positions]].to(device))
         if self.texts is not None:
-            padded = pad_inputs([self.texts[p] for p in positions], self.pad)
+            padded = pad_inputs([self.texts[p] for p in places], self.pad)
             inputs |= {name: tensor.to(device) for name, tensor in padded.items()}
         if self.labels is not None:
-            target = torch.tensor([self.labels[p] for p in positions], device=device)
+            target = torch.tensor([self.labels[p] for p in places], device=device)
         if self.targets is not None:
-            target = pad_targets([self.targets[p] for p in positions]).to(device)
+            target = pad_targets([self.targets[p] for p in places]).to(device)
             inputs["target_length"] = target.shape[1]
         assert target is not None  # a task spec names a label, a target or an image
         return Batch(self.task.name, inputs, target)
 
     def split(self, seed: int) -> tuple[Examples, Examples]:
         """(the rest, one in `HELD_OUT` set aside), drawn with `seed`."""
-        order = _permutation(len(self), seed)
+        order = permutation(len(self), seed)
         held_out = max(1, len(self) // HELD_OUT)
         return self._subset(sorted(order[held_out:])), self._subset(sorted(order[:held_out]))
 
     def _subset(self, positions: list[int]) -> Examples:
-        return Examples(
-            self.task,
-            [self.rows[p] for p in positions],
-            self.images,
-            None if self.texts is None else [self.texts[p] for p in positions],
-            None if self.labels is None else [self.labels[p] for p in positions],
-            None if self.targets is None else [self.targets[p] for p in positions],
-            self.pad,
-        )
+        return replace(self, rows=[self.rows[p] for p in positions], places=[self.places[p] for p in positions])
 
 
 class ClientData:
-    """The data of one client: for every split and task its examples.
+    """The data of one client: for every split and task its examples, those of each source apart.
 
     Args:
         spec: of the client.
         tokenizer: of the client's backbone.
         text_length: longest text and longest target, in tokens.
         seed: of the run; it decides the order of sources with `shuffle`, and what is held out.
+        root: a folder with a mirror of hub data sets; nothing to use the hub.
+        hold_out: whether a task without validation rows sets a fifth of its training examples aside.
 
     Raises:
         SpecError: the spec does not fit the data.
     """
 
-    def __init__(self, spec: ClientSpec, tokenizer: PreTrainedTokenizerBase, text_length: int, seed: int) -> None:
-        self.splits: dict[str, dict[str, Examples]] = {split: {} for split in SPLITS}
+    def __init__(
+        self,
+        spec: ClientSpec,
+        tokenizer: PreTrainedTokenizerBase,
+        text_length: int,
+        seed: int,
+        root: str = "",
+        hold_out: bool = True,
+    ) -> None:
+        self.splits: dict[str, dict[str, list[Examples]]] = {"train": {}, "validation": {}, "test": {}}
         for task in spec.tasks:
-            reader = _Reader(f"client {spec.name!r}: task {task.name!r}", task, tokenizer, text_length, seed)
-            train, test = reader.read("train", task.train), reader.read("test", task.test)
-            if task.validation is None:
-                train, validation = train.split(named_seed(seed, spec.name, task.name, "held out"))
-            else:
-                validation = reader.read("validation", task.validation)
-            for split, examples in zip(SPLITS, (train, validation, test), strict=True):
-                if not examples:
-                    raise SpecError(f"{reader.where} has no {split} rows: give it more rows")
-                self.splits[split][task.name] = examples
+            reader = _Reader(f"client {spec.name!r}: task {task.name!r}", task, tokenizer, text_length, seed, root)
+            found = {
+                "train": [reader.read("train", source) for source in task.train],
+                "validation": [reader.read("validation", source) for source in task.validation],
+                "test": [reader.read("test", source) for source in task.test],
+            }
+            if hold_out and not task.validation:
+                halves = [
+                    part.split(named_seed(seed, spec.name, task.name, "held out", number))
+                    for number, part in enumerate(found["train"])
+                ]
+                found["train"], found["validation"] = [a for a, _ in halves], [b for _, b in halves]
+            for split, parts in found.items():
+                if not all(parts) or (split != "validation" and not parts):
+                    raise SpecError(f"{reader.where} has a {split} source without rows: give it more rows")
+                self.splits[split][task.name] = parts
 
     def sizes(self, split: str) -> dict[str, int]:
         """Task name -> number of examples in a split."""
-        return {task: len(examples) for task, examples in self.splits[split].items()}
+        return {task: sum(len(part) for part in parts) for task, parts in self.splits[split].items()}
 
     def training_batches(self, batch_size: int, seed: int, device: torch.device) -> Iterator[Batch]:
         """Endless shuffled batches of the training examples, the tasks taking turns.
 
         Args:
-            batch_size: examples in a batch, where the task has no batch size of its own; a task that has fewer gives all.
+            batch_size: examples in a batch, where the task has no batch size of its own; a source that has fewer gives all.
             seed: decides the order.
             device: of the batches.
         """
         streams = [
-            _shuffled(examples, examples.task.batch_size or batch_size, named_seed(seed, task), device)
-            for task, examples in sorted(self.splits["train"].items())
+            _shuffled(parts, parts[0].task.batch_size or batch_size, named_seed(seed, task), device)
+            for task, parts in sorted(self.splits["train"].items())
         ]
         while True:
             for stream in streams:
@@ -166,35 +146,26 @@ class ClientData:
 
     def batches(self, split: str, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """All examples of a split once, in order."""
-        for examples in self.splits[split].values():
-            for start in range(0, len(examples), batch_size):
-                yield examples.batch(range(start, min(start + batch_size, len(examples))), device)
+        for parts in self.splits[split].values():
+            for examples in parts:
+                for start in range(0, len(examples), batch_size):
+                    yield examples.batch(range(start, min(start + batch_size, len(examples))), device)
 
 
-def _shuffled(examples: Examples, batch_size: int, seed: int, device: torch.device) -> Iterator[Batch]:
-    size, epoch = min(batch_size, len(examples)), 0
+def _shuffled(parts: Sequence[Examples], batch_size: int, seed: int, device: torch.device) -> Iterator[Batch]:
+    """Endless epochs over all sources of a task; a batch is from one source, and so of one domain."""
+    epoch = 0
     while True:
-        order = _permutation(len(examples), named_seed(seed, epoch))
-        for start in range(0, len(order) - size + 1, size):
-            yield examples.batch(order[start : start + size], device)
+        batches: list[tuple[Examples, list[int]]] = []
+        for number, examples in enumerate(parts):
+            size = min(batch_size, len(examples))
+            order = permutation(len(examples), named_seed(seed, epoch, number))
+            batches += [(examples, order[at : at + size]) for at in range(0, len(order) - size + 1, size)]
+        turns = permutation(len(batches), named_seed(seed, epoch)) if len(parts) > 1 else range(len(batches))
+        for turn in turns:
+            examples, positions = batches[turn]
+            yield examples.batch(positions, device)
         epoch += 1
-
-
-def _permutation(count: int, seed: int) -> list[int]:
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return cast(list[int], order.tolist())
-
-
-@cache
-def load_tokenizer(place: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a backbone's local folder or hub id, once a process."""
-    return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(place, trust_remote_code=False))
-
-
-@cache
-def _lazy_images(name: str, split: str, column: str) -> LazyImages:
-    """An image column, once a process: the clients of one process share what is decoded."""
-    return LazyImages(packaged.load(name, split).select_columns([column]).rename_columns({column: "image"}))
 
 
 @dataclass(frozen=True)
@@ -206,65 +177,62 @@ class _Reader:
     tokenizer: PreTrainedTokenizerBase
     text_length: int
     seed: int
+    root: str
 
     def read(self, split: str, source: Source) -> Examples:
+        """The examples of one source; `split` is for messages.
+
+        Raises:
+            SpecError: the source is not there, or the spec does not fit it.
+        """
         try:
-            data = packaged.load(source.name, source.split)
-        except ValueError as error:
-            raise SpecError(f"{self.where}: {split}: {error}") from error
-        for role, column in self.task.columns.items():
-            if column not in data.column_names:
-                known = ", ".join(data.column_names)
-                raise SpecError(f"{self.where}: {split} has no column {column!r} for {role}: choose among {known}")
-        rows = self._rows(split, source, len(data))
-        chosen = data.select(rows)
-        image = self.task.columns.get("image")
+            return self._read(source)
+        except SourceError as error:
+            raise SpecError(f"{self.where}: {split} {error}") from error
+
+    def _read(self, source: Source) -> Examples:
+        data = open_source(source, self.root)
+        read = self.task.fields(source)
+        for role, found in read.items():
+            for column in found.columns or sorted(templates.variables(found.template)):
+                if column not in data.column_names:
+                    known = ", ".join(data.column_names)
+                    raise SourceError(f"has no column {column!r} for {role}: choose among {known}")
+        rows = rows_of(source, self.root, self.seed)
         return Examples(
             task=self.task,
+            domain=source.domain or self.task.domain,
             rows=rows,
-            images=None if image is None else _lazy_images(source.name, source.split, image),
-            texts=self._texts(chosen),
-            labels=self._labels(split, chosen, rows),
-            targets=self._targets(chosen),
+            images=images_of(source, self.root, read["image"].columns[0]) if "image" in read else None,
+            texts=self._tokens(source, read.get("text"), is_target=False),
+            labels=self._labels(data, rows, read["label"].columns[0]) if "label" in read else None,
+            targets=self._tokens(source, read.get("target"), is_target=True),
+            places=range(len(rows)),
             pad=cast(int, self.tokenizer.pad_token_id),
         )
 
-    def _rows(self, split: str, source: Source, available: int) -> list[int]:
-        rows = list(range(available))
-        if source.shuffle:
-            rows = _permutation(available, named_seed(self.seed, source.name, source.split))
-        if source.rows is None:
-            return rows
-        start, stop = source.rows
-        if stop > available:
-            raise SpecError(
-                f"{self.where}: {split} takes rows {start} to {stop} of {source.name!r} {source.split!r}, "
-                f"which has {available}: lower them"
-            )
-        return rows[start:stop]
-
-    def _texts(self, data: datasets.Dataset) -> list[list[int]] | None:
-        if "text" not in self.task.columns:
+    def _tokens(self, source: Source, read: Field | None, is_target: bool) -> Tokens | None:
+        if read is None:
             return None
-        texts = list(data[self.task.columns["text"]])
-        encoded = self.tokenizer(texts, truncation=True, max_length=self.text_length)
-        return cast(list[list[int]], encoded["input_ids"])
+        return tokenised(source, self.root, self.seed, read, self.tokenizer, self.text_length, is_target)
 
-    def _targets(self, data: datasets.Dataset) -> list[list[int]] | None:
-        if "target" not in self.task.columns:
-            return None
-        texts = list(data[self.task.columns["target"]])
-        encoded = self.tokenizer(texts, truncation=True, max_length=self.text_length - 1, add_special_tokens=False)
-        return [[*ids, cast(int, self.tokenizer.sep_token_id)] for ids in encoded["input_ids"]]
-
-    def _labels(self, split: str, data: datasets.Dataset, rows: list[int]) -> list[int] | None:
-        if "label" not in self.task.columns:
-            return None
-        labels = [int(label) for label in data[self.task.columns["label"]]]
-        for row, label in zip(rows, labels, strict=True):
-            if not 0 <= label < len(self.task.classes):
-                raise SpecError(
-                    f"{self.where} has {len(self.task.classes)} classes in the client spec "
-                    f"but label {label} in {split} row {row}"
+    def _labels(self, data: datasets.Dataset, rows: list[int], column: str) -> list[int]:
+        """Class of each row: its place among the spec's labels, else among its class names, else the number itself."""
+        classes = self.task.classes
+        names = getattr(data.features[column], "names", None) or []
+        named = not self.task.labels and bool(
+            set(names) & set(classes)
+        )  # ClassLabel: numbers in the data set's own order
+        known: dict[Any, int] = {name: number for number, name in enumerate(self.task.labels or classes)}
+        if not self.task.labels and not named:
+            known |= {number: number for number in range(len(classes))}
+        labels = []
+        for row, value in zip(rows, data.select_columns([column])[rows][column], strict=True):
+            label = names[value] if named and value is not None else value
+            if label not in known:
+                raise SourceError(
+                    f"has label {label!r} in row {row}, but the client spec has {len(classes)} classes with labels "
+                    f"{', '.join(repr(name) for name in list(known)[:10])}: correct one of them"
                 )
+            labels.append(known[label])
         return labels

@@ -10,33 +10,74 @@ from typing import Any
 
 from tap_flower.core.components import Pair
 from tap_flower.core.tasks import TASK_KINDS
+from tap_flower.data import templates
 
-FORMATS = ("packaged",)
 MODALITIES = ("image", "text")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_FILE = (("path",), ("path",))
+FORMATS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "packaged": (("name", "split"), ("name", "split")),
+    "hub": (("name", "split"), ("name", "config", "revision", "split")),
+    "parquet": _FILE,
+    "csv": _FILE,
+    "json": _FILE,
+    "imagefolder": (("path",), ("path", "split")),
+    "disk": (("path",), ("path", "split")),
+}
+"""Format -> (what a source of it must say about where it lies, what it may say)."""
 
 
 class SpecError(ValueError):
-    """A client spec is wrong; the message names the client, the key, the value and the remedy."""
+    """A client spec is wrong, or does not fit the data; the message names the client, the key, the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a role is read from: columns of a row, joined with a space where there are several, or a template over them."""
+
+    columns: tuple[str, ...] = ()
+    template: str = ""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of one data set.
+    """Rows of one data set, and what is different about it within its task.
 
     Attributes:
-        format: `packaged` (the demo's data).
-        name: of the data set.
-        split: of the data set.
-        rows: first row and the row after the last; None takes all.
+        format: `packaged` (the demo's data), `hub`, a file (`parquet`, `csv`, `json`: one document or one object a line), an
+            `imagefolder` (a folder of images for each class) or `disk` (a folder that `save_to_disk` of `datasets` wrote).
+        name: of a packaged data set, or the id of one on the hub.
+        split: of the data set; a file has none.
+        rows: first row and the row after the last (None: to the end); None takes all.
         shuffle: whether the split is shuffled with the run's seed before `rows` is taken.
+        path: of a file (or a pattern such as `part-*.parquet`) or folder.
+        config: of a data set on the hub that has several.
+        revision: commit, tag or branch of a data set on the hub.
+        domain: of these rows, where it is not the task's.
+        columns: role -> column or columns, where they are not the task's.
+        templates: role -> template, where they are not the task's.
     """
 
     format: str
-    name: str
-    split: str
-    rows: tuple[int, int] | None = None
+    name: str = ""
+    split: str = ""
+    rows: tuple[int, int | None] | None = None
     shuffle: bool = False
+    path: str = ""
+    config: str | None = None
+    revision: str | None = None
+    domain: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    templates: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def place(self) -> Source:
+        """The data set alone, without a choice of rows: equal for sources that read the same data set."""
+        return Source(self.format, self.name, self.split, path=self.path, config=self.config, revision=self.revision)
+
+    def __str__(self) -> str:
+        """The data set, for messages."""
+        return " ".join(repr(part) for part in (self.name or self.path, self.config, self.split) if part)
 
 
 @dataclass(frozen=True)
@@ -48,11 +89,14 @@ class TaskSpec:
         kind: of task.
         modalities: of the input.
         domain: of the data.
-        train: rows to train on.
+        train: rows to train on, of one or more data sets.
         test: rows to evaluate on.
-        validation: held-out rows for the replacement's evidence; None sets a fifth of `train` aside.
-        columns: role (image, text, label, target) -> column, or columns that are joined for text.
-        classes: names of the classes, in the order of their labels (classification).
+        validation: held-out rows for the replacement's evidence; without any, a run that needs them sets a fifth of each
+            training source aside.
+        columns: role (image, text, label, target) -> column; text and target may be a list of columns.
+        templates: role (text, target) -> Jinja2 template over a row's columns, in place of a column.
+        classes: names of the classes, in the order of their labels (classification); a number n stands for 0 .. n-1.
+        labels: what the data say for each class, in this order; by default 0 .. n-1, or the classes' names.
         margin: the client's own replacement margin; None takes the run's for the kind of task.
         batch_size: the client's own number of training examples in a batch; None takes the run's.
     """
@@ -61,11 +105,13 @@ class TaskSpec:
     kind: str
     modalities: tuple[str, ...]
     domain: str
-    train: Source
-    test: Source
-    validation: Source | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    train: tuple[Source, ...]
+    test: tuple[Source, ...]
+    validation: tuple[Source, ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    templates: Mapping[str, str] = field(default_factory=dict, hash=False)
     classes: tuple[str, ...] = ()
+    labels: tuple[Any, ...] = ()
     margin: float | None = None
     batch_size: int | None = None
 
@@ -74,14 +120,42 @@ class TaskSpec:
         """The modality-task pair."""
         return Pair(self.name, self.modalities)
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains of all sources, sorted."""
+        return tuple(sorted({s.domain or self.domain for s in (*self.train, *self.validation, *self.test)}))
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """What a row must provide: the inputs, and a label or target; image generation has the image as its target."""
+        output = {"image_generation": "image", "text_generation": "target"}.get(self.kind, "label")
+        return frozenset({*self.modalities, output})
+
+    def fields(self, source: Source) -> dict[str, Field]:
+        """Role -> what it is read from in `source`; a source's own entry comes before the task's."""
+        found: dict[str, Field] = {}
+        for columns, texts in ((self.columns, self.templates), (source.columns, source.templates)):
+            for role, names in columns.items():
+                found[role] = Field((names,) if isinstance(names, str) else tuple(names))
+            found |= {role: Field(template=text) for role, text in texts.items()}
+        return found
+
 
 @dataclass(frozen=True)
 class ClientSpec:
-    """A client: its stable name, its backbone and its tasks."""
+    """A client.
+
+    Attributes:
+        name: stable; the client is known by it.
+        backbone: `demo`, a local folder, or a hub id.
+        tasks: what it trains.
+        revision: commit, tag or branch of a backbone on the hub.
+    """
 
     name: str
     backbone: str
     tasks: tuple[TaskSpec, ...]
+    revision: str | None = None
 
 
 def client_spec(values: Mapping[str, Any]) -> ClientSpec:
@@ -94,7 +168,7 @@ def client_spec(values: Mapping[str, Any]) -> ClientSpec:
         SpecError: a key is missing or unknown, or a value is wrong.
     """
     where = f"client {values.get('name', '?')!r}"
-    _check_keys(values, ClientSpec, where)
+    check_keys(values, ClientSpec, where)
     _check_name(values["name"], where, "name")
     tasks = tuple(_task_spec(task, where) for task in values["tasks"])
     if not tasks:
@@ -102,12 +176,12 @@ def client_spec(values: Mapping[str, Any]) -> ClientSpec:
     names = [task.name for task in tasks]
     if double := {name for name in names if names.count(name) > 1}:
         raise SpecError(f"{where} names the task {sorted(double)[0]!r} twice: give each task of a client its own name")
-    return ClientSpec(values["name"], str(values["backbone"]), tasks)
+    return ClientSpec(values["name"], str(values["backbone"]), tasks, _text(values.get("revision")))
 
 
 def _task_spec(values: Mapping[str, Any], where: str) -> TaskSpec:
     where = f"{where}: task {values.get('name', '?')!r}"
-    _check_keys(values, TaskSpec, where)
+    check_keys(values, TaskSpec, where)
     for key in ("name", "domain"):
         _check_name(values[key], where, key)
     kind, modalities = values["kind"], tuple(values["modalities"])
@@ -115,46 +189,96 @@ def _task_spec(values: Mapping[str, Any], where: str) -> TaskSpec:
         raise SpecError(f"{where} has kind {kind!r}: use one of {', '.join(TASK_KINDS)}")
     if not modalities or any(modality not in MODALITIES for modality in modalities):
         raise SpecError(f"{where} has modalities {list(modalities)}: use one or both of {', '.join(MODALITIES)}")
-    classes = tuple(str(name) for name in values.get("classes") or ())
-    if kind.endswith("_classification") and len(classes) < 2:
-        raise SpecError(f"{where} has {len(classes)} classes: list the names of at least two under `classes`")
     margin = values.get("margin")
     if margin is not None and not 0 <= float(margin) < float("inf"):
         raise SpecError(f"{where} has margin {margin}: use a number of at least 0")
     batch_size = values.get("batch_size")
     if batch_size is not None and not (isinstance(batch_size, int) and 1 <= batch_size <= 65_536):
         raise SpecError(f"{where} has batch_size {batch_size!r}: use a whole number from 1 to 65536")
-    columns = dict(values.get("columns") or {})
-    roles = {*modalities, {"image_generation": "image", "text_generation": "target"}.get(kind, "label")}
-    if missing := roles - columns.keys():
-        raise SpecError(f"{where} names no column for {', '.join(sorted(missing))}: add it under `columns`")
-    validation = values.get("validation")
-    return TaskSpec(
+    classes = _classes(values.get("classes"), kind, where)
+    labels = tuple(values.get("labels") or ())
+    if labels and len(labels) != len(classes):
+        raise SpecError(f"{where} has {len(labels)} labels for {len(classes)} classes: list one label for each class")
+    task = TaskSpec(
         name=values["name"],
         kind=kind,
         modalities=modalities,
         domain=values["domain"],
-        train=_source(values["train"], f"{where}: train"),
-        test=_source(values["test"], f"{where}: test"),
-        validation=None if validation is None else _source(validation, f"{where}: validation"),
-        columns=columns,
+        train=_sources(values["train"], f"{where}: train"),
+        test=_sources(values["test"], f"{where}: test"),
+        validation=_sources(values.get("validation") or [], f"{where}: validation"),
+        columns=dict(values.get("columns") or {}),
+        templates=dict(values.get("templates") or {}),
         classes=classes,
+        labels=labels,
         margin=None if margin is None else float(margin),
         batch_size=batch_size,
     )
+    for source in (*task.train, *task.validation, *task.test):
+        _check_fields(task, source, where)
+    return task
+
+
+def _classes(value: Any, kind: str, where: str) -> tuple[str, ...]:
+    classes = tuple(str(name) for name in (range(value) if isinstance(value, int) else value or ()))
+    if kind.endswith("_classification") and len(classes) < 2:
+        raise SpecError(f"{where} has {len(classes)} classes: list the names of at least two under `classes`")
+    return classes
+
+
+def _check_fields(task: TaskSpec, source: Source, where: str) -> None:
+    found = task.fields(source)
+    if missing := task.roles - found.keys():
+        raise SpecError(f"{where} names no column for {', '.join(sorted(missing))}: add it under `columns`")
+    for role, read in found.items():
+        if role not in task.roles:
+            raise SpecError(f"{where} reads {role!r}, which it does not have: use {', '.join(sorted(task.roles))}")
+        if role in ("image", "label") and len(read.columns) != 1:
+            raise SpecError(
+                f"{where} reads {role} from {read.template or list(read.columns)!r}: name one column for it"
+            )
+        if read.template and (problem := templates.problem(read.template)):
+            raise SpecError(f"{where} has a template for {role} that is wrong: {problem}")
+
+
+def _sources(values: Any, where: str) -> tuple[Source, ...]:
+    return tuple(_source(value, where) for value in ([values] if isinstance(values, Mapping) else values))
 
 
 def _source(values: Mapping[str, Any], where: str) -> Source:
-    _check_keys(values, Source, where)
-    if values["format"] not in FORMATS:
-        raise SpecError(f"{where} has format {values['format']!r}: use one of {', '.join(FORMATS)}")
+    check_keys(values, Source, where)
+    form = values["format"]
+    if form not in FORMATS:
+        raise SpecError(f"{where} has format {form!r}: use one of {', '.join(FORMATS)}")
+    needed, allowed = FORMATS[form]
+    if missing := [key for key in needed if not values.get(key)]:
+        raise SpecError(f"{where} lacks {', '.join(missing)}, which format {form!r} needs")
+    if extra := [k for k in ("name", "path", "config", "revision", "split") if values.get(k) and k not in allowed]:
+        raise SpecError(
+            f"{where} has {extra[0]} = {values[extra[0]]!r}: format {form!r} takes {', '.join(allowed)} only"
+        )
     rows = values.get("rows")
-    if rows is not None and not (len(rows) == 2 and 0 <= rows[0] < rows[1]):
+    if rows is not None and not (len(rows) == 2 and rows[0] >= 0 and (rows[1] is None or rows[0] < rows[1])):
         raise SpecError(f"{where} has rows {list(rows)}: give the first row and the row after the last")
-    return Source(**{**values, "rows": None if rows is None else (int(rows[0]), int(rows[1]))})
+    if values.get("domain") is not None:
+        _check_name(values["domain"], where, "domain")
+    given = {key: value for key, value in values.items() if value is not None}
+    return Source(
+        **{**given, "rows": None if rows is None else (rows[0], rows[1]), "revision": _text(given.get("revision"))}
+    )
 
 
-def _check_keys(values: Mapping[str, Any], schema: type, where: str) -> None:
+def _text(value: Any) -> str | None:
+    """A revision: YAML reads one of digits alone as a number."""
+    return None if value is None else str(value)
+
+
+def check_keys(values: Mapping[str, Any], schema: type, where: str) -> None:
+    """Checks that `values` has no key that the dataclass `schema` lacks, and all that it needs.
+
+    Raises:
+        SpecError: a key is unknown or missing; `where` begins the message.
+    """
     known = {f.name: f for f in fields(schema)}
     for key in values:
         if key not in known:

@@ -12,13 +12,20 @@ from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
 
-from tap_flower.config import ConfigError, HyperParameters, client_specs, hyper_parameters, read_yaml
+from tap_flower.config import (
+    ConfigError,
+    HyperParameters,
+    ReplacementEvidence,
+    hyper_parameters,
+    read_yaml,
+)
 from tap_flower.core.training import DivergedError
-from tap_flower.data.loading import ClientData, load_tokenizer
+from tap_flower.data.loading import ClientData
 from tap_flower.data.spec import ClientSpec, SpecError, client_spec
+from tap_flower.data.texts import load_tokenizer
 from tap_flower.federation import messages
 from tap_flower.federation.messages import Instruction, Manifest, MessageError, Report, TaskInfo, TensorInfo
-from tap_flower.federation.run_config import simulated_run
+from tap_flower.federation.run_config import simulated_clients, simulated_run
 from tap_flower.federation.store import ClientStore, Kept
 from tap_flower.methods import tap
 from tap_flower.methods.local import LocalClient, State
@@ -82,7 +89,7 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
             client=local.spec.name,
             fingerprint=local.backbone.fingerprint,
             tasks=tuple(
-                TaskInfo(task.pair, task.kind, task.domain, len(task.classes), examples[task.name])
+                TaskInfo(task.pair, task.kind, task.domains, len(task.classes), examples[task.name])
                 for task in local.spec.tasks
             ),
             tensors={
@@ -129,47 +136,54 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
 
 def _participant(message: Message, context: Context) -> Participant:
     instruction = messages.instruction(message)
-    spec, folder = _identity(context)
+    node = _node(context)
     settings = json.dumps(instruction.hyper_parameters, sort_keys=True)
-    return Participant(_local_client(_Key(spec), settings), ClientStore(folder, instruction.run), instruction)
+    local = _local_client(node.spec, node.data_root, settings)
+    return Participant(local, ClientStore(node.folder, instruction.run), instruction)
 
 
-def _identity(context: Context) -> tuple[ClientSpec, Path]:
-    """The client that this node is, and the folder of its state: set on the node, or by the simulation's preset."""
+@dataclass(frozen=True)
+class _Node:
+    """What is set on the node, or by the simulation's preset: its client, the folder of its state, its data mirror."""
+
+    spec: ClientSpec
+    folder: Path
+    data_root: str
+
+
+def _node(context: Context) -> _Node:
     node = context.node_config
     if "client-spec" in node:
         if "state-dir" not in node:
             raise SpecError('the node has a client-spec but no state-dir: add state-dir="FOLDER" to its --node-config')
         spec = client_spec(read_yaml(Path(str(node["client-spec"])), "client spec"))
-        return spec, Path(str(node["state-dir"])) / spec.name
+        return _Node(spec, Path(str(node["state-dir"])) / spec.name, str(node.get("data-root", "")))
     if "partition-id" not in node:
         raise SpecError(
             'the node has no client-spec: start it with --node-config \'client-spec="FILE" state-dir="FOLDER"\''
         )
     config, out = simulated_run(context)
-    specs, partition = client_specs(config), int(node["partition-id"])
+    specs, partition = simulated_clients(context), int(node["partition-id"])
     if partition >= len(specs):
         raise ConfigError(
             f"there are more nodes than the {len(specs)} clients of preset {config.preset!r}: "
             f"use num-supernodes={len(specs)}"
         )
-    return specs[partition], out / "clients" / specs[partition].name
-
-
-@dataclass(frozen=True)
-class _Key:
-    """A client spec that can be the key of a cache."""
-
-    spec: ClientSpec
-
-    def __hash__(self) -> int:
-        return hash(repr(self.spec))
+    return _Node(specs[partition], out / "clients" / specs[partition].name, config.data.root)
 
 
 @cache
-def _local_client(key: _Key, settings: str) -> LocalClient:
+def _local_client(spec: ClientSpec, data_root: str, settings: str) -> LocalClient:
     """A client with its data and backbone, once a process: in a simulation an actor serves many messages."""
     parameters: HyperParameters = hyper_parameters(json.loads(settings))
-    tokenizer = load_tokenizer(locate(key.spec.backbone))
-    data = ClientData(key.spec, tokenizer, parameters.model.text_length, parameters.seed)
-    return LocalClient(key.spec, data, load_backbone(key.spec.backbone, parameters.model.layers), parameters)
+    model = parameters.model
+    backbone = load_backbone(spec.backbone, model.layers, model.image_size, spec.revision)
+    data = ClientData(
+        spec,
+        load_tokenizer(locate(spec.backbone), spec.revision),
+        model.text_length,
+        parameters.seed,
+        data_root,
+        hold_out=parameters.replacement.evidence is ReplacementEvidence.validation,
+    )
+    return LocalClient(spec, data, backbone, parameters)

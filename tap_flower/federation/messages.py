@@ -61,7 +61,7 @@ class TaskInfo:
 
     pair: Pair
     kind: str
-    domain: str
+    domains: tuple[str, ...]
     head_size: int
     examples: int
 
@@ -225,7 +225,7 @@ def decode_manifest(content: RecordDict) -> Manifest:
                 TaskInfo(
                     Pair(str(task["pair"]["task"]), tuple(task["pair"]["modalities"])),
                     str(task["kind"]),
-                    str(task["domain"]),
+                    tuple(str(domain) for domain in task["domains"]),
                     int(task["head_size"]),
                     _whole(task, "examples", 1),
                 )

@@ -118,7 +118,7 @@ def model_tasks(spec: ClientSpec, text_length: int) -> list[ModelTask]:
         ModelTask(
             pair=task.pair,
             kind=task.kind,
-            domains=(task.domain,),
+            domains=task.domains,
             classes=len(task.classes),
             target_length=text_length if task.kind == "text_generation" else 0,
         )

@@ -11,8 +11,10 @@ from tap_flower.config import client_specs, load_config
 from tap_flower.core.tasks import IGNORE
 from tap_flower.data import packaged
 from tap_flower.data.collate import IMAGE_MEAN, IMAGE_STD, normalise, pad_inputs, pad_targets
-from tap_flower.data.loading import ClientData, LazyImages, load_tokenizer
+from tap_flower.data.images import LazyImages
+from tap_flower.data.loading import ClientData
 from tap_flower.data.spec import ClientSpec, Source, SpecError
+from tap_flower.data.texts import load_tokenizer
 from tap_flower.models.backbones import locate
 
 CPU = torch.device("cpu")
@@ -32,12 +34,12 @@ def test_clients_of_one_run_share_no_training_row() -> None:
     for spec in CLIENTS:
         client = data(spec)
         for task in spec.tasks:
-            rows = client.splits["train"][task.name].rows
+            rows = client.splits["train"][task.name][0].rows
             assert len(rows) == len(set(rows))
             for row in rows:
                 # Questions about one image are rows of their own, and a client's translation is not its languages.
-                assert (task.train.name, row) not in seen, (spec.name, seen.get((task.train.name, row)))
-                seen[task.train.name, row] = spec.name
+                assert (task.train[0].name, row) not in seen, (spec.name, seen.get((task.train[0].name, row)))
+                seen[task.train[0].name, row] = spec.name
 
 
 def test_clients_have_between_200_and_1000_examples() -> None:
@@ -46,20 +48,23 @@ def test_clients_have_between_200_and_1000_examples() -> None:
 
 
 def test_rows_depend_on_the_seed_and_on_nothing_else() -> None:
-    one, again, other = (data(CLIENTS[1], seed).splits["train"]["languages"].rows for seed in (1, 1, 2))
+    one, again, other = (data(CLIENTS[1], seed).splits["train"]["languages"][0].rows for seed in (1, 1, 2))
     assert one == again != other
-    test = [data(CLIENTS[1], seed).splits["test"]["languages"].rows for seed in (1, 2)]
+    test = [data(CLIENTS[1], seed).splits["test"]["languages"][0].rows for seed in (1, 2)]
     assert test[0] == test[1]  # every seed is judged on the same test rows
 
 
 def test_without_validation_rows_a_fifth_is_set_aside() -> None:
-    client = data(changed(1, validation=None, train=Source("packaged", "names", "train", (0, 50))))
-    train, held_out = (client.splits[split]["languages"] for split in ("train", "validation"))
+    client = data(changed(1, validation=(), train=(Source("packaged", "names", "train", (0, 50)),)))
+    train, held_out = (client.splits[split]["languages"][0] for split in ("train", "validation"))
     assert (len(train), len(held_out)) == (40, 10)
     assert sorted(train.rows + held_out.rows) == list(range(50))
     assert not set(train.rows) & set(held_out.rows)
     raw = packaged.load("names", "train")
-    assert [train.labels[0], held_out.labels[3]] == [raw[train.rows[0]]["label"], raw[held_out.rows[3]]["label"]]
+    assert [train.labels[train.places[0]], held_out.labels[held_out.places[3]]] == [
+        raw[train.rows[0]]["label"],
+        raw[held_out.rows[3]]["label"],
+    ]
 
 
 def test_batches_take_turns_and_cover_everything() -> None:
@@ -131,10 +136,13 @@ def test_padding() -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"train": Source("packaged", "nomes", "train")}, "train: .*'nomes'"),
-        ({"train": Source("packaged", "names", "train", (0, 10**6))}, "train takes rows 0 to 1000000 of 'names'"),
+        ({"train": (Source("packaged", "nomes", "train"),)}, "train cannot be read from .*'nomes'"),
+        ({"train": (Source("packaged", "names", "train", (0, 10**6)),)}, "train takes rows 0 to 1000000 of 'names'"),
         ({"columns": {"text": "txt", "label": "label"}}, "train has no column 'txt' for text: choose among"),
-        ({"classes": ("en", "es")}, r"has 2 classes in the client spec but label \d in train row \d+"),
+        (
+            {"classes": ("en", "es")},
+            r"train has label '[a-z]+' in row \d+, but the client spec has 2 classes with labels 'en', 'es'",
+        ),
     ],
 )
 def test_a_spec_that_does_not_fit_the_data_is_an_error_that_says_where(changes: dict[str, Any], problem: str) -> None:

@@ -1,0 +1,72 @@
+"""Images of a data set, decoded when they are first used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tap_flower.data.sources import SourceError, open_source
+from tap_flower.data.spec import Source
+
+IMAGE_SIZE = 64
+"""Side of the images that clients hold, in pixels."""
+
+
+class LazyImages:
+    """The images of a data set as uint8 pixels, each decoded when it is first used, and then kept (12 kB each).
+
+    Args:
+        data: a data set.
+        column: of the images, or of their files' paths.
+        folder: where relative paths start.
+
+    Attributes:
+        decodes: how many images have been decoded.
+    """
+
+    def __init__(self, data: datasets.Dataset, column: str = "image", folder: Path = Path()) -> None:
+        self._data = data.select_columns([column])
+        self._column = column
+        self._folder = folder
+        self._pixels: dict[int, Tensor] = {}
+        self.decodes = 0
+
+    def __getitem__(self, rows: Sequence[int]) -> Tensor:
+        """Pixels of some rows, [n, 3, 64, 64] uint8.
+
+        Raises:
+            SourceError: an image cannot be decoded.
+        """
+        for row in rows:
+            if row not in self._pixels:
+                self._pixels[row] = self._decode(row)
+                self.decodes += 1
+        return torch.stack([self._pixels[row] for row in rows])
+
+    def _decode(self, row: int) -> Tensor:
+        try:
+            value = self._data[row][self._column]
+            image = Image.open(self._folder / value) if isinstance(value, str) else value
+            image = image.convert("RGB")
+        except (AttributeError, OSError) as error:
+            raise SourceError(f"has no image in row {row} of column {self._column!r}: {error}") from error
+        if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+            image = image.resize((IMAGE_SIZE, IMAGE_SIZE))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def images_of(source: Source, root: str, column: str) -> LazyImages:
+    """The images of a source's data set, once a process: its clients share what is decoded."""
+    return _images(source.place, root, column)
+
+
+@cache
+def _images(source: Source, root: str, column: str) -> LazyImages:
+    return LazyImages(open_source(source, root), column, Path(source.path).parent)

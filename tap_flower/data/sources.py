@@ -1,0 +1,149 @@
+"""Opens the data set of a source: the demo's, a file, a folder, the hub, or a local mirror of the hub."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import cast
+
+import datasets
+import huggingface_hub
+import numpy as np
+import torch
+
+from tap_flower.core.initial import named_seed
+from tap_flower.data import packaged
+from tap_flower.data.catalogue import fetch_command
+from tap_flower.data.spec import Source
+
+_READERS = {"parquet": "parquet", "jsonl": "json"}
+"""Ending of a file of a mirror -> the reader of `datasets`."""
+
+
+class SourceError(ValueError):
+    """A source cannot be read; the message goes on after "client ...: task ...: train"."""
+
+
+def open_source(source: Source, root: str = "") -> datasets.Dataset:
+    """The whole split that a source takes rows from, opened once a process and memory-mapped.
+
+    Args:
+        source: what to open.
+        root: a folder with a mirror of hub data sets, `OWNER/NAME[/CONFIG]`; nothing to use the hub.
+
+    Raises:
+        SourceError: it is not there, or cannot be read.
+    """
+    return _opened(source.place, root)
+
+
+@cache
+def rows_of(source: Source, root: str, seed: int) -> list[int]:
+    """The rows of a source in its order, as rows of its split.
+
+    Hub and local data sets are shuffled as `datasets.Dataset.shuffle(seed=seed)` does it, which the published rows follow.
+
+    Raises:
+        SourceError: it takes more rows than there are.
+    """
+    available = len(open_source(source, root))
+    if not source.shuffle:
+        rows = list(range(available))
+    elif source.format == "packaged":
+        rows = permutation(available, named_seed(seed, source.name, source.split))
+    else:
+        rows = np.random.default_rng(seed).permutation(available).tolist()
+    if source.rows is None:
+        return rows
+    start, stop = source.rows
+    if (available if stop is None else stop) > available or start >= available:
+        end = "the end" if stop is None else stop
+        raise SourceError(f"takes rows {start} to {end} of {source}, which has {available}: lower them")
+    return rows[start:stop]
+
+
+def permutation(count: int, seed: int) -> list[int]:
+    """The numbers below `count` in a random order."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return cast(list[int], order.tolist())
+
+
+@cache
+def _opened(source: Source, root: str) -> datasets.Dataset:
+    try:
+        if source.format == "packaged":
+            return packaged.load(source.name, source.split)
+        if source.format == "disk":
+            return _from_disk(Path(source.path), source.split)
+        if source.format == "imagefolder":
+            return _load("imagefolder", data_dir=source.path, split=source.split or "train")
+        if source.format == "hub":
+            return _from_mirror(source, Path(root)) if root else _from_hub(source)
+        return _load(source.format, data_files=source.path, split="train")
+    except SourceError:
+        raise
+    except Exception as error:  # whatever the readers of six formats raise
+        raise SourceError(f"cannot be read from {source}: {str(error).splitlines()[0]}") from error
+
+
+def _load(reader: str, name: str | None = None, **arguments: object) -> datasets.Dataset:
+    return cast(datasets.Dataset, datasets.load_dataset(reader, name, **arguments))
+
+
+def _from_hub(source: Source) -> datasets.Dataset:
+    """From the hub or its caches; what `hf download` has fetched is found offline too."""
+    try:
+        return _load(source.name, source.config, split=source.split, revision=source.revision)
+    except Exception as error:
+        try:
+            snapshot = huggingface_hub.snapshot_download(
+                source.name, repo_type="dataset", revision=source.revision, local_files_only=True
+            )
+        except (OSError, ValueError):
+            snapshot = ""
+        found = _in_folder(Path(snapshot), source) if snapshot else None
+        if found is None:
+            reason, command = str(error).splitlines()[0], fetch_command(source.name, source.revision)
+            raise SourceError(f"needs {source}, which cannot be had ({reason}): fetch it with `{command}`") from error
+        return found
+
+
+def _from_mirror(source: Source, root: Path) -> datasets.Dataset:
+    folder = root / source.name
+    found = _in_folder(folder, source)
+    if found is None:
+        raise SourceError(
+            f"needs {source}, which is not in data.root (neither a folder of `save_to_disk` nor {source.split}*.parquet in "
+            f"{folder}): fetch it with `{fetch_command(source.name, source.revision)} --local-dir {folder}`"
+        )
+    return found
+
+
+def _in_folder(folder: Path, source: Source) -> datasets.Dataset | None:
+    """The split from a folder that `save_to_disk` wrote or that holds the hub repository's files; None where it has neither.
+
+    Raises:
+        SourceError: some of the split's files are missing.
+    """
+    folder = folder / source.config if source.config else folder
+    marks = (folder / "dataset_dict.json", folder / "state.json", folder / source.split / "state.json")
+    if any(mark.is_file() for mark in marks):
+        return _from_disk(folder, source.split)
+    pattern = re.compile(rf"{re.escape(source.split)}([-._0-9].*)?\.({'|'.join(_READERS)})")
+    files = sorted(path for path in folder.rglob("*") if pattern.fullmatch(path.name))
+    if not files:
+        return None
+    whole = re.search(r"-of-(\d+)", files[0].name)
+    if whole and len(files) != int(whole[1]):
+        raise SourceError(f"has {len(files)} of the {int(whole[1])} files of {source} in {folder}: fetch the others")
+    return _load(_READERS[files[0].suffix[1:]], data_files=[str(file) for file in files], split="train")
+
+
+def _from_disk(folder: Path, split: str) -> datasets.Dataset:
+    if (folder / split / "state.json").is_file():
+        folder = folder / split
+    found = datasets.load_from_disk(str(folder))
+    if isinstance(found, datasets.DatasetDict):
+        raise SourceError(f"has no split {split!r} in {folder}: choose one of {', '.join(found)}")
+    return found
