@@ -123,6 +123,14 @@ class Replacement:
 
 
 @dataclass
+class Metrics:
+    """Metrics that need the extra `text-metrics` and files of their own; a node has these in its own settings."""
+
+    meteor: bool = option(False, "METEOR of generated texts; needs nltk and WordNet")
+    bertscore: str = option("", "BERTScore F1 of generated texts: the model's name or folder; empty: none")
+
+
+@dataclass
 class HyperParameters:
     """What the server sets on the clients, and all that it sets."""
 
@@ -142,6 +150,7 @@ class Config(HyperParameters):
     clients_per_round: int = option(2, "clients that are sampled in a round", 1, 1_000_000)
     round_timeout: float = option(3600.0, "seconds until a client that has not answered is left out", 1.0, 1e7)
     start_timeout: float = option(120.0, "seconds to wait for the clients before the first round", 1.0, 1e7)
+    metrics: Metrics = field(default_factory=Metrics)
     clients: list[Any] = field(
         default_factory=list, metadata={"help": "the client specs of a simulation", "low": None, "high": None}
     )

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
 
-from tap_flower.config import ConfigError, HyperParameters, client_specs, hyper_parameters, read_yaml
+from tap_flower.config import ConfigError, HyperParameters, Metrics, client_specs, hyper_parameters, read_yaml
+from tap_flower.core.tasks import TEXT_GENERATION
 from tap_flower.core.training import DivergedError
 from tap_flower.data.loading import ClientData, load_tokenizer
 from tap_flower.data.spec import ClientSpec, SpecError, client_spec
@@ -24,6 +25,7 @@ from tap_flower.methods import tap
 from tap_flower.methods.local import LocalClient, State
 from tap_flower.models.backbones import BackboneError, load_backbone, locate
 from tap_flower.storage import StorageError
+from tap_flower.text_metrics import TextMetrics
 
 REFUSED = 1001
 """Error code of a reply whose reason is meant for the person who runs the server or the node."""
@@ -36,6 +38,7 @@ class Participant:
     local: LocalClient
     store: ClientStore
     instruction: Instruction
+    metrics: Metrics
 
 
 def manifest(message: Message, context: Context) -> Message:
@@ -121,9 +124,22 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
     models: dict[str, State | None] = {"server": messages.decode_tensors(message.content), "personal": None}
     models |= participant.store.models()
     metrics: messages.Metrics = {task.name: {} for task in local.spec.tasks}
+    tokenizer = load_tokenizer(locate(local.spec.backbone))
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
     for name, state in models.items():
-        for task, values in local.evaluate(local.model(state), "test").items():
-            metrics[task][name] = values
+        texts = TextMetrics(
+            [task.name for task in local.spec.tasks if task.kind == TEXT_GENERATION.name],
+            decode,
+            tokenizer.sep_token_id,
+            meteor=participant.metrics.meteor,
+            bertscore=participant.metrics.bertscore,
+        )
+        found, of_texts = local.evaluate(local.model(state), "test", texts.observe), texts.metrics()
+        for task, values in found.items():
+            metrics[task][name] = values | of_texts.get(task, {})
     return messages.encode({"metrics": metrics})
 
 
@@ -131,7 +147,8 @@ def _participant(message: Message, context: Context) -> Participant:
     instruction = messages.instruction(message)
     spec, folder = _identity(context)
     settings = json.dumps(instruction.hyper_parameters, sort_keys=True)
-    return Participant(_local_client(_Key(spec), settings), ClientStore(folder, instruction.run), instruction)
+    store = ClientStore(folder, instruction.run)
+    return Participant(_local_client(_Key(spec), settings), store, instruction, _metrics(context))
 
 
 def _identity(context: Context) -> tuple[ClientSpec, Path]:
@@ -154,6 +171,17 @@ def _identity(context: Context) -> tuple[ClientSpec, Path]:
             f"use num-supernodes={len(specs)}"
         )
     return specs[partition], out / "clients" / specs[partition].name
+
+
+def _metrics(context: Context) -> Metrics:
+    """Which further metrics the client computes: like everything that reads files, set on the node, or in a simulation."""
+    node = context.node_config
+    if "client-spec" not in node:
+        return simulated_run(context)[0].metrics
+    meteor, bertscore = node.get("meteor", False), node.get("bertscore-model", "")
+    if not isinstance(meteor, bool):
+        raise SpecError(f"the node's meteor is {meteor!r}: write meteor=true or meteor=false in its --node-config")
+    return Metrics(meteor, str(bertscore))
 
 
 @dataclass(frozen=True)
