@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import takewhile
 from pathlib import PurePath
 from statistics import fmean
@@ -155,6 +155,25 @@ def load_bertscore(model: str) -> Score:
         return float(f1.double().sum()) / len(predictions)
 
     return score
+
+
+def missing(*, meteor: bool, bertscore: str) -> list[str]:
+    """Which of the wanted metrics this machine will leave out: why, and how to get it, a line for each.
+
+    What is loaded to find out is released again.
+    """
+    wanted: list[Callable[[], Score]] = []
+    if meteor:
+        wanted.append(load_meteor)
+    if bertscore:
+        wanted.append(partial(load_bertscore, bertscore))
+    problems = []
+    for load in wanted:
+        try:
+            load()
+        except MissingError as error:
+            problems.append(str(error))
+    return problems
 
 
 @cache

@@ -24,7 +24,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from tap_flower import text_metrics
 from tap_flower.core.tasks import IGNORE
 from tap_flower.core.training import Batch
-from tap_flower.text_metrics import MissingError, TextMetrics, load_bertscore, load_meteor
+from tap_flower.text_metrics import MissingError, TextMetrics, load_bertscore, load_meteor, missing
 
 VOCABULARY = "[PAD] [UNK] [CLS] [SEP] [MASK] a the red blue car auto cats cat dog sat on mat ."
 WORDS = VOCABULARY.split()
@@ -187,6 +187,12 @@ def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         load_bertscore("none/such")
     with pytest.raises(MissingError, match="hf download NAME, or give the folder"):
         load_bertscore(str(tmp_path / "empty"))
+
+
+def test_what_will_be_left_out_is_known_before(tiny_wordnet: LazyCorpusLoader) -> None:
+    assert missing(meteor=True, bertscore="") == []
+    (problem,) = missing(meteor=True, bertscore="none/such")
+    assert problem.startswith("BERTScore is left out: model 'none/such' cannot be loaded")
 
 
 @pytest.mark.parametrize(("module", "load"), [("nltk", load_meteor), ("bert_score", lambda: load_bertscore("x"))])
