@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tap_flower.config import ConfigError, client_specs, load_config, presets
@@ -20,6 +21,7 @@ from tap_flower.reporting.results import read_results
 from tap_flower.reporting.tables import mean_table, results_table
 from tap_flower.simulation import Launch, SimulationError, simulate
 from tap_flower.storage import StorageError, read_tensors
+from tap_flower.text_metrics import missing
 
 app = typer.Typer(
     help="TAP: two-stage adaptive personalization for multi-task, multi-modal federated learning.",
@@ -57,6 +59,9 @@ def simulate_command(
         read_tensors(out / "server" / "server.safetensors")  # what cannot be resumed is said before Flower starts
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty: give another folder with `--out`, or go on with `--resume`")
+    # The clients log it too, but their log goes with the run: it is said here, before hours of work.
+    for problem in missing(meteor=resolved.metrics.meteor, bertscore=resolved.metrics.bertscore):
+        console.print(f"[yellow]{escape(problem)}", highlight=False, soft_wrap=True)
     launch = Launch(preset, config, settings, out, resume, len(specs), cpus_per_client, gpus_per_client)
     with RunProgress(console) as progress:
         found = simulate(launch, progress.show)

@@ -137,6 +137,14 @@ class Replacement:
 
 
 @dataclass
+class Metrics:
+    """Metrics that need the extra `text-metrics` and files of their own; a node has these in its own settings."""
+
+    meteor: bool = option(False, "METEOR of generated texts; needs nltk and WordNet")
+    bertscore: str = option("", "BERTScore F1 of generated texts: the model's name or folder; empty: none")
+
+
+@dataclass
 class HyperParameters:
     """What the server sets on the clients, and all that it sets."""
 
@@ -166,6 +174,7 @@ class Config(HyperParameters):
     round_timeout: float = option(3600.0, "seconds until a client that has not answered is left out", 1.0, 1e7)
     start_timeout: float = option(120.0, "seconds to wait for the clients before the first round", 1.0, 1e7)
     data: Data = field(default_factory=Data)
+    metrics: Metrics = field(default_factory=Metrics)
     backbone: str = option(
         "demo", "of the clients that name none: demo, a local folder (absolute, or ./...) or a hub id"
     )

@@ -168,6 +168,17 @@ def test_options_reach_the_run(command: Any, tmp_path: Path, monkeypatch: pytest
     assert "results in runs/demo-seed7-2" in out
 
 
+def test_a_metric_that_will_be_missing_is_said_before_the_run(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "simulate", lambda *_: finished_run(tmp_path / "elsewhere"))
+    chosen = ("--set", "metrics.bertscore=none/such", "--out", str(tmp_path / "run"))
+    code, out, _ = command("simulate", *chosen)
+    assert code == 0
+    assert "BERTScore is left out: model 'none/such' cannot be loaded" in out
+    assert "To get it: hf download none/such" in out
+
+
 def test_presets_are_listed(command: Any) -> None:
     code, out, _ = command("presets")
     assert code == 0

@@ -17,8 +17,13 @@ from torch.nn import functional as F
 IGNORE = -100
 """Target value of a padded text position: it is in no loss, no distillation and no metric."""
 
+IMAGE_STD = (0.2673, 0.2564, 0.2762)
+"""By what each channel of a pixel between 0 and 1 is divided when it is normalised: PSNR takes it back."""
+PSNR_LIMIT = 100.0
+"""PSNR of images without any error, in dB, so that every metric is a number; rounding to 8 bits alone gives 58.9."""
+
 Statistics = dict[str, Tensor]
-"""Sums over examples (scalars or vectors, float64) that add up over batches."""
+"""Sums over examples (scalars or arrays, float64) that add up over batches."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +66,30 @@ def _classification_divergences(student: Tensor, teacher: Tensor, target: Tensor
 
 
 def _classification_statistics(output: Tensor, target: Tensor) -> Statistics:
+    """Summed loss, and the confusion matrix [C, C]: examples of the row's class that were given the column's."""
+    classes = output.shape[-1]
+    cells = torch.bincount(target * classes + output.argmax(-1), minlength=classes**2)
     return {
         "loss": _classification_losses(output, target).double().sum(),
-        "correct": (output.argmax(-1) == target).double().sum(),
-        "samples": torch.tensor(float(len(target)), dtype=torch.float64, device=output.device),
+        "confusion": cells.double().view(classes, classes),
     }
 
 
 def _classification_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
-    samples = float(sums["samples"])
-    return {"loss": float(sums["loss"]) / samples, "accuracy": float(sums["correct"]) / samples}
+    """Loss, accuracy, and macro F1: the mean of 2·TP / (2·TP + FP + FN) over the classes.
+
+    A class that is in no target and in no prediction has no F1 and is left out of the mean, as scikit-learn's
+    `f1_score(average="macro")` leaves it out; a class with either, but no true positive, counts as 0.
+    """
+    confusion = sums["confusion"]
+    samples, right = float(confusion.sum()), confusion.diagonal()
+    occurrences = confusion.sum(0) + confusion.sum(1)  # 2·TP + FP + FN
+    seen = occurrences > 0
+    return {
+        "loss": float(sums["loss"]) / samples,
+        "accuracy": float(right.sum()) / samples,
+        "macro_f1": float((2 * right[seen] / occurrences[seen]).mean()),
+    }
 
 
 def _text_losses(output: Tensor, target: Tensor) -> Tensor:
@@ -96,6 +115,7 @@ def _text_statistics(output: Tensor, target: Tensor) -> Statistics:
 
 
 def _text_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Loss (cross-entropy of a token, in nats), share of texts right in every token, and perplexity exp(loss)."""
     cross_entropy = float(sums["loss"]) / float(sums["tokens"])
     return {
         "loss": cross_entropy,
@@ -115,15 +135,22 @@ def _image_divergences(student: Tensor, teacher: Tensor, target: Tensor, tempera
 
 
 def _image_statistics(output: Tensor, target: Tensor) -> Statistics:
+    """Summed mean squared error of the images: of normalised pixels, and of the same as pixels between 0 and 1."""
+    by_channel = F.mse_loss(output, target, reduction="none").double().mean((2, 3))
+    variance = torch.tensor(IMAGE_STD, dtype=torch.float64, device=output.device) ** 2
     return {
         "loss": _image_losses(output, target).double().sum(),
+        "pixel_error": (by_channel * variance).mean(1).sum(),
         "samples": torch.tensor(float(len(target)), dtype=torch.float64, device=output.device),
     }
 
 
 def _image_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
-    error = float(sums["loss"]) / float(sums["samples"])
-    return {"loss": error, "mse": error}
+    """Loss, which is the MSE of normalised pixels, and PSNR = 10·log10(1 / MSE) of all pixels, between 0 and 1, in dB."""
+    samples = float(sums["samples"])
+    error, pixel_error = float(sums["loss"]) / samples, float(sums["pixel_error"]) / samples
+    psnr = min(-10 * math.log10(pixel_error), PSNR_LIMIT) if pixel_error else PSNR_LIMIT
+    return {"loss": error, "mse": error, "psnr": psnr}
 
 
 def _classification(name: str) -> TaskKind:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -143,14 +143,21 @@ def train(
     return means
 
 
+Observer = Callable[[Batch, Tensor], None]
+"""Is shown each batch of an evaluation, and the model's output for it."""
+
+
 @torch.no_grad()
-def evaluate(model: PairModel, kinds: Mapping[str, TaskKind], batches: Iterable[Batch]) -> dict[str, dict[str, float]]:
+def evaluate(
+    model: PairModel, kinds: Mapping[str, TaskKind], batches: Iterable[Batch], observe: Observer | None = None
+) -> dict[str, dict[str, float]]:
     """Metrics of `model` over all of `batches`, each computed from sums over the whole data set.
 
     Args:
         model: run in evaluation mode, without gradients.
         kinds: task name -> kind.
         batches: a finite iterable over the data of one or more tasks.
+        observe: gathers what metrics of other libraries need, the texts that were written for example.
 
     Returns:
         Task name -> metric name -> value; `loss` is among the metrics of every kind.
@@ -159,6 +166,8 @@ def evaluate(model: PairModel, kinds: Mapping[str, TaskKind], batches: Iterable[
     sums: dict[str, Statistics] = {}
     for batch in batches:
         output = model(batch.task, batch.inputs)
+        if observe is not None:
+            observe(batch, output)
         statistics = kinds[batch.task].statistics(output, batch.target)
         if batch.task in sums:
             statistics = {name: sums[batch.task][name] + value for name, value in statistics.items()}

@@ -9,14 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tap_flower.core.tasks import IGNORE
+from tap_flower.core.tasks import IGNORE, IMAGE_STD
 
 TokenIds = Sequence[int] | NDArray[np.int32]
 """Token ids of one text."""
 IMAGE_MEAN = (0.5071, 0.4865, 0.4409)
 """Mean of each channel, of pixels between 0 and 1."""
-IMAGE_STD = (0.2673, 0.2564, 0.2762)
-"""Standard deviation of each channel, of pixels between 0 and 1."""
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -12,25 +12,21 @@ from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
 
-from tap_flower.config import (
-    ConfigError,
-    HyperParameters,
-    ReplacementEvidence,
-    hyper_parameters,
-    read_yaml,
-)
+from tap_flower.config import ConfigError, HyperParameters, Metrics, ReplacementEvidence, hyper_parameters
+from tap_flower.core.tasks import TEXT_GENERATION
 from tap_flower.core.training import DivergedError
 from tap_flower.data.loading import ClientData
-from tap_flower.data.spec import ClientSpec, SpecError, client_spec
+from tap_flower.data.spec import ClientSpec, SpecError
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.federation import messages
 from tap_flower.federation.messages import Instruction, Manifest, MessageError, Report, TaskInfo, TensorInfo
-from tap_flower.federation.run_config import simulated_clients, simulated_run
+from tap_flower.federation.node import this_node
 from tap_flower.federation.store import ClientStore, Kept
 from tap_flower.methods import tap
 from tap_flower.methods.local import LocalClient, State
 from tap_flower.models.backbones import BackboneError, load_backbone, locate
 from tap_flower.storage import StorageError
+from tap_flower.text_metrics import TextMetrics
 
 REFUSED = 1001
 """Error code of a reply whose reason is meant for the person who runs the server or the node."""
@@ -43,6 +39,7 @@ class Participant:
     local: LocalClient
     store: ClientStore
     instruction: Instruction
+    metrics: Metrics
 
 
 def manifest(message: Message, context: Context) -> Message:
@@ -128,48 +125,31 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
     models: dict[str, State | None] = {"server": messages.decode_tensors(message.content), "personal": None}
     models |= participant.store.models()
     metrics: messages.Metrics = {task.name: {} for task in local.spec.tasks}
+    tokenizer = load_tokenizer(locate(local.spec.backbone), local.spec.revision)
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
     for name, state in models.items():
-        for task, values in local.evaluate(local.model(state), "test").items():
-            metrics[task][name] = values
+        texts = TextMetrics(
+            [task.name for task in local.spec.tasks if task.kind == TEXT_GENERATION.name],
+            decode,
+            tokenizer.sep_token_id,
+            meteor=participant.metrics.meteor,
+            bertscore=participant.metrics.bertscore,
+        )
+        found, of_texts = local.evaluate(local.model(state), "test", texts.observe), texts.metrics()
+        for task, values in found.items():
+            metrics[task][name] = values | of_texts.get(task, {})
     return messages.encode({"metrics": metrics})
 
 
 def _participant(message: Message, context: Context) -> Participant:
     instruction = messages.instruction(message)
-    node = _node(context)
+    node = this_node(context)
     settings = json.dumps(instruction.hyper_parameters, sort_keys=True)
     local = _local_client(node.spec, node.data_root, settings)
-    return Participant(local, ClientStore(node.folder, instruction.run), instruction)
-
-
-@dataclass(frozen=True)
-class _Node:
-    """What is set on the node, or by the simulation's preset: its client, the folder of its state, its data mirror."""
-
-    spec: ClientSpec
-    folder: Path
-    data_root: str
-
-
-def _node(context: Context) -> _Node:
-    node = context.node_config
-    if "client-spec" in node:
-        if "state-dir" not in node:
-            raise SpecError('the node has a client-spec but no state-dir: add state-dir="FOLDER" to its --node-config')
-        spec = client_spec(read_yaml(Path(str(node["client-spec"])), "client spec"))
-        return _Node(spec, Path(str(node["state-dir"])) / spec.name, str(node.get("data-root", "")))
-    if "partition-id" not in node:
-        raise SpecError(
-            'the node has no client-spec: start it with --node-config \'client-spec="FILE" state-dir="FOLDER"\''
-        )
-    config, out = simulated_run(context)
-    specs, partition = simulated_clients(context), int(node["partition-id"])
-    if partition >= len(specs):
-        raise ConfigError(
-            f"there are more nodes than the {len(specs)} clients of preset {config.preset!r}: "
-            f"use num-supernodes={len(specs)}"
-        )
-    return _Node(specs[partition], out / "clients" / specs[partition].name, config.data.root)
+    return Participant(local, ClientStore(node.folder, instruction.run), instruction, node.metrics)
 
 
 @cache

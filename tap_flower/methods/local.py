@@ -13,7 +13,7 @@ from tap_flower.config import HyperParameters
 from tap_flower.core.components import load_trainable_state
 from tap_flower.core.initial import named_seed
 from tap_flower.core.tasks import TASK_KINDS, TaskKind
-from tap_flower.core.training import Batch, Objective, Optimisation, evaluate, train
+from tap_flower.core.training import Batch, Objective, Observer, Optimisation, evaluate, train
 from tap_flower.data.loading import ClientData
 from tap_flower.data.spec import ClientSpec
 from tap_flower.models.backbones import Backbone
@@ -99,9 +99,9 @@ class LocalClient:
         optimisation = replace(optimisation, factors=dict.fromkeys(heads, self.settings.train.head_factor))
         return train(model, self.kinds, batches, optimisation, objective)
 
-    def evaluate(self, model: TapModel, split: str) -> dict[str, dict[str, float]]:
-        """Task name -> metric -> value over all examples of a split."""
-        return evaluate(model, self.kinds, self.batches(split))
+    def evaluate(self, model: TapModel, split: str, observe: Observer | None = None) -> dict[str, dict[str, float]]:
+        """Task name -> metric -> value over all examples of a split; `observe` is shown every batch."""
+        return evaluate(model, self.kinds, self.batches(split), observe)
 
     def losses(self, model: TapModel, split: str) -> dict[str, float]:
         """Task name -> loss over all examples of a split."""

@@ -1,5 +1,6 @@
 """Losses, divergences and metrics against numbers worked out by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tap_flower.core.tasks import IGNORE, IMAGE_GENERATION, TASK_KINDS, TEXT_CLASSIFICATION, TEXT_GENERATION
+from tap_flower.core.tasks import (
+    IGNORE,
+    IMAGE_GENERATION,
+    TASK_KINDS,
+    TEXT_CLASSIFICATION,
+    TEXT_GENERATION,
+    TaskKind,
+)
+from tap_flower.data.collate import normalise
+
+sklearn_metrics = pytest.importorskip("sklearn.metrics", reason='needs: pip install "tap-flower[demo]"')
 
 
 def test_the_four_kinds() -> None:
@@ -21,7 +32,33 @@ def test_classification() -> None:
     losses = TEXT_CLASSIFICATION.losses(output, target)
     assert losses.tolist() == pytest.approx([-math.log(0.75), math.log(2.0)])
     metrics = TEXT_CLASSIFICATION.metrics(TEXT_CLASSIFICATION.statistics(output, target))
-    assert metrics == pytest.approx({"loss": (math.log(4 / 3) + math.log(2)) / 2, "accuracy": 0.5})
+    assert metrics == pytest.approx(
+        # The tie goes to class 0: TP, FP, FN are 1, 1, 0 for class 0 and 0, 0, 1 for class 1.
+        {"loss": (math.log(4 / 3) + math.log(2)) / 2, "accuracy": 0.5, "macro_f1": (2 / 3 + 0) / 2}
+    )
+
+
+def predictions(classes: int, labels: list[int]) -> torch.Tensor:
+    """Logits whose largest is that of the label."""
+    return torch.nn.functional.one_hot(torch.tensor(labels), classes).float()
+
+
+def test_macro_f1_leaves_out_classes_that_do_not_occur() -> None:
+    # Class 0: TP 2, FP 1, FN 1: 4/6. Class 1: TP 0, FN 1: 0. Class 2 is only predicted: FP 1, so 0. Classes 3, 4: absent.
+    output, target = predictions(5, [0, 0, 0, 2]), torch.tensor([0, 0, 1, 0])
+    metrics = TEXT_CLASSIFICATION.metrics(TEXT_CLASSIFICATION.statistics(output, target))
+    assert metrics["macro_f1"] == pytest.approx((4 / 6 + 0 + 0) / 3)
+    assert metrics["accuracy"] == 0.5
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30))
+def test_classification_agrees_with_scikit_learn(pairs: list[tuple[int, int]]) -> None:
+    given_, right = [p for p, _ in pairs], [r for _, r in pairs]
+    statistics = TEXT_CLASSIFICATION.statistics(predictions(5, given_), torch.tensor(right))
+    found = TEXT_CLASSIFICATION.metrics(statistics)
+    expected = sklearn_metrics.f1_score(right, given_, average="macro", zero_division=0)
+    assert found["macro_f1"] == pytest.approx(expected)
+    assert found["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(right, given_))
 
 
 def test_classification_distillation() -> None:
@@ -53,20 +90,58 @@ def test_image() -> None:
     output, target = torch.zeros(2, 3, 2, 2), torch.stack([torch.full((3, 2, 2), 2.0), torch.full((3, 2, 2), -1.0)])
     assert IMAGE_GENERATION.losses(output, target).tolist() == [4.0, 1.0]
     assert IMAGE_GENERATION.divergences(output, target, target, 3.0).tolist() == [4.0, 1.0]
-    assert IMAGE_GENERATION.metrics(IMAGE_GENERATION.statistics(output, target)) == {"loss": 2.5, "mse": 2.5}
+    metrics = IMAGE_GENERATION.metrics(IMAGE_GENERATION.statistics(output, target))
+    # Between 0 and 1 the errors are 2 and 1 deviations of each channel.
+    error = 2.5 * (0.2673**2 + 0.2564**2 + 0.2762**2) / 3
+    assert metrics == pytest.approx({"loss": 2.5, "mse": 2.5, "psnr": 10 * math.log10(1 / error)})
 
 
-@given(st.integers(1, 11), st.integers(0, 2**31 - 1))
-def test_metrics_do_not_depend_on_how_the_data_is_cut_into_batches(size: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+def test_psnr_is_that_of_the_pixels_before_they_were_normalised() -> None:
+    # Every pixel is off by 51 of 255: MSE 0.04 between 0 and 1, PSNR 10 log10(25).
+    pixels = torch.randint(0, 200, (3, 3, 4, 4), dtype=torch.uint8)
+    output, target = normalise(pixels + 51), normalise(pixels)
+    metrics = IMAGE_GENERATION.metrics(IMAGE_GENERATION.statistics(output, target))
+    assert metrics["psnr"] == pytest.approx(10 * math.log10(25), rel=1e-5)
+
+
+def test_psnr_of_exact_images_is_a_number() -> None:
+    images = torch.rand(2, 3, 4, 4)
+    metrics = IMAGE_GENERATION.metrics(IMAGE_GENERATION.statistics(images, images))
+    assert metrics == {"loss": 0.0, "mse": 0.0, "psnr": 100.0}
+
+
+def text_data(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     output = torch.randn(12, 4, 5, generator=generator)
     target = torch.randint(0, 5, (12, 4), generator=generator)
     target[torch.rand(12, 4, generator=generator) < 0.3] = IGNORE
     target[:, 0] = 1
-    whole = TEXT_GENERATION.metrics(TEXT_GENERATION.statistics(output, target))
+    return output, target
+
+
+def class_data(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(12, 7, generator=generator), torch.randint(0, 5, (12,), generator=generator)
+
+
+def image_data(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    output, target = torch.randn(2, 12, 3, 2, 2, generator=generator)
+    return output, target
+
+
+DATA = {
+    "image_classification": class_data,
+    "text_classification": class_data,
+    "text_generation": text_data,
+    "image_generation": image_data,
+}
+
+
+@pytest.mark.parametrize("kind", TASK_KINDS.values(), ids=lambda kind: kind.name)
+@given(cuts=st.sets(st.integers(1, 11)), seed=st.integers(0, 2**31 - 1))
+def test_metrics_do_not_depend_on_how_the_data_is_cut_into_batches(kind: TaskKind, cuts: set[int], seed: int) -> None:
+    output, target = DATA[kind.name](torch.Generator().manual_seed(seed))
+    whole = kind.metrics(kind.statistics(output, target))
     sums: dict[str, torch.Tensor] = {}
-    for start in range(0, 12, size):
-        part = slice(start, start + size)
-        for name, value in TEXT_GENERATION.statistics(output[part], target[part]).items():
-            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value
-    assert TEXT_GENERATION.metrics(sums) == pytest.approx(whole, rel=1e-6)
+    for start, stop in itertools.pairwise([0, *sorted(cuts), 12]):
+        for name, value in kind.statistics(output[start:stop], target[start:stop]).items():
+            sums[name] = sums[name] + value if name in sums else value
+    assert kind.metrics(sums) == pytest.approx(whole, rel=1e-6)

@@ -24,11 +24,11 @@ class Constant(nn.Module):
         self.values = nn.ParameterDict({name: nn.Parameter(torch.tensor(value)) for name, value in values.items()})
 
     def forward(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
-        return self.values[task].expand(inputs["size"], 1)
+        return self.values[task].expand(inputs["size"], 3, 1, 1)
 
 
 def batch(task: str, target: float, size: int = 1) -> Batch:
-    return Batch(task, {"size": size}, torch.full((size, 1), target))
+    return Batch(task, {"size": size}, torch.full((size, 3, 1, 1), target))
 
 
 def test_a_step_follows_the_mean_loss_of_its_batches() -> None:
@@ -73,6 +73,13 @@ def test_evaluation_sums_over_all_batches() -> None:
     found = evaluate(Constant(a=0.0, b=0.0), KINDS, batches)
     assert found["a"]["mse"] == pytest.approx((1 + 3 * 9) / 4)
     assert found["b"]["mse"] == pytest.approx(4.0)
+
+
+def test_an_evaluation_shows_every_batch_with_its_output() -> None:
+    batches, seen = [batch("a", 1.0), batch("b", 3.0, size=2)], []
+    evaluate(Constant(a=0.5, b=0.25), KINDS, batches, lambda *pair: seen.append(pair))
+    assert [shown for shown, _ in seen] == batches
+    assert [output.flatten()[0].item() for _, output in seen] == [0.5, 0.25]
 
 
 class Logits(nn.Module):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tap_flower.config import client_specs, load_config
-from tap_flower.core.tasks import IGNORE
+from tap_flower.core.tasks import IGNORE, IMAGE_STD
 from tap_flower.data import packaged
-from tap_flower.data.collate import IMAGE_MEAN, IMAGE_STD, normalise, pad_inputs, pad_targets
+from tap_flower.data.collate import IMAGE_MEAN, normalise, pad_inputs, pad_targets
 from tap_flower.data.images import LazyImages
 from tap_flower.data.loading import ClientData
 from tap_flower.data.spec import ClientSpec, Source, SpecError

@@ -1,0 +1,78 @@
+"""Who decides which further metrics a client computes, and where they end up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tap_flower import text_metrics
+from tap_flower.federation import messages
+from tap_flower.federation.strategy import RunError
+
+from .conftest import CLIENTS, Federation
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """What was loaded; the metrics themselves are replaced by the number of texts."""
+
+    def count(predictions: Sequence[str], references: Sequence[str]) -> float:
+        assert len(predictions) == len(references)
+        assert all(references)
+        return float(len(references))
+
+    loaded: list[tuple[str, ...]] = []
+    for name in ("load_meteor", "load_bertscore"):
+        monkeypatch.setattr(text_metrics, name, lambda *given, name=name: loaded.append((name, *given)) or count)
+    return loaded
+
+
+def found(results: dict[str, Any], client: str, task: str) -> dict[str, float]:
+    """The metrics of one task, whose names are the same for every model."""
+    by_model = results["clients"][client][task]
+    assert len({frozenset(metrics) for metrics in by_model.values()}) == 1
+    return dict(by_model["tap"])
+
+
+def test_a_simulation_asks_in_its_configuration(federation: Federation, asked: list[tuple[str, ...]]) -> None:
+    federation.settings += ["metrics.meteor=true", "metrics.bertscore=some/model"]
+    grid = federation.grid()
+    results = federation.strategy().start(grid)
+    for client, task in (("cleo", "answers"), ("dan", "translation")):
+        metrics = found(results, client, task)
+        assert metrics.keys() == {"loss", "exact_match", "perplexity", "meteor", "bertscore_f1"}
+        assert metrics["meteor"] == metrics["bertscore_f1"] == 10  # all test rows
+    assert found(results, "ann", "languages").keys() == {"loss", "accuracy", "macro_f1"}
+    assert found(results, "bob", "shape_images").keys() == {"loss", "mse", "psnr"}
+    assert results["tasks"]["answers"]["server"]["meteor"] == 10
+    assert set(asked) == {("load_meteor",), ("load_bertscore", "some/model")}
+    assert all("metrics" not in messages.decode(sent.content)["hyper_parameters"] for sent in grid.sent)
+
+
+def deploy(federation: Federation, folder: Path, **more: dict[str, Any]) -> Any:
+    """A grid of nodes with specs of their own, and `more` in the configuration of the clients of these names."""
+    grid = federation.grid()
+    for node, client in zip(grid.contexts.values(), CLIENTS, strict=True):
+        spec = folder / f"{client['name']}.yaml"
+        spec.write_text(yaml.safe_dump(client))
+        node.node_config = {"client-spec": str(spec), "state-dir": str(folder), **more.get(client["name"], {})}
+    return grid
+
+
+def test_a_node_asks_in_its_own_settings(federation: Federation, asked: list[tuple[str, ...]], tmp_path: Path) -> None:
+    federation.settings += ["metrics.meteor=true", "metrics.bertscore=from/the-server"]
+    grid = deploy(federation, tmp_path, dan={"bertscore-model": "mine/own"})
+    results = federation.strategy().start(grid)
+    assert found(results, "dan", "translation").keys() == {"loss", "exact_match", "perplexity", "bertscore_f1"}
+    assert found(results, "cleo", "answers").keys() == {"loss", "exact_match", "perplexity"}
+    assert set(asked) == {("load_bertscore", "mine/own")}
+
+
+def test_a_wrong_setting_of_a_node(federation: Federation, tmp_path: Path) -> None:
+    grid = deploy(federation, tmp_path, ann={"meteor": "yes"})
+    with pytest.raises(RunError, match="the node's meteor is 'yes': write meteor=true or meteor=false"):
+        federation.strategy().start(grid)
