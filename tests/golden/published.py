@@ -51,6 +51,10 @@ def published_name(name: str) -> str:
             ("adaptor.mix", "input_adaptor.4"),
             ("output.proj", "proj"),
             ("output.norm", "layer_norm"),
+            ("patches.A", "backbone.base_model.model.projection.lora_A.default.weight"),
+            ("patches.B", "backbone.base_model.model.projection.lora_B.default.weight"),
+            ("offsets.class_token", "cls_token"),
+            ("offsets.positions", "position_embeddings"),
         ):
             if rest.startswith(ours):
                 return f"{prefix}.{theirs}{rest.removeprefix(ours)}"
@@ -85,11 +89,19 @@ def published_name(name: str) -> str:
     raise KeyError(name)
 
 
-def published_value(name: str, state: Mapping[str, Tensor]) -> Tensor:
-    """The value of one of our tensors in a published state: of the one-key attention only the value's third is ours."""
+def published_value(name: str, state: Mapping[str, Tensor], backbone: Backbone) -> Tensor:
+    """The value of one of our tensors in a published state.
+
+    Of the one-key attention only the value's third is ours; of class token and positions we hold what training added to the
+    checkpoint's; our LoRA of a patch convolution is a matrix.
+    """
     theirs = published_name(name)
     value = state[theirs]
-    return value.chunk(3)[2] if ".cond_attention.in_proj_" in theirs else value
+    if ".cond_attention.in_proj_" in theirs:
+        return value.chunk(3)[2]
+    if ".offsets." in name:
+        return value - backbone.get_buffer(name.rpartition(".")[2])
+    return value.flatten(1) if ".patches." in name else value
 
 
 class PublishedFusion(Fusion):
@@ -125,7 +137,7 @@ def published_model(backbone: Backbone, expected: Mapping[str, Any], state: Mapp
     model = TapModel(backbone, model_tasks(expected))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data.copy_(published_value(name, state))
+            parameter.data.copy_(published_value(name, state, backbone))
     model.fusion = PublishedFusion(model, state)
     for layer in backbone.fusion_layers:  # habit 2
         layer.norm_before.eps = layer.norm_after.eps = 1e-5
