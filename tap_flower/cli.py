@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tap_flower.config import ConfigError, client_specs, load_config, presets
+from tap_flower.config import ConfigError, ReplacementEvidence, client_specs, load_config, presets, read_yaml
 from tap_flower.data.catalogue import CATALOGUE, fetch_command
 from tap_flower.data.spec import ClientSpec, Source, SpecError
 from tap_flower.reporting.progress import RunProgress
@@ -81,6 +81,44 @@ def report_command(
         Console().print(mean_table(found))
 
 
+@app.command("check")
+def check_command(
+    spec: Annotated[Path, typer.Argument(help="A client spec, as a node is given it.")],
+    preset: Annotated[str, typer.Option(help="The run's; one of `tap-flower presets`.")] = "demo",
+    config: Annotated[str, typer.Option(help="The run's YAML file that overrides the preset.")] = "",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="The run's key=value; may be repeated.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="The node's mirror of hub data sets.")] = None,
+) -> None:
+    """Whether a client spec can be trained on: reads all its data and lists every problem."""
+    # Imported here: they bring transformers and datasets, which the other commands do without.
+    from tap_flower.data.checking import Problem, check_data, check_spec
+    from tap_flower.methods.local import exchanged
+    from tap_flower.models.backbones import BackboneError, locate
+    from tap_flower.reporting.checks import data_table, example_table, exchange_line
+
+    console, run = Console(), load_config(preset, config, tuple(set_ or ()))
+    root = run.data.root if data_root is None else str(data_root.resolve())
+    client, problems = check_spec(read_yaml(spec, "client spec"))
+    if client is not None:
+        hold_out = run.replacement.evidence is ReplacementEvidence.validation
+        with console.status("reading the data"):
+            summaries, found = check_data(
+                client, locate(client.backbone), run.model.text_length, run.seed, root, hold_out
+            )
+        problems += found
+        console.print(data_table(summaries, run.model.text_length))
+        console.print(example_table(summaries))
+        try:
+            console.print(exchange_line(exchanged(client, run.model)), highlight=False, soft_wrap=True)
+        except BackboneError as error:
+            problems.append(Problem(str(error)))
+    for problem in problems:
+        console.print(f"[bold red]problem:[/] {escape(str(problem))}", highlight=False, soft_wrap=True)
+    console.print(f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)} found", highlight=False)
+    if problems:
+        raise typer.Exit(1)
+
+
 @app.command("presets")
 def presets_command() -> None:
     """The presets that there are: clients, backbone, data sets, and what must be downloaded."""
@@ -138,7 +176,8 @@ def _free_folder(parent: Path, name: str, resume: bool) -> Path:
 
 def main() -> None:
     """Entry point: an expected error is told in a line, and the exit code is 1."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for library in ("HUB", "DATASETS"):
+        os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except EXPECTED as error:

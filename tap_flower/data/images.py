@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tap_flower.data.sources import SourceError, open_source
+from tap_flower.data.sources import RowError, open_source
 from tap_flower.data.spec import Source
 
 IMAGE_SIZE = 64
@@ -42,7 +42,7 @@ class LazyImages:
         """Pixels of some rows, [n, 3, 64, 64] uint8.
 
         Raises:
-            SourceError: an image cannot be decoded.
+            RowError: an image cannot be decoded.
         """
         for row in rows:
             if row not in self._pixels:
@@ -50,13 +50,21 @@ class LazyImages:
                 self.decodes += 1
         return torch.stack([self._pixels[row] for row in rows])
 
-    def _decode(self, row: int) -> Tensor:
+    def original(self, row: int) -> Image.Image:
+        """The image of a row in RGB, in its own size; it is not kept.
+
+        Raises:
+            RowError: it cannot be decoded.
+        """
         try:
             value = self._data[row][self._column]
-            image = Image.open(self._folder / value) if isinstance(value, str) else value
-            image = image.convert("RGB")
-        except (AttributeError, OSError) as error:
-            raise SourceError(f"has no image in row {row} of column {self._column!r}: {error}") from error
+            image: Image.Image = Image.open(self._folder / value) if isinstance(value, str) else value
+            return image.convert("RGB")
+        except Exception as error:  # whatever the decoders of all image formats raise
+            raise RowError("has no image", row, f" of column {self._column!r}", str(error)) from error
+
+    def _decode(self, row: int) -> Tensor:
+        image = self.original(row)
         if image.size != (IMAGE_SIZE, IMAGE_SIZE):
             image = image.resize((IMAGE_SIZE, IMAGE_SIZE))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)

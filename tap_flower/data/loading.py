@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from tap_flower.core.initial import named_seed
 from tap_flower.core.training import Batch
-from tap_flower.data import templates
 from tap_flower.data.collate import normalise, pad_inputs, pad_targets
 from tap_flower.data.images import LazyImages, images_of
-from tap_flower.data.sources import SourceError, open_source, permutation, rows_of
+from tap_flower.data.labels import Labels
+from tap_flower.data.sources import SourceError, missing_columns, open_source, permutation, rows_of, values_of
 from tap_flower.data.spec import ClientSpec, Field, Source, SpecError, TaskSpec
 from tap_flower.data.texts import Tokens, tokenised
 
@@ -113,6 +113,9 @@ class ClientData:
                 "validation": [reader.read("validation", source) for source in task.validation],
                 "test": [reader.read("test", source) for source in task.test],
             }
+            for split, parts in found.items():
+                for problem in too_few_rows(task, split, [len(part) for part in parts], hold_out):
+                    raise SpecError(f"{reader.where}: {problem}")
             if hold_out and not task.validation:
                 halves = [
                     part.split(named_seed(seed, spec.name, task.name, "held out", number))
@@ -120,8 +123,6 @@ class ClientData:
                 ]
                 found["train"], found["validation"] = [a for a, _ in halves], [b for _, b in halves]
             for split, parts in found.items():
-                if not all(parts) or (split != "validation" and not parts):
-                    raise SpecError(f"{reader.where} has a {split} source without rows: give it more rows")
                 self.splits[split][task.name] = parts
 
     def sizes(self, split: str) -> dict[str, int]:
@@ -168,6 +169,17 @@ def _shuffled(parts: Sequence[Examples], batch_size: int, seed: int, device: tor
         epoch += 1
 
 
+def too_few_rows(task: TaskSpec, split: str, sizes: Sequence[int], hold_out: bool) -> Iterator[str]:
+    """What is wrong with the number of rows of a split's sources; see `ClientData` for `hold_out`."""
+    fewest = 2 if split == "train" and hold_out and not task.validation else 1
+    if not sizes and split != "validation":
+        yield f"{split} has no source: name one"
+    for size in sizes:
+        if size < fewest:
+            why = ", one of them to be set aside" if fewest > 1 else ""
+            yield f"{split} has a source with {size} rows: give it at least {fewest}{why}"
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Reads the sources of one task; `where` begins every error."""
@@ -193,11 +205,8 @@ class _Reader:
     def _read(self, source: Source) -> Examples:
         data = open_source(source, self.root)
         read = self.task.fields(source)
-        for role, found in read.items():
-            for column in found.columns or sorted(templates.variables(found.template)):
-                if column not in data.column_names:
-                    known = ", ".join(data.column_names)
-                    raise SourceError(f"has no column {column!r} for {role}: choose among {known}")
+        for _, problem in missing_columns(data, read):
+            raise SourceError(problem)
         rows = rows_of(source, self.root, self.seed)
         return Examples(
             task=self.task,
@@ -217,22 +226,5 @@ class _Reader:
         return tokenised(source, self.root, self.seed, read, self.tokenizer, self.text_length, is_target)
 
     def _labels(self, data: datasets.Dataset, rows: list[int], column: str) -> list[int]:
-        """Class of each row: its place among the spec's labels, else among its class names, else the number itself."""
-        classes = self.task.classes
-        names = getattr(data.features[column], "names", None) or []
-        named = not self.task.labels and bool(
-            set(names) & set(classes)
-        )  # ClassLabel: numbers in the data set's own order
-        known: dict[Any, int] = {name: number for number, name in enumerate(self.task.labels or classes)}
-        if not self.task.labels and not named:
-            known |= {number: number for number in range(len(classes))}
-        labels = []
-        for row, value in zip(rows, data.select_columns([column])[rows][column], strict=True):
-            label = names[value] if named and value is not None else value
-            if label not in known:
-                raise SourceError(
-                    f"has label {label!r} in row {row}, but the client spec has {len(classes)} classes with labels "
-                    f"{', '.join(repr(name) for name in list(known)[:10])}: correct one of them"
-                )
-            labels.append(known[label])
-        return labels
+        labels = Labels(self.task, data, column)
+        return [labels.class_of(row, value[column]) for part in values_of(data, rows, [column]) for row, value in part]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import cast
@@ -15,14 +16,33 @@ import torch
 from tap_flower.core.initial import named_seed
 from tap_flower.data import packaged
 from tap_flower.data.catalogue import fetch_command
-from tap_flower.data.spec import Source
+from tap_flower.data.spec import Field, Source
 
 _READERS = {"parquet": "parquet", "jsonl": "json"}
 """Ending of a file of a mirror -> the reader of `datasets`."""
+Values = tuple[int, dict[str, object]]
+"""A row of a data set, and its value in each column that is read."""
+AT_ONCE = 1000
+"""Rows that are read, and texts that are tokenised, together."""
 
 
 class SourceError(ValueError):
     """A source cannot be read; the message goes on after "client ...: task ...: train"."""
+
+
+class RowError(SourceError):
+    """A row cannot be read.
+
+    Args:
+        what: is wrong; rows of which the same is wrong are told together.
+        row: of the data set.
+        rest: of the message, the same for all such rows.
+        reason: of this row alone.
+    """
+
+    def __init__(self, what: str, row: int, rest: str, reason: str = "") -> None:
+        super().__init__(f"{what} in row {row}{rest}" + (f": {reason}" if reason else ""))
+        self.what, self.row, self.rest, self.reason = what, row, rest, reason
 
 
 def open_source(source: Source, root: str = "") -> datasets.Dataset:
@@ -61,6 +81,23 @@ def rows_of(source: Source, root: str, seed: int) -> list[int]:
         end = "the end" if stop is None else stop
         raise SourceError(f"takes rows {start} to {end} of {source}, which has {available}: lower them")
     return rows[start:stop]
+
+
+def missing_columns(data: datasets.Dataset, fields: Mapping[str, Field]) -> Iterator[tuple[str, str]]:
+    """(role, what is wrong) for each column that a role reads and `data` lacks."""
+    for role, read in fields.items():
+        for column in read.reads:
+            if column not in data.column_names:
+                yield role, f"has no column {column!r} for {role}: choose among {', '.join(data.column_names)}"
+
+
+def values_of(data: datasets.Dataset, rows: Sequence[int], columns: Sequence[str]) -> Iterator[list[Values]]:
+    """(row, its values in some columns) of each row, in parts of `AT_ONCE` rows."""
+    chosen = data.select_columns(list(columns))
+    for start in range(0, len(rows), AT_ONCE):
+        part = list(rows[start : start + AT_ONCE])
+        values = chosen[part] if columns else {}  # a template may be the same text for all rows
+        yield [(row, {name: values[name][at] for name in columns}) for at, row in enumerate(part)]
 
 
 def permutation(count: int, seed: int) -> list[int]:

@@ -38,6 +38,11 @@ class Field:
     columns: tuple[str, ...] = ()
     template: str = ""
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """All columns that it needs."""
+        return self.columns or tuple(sorted(templates.variables(self.template)))
+
 
 @dataclass(frozen=True)
 class Source:

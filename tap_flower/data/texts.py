@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import cast
 
@@ -11,11 +11,8 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tap_flower.data import templates
-from tap_flower.data.sources import SourceError, open_source, rows_of
+from tap_flower.data.sources import RowError, open_source, rows_of, values_of
 from tap_flower.data.spec import Field, Source
-
-_AT_ONCE = 1000
-"""Rows that are read and tokenised together."""
 
 
 class Tokens:
@@ -68,32 +65,41 @@ def tokenised(
         SourceError: a row has no text.
     """
     parts: list[NDArray[np.int32]] = []
-    for texts in _texts(source, root, seed, read):
-        limit = length - 1 if is_target else length
-        encoded = tokenizer(texts, truncation=True, max_length=limit, add_special_tokens=not is_target)["input_ids"]
-        closing = [cast(int, tokenizer.sep_token_id)] if is_target else []
-        parts += [np.array([*ids, *closing], dtype=np.int32) for ids in cast(list[list[int]], encoded)]
-    return Tokens(np.concatenate(parts), np.cumsum([len(part) for part in parts]))
+    for values in values_of(open_source(source, root), rows_of(source, root, seed), read.reads):
+        texts = [text_of(read, row, value) for row, value in values]
+        parts += [np.array(ids, dtype=np.int32) for ids in token_ids(texts, tokenizer, length, is_target)]
+    ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+    return Tokens(ids, np.cumsum([len(part) for part in parts]))
 
 
-def _texts(source: Source, root: str, seed: int, read: Field) -> Iterator[list[str]]:
-    rows = rows_of(source, root, seed)
-    columns = list(read.columns) or sorted(templates.variables(read.template))
-    data = open_source(source, root).select_columns(columns)
-    for start in range(0, len(rows), _AT_ONCE):
-        chosen = rows[start : start + _AT_ONCE]
-        values = data[chosen]
-        yield [
-            _text(read, {column: values[column][position] for column in columns}, row)
-            for position, row in enumerate(chosen)
-        ]
+def token_ids(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int | None, is_target: bool
+) -> list[list[int]]:
+    """The token ids of some texts, as the model gets them.
+
+    Args:
+        texts: at least one.
+        tokenizer: of the backbone.
+        length: where a text is cut, in tokens; None cuts none.
+        is_target: see `tokenised`.
+    """
+    cut = {} if length is None else {"truncation": True, "max_length": length - is_target}
+    # Not verbose: a text that is longer than the backbone's positions is cut by `length`, or only measured.
+    encoded = tokenizer(list(texts), add_special_tokens=not is_target, verbose=False, **cut)["input_ids"]
+    closing = [cast(int, tokenizer.sep_token_id)] if is_target else []
+    return [[*ids, *closing] for ids in cast(list[list[int]], encoded)]
 
 
-def _text(read: Field, row: dict[str, object], number: int) -> str:
+def text_of(read: Field, row: int, values: Mapping[str, object]) -> str:
+    """The text of a row, which has these values in the columns that `read` reads.
+
+    Raises:
+        RowError: it has none.
+    """
     try:
-        parts: Sequence[object] = [templates.render(read.template, row)] if read.template else list(row.values())
+        parts = [templates.render(read.template, values)] if read.template else [values[name] for name in read.columns]
     except templates.PromptError as error:
-        raise SourceError(f"row {number}: {error}") from error
+        raise RowError("cannot fill its template", row, "", str(error)) from error
     if None in parts:
-        raise SourceError(f"has no text in row {number} of {', '.join(read.columns)}: fill it, or leave the row out")
+        raise RowError("has no text", row, f" of {', '.join(read.columns)}: fill it, or leave the row out")
     return " ".join(str(part) for part in parts)

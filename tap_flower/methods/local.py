@@ -9,14 +9,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tap_flower.config import HyperParameters
-from tap_flower.core.components import load_trainable_state
+from tap_flower.config import HyperParameters, Model
+from tap_flower.core.components import load_trainable_state, trainable_state
 from tap_flower.core.initial import named_seed
 from tap_flower.core.tasks import TASK_KINDS, TaskKind
 from tap_flower.core.training import Batch, Objective, Observer, Optimisation, evaluate, train
 from tap_flower.data.loading import ClientData
 from tap_flower.data.spec import ClientSpec
-from tap_flower.models.backbones import Backbone
+from tap_flower.models.backbones import Backbone, outline
 from tap_flower.models.model import ModelTask, TapModel
 
 State = dict[str, Tensor]
@@ -124,6 +124,21 @@ def model_tasks(spec: ClientSpec, text_length: int) -> list[ModelTask]:
         )
         for task in spec.tasks
     ]
+
+
+def exchanged(spec: ClientSpec, model: Model) -> dict[str, Tensor]:
+    """The tensors that a client and the server send each other, without values; no weights are read for it.
+
+    Args:
+        spec: of the client.
+        model: the run's.
+
+    Raises:
+        BackboneError: the client's backbone cannot be used.
+    """
+    backbone = outline(spec.backbone, model.layers, model.image_size, spec.revision)
+    with torch.device("meta"):
+        return trainable_state(TapModel(backbone, model_tasks(spec, model.text_length)))
 
 
 def cpu_state(model: TapModel) -> State:

@@ -14,6 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.hub import has_file
 
 from tap_flower.models.experts import FrozenLayer
 from tap_flower.models.lora import LoraSettings
@@ -194,7 +196,27 @@ def from_config(config: PreTrainedConfig, layers: int, image_size: int | None = 
     """A backbone with random weights; under `torch.device("meta")` it allocates nothing."""
     from transformers import AutoModel
 
-    return from_model(AutoModel.from_config(config), layers, image_size)  # type: ignore[no-untyped-call]
+    model = AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    return from_model(model, layers, image_size)
+
+
+def outline(name: str, layers: int, image_size: int | None = None, revision: str | None = None) -> Backbone:
+    """A checkpoint's backbone on the meta device: shapes alone, from its configuration; no weights are read or fetched.
+
+    Takes what `load_backbone` takes.
+
+    Raises:
+        BackboneError: as `load_backbone` does.
+    """
+    config = _checkpoint_config(name, revision)
+    try:
+        held = any(has_file(locate(name), file, revision=revision) for file in _WEIGHTS)
+    except OSError as error:
+        raise _missing(name, revision, error) from error
+    if not held:
+        raise _missing(name, revision, "it has no weights")
+    with torch.device("meta"):
+        return from_config(config, layers, image_size)
 
 
 @cache
@@ -212,14 +234,31 @@ def load_backbone(name: str, layers: int, image_size: int | None = None, revisio
     """
     from transformers import AutoModel
 
-    place = locate(name)
+    _checkpoint_config(name, revision)
     try:
-        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
-        family(config.model_type)
-        model = AutoModel.from_pretrained(place, revision=revision, trust_remote_code=False, dtype=torch.float32)
+        model = AutoModel.from_pretrained(locate(name), revision=revision, trust_remote_code=False, dtype=torch.float32)
     except OSError as error:
-        raise BackboneError(
-            f"backbone {name!r} cannot be loaded: {str(error).splitlines()[0]} "
-            f"(a local folder must hold config.json and model.safetensors; a hub id is fetched with `hf download {name}`)"
-        ) from error
+        raise _missing(name, revision, error) from error
     return from_model(model, layers, image_size)
+
+
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+"""Files of which a checkpoint has one."""
+
+
+def _checkpoint_config(name: str, revision: str | None) -> PreTrainedConfig:
+    """The configuration of a checkpoint of a supported family."""
+    try:
+        config = AutoConfig.from_pretrained(locate(name), revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _missing(name, revision, error) from error
+    family(config.model_type)
+    return cast(PreTrainedConfig, config)
+
+
+def _missing(name: str, revision: str | None, reason: object) -> BackboneError:
+    command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    return BackboneError(
+        f"backbone {name!r} cannot be loaded: {str(reason).splitlines()[0]} "
+        f"(a local folder must hold config.json and model.safetensors; a hub id is fetched with `{command}`)"
+    )

@@ -186,7 +186,7 @@ def test_what_was_downloaded_before_is_found_offline(tmp_path: Path, monkeypatch
     [
         ({"labels": [5, 6]}, "has label 'routine' in row 0, .*2 classes with labels 5, 6: correct"),
         ({"templates": {"text": "{{ body }}"}}, "has no column 'body' for text: choose among title"),
-        ({"templates": {"text": "{{ title.nothing }}"}}, "row 0: .*no attribute 'nothing'"),
+        ({"templates": {"text": "{{ title.nothing }}"}}, "cannot fill its template in row 0: .*no attribute 'nothing'"),
     ],
 )
 def test_what_does_not_fit_the_data(changes: dict[str, Any], problem: str, tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from torch import Tensor
 
-from tap_flower.config import ConfigError
+from tap_flower.config import ConfigError, client_specs
 from tap_flower.core.aggregation import Aggregator
 from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.federation import messages
 from tap_flower.federation.roster import RosterError
 from tap_flower.federation.strategy import RunError
+from tap_flower.methods.local import exchanged
+from tap_flower.reporting.checks import exchange_line
 from tap_flower.reporting.events import read_events
 from tap_flower.storage import StorageError, read_tensors
 
@@ -150,6 +152,21 @@ def test_a_component_that_nobody_returned_keeps_its_value(federation: Federation
         assert kept
         assert all(torch.equal(old[name], new[name]) for name in kept)
         assert any(not torch.equal(old[name], new[name]) for name in trained)
+
+
+def test_a_check_tells_the_tensors_and_bytes_of_the_manifest(federation: Federation) -> None:
+    grid, strategy = federation.grid(), federation.strategy()
+    strategy._gather(grid)
+    assert strategy.roster.manifests.keys() == {"ann", "bob", "cleo", "dan"}
+    for spec in client_specs(strategy.config):
+        tensors = exchanged(spec, strategy.config.model)
+        manifest = strategy.roster.manifests[spec.name].tensors
+        assert {name: tuple(t.shape) for name, t in tensors.items()} == {n: i.shape for n, i in manifest.items()}
+        megabytes = sum(math.prod(info.shape) * 4 for info in manifest.values()) / 1e6
+        assert f"{len(manifest)} tensors, {megabytes:.3f} MB of values to the client" in exchange_line(tensors)
+        on_the_wire = messages.payload_bytes(messages.encode({}, strategy.roster.tensors_for(spec.name)))
+        header = 128  # of an array
+        assert on_the_wire == {name: tensor.nbytes + header for name, tensor in tensors.items()}
 
 
 def test_messages_hold_the_tensors_of_the_clients_own_pairs_and_nothing_else(federation: Federation) -> None:

@@ -16,7 +16,7 @@ from tap_flower.data.loading import ClientData
 from tap_flower.data.spec import ClientSpec
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.methods.local import model_tasks
-from tap_flower.models.backbones import from_config, load_backbone, locate
+from tap_flower.models.backbones import demo_folder, from_config, load_backbone, locate, outline
 from tap_flower.models.model import ModelTask, TapModel, initial_values
 
 CPU = torch.device("cpu")
@@ -146,6 +146,20 @@ def test_unknown_backbones_are_errors_with_a_remedy(tmp_path: Any) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="'bert' is not supported: use one of"):
         load_backbone(str(tmp_path), 1)
+    for load in (load_backbone, outline):
+        with pytest.raises(ValueError, match="fetched with `hf download owner/none --revision abc`"):
+            load("owner/none", 1, revision="abc")
+
+
+def test_an_outline_has_the_backbones_shapes_without_its_weights(tmp_path: Any) -> None:
+    whole, shape = load_backbone("demo", 1), outline("demo", 1)
+    assert {name: t.shape for name, t in shape.state_dict().items()} == {
+        name: t.shape for name, t in whole.state_dict().items()
+    }
+    assert all(t.is_meta for t in shape.state_dict().values())
+    (tmp_path / "config.json").write_bytes((demo_folder() / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="cannot be loaded: it has no weights"):
+        outline(str(tmp_path), 1)
 
 
 def test_a_module_without_a_rule_for_its_start_is_an_error() -> None:
