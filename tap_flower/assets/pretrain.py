@@ -1,8 +1,8 @@
 """Pretrains the demo's backbone: a small FLAVA, on the public split of the demo data and nothing else.
 
-    python -m tap_flower.assets.pretrain --out DIR [--steps 4000] [--seed 0]
+    python -m tap_flower.assets.pretrain --out DIR [--steps 6000] [--seed 0]
 
-Each step adds six losses; the last two share a batch, the others have one of their own:
+Each step adds five losses, every one on a batch of its own:
 
 * `image`: half of an image's patches are masked, their normalised pixels are predicted (mean squared error);
 * `text`: tokens of emoji names are masked and predicted. A line holds one to three names of one language;
@@ -11,9 +11,7 @@ Each step adds six losses; the last two share a batch, the others have one of th
 * `fusion`: tokens of question and answer, the answer's always, are masked and predicted by the multimodal encoder,
   which sees the image too;
 * `contrast`: the mean of an image's hidden states, projected, is compared with every distinct caption ("a teal circle",
-  "digit four"). Contrast within a batch, which is usual, fails here: too many images of a batch share a caption;
-* `summary`: the image at a quarter of its size is predicted from the mean of its hidden states (mean squared error), so
-  that the mean says where things are, not only what they are.
+  "digit four"). Contrast within a batch, which is usual, fails here: too many images of a batch share a caption.
 
 The tasks' own labels are seen in captions and answers of the public items alone. What is saved is a `FlavaModel` (the
 heads that predict pixels and tokens are thrown away), a tokenizer and an image processor, all for `from_pretrained`.
@@ -56,7 +54,6 @@ PEAK_RATE, WARMUP, WEIGHT_DECAY = 1e-3, 100, 0.01
 PATCHES_MASKED, TOKENS_MASKED, SHIFT, POSITION_STD = 0.5, 0.2, 4, 0.3
 LINES_SCALE = 10.0
 """Factor on the cosines of `lines`, the inverse of a temperature."""
-SUMMARY_WEIGHT, SUMMARY_SIZE = 0.5, 16
 
 
 @dataclasses.dataclass
@@ -200,12 +197,11 @@ def build_model(vocabulary: int) -> transformers.FlavaModel:
 
 
 class Heads(nn.Module):
-    """The heads that pretraining needs and throws away: pixels, tokens (tied to the word embeddings)."""
+    """The heads that pretraining needs and throws away: pixels of a patch, tokens (tied to the word embeddings)."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self.pixels = nn.Linear(HIDDEN, 3 * PATCH * PATCH)
-        self.summary = nn.Linear(HIDDEN, 3 * SUMMARY_SIZE * SUMMARY_SIZE)
         self.transform = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.GELU(), nn.LayerNorm(HIDDEN))
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 
@@ -214,7 +210,7 @@ class Heads(nn.Module):
         return cast(Tensor, self.transform(states) @ embeddings.T + self.bias)
 
 
-# --- the six losses ------------------------------------------------------------------------------
+# --- the five losses ------------------------------------------------------------------------------
 
 
 def pad(lines: list[list[int]]) -> Tensor:
@@ -305,26 +301,19 @@ def masked_fusion_loss(model: Any, heads: Heads, ids: Tensor, answers: Tensor, i
     return functional.cross_entropy(heads.tokens(states[chosen], words), ids[chosen])
 
 
-def image_state_losses(
-    model: Any, heads: Heads, images: Tensor, captions: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Two losses of the mean of an image's hidden states.
+def contrast_loss(model: Any, images: Tensor, captions: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of an image's own caption among all distinct captions.
 
     Args:
         model: a FlavaModel.
-        heads: gives the small image.
         images: float32 (batch, 3, 64, 64), normalised.
         captions: int64 (captions, tokens), the distinct captions.
         target: int64 (batch,), the number of each image's caption.
-
-    Returns:
-        Cross-entropy of the image's own caption among all distinct captions; mean squared error of the small image.
     """
-    state = mean_state(model.image_model(pixel_values=images).last_hidden_state)
-    seen = functional.normalize(model.image_projection(state), dim=-1)
+    seen = mean_state(model.image_model(pixel_values=images).last_hidden_state)
+    seen = functional.normalize(model.image_projection(seen), dim=-1)
     logits = seen @ embed_text(model, captions).T * model.logit_scale.clamp(max=4.6052).exp()
-    small = functional.adaptive_avg_pool2d(images, SUMMARY_SIZE).flatten(1)
-    return functional.cross_entropy(logits, target), functional.mse_loss(heads.summary(state), small)
+    return functional.cross_entropy(logits, target)
 
 
 def embed_text(model: Any, ids: Tensor) -> Tensor:
@@ -415,28 +404,26 @@ def pretrain(
         images = normalised(shifted(data.images[[row for _, _, row in chosen]]))
         return masked_fusion_loss(model, heads, ids, answers, images)
 
-    def state_losses() -> tuple[Tensor, Tensor]:
+    def caption_loss() -> Tensor:
         which = half_and_half(shape_rows, digit_rows, BATCH["contrast"])
         images = normalised(shifted(data.images[data.captioned[which]]))
-        return image_state_losses(model, heads, images, captions, data.caption[which])
+        return contrast_loss(model, images, captions, data.caption[which])
 
-    weights = {"image": 1.0, "text": 1.0, "lines": 1.0, "fusion": 1.0, "contrast": 1.0, "summary": SUMMARY_WEIGHT}
+    losses = {
+        "image": image_loss,
+        "text": text_loss,
+        "lines": partner_loss,
+        "fusion": fusion_loss,
+        "contrast": caption_loss,
+    }
     parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, weight_decay=WEIGHT_DECAY)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, min(WARMUP, steps // 10), steps)
-    history: dict[str, list[float]] = {name: [] for name in weights}
+    history: dict[str, list[float]] = {name: [] for name in losses}
     for step in range(1, steps + 1):
-        contrast, summary = state_losses()
-        values = {
-            "image": image_loss(),
-            "text": text_loss(),
-            "lines": partner_loss(),
-            "fusion": fusion_loss(),
-            "contrast": contrast,
-            "summary": summary,
-        }
+        values = {name: loss() for name, loss in losses.items()}
         optimizer.zero_grad()
-        torch.stack([weights[name] * value for name, value in values.items()]).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(list(values.values())).sum().backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
@@ -486,11 +473,10 @@ The tokenizer was trained on the same text.
     python -m tap_flower.assets.pretrain --out DIR --steps {steps} --seed {seed}
 
 {steps} steps in {seconds:.0f} s on {torch.get_num_threads()} threads ({made_with}).
-AdamW, peak learning rate {PEAK_RATE:g} after {WARMUP} steps, cosine decay. Sum of six losses, for which see
+AdamW, peak learning rate {PEAK_RATE:g} after {WARMUP} steps, cosine decay. Sum of five losses, for which see
 `tap_flower/assets/pretrain.py`: masked patches, masked tokens of names (one to three of a language in a line), contrast
 between lines of names (two lines of a language belong together), masked tokens of question and answer given the image,
-contrast of mean-pooled images with all distinct captions, the small image from the same mean (weight
-{SUMMARY_WEIGHT:g}). Images are shifted by up to {SHIFT} pixels.
+contrast of mean-pooled images with all distinct captions. Images are shifted by up to {SHIFT} pixels.
 Mean losses over the last tenth of the steps: {ended}.
 
 Images: RGB, 1/255, mean {PIXEL_MEAN}, standard deviation {PIXEL_STD}.
@@ -502,7 +488,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command: reads the public data, trains, saves."""
     parser = argparse.ArgumentParser(description="Pretrains the demo's backbone on the public split of the demo data.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for model, tokenizer, processor")
-    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6000, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="fixes weights and batches (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.steps < 1:

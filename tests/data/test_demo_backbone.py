@@ -192,11 +192,11 @@ def test_same_seed_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         captioned=torch.arange(8),
         caption=torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]),
         captions=["a red circle", "a teal circle", "digit one", "digit two"],
-        names=[["red apple", "mushroom", "dog"], ["perro", "seta", "gato"]],
+        names=[["red apple", "mushroom", "dog", "cat"], ["perro", "seta", "gato", "manzana"]],
         questions=[("is there a circle?", "yes", 0), ("what color is the shape?", "teal", 2)],
     )
     tokenizer = pretrain.train_tokenizer(data.lines())
-    monkeypatch.setattr(pretrain, "BATCH", {"image": 4, "text": 4, "fusion": 4, "contrast": 4})
+    monkeypatch.setattr(pretrain, "BATCH", dict.fromkeys(pretrain.BATCH, 4))
     runs = [pretrain.pretrain(data, tokenizer, steps=2, seed=seed)[0].state_dict() for seed in (0, 0, 1)]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
     assert not all(torch.equal(runs[0][name], runs[2][name]) for name in runs[0])
