@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import FlavaConfig
 
-from tap_flower.config import client_specs, load_config
+from tap_flower.config import Config, client_specs, load_config
 from tap_flower.core.components import Pair, trainable_state
 from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.data.loading import ClientData
@@ -18,9 +20,10 @@ from tap_flower.data.texts import load_tokenizer
 from tap_flower.methods.local import model_tasks
 from tap_flower.models.backbones import demo_folder, from_config, load_backbone, locate, outline
 from tap_flower.models.model import ModelTask, TapModel, initial_values
+from tests.checkpoints import tiny_flava, tiny_vilt
+from tests.mirror import KEYS, ROWS, write_mirror
 
 CPU = torch.device("cpu")
-ALL_CLIENTS = [("demo", spec) for spec in client_specs(load_config("demo"))]
 
 
 def randomise(model: TapModel) -> TapModel:
@@ -32,26 +35,47 @@ def randomise(model: TapModel) -> TapModel:
     return model.eval()
 
 
-@pytest.mark.parametrize(("preset", "spec"), ALL_CLIENTS, ids=lambda value: getattr(value, "name", value))
-def test_a_pair_reaches_exactly_the_tensors_that_autograd_finds(preset: str, spec: ClientSpec) -> None:
-    config = load_config(preset)
-    data = ClientData(spec, load_tokenizer(locate(spec.backbone)), config.model.text_length, config.seed)
-    model = randomise(
-        TapModel(load_backbone(spec.backbone, config.model.layers), model_tasks(spec, config.model.text_length))
+def assert_reach_is_what_autograd_finds(config: Config, spec: ClientSpec) -> None:
+    data = ClientData(
+        spec, load_tokenizer(locate(spec.backbone)), config.model.text_length, config.seed, config.data.root
     )
+    backbone = load_backbone(spec.backbone, config.model.layers, config.model.image_size)
+    model = randomise(TapModel(backbone, model_tasks(spec, config.model.text_length)))
     names = set(trainable_state(model))
     assert set(model.component_map.component_of) == names
     union: set[str] = set()
     for task in spec.tasks:
         model.zero_grad(set_to_none=True)
-        batch = data.splits["train"][task.name][0].batch(range(4), CPU)
-        TASK_KINDS[task.kind].losses(model(task.name, batch.inputs), batch.target).mean().backward()
+        for examples in data.splits["train"][task.name]:  # one for each data set, and so for each domain
+            batch = examples.batch(range(min(4, len(examples))), CPU)
+            TASK_KINDS[task.kind].losses(model(task.name, batch.inputs), batch.target).mean().backward()
         reached = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
         assert set(model.component_map.tensors_of(task.pair)) == reached
         assert all(model.get_parameter(name).grad.abs().max() > 0 for name in reached)
         union |= reached
     assert union == names  # nothing is held that no pair of the client reaches
     assert all(p.grad is None for p in model.backbone.parameters())
+
+
+@pytest.mark.parametrize("spec", client_specs(load_config("demo")), ids=lambda spec: spec.name)
+def test_a_pair_reaches_exactly_the_tensors_that_autograd_finds(spec: ClientSpec) -> None:
+    assert_reach_is_what_autograd_finds(load_config("demo"), spec)
+
+
+@pytest.mark.parametrize(("preset", "make"), [("flava", tiny_flava), ("vilt", tiny_vilt)])
+def test_so_it_does_for_every_client_of_the_papers_presets(
+    preset: str, make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    make(tmp_path / "checkpoint")
+    write_mirror(tmp_path / "mirror")
+    known = load_config(preset).datasets
+    rows = [f"datasets.{key}.rows={ROWS}" for key in KEYS if key in known]
+    places = [f"data.root={tmp_path / 'mirror'}", f"backbone={tmp_path / 'checkpoint'}", "model.text_length=24"]
+    config = load_config(preset, "", [*rows, *places])
+    specs = client_specs(config)
+    assert len(specs) == 30
+    for spec in specs:
+        assert_reach_is_what_autograd_finds(config, spec)
 
 
 def text_model() -> TapModel:
