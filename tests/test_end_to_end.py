@@ -12,7 +12,8 @@ import pytest
 
 from tests.federation.conftest import CLIENTS, SETTINGS, Federation
 
-pytestmark = pytest.mark.flwr
+# One after the other: each looks for processes that the other may have.
+pytestmark = [pytest.mark.flwr, pytest.mark.xdist_group("flwr")]
 TAP_FLOWER = str(Path(sys.executable).with_name("tap-flower"))
 
 
@@ -75,6 +76,7 @@ def test_a_run_that_fails_exits_with_an_error(tmp_path: Path, environment: dict[
         arguments(file, tmp_path / "run"), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "client 'ann': task 'languages' has 2 classes in the client spec but label" in done.stderr
+    assert "client 'ann': task 'languages': train has label" in done.stderr
+    assert "but the client spec has 2 classes with labels 'en', 'es'" in done.stderr
     assert "Traceback" not in done.stderr
     assert processes_with("tap-flower-") == []
