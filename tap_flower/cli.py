@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from tap_flower.config import ConfigError, ReplacementEvidence, client_specs, load_config, presets, read_yaml
-from tap_flower.data.catalogue import CATALOGUE, fetch_command
-from tap_flower.data.spec import ClientSpec, Source, SpecError
+from tap_flower.data.spec import SpecError
+from tap_flower.reporting.needs import needs
 from tap_flower.reporting.progress import RunProgress
 from tap_flower.reporting.results import read_results
 from tap_flower.reporting.tables import mean_table, results_table
@@ -133,36 +130,11 @@ def presets_command() -> None:
             highlight=False,
             soft_wrap=True,
         )
-        table, commands = _needs(specs)
+        table, commands = needs(specs)
         console.print(table)
         for command in commands:
             console.print(f"  {command}", highlight=False, soft_wrap=True)
         console.print()
-
-
-def _needs(specs: Sequence[ClientSpec]) -> tuple[Table, list[str]]:
-    """What clients read: a table of backbones and data sets, and the commands that fetch those that must be downloaded."""
-    table = Table("backbone or data set", "split", "training rows", "licence", "MB")
-    commands: dict[str, None] = {}
-
-    def add(name: str, split: str, rows: str, command: str) -> None:
-        facts = CATALOGUE.get(name)
-        if facts:
-            commands[command] = None
-            table.add_row(name, split, rows, facts.licence, str(facts.megabytes or "?"))
-        else:
-            table.add_row(name, split, rows, "comes with a pip package", "")
-
-    for backbone, revision in sorted({(spec.backbone, spec.revision) for spec in specs}):
-        add(backbone, "", "", fetch_command(backbone, revision, is_model=True))
-    counts: Counter[Source] = Counter()
-    for source in (source for spec in specs for task in spec.tasks for source in task.train):
-        start, stop = source.rows or (0, None)
-        counts[source.place] += (stop or start) - start
-    for source, count in counts.items():
-        split = f"{source.config} {source.split}" if source.config else source.split
-        add(source.name, split, f"{count:,}" if count else "all", fetch_command(source.name, source.revision))
-    return table, list(commands)
 
 
 def _free_folder(parent: Path, name: str, resume: bool) -> Path:
