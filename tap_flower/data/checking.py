@@ -15,7 +15,7 @@ from tap_flower.data.images import IMAGE_SIZE, images_of
 from tap_flower.data.labels import Labels
 from tap_flower.data.loading import too_few_rows
 from tap_flower.data.sources import RowError, SourceError, missing_columns, open_source, rows_of, values_of
-from tap_flower.data.spec import ClientSpec, Field, Source, SpecError, TaskSpec, client_spec
+from tap_flower.data.spec import ClientSpec, Field, Source, SpecError, TaskSpec, client_spec, task_spec
 from tap_flower.data.texts import load_tokenizer, text_of, token_ids
 
 EXAMPLES = 3
@@ -97,7 +97,7 @@ def check_spec(values: Mapping[str, Any]) -> tuple[ClientSpec | None, list[Probl
         problems, right = [str(error)], []
     for task in values.get("tasks") or []:
         try:
-            client_spec({**values, "tasks": [task]})
+            task_spec(task, values)
             right.append(task)
         except SpecError as error:
             problems.append(str(error))

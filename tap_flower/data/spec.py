@@ -172,10 +172,10 @@ def client_spec(values: Mapping[str, Any]) -> ClientSpec:
     Raises:
         SpecError: a key is missing or unknown, or a value is wrong.
     """
-    where = f"client {values.get('name', '?')!r}"
+    where = _client(values)
     check_keys(values, ClientSpec, where)
     _check_name(values["name"], where, "name")
-    tasks = tuple(_task_spec(task, where) for task in values["tasks"])
+    tasks = tuple(task_spec(task, values) for task in values["tasks"])
     if not tasks:
         raise SpecError(f"{where} has no tasks: list at least one under `tasks`")
     names = [task.name for task in tasks]
@@ -184,8 +184,21 @@ def client_spec(values: Mapping[str, Any]) -> ClientSpec:
     return ClientSpec(values["name"], str(values["backbone"]), tasks, _text(values.get("revision")))
 
 
-def _task_spec(values: Mapping[str, Any], where: str) -> TaskSpec:
-    where = f"{where}: task {values.get('name', '?')!r}"
+def _client(values: Mapping[str, Any]) -> str:
+    return f"client {values.get('name', '?')!r}"
+
+
+def task_spec(values: Mapping[str, Any], client: Mapping[str, Any]) -> TaskSpec:
+    """Checks one task of a client spec.
+
+    Args:
+        values: of the task.
+        client: the client spec that it stands in; its name begins the messages.
+
+    Raises:
+        SpecError: a key is missing or unknown, or a value is wrong.
+    """
+    where = f"{_client(client)}: task {values.get('name', '?')!r}"
     check_keys(values, TaskSpec, where)
     for key in ("name", "domain"):
         _check_name(values[key], where, key)

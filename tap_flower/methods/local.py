@@ -16,7 +16,7 @@ from tap_flower.core.tasks import TASK_KINDS, TaskKind
 from tap_flower.core.training import Batch, Objective, Observer, Optimisation, evaluate, train
 from tap_flower.data.loading import ClientData
 from tap_flower.data.spec import ClientSpec
-from tap_flower.models.backbones import Backbone, outline
+from tap_flower.models.backbones import Backbone, BackboneError, outline
 from tap_flower.models.model import ModelTask, TapModel
 
 State = dict[str, Tensor]
@@ -58,7 +58,7 @@ class LocalClient:
 
     def new_model(self) -> TapModel:
         """A model of the client's components; its trainable tensors have no values yet."""
-        return TapModel(self.backbone, model_tasks(self.spec, self.settings.model.text_length))
+        return client_model(self.backbone, self.spec, self.settings.model.text_length)
 
     def model(self, state: Mapping[str, Tensor] | None = None) -> TapModel:
         """A model with the trainable tensors of `state`, or with the run's initial values, on the client's device."""
@@ -112,9 +112,24 @@ class LocalClient:
         return self.data.batches(split, EVALUATION_BATCH, self.device)
 
 
-def model_tasks(spec: ClientSpec, text_length: int) -> list[ModelTask]:
-    """The tasks of a client spec, as the model wants them."""
-    return [
+def client_model(backbone: Backbone, spec: ClientSpec, text_length: int) -> TapModel:
+    """A model of a client's components; its trainable tensors have no values yet.
+
+    Args:
+        backbone: of the client.
+        spec: of the client.
+        text_length: longest text and longest target, in tokens.
+
+    Raises:
+        BackboneError: the backbone has no positions for texts of this length.
+    """
+    reads_text = any("text" in task.modalities for task in spec.tasks)
+    if reads_text and text_length > backbone.text_length:
+        raise BackboneError(
+            f"model.text_length = {text_length} is too long for backbone {spec.backbone!r}, which has positions for "
+            f"{backbone.text_length} tokens: choose at most {backbone.text_length}"
+        )
+    tasks = [
         ModelTask(
             pair=task.pair,
             kind=task.kind,
@@ -124,6 +139,7 @@ def model_tasks(spec: ClientSpec, text_length: int) -> list[ModelTask]:
         )
         for task in spec.tasks
     ]
+    return TapModel(backbone, tasks)
 
 
 def exchanged(spec: ClientSpec, model: Model) -> dict[str, Tensor]:
@@ -138,7 +154,7 @@ def exchanged(spec: ClientSpec, model: Model) -> dict[str, Tensor]:
     """
     backbone = outline(spec.backbone, model.layers, model.image_size, spec.revision)
     with torch.device("meta"):
-        return trainable_state(TapModel(backbone, model_tasks(spec, model.text_length)))
+        return trainable_state(client_model(backbone, spec, model.text_length))
 
 
 def cpu_state(model: TapModel) -> State:

@@ -194,3 +194,9 @@ def test_a_spec_without_a_right_task() -> None:
     spec, problems = check_spec(spec_of({**READ, "trian": {}}, {**READ, "kind": "smelling", "train": [], "test": []}))
     assert spec is None
     assert ["trian" in str(problems[0]), "smelling" in str(problems[1]), len(problems)] == [True, True, 2]
+
+
+def test_problems_of_the_client_hide_none_of_its_tasks() -> None:
+    spec, problems = check_spec({**spec_of({**READ, "kind": "smelling", "train": [], "test": []}), "nmae": "a"})
+    assert spec is None
+    assert ["nmae" in str(problems[0]), "smelling" in str(problems[1]), len(problems)] == [True, True, 2]

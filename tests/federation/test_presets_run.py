@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from transformers import AutoModel
 
 from tap_flower.config import load_config
 from tap_flower.data import sources
@@ -52,6 +53,9 @@ def test_all_thirty_clients(
     opened: list[Dataset] = []
     load = sources._load
     monkeypatch.setattr(sources, "_load", lambda *a, **k: opened.append(load(*a, **k)) or opened[-1])
+    read: list[str] = []
+    load_model = AutoModel.from_pretrained
+    monkeypatch.setattr(AutoModel, "from_pretrained", lambda name, **k: read.append(name) or load_model(name, **k))
     out = tmp_path / "run"
     run_config = {"preset": preset, "config": "", "set": " ".join(settings), "out": str(out)}
     grid = InProcessGrid([{"partition-id": number} for number in range(CLIENTS)], run_config)
@@ -67,3 +71,4 @@ def test_all_thirty_clients(
             assert all(math.isfinite(metrics["loss"]) for metrics in by_model.values())
     # Every split was opened once, though ten to thirty clients read from it, four times each.
     assert len(opened) == 2 * len(known) - 1  # training and test data of VQA are one split
+    assert read == [str(tmp_path / "checkpoint")]  # and the checkpoint once

@@ -17,7 +17,7 @@ from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.data.loading import ClientData
 from tap_flower.data.spec import ClientSpec
 from tap_flower.data.texts import load_tokenizer
-from tap_flower.methods.local import model_tasks
+from tap_flower.methods.local import client_model
 from tap_flower.models.backbones import demo_folder, from_config, load_backbone, locate, outline
 from tap_flower.models.model import ModelTask, TapModel, initial_values
 from tests.checkpoints import tiny_flava, tiny_vilt
@@ -40,7 +40,7 @@ def assert_reach_is_what_autograd_finds(config: Config, spec: ClientSpec) -> Non
         spec, load_tokenizer(locate(spec.backbone)), config.model.text_length, config.seed, config.data.root
     )
     backbone = load_backbone(spec.backbone, config.model.layers, config.model.image_size)
-    model = randomise(TapModel(backbone, model_tasks(spec, config.model.text_length)))
+    model = randomise(client_model(backbone, spec, config.model.text_length))
     names = set(trainable_state(model))
     assert set(model.component_map.component_of) == names
     union: set[str] = set()
