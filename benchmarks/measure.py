@@ -1,0 +1,129 @@
+"""What every benchmark measures with: seconds, floating-point operations, memory, and a table of ratios."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+Row = Mapping[str, Any]
+"""Column -> value, of a table of results."""
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for all work that was given to a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median seconds of `run`, after one run that does not count."""
+    run()
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        began = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return median(times)
+
+
+def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a large matrix product, the fastest of several: what the hardware can do in this process."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    out = torch.empty_like(a)
+    best = min(seconds(lambda: torch.mm(a, b, out=out), device, 1) for _ in range(8))
+    return 2 * n**3 / best
+
+
+def _attention_flop(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Two products, [T, d] x [d, T] and [T, T] x [T, d], for each head."""
+    batch, heads, tokens, size = query
+    return 2 * batch * heads * tokens * key[2] * (size + value[3])
+
+
+def _attention_backward_flop(gradient: Sequence[int], *shapes: Any, **_: Any) -> int:
+    """Five products: the attention matrix again, and the gradients of value, matrix, query and key."""
+    del gradient
+    return _attention_flop(*shapes) * 5 // 2
+
+
+# The counter of PyTorch knows attention kernels of GPUs only.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
+}
+
+
+def count_flop(run: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products, convolutions and attention in `run`."""
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begins a new measurement of `peak_bytes`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory since `reset_peak`: allocated by torch on a GPU, resident of the whole process on a CPU (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line with the options that every benchmark has."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the results, with machine and command, here")
+    return made
+
+
+def show(rows: Sequence[Row], file: Path | None) -> None:
+    """Prints results as a table, and writes them as JSON where a file is given."""
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+    if file is not None:
+        record = {"command": " ".join(sys.orig_argv[1:]), "machine": machine(), "commit": _commit(), "rows": rows}
+        file.write_text(json.dumps(record, indent=1))
+
+
+def machine() -> str:
+    """What this ran on, in words."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{torch.get_num_threads()} threads, {_cpu()}{gpu}, torch {torch.__version__}"
+
+
+def _cpu() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
