@@ -165,6 +165,7 @@ def _local_client(spec: ClientSpec, data_root: str, settings: str) -> LocalClien
         spec.revision,
         getattr(torch, parameters.compute.precision.value),
         parameters.compute.recompute,
+        parameters.compute.compile,
     )
     data = ClientData(
         spec,

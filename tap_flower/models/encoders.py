@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tap_flower.core.initial import Initial
-from tap_flower.models.experts import FrozenLayer, recomputed
+from tap_flower.models.experts import FrozenLayer, Run
 from tap_flower.models.lora import LoRA, LoraSettings, lora_linear
 
 
@@ -82,7 +82,7 @@ def encode(
     loras: Sequence[LayerLoRA],
     tokens: Tensor,
     mask: Tensor | None,
-    recompute: bool = False,
+    run: Run,
 ) -> Tensor:
     """Frozen pre-norm transformer layers with LoRA on query and value.
 
@@ -91,14 +91,14 @@ def encode(
         loras: one for each layer.
         tokens: [B, T, D].
         mask: [B, T] bool, False at padding, or None.
-        recompute: whether the backward pass computes each layer again, in place of keeping its inside.
+        run: how each layer is run, see `Backbone.run`.
 
     Returns:
         [B, T, D].
     """
     x = tokens[None]
     for layer, lora in zip(layers, loras, strict=True):
-        x = recomputed(_layer, layer, lora, x, mask) if recompute else _layer(layer, lora, x, mask)
+        x = run(_layer, layer, lora, x, mask)
     return x[0]
 
 

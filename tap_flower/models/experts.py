@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from tap_flower.models.lora import LoRA, LoraSettings, lora_linear, lora_linears
 
 _M = TypeVar("_M", bound=nn.Module)
+Run = Callable[..., Tensor]
+"""Runs a function on its arguments: plainly, compiled, or so that the backward pass computes its inside again."""
 
 
 class FrozenLayer(nn.Module):
@@ -62,11 +63,6 @@ class FrozenLayer(nn.Module):
         """The frozen network with one expert's LoRA for each entry of the stack: [S, B, T, D] -> [S, B, T, D]."""
         hidden = self.activation(lora_linear(self.up, [e.up for e in experts], x))
         return lora_linear(self.down, [e.down for e in experts], hidden)
-
-
-def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """`function(*arguments)`, whose inside the backward pass computes again (arXiv 1604.06174), dropout included."""
-    return cast(Tensor, checkpoint(function, *arguments, use_reentrant=False))
 
 
 def _of_type(parent: nn.Module, name: str, kind: type[_M]) -> _M:

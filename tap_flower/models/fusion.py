@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from tap_flower.models.encoders import Projection
-from tap_flower.models.experts import DomainExperts, Expert, FrozenLayer, domain_residuals, recomputed
+from tap_flower.models.experts import DomainExperts, Expert, FrozenLayer, Run, domain_residuals
 from tap_flower.models.lora import LoRA, LoraSettings, lora_linear
 
 SHARED = "shared"
@@ -122,15 +122,13 @@ class Fusion:
     Args:
         mote_layers: the backbone's multimodal layers 0 .. L-1.
         mome_layers: the backbone's multimodal layers L .. 2L-1.
-        recompute: whether the backward pass computes each part of a layer again, in place of keeping its inside.
+        run: how each part of a layer is run, see `Backbone.run`.
     """
 
-    def __init__(
-        self, mote_layers: Sequence[FrozenLayer], mome_layers: Sequence[FrozenLayer], recompute: bool = False
-    ) -> None:
+    def __init__(self, mote_layers: Sequence[FrozenLayer], mome_layers: Sequence[FrozenLayer], run: Run) -> None:
         self.mote_layers = mote_layers
         self.mome_layers = mome_layers
-        self.recompute = recompute
+        self.run = run
 
     def __call__(
         self,
@@ -163,22 +161,19 @@ class Fusion:
         streams = torch.stack([x if path.own_input else h for path in by_entry])
         for depth, layer in enumerate(self.mote_layers):
             stages = [path.mote for path in (by_entry if depth == 0 else route)]
-            streams = self._run(self._attention_part, layer, depth, held, streams, mask, stages, domain)
+            streams = self._attention_part(layer, depth, held, streams, mask, stages, domain)
             if depth == 0:
                 streams = streams[entered]
-            streams = self._run(self._expert_part, layer, depth, held, streams, [path.mote for path in route])
+            streams = self._expert_part(layer, depth, held, streams, [path.mote for path in route])
         for depth, layer in enumerate(self.mome_layers):
             stages = [path.mome for path in route]
-            streams = self._run(self._attention_part, layer, depth, held, streams, mask, stages, domain)
-            streams = self._run(self._expert_part, layer, depth, held, streams, stages)
+            streams = self._attention_part(layer, depth, held, streams, mask, stages, domain)
+            streams = self._expert_part(layer, depth, held, streams, stages)
         return masked_mean(streams, mask)
 
     def project(self, linear: nn.Linear, loras: Sequence[LoRA], x: Tensor) -> Tensor:
         """Query or value projection of a stack: [S, B, T, D] -> [S, B, T, D]."""
         return lora_linear(linear, loras, x)
-
-    def _run(self, part: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        return recomputed(part, *arguments) if self.recompute else part(*arguments)
 
     def _attention_part(
         self,
@@ -190,21 +185,45 @@ class Fusion:
         stages: Sequence[Stage],
         domain: str,
     ) -> Tensor:
-        """`n = LN1(x); q = n + E_q(n), v = n + E_v(n), k = n; x + attention(q, k, v)`."""
-        n = layer.norm_before(x)
         domains = [cast(DomainExperts, _at(held[s.domain_component(domain)], depth)) for s in stages]
         blocks = [cast(BlockAttention, _at(held[s.block_component], depth)) for s in stages]
-        query, value = domain_residuals(layer, domains, n)
-        query = self.project(layer.query, [b.query for b in blocks], n + query)
-        value = self.project(layer.value, [b.value for b in blocks], n + value)
-        return x + layer.attend(query, layer.key(n), value, mask)
+        return self.run(attention_part, self.project, layer, domains, blocks, x, mask)
 
     def _expert_part(
         self, layer: FrozenLayer, depth: int, held: nn.ModuleDict, x: Tensor, stages: Sequence[Stage]
     ) -> Tensor:
-        """`x + E(LN2(x))`."""
         experts = [cast(Expert, _at(held[s.expert_component], depth)) for s in stages]
-        return x + layer.feed_forward(experts, layer.norm_after(x))
+        return self.run(expert_part, layer, experts, x)
+
+
+def attention_part(
+    project: Callable[[nn.Linear, Sequence[LoRA], Tensor], Tensor],
+    layer: FrozenLayer,
+    domains: Sequence[DomainExperts],
+    blocks: Sequence[BlockAttention],
+    x: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """`n = LN1(x); q = n + E_q(n), v = n + E_v(n), k = n; x + attention(q, k, v)`: [S, B, T, D] -> [S, B, T, D].
+
+    Args:
+        project: see `Fusion.project`.
+        layer: frozen.
+        domains: MoDE, one for each entry of the stack.
+        blocks: attention LoRA, likewise.
+        x: tokens.
+        mask: [B, T] bool, False at padding, or None.
+    """
+    n = layer.norm_before(x)
+    query, value = domain_residuals(layer, domains, n)
+    query = project(layer.query, [b.query for b in blocks], n + query)
+    value = project(layer.value, [b.value for b in blocks], n + value)
+    return x + layer.attend(query, layer.key(n), value, mask)
+
+
+def expert_part(layer: FrozenLayer, experts: Sequence[Expert], x: Tensor) -> Tensor:
+    """`x + E(LN2(x))`, an expert for each entry of the stack: [S, B, T, D] -> [S, B, T, D]."""
+    return x + layer.feed_forward(experts, layer.norm_after(x))
 
 
 def _at(module: nn.Module, depth: int) -> nn.Module:

@@ -59,7 +59,7 @@ class TapModel(nn.Module):
         self.backbone = backbone
         self.tasks = {task.pair.task: task for task in tasks}
         mote_layers, mome_layers = backbone.fusion_stages
-        self.fusion = fusion.Fusion(mote_layers, mome_layers, backbone.recompute)
+        self.fusion = fusion.Fusion(mote_layers, mome_layers, backbone.run)
         reach: dict[Pair, frozenset[str]] = {}
         constructors: dict[str, Callable[[], nn.Module]] = {}
         for task in tasks:
