@@ -9,11 +9,16 @@ from typing import Any
 
 from tap_flower.methods.local import State
 from tap_flower.methods.tap import Personal, SecondStage
-from tap_flower.storage import StorageError, read_tensors, write_json, write_tensors
+from tap_flower.recent import Recent
+from tap_flower.storage import Identity, StorageError, identity, keep_as, read_tensors, write_json, write_tensors
 
 SCHEMA = 1
 PERSONAL, PREVIOUS = "personal.safetensors", "personal.previous.safetensors"
+STATE_BYTES = 256 << 20
+"""Of states that a process remembers: those of fifteen two-task clients at full size."""
 SECOND_STAGE = {"server+finetune": "finetuned.safetensors", "tap": "tap.safetensors"}
+_states: Recent[Path, tuple[Identity, State, dict[str, Any]]] = Recent(STATE_BYTES)
+"""Identity, tensors and record of files as this process last read or wrote them; the file says whether they still hold."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class ClientStore:
 
     `personal.safetensors` holds the personal model together with its losses and counters, so that they cannot disagree
     after a crash; the state before it is kept beside it, for a server that repeats a round after a crash of its own.
-    `state.json` is a readable copy.
+    `state.json` is a readable copy. The process remembers the states that it used last. A file that another process has
+    replaced since is read again, so that the processes of a simulation may serve a client in turn.
 
     Args:
         folder: of the client.
@@ -56,27 +62,16 @@ class ClientStore:
         Raises:
             StorageError: the state is damaged, of another run, or has gone on beyond what can be repeated.
         """
-        if not (self.folder / PERSONAL).exists():
-            return None
-        kept = self._read(PERSONAL)
-        if before_round is None or kept.server_round < before_round:
-            return kept
-        if not (self.folder / PREVIOUS).exists():
-            return None
-        kept = self._read(PREVIOUS)
-        if kept.server_round >= before_round:
-            raise StorageError(
-                f"{self.folder}: the client is at round {kept.server_round} or later, the server repeats {before_round}: "
-                f"start a new run, or restore the client's folder"
-            )
-        return kept
+        name = self._latest(before_round)
+        return None if name is None else self._read(name)
 
     def save(self, kept: Kept) -> None:
         """Keeps the state after a participation."""
-        previous = self.load(kept.server_round)
-        if previous is not None:
-            self._write(PREVIOUS, previous)
-        self._write(PERSONAL, kept)
+        if self._latest(kept.server_round) == PERSONAL:
+            keep_as(self.folder / PERSONAL, self.folder / PREVIOUS)
+        record = self._record(kept)
+        written = write_tensors(self.folder / PERSONAL, kept.personal.state, record)
+        self._remember(PERSONAL, written, kept.personal.state, record)
         write_json(self.folder / "state.json", self._record(kept))
 
     def save_second_stage(self, result: SecondStage) -> None:
@@ -96,22 +91,44 @@ class ClientStore:
                 found[model] = tensors
         return found
 
+    def _latest(self, before_round: int | None) -> str | None:
+        """The file with the state that `load` returns."""
+        if not (self.folder / PERSONAL).exists():
+            return None
+        if before_round is None or self._read(PERSONAL).server_round < before_round:
+            return PERSONAL
+        if not (self.folder / PREVIOUS).exists():
+            return None
+        if (at := self._read(PREVIOUS).server_round) >= before_round:
+            raise StorageError(
+                f"{self.folder}: the client is at round {at} or later, the server repeats {before_round}: "
+                f"start a new run, or restore the client's folder"
+            )
+        return PREVIOUS
+
     def _record(self, kept: Kept) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
             "run": self.run,
             "round": kept.server_round,
-            "personal_losses": kept.personal.losses,
+            "personal_losses": dict(kept.personal.losses),
             "replacements": dict(kept.replacements),
         }
 
-    def _write(self, name: str, kept: Kept) -> None:
-        write_tensors(self.folder / name, kept.personal.state, self._record(kept))
-
     def _read(self, name: str) -> Kept:
-        tensors, record = read_tensors(self.folder / name)
+        found, on_disk = _states.get(self.folder / name), identity(self.folder / name)
+        if found is not None and found[0] == on_disk:
+            _, tensors, record = found
+        else:
+            tensors, record = read_tensors(self.folder / name)
+            if on_disk is not None and identity(self.folder / name) == on_disk:  # else it was replaced meanwhile
+                self._remember(name, on_disk, tensors, record)
         self._check(name, record)
-        return Kept(record["round"], Personal(tensors, record["personal_losses"]), Counter(record["replacements"]))
+        losses, replacements = record["personal_losses"], record["replacements"]
+        return Kept(record["round"], Personal(dict(tensors), dict(losses)), Counter(replacements))
+
+    def _remember(self, name: str, content: Identity, tensors: State, record: dict[str, Any]) -> None:
+        _states.put(self.folder / name, (content, dict(tensors), record), sum(t.nbytes for t in tensors.values()))
 
     def _check(self, name: str, record: dict[str, Any]) -> None:
         if record.get("schema") != SCHEMA:

@@ -10,13 +10,14 @@ import torch
 
 from tap_flower.config import client_specs, load_config
 from tap_flower.core.tasks import IGNORE, IMAGE_STD
-from tap_flower.data import packaged
+from tap_flower.data import images, packaged
 from tap_flower.data.collate import IMAGE_MEAN, normalise, pad_inputs, pad_targets
 from tap_flower.data.images import LazyImages
 from tap_flower.data.loading import ClientData
 from tap_flower.data.spec import ClientSpec, Source, SpecError
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.models.backbones import locate
+from tap_flower.recent import Recent
 
 CPU = torch.device("cpu")
 CLIENTS = client_specs(load_config("demo"))
@@ -131,6 +132,20 @@ def test_images_are_decoded_when_used_and_once() -> None:
     assert torch.equal(first[0], again[1])
     assert first.dtype == torch.uint8
     assert first.shape == (2, 3, 64, 64)
+
+
+def test_decoded_images_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_decoded", Recent(3 * 64 * 64 * 3))  # three images
+    rows = packaged.load("shapes", "train").select(range(20))
+    found, other = LazyImages(rows), LazyImages(rows)
+    found[[0, 1]], other[[0]], found[[0]]
+    assert (found.decodes, other.decodes) == (2, 1)
+    found[[2]]  # in place of image 1
+    found[[0]], other[[0]]
+    assert (found.decodes, other.decodes) == (3, 1)
+    pixels = found[[1, 0, 1]]
+    assert found.decodes == 4
+    assert torch.equal(pixels, LazyImages(rows)[[1, 0, 1]])
 
 
 def test_pixels_are_normalised_once() -> None:

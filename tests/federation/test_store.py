@@ -6,13 +6,33 @@ from pathlib import Path
 import pytest
 import torch
 
-from tap_flower.federation.store import PERSONAL, ClientStore, Kept
+from tap_flower.federation import store as store_module
+from tap_flower.federation.store import PERSONAL, PREVIOUS, ClientStore, Kept
 from tap_flower.methods.tap import Personal, SecondStage
-from tap_flower.storage import StorageError, read_json, write_atomically, write_tensors
+from tap_flower.storage import StorageError, keep_as, read_json, read_tensors, write_atomically, write_tensors
 
 
 def kept(server_round: int, value: float) -> Kept:
     return Kept(server_round, Personal({"w": torch.full((2,), value)}, {"t": value}), Counter({"t": server_round}))
+
+
+def losses(found: Kept | None) -> float:
+    assert found is not None
+    assert found.personal.state["w"].tolist() == pytest.approx([found.personal.losses["t"]] * 2)
+    return found.personal.losses["t"]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are read."""
+    found: list[str] = []
+
+    def read(path: Path) -> object:
+        found.append(path.name)
+        return read_tensors(path)
+
+    monkeypatch.setattr(store_module, "read_tensors", read)
+    return found
 
 
 def test_a_state_comes_back(tmp_path: Path) -> None:
@@ -95,3 +115,92 @@ def test_a_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pyte
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_state_is_read_once_and_the_one_before_it_is_not_written_again(tmp_path: Path, reads: list[str]) -> None:
+    ClientStore(tmp_path, "r1").save(kept(1, 0.1))
+    first = (tmp_path / PERSONAL).stat().st_ino
+    for server_round in (2, 3, 4):
+        store = ClientStore(tmp_path, "r1")  # as each message has its own
+        assert losses(store.load(before_round=server_round)) == (server_round - 1) / 10
+        store.save(kept(server_round, server_round / 10))
+        if server_round == 2:
+            assert (tmp_path / PREVIOUS).stat().st_ino == first
+    assert reads == []
+    assert losses(ClientStore(tmp_path, "r1").load(before_round=4)) == 0.3
+    assert reads == [PREVIOUS]
+
+
+def test_what_another_process_wrote_is_read_again(tmp_path: Path, reads: list[str]) -> None:
+    here, copies = ClientStore(tmp_path, "r1"), tmp_path / "copies"
+    here.save(kept(1, 0.1))
+    elsewhere = ClientStore(copies, "r1")
+    elsewhere.save(kept(2, 0.2))
+    (copies / PERSONAL).replace(tmp_path / PERSONAL)  # same size
+    assert losses(here.load()) == 0.2
+    assert losses(here.load()) == 0.2
+    assert reads == [PERSONAL]
+    with pytest.raises(StorageError, match="belongs to run r1, not r2"):  # remembered or not
+        ClientStore(tmp_path, "r2").load()
+
+
+def test_a_state_that_is_gone_is_not_remembered(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, "r1")
+    store.save(kept(1, 0.1))
+    (tmp_path / PERSONAL).unlink()
+    assert store.load() is None
+
+
+def test_a_remembered_state_cannot_be_changed_from_outside(tmp_path: Path) -> None:
+    store, given = ClientStore(tmp_path, "r1"), kept(1, 0.1)
+    store.save(given)
+    given.personal.losses["t"] = 9.0
+    given.personal.state["other"] = torch.zeros(1)
+    found = store.load()
+    assert losses(found) == 0.1
+    assert found is not None
+    found.personal.losses["t"] = 9.0
+    found.replacements["t"] = 9
+    del found.personal.state["w"]
+    again = store.load()
+    assert losses(again) == 0.1
+    assert again is not None
+    assert again.replacements == Counter({"t": 1})
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("step", ["keep_as", "write_tensors"])
+def test_a_crash_while_saving_loses_no_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, links: bool
+) -> None:
+    """Before and after the first of the two renames: the round is repeated from the state before it."""
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if not links:
+        monkeypatch.setattr("os.link", lambda *_, **__: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    store = ClientStore(tmp_path, "r1")
+    store.save(kept(1, 0.1))
+    store.save(kept(3, 0.3))
+    for _ in range(2):  # a second crash in the repetition
+        with monkeypatch.context() as broken:
+            broken.setattr(store_module, step, crash)
+            with pytest.raises(KeyboardInterrupt):
+                store.save(kept(5, 0.5))
+        assert losses(ClientStore(tmp_path, "r1").load()) == 0.3
+        assert losses(ClientStore(tmp_path, "r1").load(before_round=5)) == 0.3
+    for _ in range(2):
+        store.save(kept(5, 0.5))
+        assert losses(store.load()) == 0.5
+        assert losses(store.load(before_round=5)) == 0.3
+    assert {path.name for path in tmp_path.iterdir()} == {PERSONAL, PREVIOUS, "state.json"}
+
+
+def test_one_file_under_two_names_leaves_no_third(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a", b"content")
+    for _ in range(2):
+        keep_as(tmp_path / "a", tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    write_atomically(tmp_path / "a", b"new")
+    assert (tmp_path / "b").read_bytes() == b"content"
