@@ -40,6 +40,14 @@ class ReplacementEvidence(Enum):
     training = "training"
 
 
+class Encoding(Enum):
+    """How tensors travel."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
 def option(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
     """A field of a configuration dataclass: default, help text, inclusive bounds. With the default None it may be null."""
     return field(default=default, metadata={"help": text, "low": low, "high": high, "optional": default is None})
@@ -137,6 +145,15 @@ class Replacement:
 
 
 @dataclass
+class Wire:
+    """What server and clients send each other; both directions alike."""
+
+    encoding: Encoding = option(
+        Encoding.float32, "of tensors: float32 as they are; bfloat16 half the bytes; int8 a quarter, with scales"
+    )
+
+
+@dataclass
 class Metrics:
     """Metrics that need the extra `text-metrics` and files of their own; a node has these in its own settings."""
 
@@ -153,6 +170,7 @@ class HyperParameters:
     train: Train = field(default_factory=Train)
     distill: Distill = field(default_factory=Distill)
     replacement: Replacement = field(default_factory=Replacement)
+    wire: Wire = field(default_factory=Wire)
 
 
 @dataclass

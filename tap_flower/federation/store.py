@@ -12,8 +12,10 @@ from tap_flower.methods.tap import Personal, SecondStage
 from tap_flower.storage import StorageError, read_tensors, write_json, write_tensors
 
 SCHEMA = 1
-PERSONAL, PREVIOUS = "personal.safetensors", "personal.previous.safetensors"
+PERSONAL, PREVIOUS, RECEIVED = "personal.safetensors", "personal.previous.safetensors", "received.safetensors"
 SECOND_STAGE = {"server+finetune": "finetuned.safetensors", "tap": "tap.safetensors"}
+_RESIDUAL = "residual/"
+"""Begins the names of the residual's tensors, in the file of the personal model."""
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,34 @@ class Kept:
         server_round: of that participation.
         personal: model and losses.
         replacements: task name -> how often its components were replaced so far.
+        residual: name -> what the wire's encoding has taken from the client's updates so far; see `updates`.
     """
 
     server_round: int
     personal: Personal
     replacements: Counter[str] = field(default_factory=Counter)
+    residual: State = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Received:
+    """The server's tensors that a client holds.
+
+    Attributes:
+        state: number of complete rounds that they come from; see `messages.Instruction`.
+        tensors: of all components of the client.
+    """
+
+    state: int
+    tensors: State
 
 
 class ClientStore:
     """The state folder of one client in one run.
 
-    `personal.safetensors` holds the personal model together with its losses and counters, so that they cannot disagree
-    after a crash; the state before it is kept beside it, for a server that repeats a round after a crash of its own.
+    `personal.safetensors` holds the personal model together with its losses, counters and residual, so that they cannot
+    disagree after a crash; the state before it is kept beside it, for a server that repeats a round after a crash of its
+    own. `received.safetensors` is a copy of what the server sent last, so that it need not send it twice.
     `state.json` is a readable copy.
 
     Args:
@@ -85,6 +103,20 @@ class ClientStore:
         for model, name in SECOND_STAGE.items():
             write_tensors(self.folder / name, models[model], {"schema": SCHEMA, "run": self.run})
 
+    def save_received(self, received: Received) -> None:
+        """Keeps the server's tensors."""
+        record = {"schema": SCHEMA, "run": self.run, "state": received.state}
+        write_tensors(self.folder / RECEIVED, received.tensors, record)
+
+    def received(self) -> Received | None:
+        """The server's tensors, or None where there is no readable copy of this run's: the server can send them again."""
+        try:
+            tensors, record = read_tensors(self.folder / RECEIVED)
+            self._check(RECEIVED, record)
+        except StorageError:
+            return None
+        return Received(record["state"], tensors)
+
     def models(self) -> dict[str, State]:
         """Model name (`personal`, `server+finetune`, `tap`) -> its tensors, of those that exist."""
         kept = self.load()
@@ -106,12 +138,15 @@ class ClientStore:
         }
 
     def _write(self, name: str, kept: Kept) -> None:
-        write_tensors(self.folder / name, kept.personal.state, self._record(kept))
+        residual = {f"{_RESIDUAL}{tensor}": value for tensor, value in kept.residual.items()}
+        write_tensors(self.folder / name, {**kept.personal.state, **residual}, self._record(kept))
 
     def _read(self, name: str) -> Kept:
         tensors, record = read_tensors(self.folder / name)
         self._check(name, record)
-        return Kept(record["round"], Personal(tensors, record["personal_losses"]), Counter(record["replacements"]))
+        residual = {n.removeprefix(_RESIDUAL): tensors.pop(n) for n in list(tensors) if n.startswith(_RESIDUAL)}
+        personal = Personal(tensors, record["personal_losses"])
+        return Kept(record["round"], personal, Counter(record["replacements"]), residual)
 
     def _check(self, name: str, record: dict[str, Any]) -> None:
         if record.get("schema") != SCHEMA:

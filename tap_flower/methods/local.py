@@ -56,6 +56,12 @@ class LocalClient:
             task.name: getattr(by_kind, task.kind) if task.margin is None else task.margin for task in self.spec.tasks
         }
 
+    @cached_property
+    def component_of(self) -> Mapping[str, str]:
+        """Name of each trainable tensor -> its component."""
+        with torch.device("meta"):
+            return self.new_model().component_map.component_of
+
     def new_model(self) -> TapModel:
         """A model of the client's components; its trainable tensors have no values yet."""
         return client_model(self.backbone, self.spec, self.settings.model.text_length)
