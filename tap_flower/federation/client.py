@@ -31,7 +31,7 @@ from tap_flower.federation.messages import (
 )
 from tap_flower.federation.node import this_node
 from tap_flower.federation.store import ClientStore, Kept, Received
-from tap_flower.federation.updates import make_update
+from tap_flower.federation.updates import make_update, restore
 from tap_flower.methods import tap
 from tap_flower.methods.local import LocalClient, State
 from tap_flower.models.backbones import BackboneError, load_backbone, locate
@@ -63,7 +63,9 @@ class Participant:
             LackingError: tensors were left out, and the client has no copy of them.
         """
         state, held = self.instruction.state, self.instruction.held
-        tensors = messages.decode_tensors(message.content, self.encoding)
+        exact = self.encoding is Encoding.float32
+        sent = messages.decode_tensors(message.content, self.encoding)
+        tensors = restore(sent, {} if exact or not sent else self.local.initial_values(), self.encoding)
         if held is not None:
             kept = self.store.received()
             if kept is None or not held <= kept.state <= state:
@@ -142,7 +144,8 @@ def _train(participant: Participant, message: Message) -> RecordDict:
     replaced = {decision.pair.task: int(decision.replaced) for decision in result.decisions}
     counts = Counter(replaced) + (Counter() if kept is None else kept.replacements)
     residual, encoding = {} if kept is None else kept.residual, participant.encoding
-    update = make_update(received, result.server_copy, residual, participant.local.component_of, encoding)
+    component_of = participant.local.outline.component_map.component_of
+    update = make_update(received, result.server_copy, residual, component_of, encoding)
     examples = participant.local.data.sizes("train")
     report = Report(server_round, examples, result.losses, replaced, tuple(sorted(update.unchanged)))
     content = messages.encode_report(report, update.tensors, encoding)

@@ -93,6 +93,10 @@ class Manifest:
         """Tensor name -> component."""
         return {name: info.component for name, info in self.tensors.items()}
 
+    def initial_values(self, names: Iterable[str], seed: int) -> dict[str, Tensor]:
+        """The run's initial values of some tensors."""
+        return {n: self.tensors[n].initial.value(n, self.tensors[n].shape, seed) for n in names}
+
     def tensors_without(self, components: Iterable[str]) -> set[str]:
         """The names of the tensors of all other components.
 

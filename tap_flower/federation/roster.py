@@ -66,9 +66,8 @@ class Roster:
                     f"tensor {tensor!r} belongs to {info.component!r} on client {name!r} but to "
                     f"{self.component_of[tensor]!r} on {self._first_holder[tensor]!r}: install one version everywhere"
                 )
+        self.tensors |= manifest.initial_values(manifest.tensors.keys() - self.tensors.keys(), self.seed)
         for tensor, info in manifest.tensors.items():
-            if tensor not in self.tensors:
-                self.tensors[tensor] = info.initial.value(tensor, info.shape, self.seed)
             self.component_of[tensor] = info.component
             self._first_holder.setdefault(tensor, name)
         self.holds.pop(name, None)  # it may have come back without its folder, or with other tasks

@@ -12,14 +12,14 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from tap_flower.config import Config, client_specs, sent_hyper_parameters
+from tap_flower.config import Config, Encoding, client_specs, sent_hyper_parameters
 from tap_flower.core.aggregation import Aggregator, BadUpdateError
 from tap_flower.federation import checkpoint, messages
 from tap_flower.federation.checkpoint import Progress
 from tap_flower.federation.exchange import exchange
 from tap_flower.federation.messages import Instruction, LackingError, MessageError, Metrics, Report
 from tap_flower.federation.roster import Roster, RosterError
-from tap_flower.federation.updates import restore
+from tap_flower.federation.updates import moved, restore
 from tap_flower.reporting.events import EventLog
 from tap_flower.reporting.results import RESULTS, results
 from tap_flower.storage import write_json
@@ -210,13 +210,16 @@ class TapStrategy:
     ) -> None:
         """Sends each client its own tensors; uses each good reply, and drops and logs a bad one."""
         lacking, left_out, holds = list[str](), set[str](), self.roster.holds
+        encoding = self.config.wire.encoding
+        exact = encoding is Encoding.float32
 
         def content(name: str) -> RecordDict:
             tensors, held = self.roster.tensors_for(name)
             if held is not None:
                 left_out.add(name)
+            initial = {} if exact else self.roster.manifests[name].initial_values(tensors, self.config.seed)
             instruction = self._instruction(server_round, held)
-            record = messages.encode_instruction(instruction, tensors, self.config.wire.encoding)
+            record = messages.encode_instruction(instruction, moved(tensors, initial, encoding), encoding)
             self._count(self.progress.down, record)
             return record
 

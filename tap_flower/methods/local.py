@@ -57,10 +57,15 @@ class LocalClient:
         }
 
     @cached_property
-    def component_of(self) -> Mapping[str, str]:
-        """Name of each trainable tensor -> its component."""
+    def outline(self) -> TapModel:
+        """The client's model without values: what it consists of."""
         with torch.device("meta"):
-            return self.new_model().component_map.component_of
+            return self.new_model()
+
+    def initial_values(self) -> State:
+        """The run's initial values of the client's tensors."""
+        initials, seed = self.outline.initials, self.settings.seed
+        return {n: initials[n].value(n, tuple(t.shape), seed) for n, t in trainable_state(self.outline).items()}
 
     def new_model(self) -> TapModel:
         """A model of the client's components; its trainable tensors have no values yet."""
