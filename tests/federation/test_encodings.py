@@ -46,9 +46,7 @@ def test_shape_and_values_come_back(encoding: Encoding, tensor: Tensor) -> None:
         assert torch.equal(found, tensor)
         return
     error, exact = (found.double() - tensor.double()).abs(), tensor.double().abs()
-    if (
-        encoding is Encoding.bfloat16
-    ):  # 8 bits of significand: half of the last is 2^-9, relative to the power of two below
+    if encoding is Encoding.bfloat16:  # 7 bits after the point: half of the last is 2^-8 of the power of two below
         assert bool((error <= exact * 2.0**-8 + 1e-40).all())
         assert len(array.data) == 2 * tensor.numel()
     else:
