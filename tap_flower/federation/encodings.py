@@ -34,7 +34,8 @@ _STYPES = {
 """What Flower calls the serialization of an array: its own, which has no bfloat16, or ours."""
 _LARGEST = 2.0**127
 """From here on a value might become infinite when it is rounded."""
-_LARGEST_AXIS = 2**31
+_LARGEST_SHAPE = 2**40
+"""Product of a shape's sizes, each counted as 1 at least, from which on torch might not take it."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -76,7 +77,7 @@ def from_array(array: Array, encoding: Encoding) -> Tensor:
     if encoding is Encoding.float32:
         return _from_numpy(array)
     shape = tuple(array.shape)
-    if not all(0 <= size < _LARGEST_AXIS for size in shape):
+    if min(shape, default=0) < 0 or math.prod(max(size, 1) for size in shape) >= _LARGEST_SHAPE:
         raise EncodingError(f"has the impossible shape {shape}")
     values = math.prod(shape)
     expected = 2 * values if encoding is Encoding.bfloat16 else 4 * _scales(shape) + values

@@ -98,6 +98,7 @@ INT8 = ("int8", (2, 200), "tap-flower.int8", struct.pack("<2f", 1.0, 1.0) + byte
         (Encoding.int8, {"shape": (2, 201)}, "has 408 bytes, not the 410"),
         (Encoding.int8, {"shape": (2**40, 2**40)}, "impossible shape"),
         (Encoding.int8, {"shape": (-2, -200)}, "impossible shape"),
+        (Encoding.int8, {"shape": (0, *[2**31] * 4), "data": b""}, "impossible shape"),
         (Encoding.int8, {"data": struct.pack("<2f", 1.0, math.nan) + bytes(400)}, "not finite: a scale"),
         (Encoding.int8, {"data": struct.pack("<2f", math.inf, 1.0) + bytes(400)}, "not finite: a scale"),
         (Encoding.int8, {"stype": "cloudpickle"}, "is int8 in cloudpickle, not int8 in tap-flower.int8"),
