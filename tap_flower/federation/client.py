@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 
 from tap_flower.config import ConfigError, Encoding, HyperParameters, Metrics, ReplacementEvidence, hyper_parameters
@@ -200,7 +201,14 @@ def _local_client(spec: ClientSpec, data_root: str, settings: str) -> LocalClien
     """A client with its data and backbone, once a process: in a simulation an actor serves many messages."""
     parameters: HyperParameters = hyper_parameters(json.loads(settings))
     model = parameters.model
-    backbone = load_backbone(spec.backbone, model.layers, model.image_size, spec.revision)
+    backbone = load_backbone(
+        spec.backbone,
+        model.layers,
+        model.image_size,
+        spec.revision,
+        getattr(torch, parameters.compute.precision.value),
+        parameters.compute.recompute,
+    )
     data = ClientData(
         spec,
         load_tokenizer(locate(spec.backbone), spec.revision),

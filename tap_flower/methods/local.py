@@ -78,6 +78,8 @@ class LocalClient:
             model.initialise(self.settings.seed)
         else:
             load_trainable_state(model, state)
+        if self.settings.compute.compile:
+            model.compile(dynamic=True)
         return model.to(self.device)
 
     def train(

@@ -46,6 +46,7 @@ class Backbone(ABC, nn.Module):
         text_length: longest text that the checkpoint has positions for, in tokens.
         image_size: side, in pixels, of the images that the checkpoint's patches are cut from.
         fusion_layers: layers for MoTE and MoME, in this order.
+        recompute: whether the backward pass computes the inside of each layer again, in place of keeping it.
         attention_lora: LoRA of the fusion's query and value.
         expert_lora: LoRA of the experts.
     """
@@ -57,6 +58,7 @@ class Backbone(ABC, nn.Module):
     fusion_layers: nn.ModuleList
     attention_lora: LoraSettings
     expert_lora: LoraSettings
+    recompute: bool = False
 
     def __init__(self, model: PreTrainedModel, layers: int, image_size: int | None = None) -> None:
         del layers, image_size
@@ -85,6 +87,22 @@ class Backbone(ABC, nn.Module):
         """The layers of MoTE (0 .. L-1) and of MoME (L .. 2L-1)."""
         layers = cast(list[FrozenLayer], list(self.fusion_layers))
         return layers[: len(layers) // 2], layers[len(layers) // 2 :]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights; models compute in it, their trainable tensors stay float32."""
+        return next(self.parameters()).dtype
+
+    def computing(self, dtype: torch.dtype, recompute: bool) -> Backbone:
+        """Sets how models over this backbone compute, and returns it; the fingerprint stays that of the checkpoint.
+
+        Args:
+            dtype: float32 or bfloat16.
+            recompute: see the attribute.
+        """
+        _ = self.fingerprint  # of the values as they were read
+        self.recompute = recompute
+        return self.to(dtype)
 
     @staticmethod
     def image_grid(wanted: int | None, config: PreTrainedConfig) -> tuple[int, int]:
@@ -220,7 +238,14 @@ def outline(name: str, layers: int, image_size: int | None = None, revision: str
 
 
 @cache
-def load_backbone(name: str, layers: int, image_size: int | None = None, revision: str | None = None) -> Backbone:
+def load_backbone(
+    name: str,
+    layers: int,
+    image_size: int | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    recompute: bool = False,
+) -> Backbone:
     """Loads a checkpoint, once a process.
 
     Args:
@@ -228,6 +253,8 @@ def load_backbone(name: str, layers: int, image_size: int | None = None, revisio
         layers: L, the number of fusion layers of each stage.
         image_size: side, in pixels, of the images that the patches are cut from; by default the checkpoint's own.
         revision: commit, tag or branch of a hub id.
+        dtype: see `Backbone.computing`.
+        recompute: likewise.
 
     Raises:
         BackboneError: the checkpoint cannot be found, is of no supported family, or has too few multimodal layers.
@@ -239,7 +266,7 @@ def load_backbone(name: str, layers: int, image_size: int | None = None, revisio
         model = AutoModel.from_pretrained(locate(name), revision=revision, trust_remote_code=False, dtype=torch.float32)
     except OSError as error:
         raise _missing(name, revision, error) from error
-    return from_model(model, layers, image_size)
+    return from_model(model, layers, image_size).computing(dtype, recompute)
 
 
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from tap_flower.models.lora import LoRA, LoraSettings, add_lora, lora_linear
+from tap_flower.models.lora import LoRA, LoraSettings, lora_linear, lora_linears
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -63,6 +64,11 @@ class FrozenLayer(nn.Module):
         return lora_linear(self.down, [e.down for e in experts], hidden)
 
 
+def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`function(*arguments)`, whose inside the backward pass computes again (arXiv 1604.06174), dropout included."""
+    return cast(Tensor, checkpoint(function, *arguments, use_reentrant=False))
+
+
 def _of_type(parent: nn.Module, name: str, kind: type[_M]) -> _M:
     module = parent.get_submodule(name)
     if not isinstance(module, kind):
@@ -90,10 +96,10 @@ class DomainExperts(nn.Module):
 
 def domain_residuals(layer: FrozenLayer, domains: Sequence[DomainExperts], x: Tensor) -> tuple[Tensor, Tensor]:
     """E_q(x) and E_v(x), each [S, B, T, D]. The frozen part of the first linear is computed once for both."""
-    base = layer.up(x)
-
-    def residual(experts: Sequence[Expert]) -> Tensor:
-        hidden = layer.activation(add_lora(base, [e.up for e in experts], x))
-        return lora_linear(layer.down, [e.down for e in experts], hidden)
-
-    return residual([d.query for d in domains]), residual([d.value for d in domains])
+    experts = [d.query for d in domains], [d.value for d in domains]
+    hidden = lora_linears(layer.up.weight, layer.up.bias, [[e.up for e in group] for group in experts], x)
+    query, value = (
+        lora_linear(layer.down, [e.down for e in group], layer.activation(h))
+        for group, h in zip(experts, hidden, strict=True)
+    )
+    return query, value

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tap_flower.models.encoders import Projection
-from tap_flower.models.experts import DomainExperts, Expert, FrozenLayer, domain_residuals
+from tap_flower.models.experts import DomainExperts, Expert, FrozenLayer, domain_residuals, recomputed
 from tap_flower.models.lora import LoRA, LoraSettings, lora_linear
 
 SHARED = "shared"
@@ -122,11 +122,15 @@ class Fusion:
     Args:
         mote_layers: the backbone's multimodal layers 0 .. L-1.
         mome_layers: the backbone's multimodal layers L .. 2L-1.
+        recompute: whether the backward pass computes each part of a layer again, in place of keeping its inside.
     """
 
-    def __init__(self, mote_layers: Sequence[FrozenLayer], mome_layers: Sequence[FrozenLayer]) -> None:
+    def __init__(
+        self, mote_layers: Sequence[FrozenLayer], mome_layers: Sequence[FrozenLayer], recompute: bool = False
+    ) -> None:
         self.mote_layers = mote_layers
         self.mome_layers = mome_layers
+        self.recompute = recompute
 
     def __call__(
         self,
@@ -159,19 +163,22 @@ class Fusion:
         streams = torch.stack([x if path.own_input else h for path in by_entry])
         for depth, layer in enumerate(self.mote_layers):
             stages = [path.mote for path in (by_entry if depth == 0 else route)]
-            streams = self._attention_part(layer, depth, held, streams, mask, stages, domain)
+            streams = self._run(self._attention_part, layer, depth, held, streams, mask, stages, domain)
             if depth == 0:
                 streams = streams[entered]
-            streams = self._expert_part(layer, depth, held, streams, [path.mote for path in route])
+            streams = self._run(self._expert_part, layer, depth, held, streams, [path.mote for path in route])
         for depth, layer in enumerate(self.mome_layers):
             stages = [path.mome for path in route]
-            streams = self._attention_part(layer, depth, held, streams, mask, stages, domain)
-            streams = self._expert_part(layer, depth, held, streams, stages)
+            streams = self._run(self._attention_part, layer, depth, held, streams, mask, stages, domain)
+            streams = self._run(self._expert_part, layer, depth, held, streams, stages)
         return masked_mean(streams, mask)
 
     def project(self, linear: nn.Linear, loras: Sequence[LoRA], x: Tensor) -> Tensor:
         """Query or value projection of a stack: [S, B, T, D] -> [S, B, T, D]."""
         return lora_linear(linear, loras, x)
+
+    def _run(self, part: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        return recomputed(part, *arguments) if self.recompute else part(*arguments)
 
     def _attention_part(
         self,
@@ -208,5 +215,4 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over tokens: x [S, B, T, D], mask [B, T] bool -> [S, B, D], over the tokens where the mask is True."""
     if mask is None:
         return x.mean(2)
-    weights = (mask / mask.sum(1, keepdim=True)).to(x.dtype)
-    return torch.einsum("sbtd,bt->sbd", x, weights)
+    return torch.einsum("sbtd,bt->sbd", x, mask.to(x.dtype)) / mask.sum(1, keepdim=True)

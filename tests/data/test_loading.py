@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,6 +80,23 @@ def test_batches_take_turns_and_cover_everything() -> None:
     assert torch.equal(again.inputs["image"], batches[0].inputs["image"])
     other = next(client.training_batches(50, 4, CPU))
     assert not torch.equal(other.inputs["image"], batches[0].inputs["image"])
+
+
+def test_texts_of_about_one_length_share_a_batch() -> None:
+    client = data(changed(6, batch_size=None))
+    (examples,) = client.splits["train"]["translation"]
+    lengths = examples.texts.lengths + examples.targets.lengths
+    assert lengths.tolist() == [len(examples.texts[i]) + len(examples.targets[i]) for i in range(len(examples))]
+    ordered = examples.by_length(range(len(examples)))
+    assert sorted(ordered) == list(range(len(examples)))
+    assert (np.diff(lengths[ordered]) <= 0).all()
+    epoch = list(itertools.islice(client.training_batches(8, 1, CPU), len(examples) // 8))
+    spread = np.mean([(batch.target != IGNORE).sum(1).double().std() for batch in epoch])
+    assert spread < 0.6 * examples.targets.lengths.std()
+    ends = [int((batch.target != IGNORE).sum(1).max()) for batch in epoch]
+    assert ends not in (sorted(ends), sorted(ends, reverse=True))  # long and short batches come in turns
+    tested = list(client.batches("test", 50, CPU))
+    assert sum(len(batch.target) for batch in tested) == client.sizes("test")["translation"]
 
 
 def test_a_client_may_choose_its_own_batch_size() -> None:
