@@ -40,6 +40,14 @@ class ReplacementEvidence(Enum):
     training = "training"
 
 
+class Encoding(Enum):
+    """How tensors travel."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
 class Precision(Enum):
     """In what models compute; their trainable tensors are float32 in both."""
 
@@ -157,6 +165,15 @@ class Replacement:
 
 
 @dataclass
+class Wire:
+    """What server and clients send each other; both directions alike."""
+
+    encoding: Encoding = option(
+        Encoding.float32, "of tensors: float32 as they are; bfloat16 half the bytes; int8 a quarter, with scales"
+    )
+
+
+@dataclass
 class Metrics:
     """Metrics that need the extra `text-metrics` and files of their own; a node has these in its own settings."""
 
@@ -174,6 +191,7 @@ class HyperParameters:
     train: Train = field(default_factory=Train)
     distill: Distill = field(default_factory=Distill)
     replacement: Replacement = field(default_factory=Replacement)
+    wire: Wire = field(default_factory=Wire)
 
 
 @dataclass

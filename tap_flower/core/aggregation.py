@@ -43,6 +43,7 @@ class Aggregator:
         self._expected = expected
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, int] = {}
+        self._unchanged: dict[str, int] = {}
 
     def check(self, client: str, update: Mapping[str, Tensor], asked: set[str], weights: Mapping[str, int]) -> None:
         """Refuses an update that is not what `client` was asked for.
@@ -90,8 +91,12 @@ class Aggregator:
 
         Args:
             update: tensor name -> value (float32).
-            weights: component -> number of examples of the client's pairs that reach it.
+            weights: component -> number of examples of the client's pairs that reach it. A tensor of these components
+                that is not in `update` counts with its previous value: the client returned it unchanged.
         """
+        for name, component in self._component_of.items():
+            if name not in update and weights.get(component, 0) > 0:
+                self._unchanged[name] = self._unchanged.get(name, 0) + weights[component]
         for name, tensor in update.items():
             component = self._component_of[name]
             weight = weights[component]
@@ -113,12 +118,20 @@ class Aggregator:
         for name, previous in self._previous.items():
             if name in self._sums:
                 scale = self._scale[self._component_of[name]] * 2.0**_FRACTION_BITS
-                merged[name] = (self._sums[name] / (self._weights[name] * scale)).to(previous.dtype)
+                total, weight, unchanged = self._sums[name], self._weights[name], self._unchanged.get(name, 0)
+                if unchanged:
+                    total = total + previous.double().mul_(unchanged * scale).round_()
+                merged[name] = (total / ((weight + unchanged) * scale)).to(previous.dtype)
             else:
                 merged[name] = previous
         return merged
 
     @property
     def weights(self) -> dict[str, int]:
-        """Tensor name -> examples that its mean is over, for the tensors that somebody returned."""
+        """Tensor name -> examples of the clients that returned a new value, for the tensors that have one."""
         return dict(self._weights)
+
+    @property
+    def changed(self) -> set[str]:
+        """The components that somebody returned with new values."""
+        return {self._component_of[name] for name in self._sums}

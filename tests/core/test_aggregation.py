@@ -37,6 +37,25 @@ def test_a_component_that_nobody_returned_keeps_its_value() -> None:
     assert torch.equal(merged["a"], torch.zeros(2, 2))
 
 
+def test_what_a_client_leaves_out_counts_with_its_previous_value() -> None:
+    merging = aggregator(one=40, two=30)
+    merging.add({"a": torch.full((2, 2), 7.0)}, {"one": 10, "two": 0})
+    merging.add({"b": torch.zeros(3)}, {"one": 30, "two": 30})
+    merged = merging.result()
+    assert torch.equal(merged["a"], torch.full((2, 2), 1.0))  # (10 · 7 + 30 · -1) / 40
+    assert torch.equal(merged["b"], torch.zeros(3))
+    assert merging.changed == {"one", "two"}
+
+
+def test_what_every_client_leaves_out_keeps_its_value_bit_for_bit() -> None:
+    previous = {"a": torch.randn(50) * 1e-9}
+    merging = Aggregator(previous, {"a": "one"}, {"one": 7})
+    merging.add({}, {"one": 3})
+    merging.add({}, {"one": 4})
+    assert torch.equal(merging.result()["a"], previous["a"])
+    assert merging.changed == set()
+
+
 updates = st.lists(
     st.tuples(st.integers(1, 10_000), st.integers(0, 2**31 - 1), st.floats(1e-6, 100.0)), min_size=1, max_size=8
 )

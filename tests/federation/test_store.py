@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tap_flower.federation import store as store_module
-from tap_flower.federation.store import PERSONAL, PREVIOUS, ClientStore, Kept
+from tap_flower.federation.store import PERSONAL, PREVIOUS, RECEIVED, ClientStore, Kept, Received
 from tap_flower.methods.tap import Personal, SecondStage
 from tap_flower.storage import StorageError, keep_as, read_json, read_tensors, write_atomically, write_tensors
 
@@ -60,6 +60,31 @@ def test_a_round_can_be_repeated(tmp_path: Path) -> None:
     assert store.load(before_round=6).personal.losses == {"t": 0.55}  # type: ignore[union-attr]
     with pytest.raises(StorageError, match="is at round 3 or later, the server repeats 2"):
         store.load(before_round=2)
+
+
+def test_the_residual_goes_with_the_personal_model(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, "r1")
+    for number in (3, 5):
+        of_round = kept(number, 0.1 * number)
+        store.save(Kept(number, of_round.personal, residual={"w": torch.full((2,), float(number))}))
+    now, before = ClientStore(tmp_path, "r1").load(), ClientStore(tmp_path, "r1").load(before_round=5)
+    assert now is not None
+    assert before is not None
+    assert (now.residual["w"].tolist(), before.residual["w"].tolist()) == ([5.0, 5.0], [3.0, 3.0])
+    assert now.personal.state.keys() == store.models()["personal"].keys() == {"w"}
+
+
+def test_the_servers_tensors_come_back_or_are_not_there(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, "r1")
+    assert store.received() is None
+    store.save_received(Received(4, {"w": torch.ones(2)}))
+    found = ClientStore(tmp_path, "r1").received()
+    assert found is not None
+    assert (found.state, found.tensors["w"].tolist()) == (4, [1.0, 1.0])
+    assert ClientStore(tmp_path, "r2").received() is None  # of another run
+    (tmp_path / RECEIVED).write_bytes((tmp_path / RECEIVED).read_bytes()[:40])
+    assert store.received() is None
+    assert store.models() == {}
 
 
 def test_the_first_round_can_be_repeated(tmp_path: Path) -> None:
