@@ -1,104 +1,179 @@
-"""`python -m benchmarks.participation [--batch B] [--steps N] [--threads T]`: one client's participation at full size.
+"""`python -m benchmarks.participation`: one client's participations at full size, and where their time goes.
 
-FLAVA at the size of `facebook/flava-full` with random weights (no download), the two tasks of the paper's pattern 7 (image
-classification with 100 classes, text classification with 4), made-up data, texts of 64 tokens. Prints the seconds of the
-first and of a later participation in the same process, teacher and personal model included, and the peak of resident memory.
+FLAVA or ViLT at the size of the paper's checkpoints with random weights (no download). The client is the demo's client-7,
+which has the paper's pattern 7: images to classify and texts to classify, read, tokenised and decoded as in a run
+(`--made-up`: random examples, for a machine without the demo's data). Teacher, replacement, personal model, state
+on disk and messages are those of a run. `share` is each part's of the participation; `compute` is forward, backward and
+optimiser of both models.
 """
 
 from __future__ import annotations
 
-import argparse
-import resource
+import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import FlavaConfig
 
-from tap_flower.config import HyperParameters, ReplacementEvidence
+from benchmarks.measure import parser, peak_bytes, reset_peak, show, synchronize
+from benchmarks.workload import client, configuration
+from tap_flower.config import client_specs, load_config
 from tap_flower.core.training import Batch
 from tap_flower.data.loading import ClientData
-from tap_flower.data.spec import ClientSpec, client_spec
+from tap_flower.data.texts import load_tokenizer
+from tap_flower.federation.store import ClientStore, Kept
 from tap_flower.methods import tap
 from tap_flower.methods.local import LocalClient, cpu_state
-from tap_flower.models.backbones import from_config
+from tap_flower.models.backbones import from_config, locate
+from tap_flower.models.model import TapModel
 
-TOKENS = 64
+CLIENT = 7
 
 
-class MadeUpData:
-    """Random examples of both tasks, in turns."""
+@dataclass
+class Clock:
+    """Seconds by part; a part within another counts for itself alone."""
 
-    def training_batches(self, batch_size: int, seed: int, device: torch.device) -> Iterator[Batch]:
-        """Endless batches."""
-        random = torch.Generator().manual_seed(seed % 2**63)
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _open: list[str] = field(default_factory=list)
+    _since: float = 0.0
+
+    def run(self, part: str, function: Callable[[], Any]) -> Any:
+        """Runs `function` and counts its time for `part`."""
+        self._switch()
+        self._open.append(part)
+        try:
+            return function()
+        finally:
+            self._switch()
+            self._open.pop()
+
+    def _switch(self) -> None:
+        synchronize(self.device)
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+
+@dataclass
+class TimedClient(LocalClient):
+    """A client whose parts are timed."""
+
+    clock: Clock = field(default_factory=lambda: Clock(torch.device("cpu")))
+
+    def model(self, state: Any = None) -> TapModel:
+        """As `LocalClient.model`."""
+        return cast(TapModel, self.clock.run("models", lambda: super(TimedClient, self).model(state)))
+
+    def train(self, model: TapModel, *arguments: Any, **options: Any) -> dict[str, float]:
+        """As `LocalClient.train`."""
+        return cast(dict[str, float], self.clock.run("compute", lambda: self._train(model, *arguments, **options)))
+
+    def _train(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        return super().train(*arguments, **options)
+
+    def losses(self, model: TapModel, split: str) -> dict[str, float]:
+        """As `LocalClient.losses`."""
+        return cast(dict[str, float], self.clock.run("evidence", lambda: super(TimedClient, self).losses(model, split)))
+
+
+class TimedData:
+    """Data whose batches are timed."""
+
+    def __init__(self, data: Any, clock: Clock) -> None:
+        self._data, self._clock = data, clock
+
+    def training_batches(self, *arguments: Any) -> Iterator[Batch]:
+        """As `ClientData.training_batches`."""
+        batches = self._data.training_batches(*arguments)
         while True:
-            pixels = torch.randn(batch_size, 3, 64, 64, generator=random)
-            classes = torch.randint(100, (batch_size,), generator=random)
-            yield Batch("cifar100", {"domain": "objects", "image": pixels.to(device)}, classes.to(device))
-            ids = torch.randint(1000, 30_000, (batch_size, TOKENS), generator=random)
-            topics = torch.randint(4, (batch_size,), generator=random)
-            yield Batch("news", {"domain": "news", "input_ids": ids.to(device)}, topics.to(device))
+            yield self._clock.run("data", lambda: next(batches))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
 
 
-def client(steps: int, batch_size: int) -> LocalClient:
-    """A client of pattern 7."""
-    source = {"format": "hub", "name": "none/none", "split": "train"}
-    shared: dict[str, Any] = {"train": source, "test": source}
-    spec: ClientSpec = client_spec(
-        {
-            "name": "pattern-7",
-            "backbone": "facebook/flava-full",
-            "tasks": [
-                {
-                    **shared,
-                    "name": "cifar100",
-                    "kind": "image_classification",
-                    "modalities": ["image"],
-                    "domain": "objects",
-                    "classes": 100,
-                    "columns": {"image": "img", "label": "fine_label"},
-                },
-                {
-                    **shared,
-                    "name": "news",
-                    "kind": "text_classification",
-                    "modalities": ["text"],
-                    "domain": "news",
-                    "classes": 4,
-                    "columns": {"text": "text", "label": "label"},
-                },
-            ],
-        }
-    )
-    settings = HyperParameters()
-    settings.train.steps, settings.train.batch_size = steps, batch_size
-    settings.replacement.evidence = ReplacementEvidence.training
-    return LocalClient(spec, cast(ClientData, MadeUpData()), from_config(FlavaConfig(), layers=1), settings)
+def timed_client(given: Any, clock: Clock) -> TimedClient:
+    """The client of the benchmark."""
+    dtype = getattr(torch, given.dtype)
+    if given.made_up:
+        made = client(given.model, "base", CLIENT, given.batch, given.length, dtype, given.recompute)
+        spec, backbone, data, settings = made.spec, made.backbone, made.data, made.settings
+    else:
+        settings = load_config(given.model, settings=[f"train.batch_size={given.batch}"])
+        spec = client_specs(load_config("demo"))[CLIENT]
+        spec = replace(spec, tasks=tuple(replace(task, batch_size=None) for task in spec.tasks))
+        backbone = from_config(configuration(given.model, "base"), settings.model.layers, settings.model.image_size)
+        backbone.computing(dtype, given.recompute)
+        data = ClientData(
+            spec, load_tokenizer(locate("demo")), settings.model.text_length, settings.seed, hold_out=False
+        )
+    settings.train.steps, settings.train.accumulation = given.steps, given.accumulation
+    backbone.to(clock.device)
+    timed = cast(ClientData, TimedData(data, clock))
+    return TimedClient(spec, timed, backbone, settings, clock.device, clock)
 
 
 def main() -> None:
-    """Prints a row for each participation."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=4, help="examples in a batch (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="optimiser steps (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    began = time.perf_counter()
-    local = client(options.steps, options.batch)
-    received = cpu_state(local.model())
-    print(f"load: {time.perf_counter() - began:.1f} s")
-    personal = None
-    for number in (1, 2):
-        began = time.perf_counter()
-        result = tap.participate(local, number, received, personal)
-        personal, received = result.personal, result.server_copy
-        print(f"participation {number}: {time.perf_counter() - began:.1f} s")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    """Prints a row for each part of the first participation and of a later one."""
+    options = parser(__doc__)
+    options.add_argument("--model", choices=["flava", "vilt"], default="flava")
+    options.add_argument("--batch", type=int, default=4, help="examples in a batch")
+    options.add_argument("--steps", type=int, default=2, help="optimiser steps")
+    options.add_argument("--accumulation", type=int, default=4, help="batches in a step")
+    options.add_argument("--length", type=int, default=64, help="of made-up texts, in tokens")
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    options.add_argument("--recompute", action="store_true", help="gradient checkpointing")
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--made-up", action="store_true", help="random examples")
+    given = options.parse_args()
+    device = torch.device(given.device)
+    clocks = [Clock(device), Clock(device)]
+    local = clocks[0].run("load", lambda: timed_client(given, clocks[0]))
+    received = cpu_state(local.new_model().initialise(local.settings.seed))
+    reset_peak(device)
+    with tempfile.TemporaryDirectory() as folder:
+        store = ClientStore(Path(folder), "benchmark")
+        for number, clock in enumerate(clocks, 1):
+            local.clock = clock
+            cast(TimedData, local.data)._clock = clock
+            received = clock.run("rest", lambda: participate(local, store, clock, number, received))  # noqa: B023
+    rows = []
+    for part in sorted(clocks[0].seconds.keys() | clocks[1].seconds.keys(), key=list(clocks[0].seconds).index):
+        row: dict[str, Any] = {"part": part}
+        for title, clock in zip(("first", "later"), clocks, strict=True):
+            took = clock.seconds.get(part, 0.0)
+            row |= {f"{title} s": took, f"{title} share": took / sum(clock.seconds.values())}
+        rows.append(row)
+    show(rows, given.json)
     sent = sum(tensor.nbytes for tensor in received.values())
-    print(f"peak memory {peak / 1e9:.2f} GB; {sent / 1e6:.2f} MB of tensors in each direction")
+    print(f"peak memory {peak_bytes(device) / 1e9:.2f} GB; {sent / 1e6:.2f} MB of tensors in each direction")
+
+
+def participate(
+    local: TimedClient, store: ClientStore, clock: Clock, number: int, received: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What a client does with a `train` message, between the message and its reply, both included."""
+    kept = clock.run("state", lambda: store.load(before_round=number))
+    result = tap.participate(local, number, received, None if kept is None else kept.personal)
+    clock.run("state", lambda: store.save(Kept(number, result.personal, Counter())))
+    clock.run("encode", lambda: _encoded(result.server_copy))
+    return result.server_copy
+
+
+def _encoded(tensors: dict[str, torch.Tensor]) -> None:
+    """To a message and back; without Flower, nothing."""
+    try:
+        from tap_flower.federation import messages
+    except ImportError:
+        return
+    messages.decode_tensors(messages.encode({}, tensors))
 
 
 if __name__ == "__main__":

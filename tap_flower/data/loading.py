@@ -167,25 +167,33 @@ class ClientData:
 
 
 def _shuffled(parts: Sequence[Examples], batch_size: int, seed: int, device: torch.device) -> Iterator[Batch]:
-    """Endless epochs over all sources of a task; a batch is from one source, and so of one domain.
-
-    Texts of about one length share a batch, so that little is padded: the shuffled examples are taken `WINDOW` batches at a
-    time and ordered by length within these; then the batches are shuffled.
-    """
+    """Endless epochs over all sources of a task; a batch is from one source, and so of one domain."""
     epoch = 0
     while True:
         batches: list[tuple[Examples, list[int]]] = []
         for number, examples in enumerate(parts):
             size = min(batch_size, len(examples))
             order = permutation(len(examples), named_seed(seed, epoch, number))
-            order = order[: len(order) // size * size]
-            for window in (order[at : at + size * WINDOW] for at in range(0, len(order), size * WINDOW)):
-                ordered = examples.by_length(window)
-                batches += [(examples, ordered[at : at + size]) for at in range(0, len(ordered), size)]
+            batches += [(examples, positions) for positions in batches_of(examples, order, size)]
         for turn in permutation(len(batches), named_seed(seed, epoch)):
             examples, positions = batches[turn]
             yield examples.batch(positions, device)
         epoch += 1
+
+
+def batches_of(examples: Examples, order: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Positions of whole batches in which texts of about one length stand together, so that little is padded.
+
+    Args:
+        examples: of one source.
+        order: shuffled positions; `WINDOW` batches of them at a time are ordered by length. A rest is left out.
+        size: examples in a batch.
+    """
+    whole = len(order) // size * size
+    for start in range(0, whole, size * WINDOW):
+        ordered = examples.by_length(order[start : min(start + size * WINDOW, whole)])
+        for at in range(0, len(ordered), size):
+            yield ordered[at : at + size]
 
 
 def too_few_rows(task: TaskSpec, split: str, sizes: Sequence[int], hold_out: bool) -> Iterator[str]:

@@ -21,7 +21,7 @@ from tap_flower.models.model import ModelTask, TapModel
 
 State = dict[str, Tensor]
 """Tensor name -> value, on the CPU."""
-EVALUATION_BATCH = 128
+EVALUATION_BATCH = 64
 """Examples in a batch of an evaluation; no result depends on it."""
 
 

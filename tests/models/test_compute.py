@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tap_flower.core.components import Pair
+from tap_flower.models import backbones
 from tap_flower.models.backbones import load_backbone
 from tap_flower.models.model import ModelTask, TapModel
 
@@ -74,7 +76,10 @@ def test_bfloat16_computes_the_same_to_its_precision(task: str) -> None:
     assert torch.cosine_similarity(together, other, dim=0) > 0.98
 
 
-def test_compiled_it_computes_the_same() -> None:
+def test_compiled_it_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced, differentiated and cut into graphs as for a run; the C++ compiler, which takes minutes, is left out.
+    backbones._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     plain, compiled = model().eval(), model(compiled=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(compiled("see", INPUTS["see"]), plain("see", INPUTS["see"]))
@@ -82,3 +87,4 @@ def test_compiled_it_computes_the_same() -> None:
     assert torch.isfinite(output).all()
     reached = {name for name, gradient in gradients.items() if gradient.abs().sum() > 0}
     assert reached == set(compiled.component_map.tensors_of(Pair("see", ("image",))))
+    backbones._compiled.cache_clear()
