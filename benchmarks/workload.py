@@ -46,7 +46,7 @@ def client(
         size: see `configuration`.
         pattern: 0 to 9.
         batch_size: examples in a batch.
-        length: of all texts, in tokens.
+        length: of all texts, in tokens; the longest that the backbone has positions for, where that is less.
         dtype: of the computation.
         recompute: see `Backbone`.
     """
@@ -54,7 +54,7 @@ def client(
     spec = client_specs(config)[pattern]
     backbone = from_config(configuration(model, size), config.model.layers, config.model.image_size)
     backbone.computing(dtype, recompute)
-    data = cast(ClientData, MadeUpData(spec, backbone, length))
+    data = cast(ClientData, MadeUpData(spec, backbone, min(length, backbone.text_length)))
     return LocalClient(spec, data, backbone, config)
 
 
