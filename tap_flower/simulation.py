@@ -15,14 +15,17 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import httpx
+import psutil
 
 from tap_flower.reporting.events import METRICS, read_events
 from tap_flower.reporting.results import read_results
@@ -97,7 +100,11 @@ def simulate(launch: Launch, on_event: Callable[[dict[str, Any]], None]) -> dict
     out.parent.mkdir(parents=True, exist_ok=True)
     # The events of a resumed run are rewritten when it starts: wait for that.
     before = _identity(out / METRICS)
-    with tempfile.TemporaryDirectory(prefix="tap-flower-") as work, _superlink(Path(work)) as flower:
+    with (
+        _ends_when_told(),
+        tempfile.TemporaryDirectory(prefix="tap-flower-") as work,
+        _superlink(Path(work)) as flower,
+    ):
         run_id = _submit(launch, out, flower)
         seen, last = 0, time.monotonic()
         while True:
@@ -114,6 +121,23 @@ def simulate(launch: Launch, on_event: Callable[[dict[str, Any]], None]) -> dict
                 if status.startswith("finished"):
                     raise SimulationError(f"the run ended with status {status}:\n{_tail(flower.log)}")
             time.sleep(0.2)
+
+
+@contextmanager
+def _ends_when_told() -> Iterator[None]:
+    """Makes SIGTERM an orderly end, as Ctrl-C is one: Flower's processes end too. Outside the main thread, nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)
@@ -163,13 +187,18 @@ def _superlink(folder: Path) -> Iterator[_Flower]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the SuperLink's process group: politely, then for good."""
-    for signal_, patience in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
-        try:
-            os.killpg(process.pid, signal_)
-            process.wait(patience)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+    """Ends the SuperLink and all that it has started, some of it in sessions of its own: politely, then for good."""
+    try:
+        root = psutil.Process(process.pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        family = []
+    for end, patience in ((psutil.Process.terminate, 15.0), (psutil.Process.kill, 5.0)):
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                end(member)
+        _, family = psutil.wait_procs(family, patience)
+    process.wait()
 
 
 def _submit(launch: Launch, out: Path, flower: _Flower) -> int:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.federation.conftest import CLIENTS, SETTINGS, Federation
@@ -36,9 +40,14 @@ def config_file(tmp_path: Path) -> Path:
     return file
 
 
-def processes_with(text: str) -> list[str]:
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.splitlines() if text in line and "ps -eo" not in line]
+def processes_of(home: Path) -> list[str]:
+    """Command lines of the processes that were started with this HOME, directly or not."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+    return found
 
 
 def test_simulate(tmp_path: Path, config_file: Path, environment: dict[str, str]) -> None:
@@ -53,7 +62,7 @@ def test_simulate(tmp_path: Path, config_file: Path, environment: dict[str, str]
     for text in ("round 2: ann, bob, cleo, dan", "distilling 4 clients", "+finetune", "languages"):
         assert text in done.stdout
     assert (out / "clients" / "cleo" / "tap.safetensors").exists()
-    assert processes_with("tap-flower-") == []  # its SuperLink has ended with it
+    assert processes_of(tmp_path) == []  # its SuperLink has ended with it
 
     # The same clients in one process give the same numbers: neither Ray nor the order of replies matters.
     federation = Federation(tmp_path / "in-process", config_file, settings=list(SETTINGS))
@@ -81,4 +90,18 @@ def test_a_run_that_fails_exits_with_an_error(tmp_path: Path, environment: dict[
     assert "client 'ann': task 'languages': train has label" in done.stderr
     assert "but the client spec has 2 classes with labels 'en', 'es'" in done.stderr
     assert "Traceback" not in done.stderr
-    assert processes_with("tap-flower-") == []
+    assert processes_of(tmp_path) == []
+
+
+def test_a_run_that_is_told_to_end_leaves_no_process(
+    tmp_path: Path, config_file: Path, environment: dict[str, str]
+) -> None:
+    out = tmp_path / "run"
+    with subprocess.Popen(arguments(config_file, out), cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as run:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert len(processes_of(tmp_path)) > 2
+        run.terminate()
+        assert run.wait(60) == 128 + signal.SIGTERM
+    assert processes_of(tmp_path) == []
