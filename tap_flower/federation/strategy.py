@@ -164,8 +164,7 @@ class TapStrategy:
                 raise MessageError(f"the reply is for round {report.server_round}, not {server_round}")
             roster.check_examples(name, report.examples)
             update, weights = messages.decode_tensors(reply.content), manifest.examples_per_component
-            aggregator.check(name, update, set(manifest.tensors), weights)
-            aggregator.add(update, weights)
+            aggregator.add(name, update, set(manifest.tensors), weights)
             reports[name] = report
 
         self._for_each(grid, messages.TRAIN, server_round, names, fold)
