@@ -9,10 +9,13 @@ from typing import Any
 
 from tap_flower.methods.local import State
 from tap_flower.methods.tap import Personal, SecondStage
-from tap_flower.storage import StorageError, read_tensors, write_json, write_tensors
+from tap_flower.storage import StorageError, read_record, read_tensors, write_json, write_tensors
 
 SCHEMA = 1
-PERSONAL, PREVIOUS = "personal.safetensors", "personal.previous.safetensors"
+PERSONAL = "personal.safetensors"
+STATES = (PERSONAL, "personal.previous.safetensors", "personal.earlier.safetensors")
+"""The latest state and the two before it. A server that crashes in round r has the checkpoint of r - 1 or, where that was
+still being written, of r - 2: it repeats r - 1, and clients must go back to their state before that."""
 SECOND_STAGE = {"server+finetune": "finetuned.safetensors", "tap": "tap.safetensors"}
 
 
@@ -35,7 +38,7 @@ class ClientStore:
     """The state folder of one client in one run.
 
     `personal.safetensors` holds the personal model together with its losses and counters, so that they cannot disagree
-    after a crash; the state before it is kept beside it, for a server that repeats a round after a crash of its own.
+    after a crash; the two states before it are kept beside it, for a server that repeats rounds after a crash of its own.
     `state.json` is a readable copy.
 
     Args:
@@ -56,26 +59,25 @@ class ClientStore:
         Raises:
             StorageError: the state is damaged, of another run, or has gone on beyond what can be repeated.
         """
-        if not (self.folder / PERSONAL).exists():
-            return None
-        kept = self._read(PERSONAL)
-        if before_round is None or kept.server_round < before_round:
-            return kept
-        if not (self.folder / PREVIOUS).exists():
-            return None
-        kept = self._read(PREVIOUS)
-        if kept.server_round >= before_round:
+        rounds = self._rounds()
+        for name, server_round in rounds.items():
+            if before_round is None or server_round < before_round:
+                return self._read(name)
+        if len(rounds) == len(STATES):
             raise StorageError(
-                f"{self.folder}: the client is at round {kept.server_round} or later, the server repeats {before_round}: "
+                f"{self.folder}: the client is at round {min(rounds.values())} or later, the server repeats {before_round}: "
                 f"start a new run, or restore the client's folder"
             )
-        return kept
+        return None
 
     def save(self, kept: Kept) -> None:
-        """Keeps the state after a participation."""
-        previous = self.load(kept.server_round)
-        if previous is not None:
-            self._write(PREVIOUS, previous)
+        """Keeps the state after a participation; states that a repeated round has made void are dropped."""
+        rounds = self._rounds()
+        earlier = [name for name, server_round in rounds.items() if server_round < kept.server_round]
+        for void in rounds.keys() - set(earlier):
+            (self.folder / void).unlink()
+        for name, moved in reversed(list(zip(earlier, STATES[1:], strict=False))):
+            (self.folder / name).replace(self.folder / moved)
         self._write(PERSONAL, kept)
         write_json(self.folder / "state.json", self._record(kept))
 
@@ -94,6 +96,16 @@ class ClientStore:
                 tensors, record = read_tensors(self.folder / name)
                 self._check(name, record)
                 found[model] = tensors
+        return found
+
+    def _rounds(self) -> dict[str, int]:
+        """File -> round of the states that there are, the latest first. A crash in `save` may leave gaps."""
+        found = {}
+        for name in STATES:
+            if (self.folder / name).exists():
+                record = read_record(self.folder / name)
+                self._check(name, record)
+                found[name] = int(record["round"])
         return found
 
     def _record(self, kept: Kept) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class TapStrategy:
         self.progress = progress
         self.roster = roster
         self.events = EventLog(folder, after_round=progress.round if progress.round else None)
+        self._writer = checkpoint.Writer(folder / "server")
         self._seconds: dict[str, float] = {}
 
     def start(self, grid: Grid) -> dict[str, Any]:
@@ -60,7 +61,12 @@ class TapStrategy:
         Raises:
             RunError: clients are missing at the start, or none is left.
             RosterError: two clients cannot take part in one run.
+            StorageError: a checkpoint cannot be written.
         """
+        with self._writer:
+            return self._run(grid)
+
+    def _run(self, grid: Grid) -> dict[str, Any]:
         config, began = self.config, time.monotonic()
         self._phase("start", lambda: self._gather(grid))
         self.events.write(
@@ -143,6 +149,9 @@ class TapStrategy:
             self.events.write("round_start", round=server_round, clients=names)
             reports = self._train(grid, server_round, names)
             self.progress.round = server_round
+            self._writer.save(self.progress, self.roster.tensors)
+            if server_round == 1:  # from here on there is a checkpoint to go on from
+                self._writer.flush()
             self.events.write(
                 "round",
                 round=server_round,
@@ -150,7 +159,7 @@ class TapStrategy:
                 dropped=sorted(set(names) - reports.keys()),
                 seconds=time.monotonic() - began,
             )
-            checkpoint.save(self.folder / "server", self.progress, self.roster.tensors)
+        self._writer.flush()
 
     def _train(self, grid: Grid, server_round: int, names: list[str]) -> dict[str, Report]:
         """One round: replies are folded in as they arrive and released."""

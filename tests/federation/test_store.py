@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from pathlib import Path
 
@@ -38,8 +39,49 @@ def test_a_round_can_be_repeated(tmp_path: Path) -> None:
         assert before.server_round == 3
         store.save(kept(5, 0.55))
     assert store.load(before_round=6).personal.losses == {"t": 0.55}  # type: ignore[union-attr]
-    with pytest.raises(StorageError, match="is at round 3 or later, the server repeats 2"):
-        store.load(before_round=2)
+
+
+def test_two_rounds_can_be_repeated_and_no_more(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, "r1")
+    for server_round in (2, 3, 5, 6):
+        store.save(kept(server_round, server_round / 10))
+    with pytest.raises(StorageError, match="is at round 3 or later, the server repeats 3"):
+        store.load(before_round=3)
+    found = store.load(before_round=5)
+    assert found is not None
+    assert found.personal.losses == {"t": 0.3}
+    store.save(kept(5, 0.55))
+    assert [store.load(before).server_round for before in (None, 6, 5)] == [5, 5, 3]  # type: ignore[union-attr]
+    store.save(kept(6, 0.66))
+    assert [store.load(before).personal.losses["t"] for before in (7, 6, 5)] == [0.66, 0.55, 0.3]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("crash", range(5))
+def test_a_crash_while_saving_loses_no_earlier_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: int
+) -> None:
+    store = ClientStore(tmp_path, "r1")
+    for server_round in (1, 2, 3):
+        store.save(kept(server_round, server_round / 10))
+    steps = iter(range(100))
+    replace = Path.replace
+
+    def crashing(self: Path, target: Path) -> Path:
+        if next(steps) == crash:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", crashing)
+        with contextlib.suppress(KeyboardInterrupt):
+            store.save(kept(4, 0.4))
+    for before in (4, 3):
+        found = store.load(before_round=before)
+        assert found is not None
+        assert found.server_round == before - 1
+    store.save(kept(4, 0.44))
+    assert store.load().personal.losses == {"t": 0.44}  # type: ignore[union-attr]
+    assert store.load(before_round=4).server_round == 3  # type: ignore[union-attr]
 
 
 def test_the_first_round_can_be_repeated(tmp_path: Path) -> None:
