@@ -53,6 +53,7 @@ class TapStrategy:
         self.roster = roster
         self.events = EventLog(folder, after_round=progress.round if progress.round else None)
         self._writer = checkpoint.Writer(folder / "server")
+        self._hyper_parameters = sent_hyper_parameters(config)
         self._seconds: dict[str, float] = {}
 
     def start(self, grid: Grid) -> dict[str, Any]:
@@ -236,7 +237,7 @@ class TapStrategy:
                 self._drop(f"client {name!r}", problem)
 
     def _instruction(self, server_round: int) -> Instruction:
-        return Instruction(self.progress.run, server_round, sent_hyper_parameters(self.config))
+        return Instruction(self.progress.run, server_round, self._hyper_parameters)
 
     def _count(self, total: dict[str, int], content: RecordDict) -> None:
         for tensor, size in messages.payload_bytes(content).items():
