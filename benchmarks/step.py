@@ -30,11 +30,13 @@ def main() -> None:
     options.add_argument("--pattern", type=int, choices=range(10), default=7, help="of the preset's clients")
     options.add_argument("--batch", type=int, default=4, help="examples in a batch")
     options.add_argument("--length", type=int, default=64, help="of the texts, in tokens")
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    options.add_argument("--recompute", action="store_true", help="gradient checkpointing")
     options.add_argument("--device", default="cpu")
     options.add_argument("--repeats", type=int, default=5)
     given = options.parse_args()
-    device, dtype = torch.device(given.device), torch.float32
-    local = client(given.model, given.size, given.pattern, given.batch, given.length)
+    device, dtype = torch.device(given.device), getattr(torch, given.dtype)
+    local = client(given.model, given.size, given.pattern, given.batch, given.length, dtype, given.recompute)
     local.device = device
     local.backbone.to(device)
     model = local.model()

@@ -30,7 +30,15 @@ def configuration(model: str, size: str) -> PreTrainedConfig:
     return FlavaConfig(image_config=part, text_config=part, multimodal_config=part, hidden_size=64)
 
 
-def client(model: str, size: str, pattern: int, batch_size: int, length: int) -> LocalClient:
+def client(
+    model: str,
+    size: str,
+    pattern: int,
+    batch_size: int,
+    length: int,
+    dtype: torch.dtype = torch.float32,
+    recompute: bool = False,
+) -> LocalClient:
     """The client of a pattern, of the first group, with the preset's hyper-parameters.
 
     Args:
@@ -39,10 +47,13 @@ def client(model: str, size: str, pattern: int, batch_size: int, length: int) ->
         pattern: 0 to 9.
         batch_size: examples in a batch.
         length: of all texts, in tokens.
+        dtype: of the computation.
+        recompute: see `Backbone`.
     """
     config = load_config(model, settings=[f"train.batch_size={batch_size}"])
     spec = client_specs(config)[pattern]
     backbone = from_config(configuration(model, size), config.model.layers, config.model.image_size)
+    backbone.computing(dtype, recompute)
     data = cast(ClientData, MadeUpData(spec, backbone, length))
     return LocalClient(spec, data, backbone, config)
 

@@ -16,6 +16,7 @@ from tap_flower.reporting.needs import needs
 from tap_flower.reporting.progress import RunProgress
 from tap_flower.reporting.results import read_results
 from tap_flower.reporting.tables import mean_table, results_table
+from tap_flower.resources import CLUSTER, ResourcesError, shared, shared_cluster, this_machine
 from tap_flower.simulation import Launch, SimulationError, simulate
 from tap_flower.storage import StorageError, read_tensors
 from tap_flower.text_metrics import missing
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-EXPECTED = (ConfigError, SpecError, StorageError, SimulationError)
+EXPECTED = (ConfigError, ResourcesError, SpecError, StorageError, SimulationError)
 """Errors that are told in one line, without a traceback."""
 
 
@@ -37,8 +38,12 @@ def simulate_command(
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value; may be repeated.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Short for --set rounds=N.")] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set seed=S.")] = None,
-    cpus_per_client: Annotated[int, typer.Option(min=1, help="Processor cores of a client.")] = 1,
-    gpus_per_client: Annotated[float, typer.Option(min=0.0, help="Share of a GPU that a client gets.")] = 0.0,
+    cpus_per_client: Annotated[
+        int | None, typer.Option(min=1, help="Cores of a client; without it, all cores for the clients of a round.")
+    ] = None,
+    gpus_per_client: Annotated[
+        float | None, typer.Option(min=0.0, help="Share of a GPU; without it, all GPUs for the clients of a round.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/PRESET-seedS without it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
 ) -> None:
@@ -59,7 +64,12 @@ def simulate_command(
     # The clients log it too, but their log goes with the run: it is said here, before hours of work.
     for problem in missing(meteor=resolved.metrics.meteor, bertscore=resolved.metrics.bertscore):
         console.print(f"[yellow]{escape(problem)}", highlight=False, soft_wrap=True)
-    launch = Launch(preset, config, settings, out, resume, len(specs), cpus_per_client, gpus_per_client)
+    if os.environ.get(CLUSTER):
+        resources = shared_cluster(cpus_per_client, gpus_per_client)
+    else:
+        resources = shared(this_machine(), len(specs), resolved.clients_per_round, cpus_per_client, gpus_per_client)
+    console.print(f"{len(specs)} clients: {resources}", highlight=False)
+    launch = Launch(preset, config, settings, out, resume, len(specs), resources)
     with RunProgress(console) as progress:
         found = simulate(launch, progress.show)
     console.print(results_table(found))

@@ -40,6 +40,21 @@ class ReplacementEvidence(Enum):
     training = "training"
 
 
+class Encoding(Enum):
+    """How tensors travel."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
+class Precision(Enum):
+    """In what models compute; their trainable tensors are float32 in both."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 def option(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
     """A field of a configuration dataclass: default, help text, inclusive bounds. With the default None it may be null."""
     return field(default=default, metadata={"help": text, "low": low, "high": high, "optional": default is None})
@@ -82,6 +97,19 @@ class Model:
         1,
         4096,
     )
+
+
+@dataclass
+class Compute:
+    """How models compute; it changes no result beyond the precision."""
+
+    precision: Precision = option(
+        Precision.float32, "bfloat16: frozen weights and activations; the trainable tensors stay float32"
+    )
+    recompute: bool = option(
+        False, "gradient checkpointing: the inside of each layer again in the backward pass; less memory, more time"
+    )
+    compile: bool = option(False, "torch.compile: minutes at first, in each process; needs a C++ compiler")
 
 
 @dataclass
@@ -137,6 +165,15 @@ class Replacement:
 
 
 @dataclass
+class Wire:
+    """What server and clients send each other; both directions alike."""
+
+    encoding: Encoding = option(
+        Encoding.float32, "of tensors: float32 as they are; bfloat16 half the bytes; int8 a quarter, with scales"
+    )
+
+
+@dataclass
 class Metrics:
     """Metrics that need the extra `text-metrics` and files of their own; a node has these in its own settings."""
 
@@ -150,9 +187,11 @@ class HyperParameters:
 
     seed: int = option(41, "seed of the run", 0, 2**62)
     model: Model = field(default_factory=Model)
+    compute: Compute = field(default_factory=Compute)
     train: Train = field(default_factory=Train)
     distill: Distill = field(default_factory=Distill)
     replacement: Replacement = field(default_factory=Replacement)
+    wire: Wire = field(default_factory=Wire)
 
 
 @dataclass

@@ -26,6 +26,7 @@ import httpx
 
 from tap_flower.reporting.events import METRICS, read_events
 from tap_flower.reporting.results import read_results
+from tap_flower.resources import Resources
 
 _QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -55,8 +56,7 @@ class Launch:
         out: the run folder.
         resume: whether to go on with the run in that folder.
         clients: number of clients, one node each.
-        cpus_per_client: processor cores of a client; as many clients run at once as fit.
-        gpus_per_client: share of a GPU; 0 computes on the processor.
+        resources: what each of them gets.
     """
 
     preset: str
@@ -65,8 +65,7 @@ class Launch:
     out: Path
     resume: bool
     clients: int
-    cpus_per_client: int = 1
-    gpus_per_client: float = 0.0
+    resources: Resources
 
 
 def app_folder() -> Path:
@@ -184,19 +183,7 @@ def _submit(launch: Launch, out: Path, flower: _Flower) -> int:
     ]
     run_config = flower.folder / "run.toml"
     run_config.write_text("\n".join(lines) + "\n")
-    resources: dict[str, float] = {
-        "num-supernodes": launch.clients,
-        "client-resources-num-cpus": launch.cpus_per_client,
-        "init-args-num-cpus": max(os.cpu_count() or 1, launch.cpus_per_client),
-    }
-    if launch.gpus_per_client > 0:
-        import torch
-
-        resources |= {
-            "client-resources-num-gpus": launch.gpus_per_client,
-            "init-args-num-gpus": torch.cuda.device_count(),
-        }
-    federation = " ".join(f"{key}={value}" for key, value in resources.items())
+    federation = {"num-supernodes": launch.clients, **launch.resources.federation_config()}
     answer = _flwr(
         flower,
         "run",
@@ -205,7 +192,7 @@ def _submit(launch: Launch, out: Path, flower: _Flower) -> int:
         "--run-config",
         str(run_config),
         "--federation-config",
-        federation,
+        " ".join(f"{key}={value}" for key, value in federation.items()),
     )
     if not answer.get("success", False):
         raise SimulationError(f"Flower did not take the run: {answer.get('error-message', answer)}")

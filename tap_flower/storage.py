@@ -15,30 +15,53 @@ from torch import Tensor
 
 _RECORD = "tap_flower"
 T = TypeVar("T")
+Identity = tuple[int, int, int, int]
+"""Of a file's content: device, inode, time of writing in nanoseconds, size."""
 
 
 class StorageError(RuntimeError):
     """A file cannot be read or written; the message names it and what to do."""
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> Identity:
     """Replaces the file at `path`: after a crash it holds either its old or its new content, whole.
+
+    Returns:
+        The new content's identity, also if another process has replaced it since.
 
     Raises:
         StorageError: the folder or the disk does not take it. The old content is intact.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+            written = _identity(os.fstat(file.fileno()))
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise StorageError(f"{path} cannot be written: {error.strerror}; what was there before is intact") from error
+    return written
+
+
+def identity(path: Path) -> Identity | None:
+    """What changes when the file's content does; None where there is no file."""
+    try:
+        return _identity(path.stat())
+    except FileNotFoundError:
+        return None
+
+
+def _identity(found: os.stat_result) -> Identity:
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -63,9 +86,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Writes tensors and a record of plain values in one safetensors file, so that the two can never disagree."""
-    write_atomically(path, save(dict(tensors), metadata={_RECORD: json.dumps(record)}))
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Identity:
+    """Writes tensors and a record of plain values in one safetensors file, so that the two can never disagree.
+
+    Returns:
+        See `write_atomically`.
+    """
+    return write_atomically(path, save(dict(tensors), metadata={_RECORD: json.dumps(record)}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from tap_flower import cli
 from tap_flower.reporting.progress import RunProgress
 from tap_flower.reporting.results import results
+from tap_flower.resources import Machine, Resources
 from tap_flower.simulation import Launch, SimulationError
 
 
@@ -114,6 +115,11 @@ def test_an_unreadable_run_folder_is_an_error(
         (["--rounds", "0"], "rounds = 0 is out of bounds"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--set", "clients=[]"], "has no clients"),
+        (["--cpus-per-client", "5"], "--cpus-per-client 5: this process may use 4 cores"),
+        (
+            ["--gpus-per-client", "0.5"],
+            "--gpus-per-client 0.5: torch sees no GPU on this machine: leave the option out",
+        ),
         (["--out", "OUT", "--resume"], "server.safetensors does not exist"),
         (["--out", "USED"], "is not empty: give another folder with `--out`, or go on with `--resume`"),
     ],
@@ -122,6 +128,7 @@ def test_bad_input_is_told_before_anything_starts(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], problem: str
 ) -> None:
     monkeypatch.setattr(cli, "simulate", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(cli, "this_machine", lambda: Machine(cores=4, gpus=0))
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("precious")
     known = {"OUT": str(tmp_path / "out"), "USED": str(tmp_path / "used")}
@@ -157,6 +164,7 @@ def test_options_reach_the_run(command: Any, tmp_path: Path, monkeypatch: pytest
         return finished_run(tmp_path / "elsewhere")
 
     monkeypatch.setattr(cli, "simulate", fake)
+    monkeypatch.setattr(cli, "this_machine", lambda: Machine(cores=16, gpus=2))
     (tmp_path / "runs" / "demo-seed7").mkdir(parents=True)
     code, out, _ = command(
         "simulate", "--rounds", "4", "--seed", "7", "--set", "train.steps=3", "--gpus-per-client", "0.5"
@@ -164,9 +172,29 @@ def test_options_reach_the_run(command: Any, tmp_path: Path, monkeypatch: pytest
     assert code == 0
     (launch,) = launched
     assert launch.settings == ("train.steps=3", "rounds=4", "seed=7")
-    assert (launch.preset, launch.clients, launch.gpus_per_client) == ("demo", 10, 0.5)
+    assert (launch.preset, launch.clients) == ("demo", 10)
+    assert launch.resources == Resources(cpus_per_client=4, on_a_gpu=2, gpus=2, at_once=4)
+    assert "10 clients: 4 at once, 4 cores each, 2 on a GPU" in out
     assert launch.out == Path("runs/demo-seed7-2")  # the first one is taken
     assert "results in runs/demo-seed7-2" in out
+
+
+def test_a_ray_cluster_is_shared_by_what_the_options_say(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[Launch] = []
+
+    def fake(launch: Launch, on_event: object) -> dict[str, Any]:
+        launched.append(launch)
+        return finished_run(tmp_path / "elsewhere")
+
+    monkeypatch.setattr(cli, "simulate", fake)
+    monkeypatch.setattr(cli, "this_machine", lambda: pytest.fail("the clients run elsewhere"))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    code, out, _ = command("simulate", "--cpus-per-client", "64", "--out", str(tmp_path / "run"))
+    assert code == 0
+    assert launched[0].resources == Resources(cpus_per_client=64)
+    assert "10 clients: as many as fit at once, 64 cores each, no GPU" in out
 
 
 def test_a_metric_that_will_be_missing_is_said_before_the_run(

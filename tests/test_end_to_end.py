@@ -15,6 +15,8 @@ from tests.federation.conftest import CLIENTS, SETTINGS, Federation
 # One after the other: each looks for processes that the other may have.
 pytestmark = [pytest.mark.flwr, pytest.mark.xdist_group("flwr")]
 TAP_FLOWER = str(Path(sys.executable).with_name("tap-flower"))
+ONE_CORE = ["--cpus-per-client", "1", "--gpus-per-client", "0"]
+"""As in this process: the last bits of a sum depend on the number of threads, and on the device."""
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 def arguments(file: Path, out: Path, *more: str) -> list[str]:
     settings = [part for setting in SETTINGS if not setting.startswith("start_timeout") for part in ("--set", setting)]
-    return [TAP_FLOWER, "simulate", "--config", str(file), "--out", str(out), *settings, *more]
+    return [TAP_FLOWER, "simulate", "--config", str(file), "--out", str(out), *ONE_CORE, *settings, *more]
 
 
 @pytest.fixture

@@ -27,9 +27,10 @@ class BadUpdateError(ValueError):
 
 
 class Aggregator:
-    """The weighted mean of one round: θ_c = Σ_i n_ic θ_ic / Σ_i n_ic over the clients i that returned component c.
+    """The weighted mean of one round: θ_c = Σ_i n_ic θ_ic / Σ_i n_ic over the clients i that answered for component c.
 
-    n_ic is the number of examples of client i's pairs that reach component c. Updates are added one by one and not kept.
+    n_ic is the number of examples of client i's pairs that reach component c. Where i left c as it was and out of its
+    update, θ_ic is the previous value, weighted once for all such clients. Updates are added one by one and not kept.
     E being the examples that are expected of the component, and s the power of two in [E/2^39, 2E/2^39), n_ic θ_ic / s is
     rounded to an integer v_i, half to even, and the integers are summed in float64. There |Σ v_i| < 2^51 is exact: the
     result is the same, bit for bit, in whatever order the replies arrive, and what was added can be taken back without a
@@ -53,6 +54,8 @@ class Aggregator:
         # A power of two keeps the scaling exact.
         self._scale = {c: 2.0 ** (_FRACTION_BITS - math.ceil(math.log2(n))) for c, n in expected.items() if n > 0}
         self._sums: dict[tuple[str, ...], _Sum] = {}
+        self._arrived: dict[str, int] = {}
+        self._unchanged: dict[str, int] = {}
         self._buffer = torch.empty(_BLOCK, dtype=torch.float64)
 
     def add(self, client: str, update: Mapping[str, Tensor], asked: set[str], weights: Mapping[str, int]) -> None:
@@ -61,8 +64,9 @@ class Aggregator:
         Args:
             client: name, for the message.
             update: tensor name -> value (float32).
-            asked: the names of the tensors that were sent to the client.
-            weights: component -> number of examples of the client's pairs that reach it.
+            asked: the names of the tensors that the update must hold.
+            weights: component -> number of examples of the client's pairs that reach it. A component without a tensor in
+                the update counts with its previous value: training left it unchanged.
 
         Raises:
             BadUpdateError: a tensor is missing or unknown, has another shape or dtype, or holds a value that is not finite
@@ -72,10 +76,9 @@ class Aggregator:
         parts: dict[str, list[str]] = {}
         for name in update:
             parts.setdefault(self._component_of[name], []).append(name)
-        folded = [
-            (self._sum(client, component, names, weights[component]), weights[component])
-            for component, names in parts.items()
-        ]
+        for component in weights.keys() | parts.keys():
+            self._check_weight(client, component, weights[component])
+        folded = [(self._sum(component, names), weights[component]) for component, names in parts.items()]
         steps = [
             (block, weight * sum_.scale, _NEXT_BIAS[sum_.biased])
             for sum_, weight in folded
@@ -91,22 +94,35 @@ class Aggregator:
             if weight:
                 sum_.weight += weight
                 sum_.biased = not sum_.biased
+        for component, weight in weights.items():
+            self._arrived[component] = self._arrived.get(component, 0) + weight
+            if component not in parts:
+                self._unchanged[component] = self._unchanged.get(component, 0) + weight
 
     def result(self) -> dict[str, Tensor]:
-        """The new server tensors (float32): means where something arrived, the previous value elsewhere."""
-        sums: dict[str, list[tuple[Tensor, _Sum]]] = {}
+        """The new server tensors (float32): means where something arrived, the previous value, bit for bit, elsewhere."""
+        sums: dict[str, list[tuple[Tensor, int]]] = {}
         for sum_ in self._sums.values():
             if sum_.weight:
                 for name, total in sum_.totals().items():
-                    sums.setdefault(name, []).append((total, sum_))
+                    sums.setdefault(name, []).append((total, sum_.weight))
         merged: dict[str, Tensor] = {}
         for name, previous in self._previous.items():
             merged[name] = previous
             if name in sums:
+                component = self._component_of[name]
+                scale, unchanged = self._scale[component], self._unchanged.get(component, 0)
                 total = torch.stack([total for total, _ in sums[name]]).sum(0)
-                total /= sum(sum_.weight * sum_.scale for _, sum_ in sums[name])
+                if unchanged:
+                    total += previous.reshape(-1).double().mul_(unchanged * scale).round_()
+                total /= (sum(weight for _, weight in sums[name]) + unchanged) * scale
                 merged[name] = total.to(previous.dtype).view(previous.shape)
         return merged
+
+    @property
+    def changed(self) -> set[str]:
+        """The components that somebody returned with new values."""
+        return {self._component_of[name] for names, sum_ in self._sums.items() if sum_.weight for name in names}
 
     def _check_form(self, client: str, update: Mapping[str, Tensor], asked: set[str]) -> None:
         if missing := sorted(asked - update.keys()):
@@ -124,21 +140,21 @@ class Aggregator:
             if tensor.dtype != previous.dtype:
                 raise BadUpdateError(f"client {client!r}: tensor {name!r} is {tensor.dtype}, not {previous.dtype}")
 
-    def _sum(self, client: str, component: str, names: list[str], weight: int) -> _Sum:
-        """The sum that these tensors of a component go into; clients that hold the same ones share it."""
-        key = tuple(sorted(names))
-        found = self._sums.get(key)
-        expected = self._expected.get(component, 0)
-        rest = expected - (found.weight if found else 0)
+    def _check_weight(self, client: str, component: str, weight: int) -> None:
+        rest = self._expected.get(component, 0) - self._arrived.get(component, 0)
         if not 0 <= weight <= rest:
             raise BadUpdateError(
                 f"client {client!r}: component {component!r} has weight {weight}, "
                 f"not between 0 and the {rest} examples of this round that have not arrived"
             )
-        if found is None:
+
+    def _sum(self, component: str, names: list[str]) -> _Sum:
+        """The sum that these tensors of a component go into; clients that hold the same ones share it."""
+        key = tuple(sorted(names))
+        if key not in self._sums:
             shapes = {name: self._previous[name].shape for name in key}
-            found = self._sums[key] = _Sum(shapes, self._scale.get(component, 0.0), self._buffer)
-        return found
+            self._sums[key] = _Sum(shapes, self._scale.get(component, 0.0), self._buffer)
+        return self._sums[key]
 
 
 @dataclass(frozen=True)

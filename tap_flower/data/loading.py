@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,8 @@ from tap_flower.data.texts import Tokens, tokenised
 
 HELD_OUT = 5
 """Without validation rows of its own, a task sets every fifth training example aside."""
+WINDOW = 16
+"""Batches of shuffled training examples that are ordered by length together."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,15 @@ class Examples:
             inputs["target_length"] = target.shape[1]
         assert target is not None  # a task spec names a label, a target or an image
         return Batch(self.task.name, inputs, target)
+
+    def by_length(self, order: Sequence[int]) -> list[int]:
+        """Positions, the longest texts first (texts and targets together); in the given order where there are none."""
+        read = [tokens for tokens in (self.texts, self.targets) if tokens is not None]
+        if not read:
+            return list(order)
+        places = [self.places[p] for p in order]
+        lengths = np.sum([tokens.lengths[places] for tokens in read], axis=0)
+        return [order[i] for i in np.argsort(-lengths, kind="stable")]
 
     def split(self, seed: int) -> tuple[Examples, Examples]:
         """(the rest, one in `HELD_OUT` set aside), drawn with `seed`."""
@@ -146,24 +158,31 @@ class ClientData:
                 yield next(stream)
 
     def batches(self, split: str, batch_size: int, device: torch.device) -> Iterator[Batch]:
-        """All examples of a split once, in order."""
+        """All examples of a split once, texts of about one length in a batch."""
         for parts in self.splits[split].values():
             for examples in parts:
-                for start in range(0, len(examples), batch_size):
-                    yield examples.batch(range(start, min(start + batch_size, len(examples))), device)
+                order = examples.by_length(range(len(examples)))
+                for start in range(0, len(order), batch_size):
+                    yield examples.batch(order[start : start + batch_size], device)
 
 
 def _shuffled(parts: Sequence[Examples], batch_size: int, seed: int, device: torch.device) -> Iterator[Batch]:
-    """Endless epochs over all sources of a task; a batch is from one source, and so of one domain."""
+    """Endless epochs over all sources of a task; a batch is from one source, and so of one domain.
+
+    Texts of about one length share a batch, so that little is padded: the shuffled examples are taken `WINDOW` batches at a
+    time and ordered by length within these; then the batches are shuffled.
+    """
     epoch = 0
     while True:
         batches: list[tuple[Examples, list[int]]] = []
         for number, examples in enumerate(parts):
             size = min(batch_size, len(examples))
             order = permutation(len(examples), named_seed(seed, epoch, number))
-            batches += [(examples, order[at : at + size]) for at in range(0, len(order) - size + 1, size)]
-        turns = permutation(len(batches), named_seed(seed, epoch)) if len(parts) > 1 else range(len(batches))
-        for turn in turns:
+            order = order[: len(order) // size * size]
+            for window in (order[at : at + size * WINDOW] for at in range(0, len(order), size * WINDOW)):
+                ordered = examples.by_length(window)
+                batches += [(examples, ordered[at : at + size]) for at in range(0, len(ordered), size)]
+        for turn in permutation(len(batches), named_seed(seed, epoch)):
             examples, positions = batches[turn]
             yield examples.batch(positions, device)
         epoch += 1

@@ -29,6 +29,11 @@ class Tokens:
     def __len__(self) -> int:
         return len(self._ends)
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each text."""
+        return np.diff(self._ends, prepend=0)
+
     def __getitem__(self, position: int) -> NDArray[np.int32]:
         """Token ids of one text."""
         return self._ids[self._ends[position - 1] if position else 0 : self._ends[position]]

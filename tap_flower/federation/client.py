@@ -10,18 +10,29 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 
-from tap_flower.config import ConfigError, HyperParameters, Metrics, ReplacementEvidence, hyper_parameters
+from tap_flower.config import ConfigError, Encoding, HyperParameters, Metrics, ReplacementEvidence, hyper_parameters
 from tap_flower.core.tasks import TEXT_GENERATION
 from tap_flower.core.training import DivergedError
 from tap_flower.data.loading import ClientData
 from tap_flower.data.spec import ClientSpec, SpecError
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.federation import messages
-from tap_flower.federation.messages import Instruction, Manifest, MessageError, Report, TaskInfo, TensorInfo
+from tap_flower.federation.encodings import EncodingError
+from tap_flower.federation.messages import (
+    Instruction,
+    LackingError,
+    Manifest,
+    MessageError,
+    Report,
+    TaskInfo,
+    TensorInfo,
+)
 from tap_flower.federation.node import this_node
-from tap_flower.federation.store import ClientStore, Kept
+from tap_flower.federation.store import ClientStore, Kept, Received
+from tap_flower.federation.updates import make_update, restore
 from tap_flower.methods import tap
 from tap_flower.methods.local import LocalClient, State
 from tap_flower.models.backbones import BackboneError, load_backbone, locate
@@ -40,6 +51,32 @@ class Participant:
     store: ClientStore
     instruction: Instruction
     metrics: Metrics
+
+    @property
+    def encoding(self) -> Encoding:
+        """Of the run."""
+        return self.local.settings.wire.encoding
+
+    def receive(self, message: Message) -> State:
+        """The server's values of all of the client's tensors: those in the message, and those that it left out.
+
+        Raises:
+            LackingError: tensors were left out, and the client has no copy of them.
+        """
+        state, held = self.instruction.state, self.instruction.held
+        exact = self.encoding is Encoding.float32
+        sent = messages.decode_tensors(message.content, self.encoding)
+        tensors = restore(sent, {} if exact or not sent else self.local.initial_values(), self.encoding)
+        if held is not None:
+            kept = self.store.received()
+            if kept is None or not held <= kept.state <= state:
+                has = "none" if kept is None else f"that of round {kept.state}"
+                raise LackingError(f"the client was to hold the server's tensors of round {held}, and has {has}")
+            if not tensors and kept.state == state:
+                return kept.tensors
+            tensors = {**kept.tensors, **tensors}
+        self.store.save_received(Received(state, tensors))
+        return tensors
 
 
 def manifest(message: Message, context: Context) -> Message:
@@ -66,7 +103,9 @@ def _answer(message: Message, context: Context, handler: Callable[[Participant, 
     """Runs a handler; what goes wrong in a way that somebody can mend is answered in plain words."""
     try:
         return Message(handler(_participant(message, context), message), reply_to=message)
-    except (BackboneError, ConfigError, DivergedError, MessageError, SpecError, StorageError) as error:
+    except LackingError as error:
+        return Message(Error(LackingError.CODE, str(error)), reply_to=message)
+    except (BackboneError, ConfigError, DivergedError, EncodingError, MessageError, SpecError, StorageError) as error:
         return Message(Error(REFUSED, str(error)), reply_to=message)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -101,18 +140,23 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
 def _train(participant: Participant, message: Message) -> RecordDict:
     server_round = participant.instruction.server_round
     kept = participant.store.load(before_round=server_round)
-    received = messages.decode_tensors(message.content)
+    received = participant.receive(message)
     result = tap.participate(participant.local, server_round, received, None if kept is None else kept.personal)
     replaced = {decision.pair.task: int(decision.replaced) for decision in result.decisions}
     counts = Counter(replaced) + (Counter() if kept is None else kept.replacements)
-    participant.store.save(Kept(server_round, result.personal, counts))
-    report = Report(server_round, participant.local.data.sizes("train"), result.losses, replaced)
-    return messages.encode_report(report, result.server_copy)
+    residual, encoding = {} if kept is None else kept.residual, participant.encoding
+    component_of = participant.local.outline.component_map.component_of
+    update = make_update(received, result.server_copy, residual, component_of, encoding)
+    examples = participant.local.data.sizes("train")
+    report = Report(server_round, examples, result.losses, replaced, tuple(sorted(update.unchanged)))
+    content = messages.encode_report(report, update.tensors, encoding)
+    participant.store.save(Kept(server_round, result.personal, counts, update.residual))
+    return content
 
 
 def _distill(participant: Participant, message: Message) -> RecordDict:
     kept = participant.store.load()
-    received = messages.decode_tensors(message.content)
+    received = participant.receive(message)
     result = tap.second_stage(participant.local, received, None if kept is None else kept.personal)
     participant.store.save_second_stage(result)
     examples = participant.local.data.sizes("train")
@@ -122,7 +166,7 @@ def _distill(participant: Participant, message: Message) -> RecordDict:
 def _evaluate(participant: Participant, message: Message) -> RecordDict:
     local = participant.local
     # A client that was never sampled has no personal model yet: it is evaluated with the initial values.
-    models: dict[str, State | None] = {"server": messages.decode_tensors(message.content), "personal": None}
+    models: dict[str, State | None] = {"server": participant.receive(message), "personal": None}
     models |= participant.store.models()
     metrics: messages.Metrics = {task.name: {} for task in local.spec.tasks}
     tokenizer = load_tokenizer(locate(local.spec.backbone), local.spec.revision)
@@ -157,7 +201,15 @@ def _local_client(spec: ClientSpec, data_root: str, settings: str) -> LocalClien
     """A client with its data and backbone, once a process: in a simulation an actor serves many messages."""
     parameters: HyperParameters = hyper_parameters(json.loads(settings))
     model = parameters.model
-    backbone = load_backbone(spec.backbone, model.layers, model.image_size, spec.revision)
+    backbone = load_backbone(
+        spec.backbone,
+        model.layers,
+        model.image_size,
+        spec.revision,
+        getattr(torch, parameters.compute.precision.value),
+        parameters.compute.recompute,
+        parameters.compute.compile,
+    )
     data = ClientData(
         spec,
         load_tokenizer(locate(spec.backbone), spec.revision),

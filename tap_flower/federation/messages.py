@@ -1,34 +1,41 @@
 """The wire: what is in a message, and how it is checked.
 
 Every message has a ConfigRecord `tap` with the one key `json`, and, where tensors travel, an ArrayRecord `tensors`. Tensors
-are float32, trainable, and by name. Nothing else is ever sent; nothing is pickled.
+are trainable and by name, in the encoding of the run. Nothing else is ever sent; nothing is pickled.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 import tap_flower
+from tap_flower.config import Encoding
 from tap_flower.core.components import ComponentMap, Pair
 from tap_flower.core.initial import Initial
+from tap_flower.federation.encodings import EncodingError, from_array, to_array
 
-PROTOCOL = 1
+PROTOCOL = 2
 MANIFEST, TRAIN, DISTILL, EVALUATE = "query.manifest", "train", "train.distill", "evaluate"
 _PLAIN, _TENSORS = "tap", "tensors"
-_NUMPY = "numpy.ndarray"
+_From = TypeVar("_From")
+_To = TypeVar("_To")
 
 
 class MessageError(ValueError):
     """A message is not what the protocol says; the text names the field and the value."""
+
+
+class LackingError(RuntimeError):
+    """The server left out tensors that the client was to hold, and it does not: they are to be sent again."""
+
+    CODE = 1002
 
 
 @dataclass(frozen=True)
@@ -39,11 +46,16 @@ class Instruction:
         run: identity of the run.
         server_round: counted from 1; 0 in a manifest query.
         hyper_parameters: nested plain values of `config.HyperParameters`.
+        state: number of complete rounds that the server's tensors come from.
+        held: the `state` as of which the client is known to hold all of its tensors; those that have not changed since
+            are left out. None where the message has them all.
     """
 
     run: str
     server_round: int
     hyper_parameters: dict[str, Any]
+    state: int = 0
+    held: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,10 +89,30 @@ class Manifest:
     reach: Mapping[str, frozenset[str]]
 
     @property
+    def component_of(self) -> dict[str, str]:
+        """Tensor name -> component."""
+        return {name: info.component for name, info in self.tensors.items()}
+
+    def initial_values(self, names: Iterable[str], seed: int) -> dict[str, Tensor]:
+        """The run's initial values of some tensors."""
+        return {n: self.tensors[n].initial.value(n, self.tensors[n].shape, seed) for n in names}
+
+    def tensors_without(self, components: Iterable[str]) -> set[str]:
+        """The names of the tensors of all other components.
+
+        Raises:
+            MessageError: the client has no such component.
+        """
+        left_out, known = set(components), set(self.component_of.values())
+        if unknown := sorted(left_out - known):
+            raise MessageError(f"the client has no component {unknown[0]!r}, which it calls unchanged")
+        return {name for name, component in self.component_of.items() if component not in left_out}
+
+    @property
     def component_map(self) -> ComponentMap:
         """Tensor -> component, pair -> components."""
         return ComponentMap(
-            {name: info.component for name, info in self.tensors.items()},
+            self.component_of,
             {task.pair: self.reach[task.pair.task] for task in self.tasks},
         )
 
@@ -99,28 +131,36 @@ class Report:
         examples: task name -> training examples.
         losses: task name -> mean training loss of the server's copy.
         replacements: task name -> 1 where the personal model's components were replaced, else 0.
+        unchanged: components that training left as they were; their tensors are not in the message.
     """
 
     server_round: int
     examples: dict[str, int]
     losses: dict[str, float]
     replacements: dict[str, int]
+    unchanged: tuple[str, ...] = ()
 
 
 Metrics = dict[str, dict[str, dict[str, float]]]
 """Task name -> model (`server`, `tap`, …) -> metric -> value."""
 
 
-def encode(values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> RecordDict:
+def encode(
+    values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None, encoding: Encoding = Encoding.float32
+) -> RecordDict:
     """The content of a message.
 
     Args:
         values: plain values, nested.
         tensors: float32 tensors by name, or None where the message carries none.
+        encoding: of the tensors.
+
+    Raises:
+        MessageError: a tensor is not finite.
     """
     content = RecordDict({_PLAIN: ConfigRecord({"json": json.dumps(values)})})
     if tensors is not None:
-        content[_TENSORS] = ArrayRecord({name: Array(tensor.numpy()) for name, tensor in tensors.items()})
+        content[_TENSORS] = ArrayRecord({n: _named(n, to_array, tensor, encoding) for n, tensor in tensors.items()})
     return content
 
 
@@ -143,27 +183,23 @@ def decode(content: RecordDict) -> dict[str, Any]:
     return values
 
 
-def decode_tensors(content: RecordDict) -> dict[str, Tensor]:
-    """The tensors of a message, as they came: names, shapes and values are the receiver's to check.
+def decode_tensors(content: RecordDict, encoding: Encoding = Encoding.float32) -> dict[str, Tensor]:
+    """The tensors of a message (float32), as they came: names, shapes and values are the receiver's to check.
 
     Raises:
-        MessageError: there are none, or one is not a plain float32 array.
+        MessageError: there are none, or one is not in `encoding`.
     """
     record = content.array_records.get(_TENSORS)
     if record is None:
         raise MessageError(f"the message has no record {_TENSORS!r}")
-    tensors = {}
-    for name, array in record.items():
-        if array.stype != _NUMPY or array.dtype != "float32":
-            raise MessageError(f"tensor {name!r} is {array.dtype} in {array.stype}, not float32 in {_NUMPY}")
-        try:
-            values = array.numpy()
-        except (ValueError, TypeError, EOFError) as error:
-            raise MessageError(f"tensor {name!r} cannot be read: {error}") from error
-        if values.dtype != np.float32:
-            raise MessageError(f"tensor {name!r} is {values.dtype}, not float32")
-        tensors[name] = torch.from_numpy(np.array(values, order="C"))
-    return tensors
+    return {name: _named(name, from_array, array, encoding) for name, array in record.items()}
+
+
+def _named(name: str, convert: Callable[[_From, Encoding], _To], value: _From, encoding: Encoding) -> _To:
+    try:
+        return convert(value, encoding)
+    except EncodingError as error:
+        raise MessageError(f"tensor {name!r} {error}") from error
 
 
 def payload_bytes(content: RecordDict) -> dict[str, int]:
@@ -180,18 +216,22 @@ def instruction(message: Message) -> Instruction:
     """
     values = decode(message.content)
     check_version(values, "the server")
-    server_round = _whole(values, "round", 0)
+    server_round, state = _whole(values, "round", 0), _whole(values, "state", 0)
     if not isinstance(values.get("run"), str) or not values["run"].isalnum():
         raise MessageError(f"run is {values.get('run')!r}, not letters and digits")
     if not isinstance(values.get("hyper_parameters"), dict):
         raise MessageError("hyper_parameters is missing")
-    return Instruction(values["run"], server_round, values["hyper_parameters"])
+    held = None if values.get("held") is None else _whole(values, "held", 0)
+    return Instruction(values["run"], server_round, values["hyper_parameters"], state, held)
 
 
-def encode_instruction(wanted: Instruction, tensors: Mapping[str, Tensor] | None = None) -> RecordDict:
+def encode_instruction(
+    wanted: Instruction, tensors: Mapping[str, Tensor] | None = None, encoding: Encoding = Encoding.float32
+) -> RecordDict:
     """What `instruction` reads, with the client's tensors."""
-    values = {"round": wanted.server_round, "run": wanted.run, "hyper_parameters": wanted.hyper_parameters}
-    return encode({**_version(), **values}, tensors)
+    values = asdict(wanted)
+    values["round"] = values.pop("server_round")
+    return encode({**_version(), **values}, tensors, encoding)
 
 
 def encode_manifest(manifest: Manifest) -> RecordDict:
@@ -245,9 +285,11 @@ def decode_manifest(content: RecordDict) -> Manifest:
     return manifest
 
 
-def encode_report(report: Report, tensors: Mapping[str, Tensor] | None = None) -> RecordDict:
-    """What `decode_report` reads, with the trained tensors."""
-    return encode(asdict(report), tensors)
+def encode_report(
+    report: Report, tensors: Mapping[str, Tensor] | None = None, encoding: Encoding = Encoding.float32
+) -> RecordDict:
+    """What `decode_report` reads, with what the client returns of tensors."""
+    return encode(asdict(report), tensors, encoding)
 
 
 def decode_report(content: RecordDict, tasks: Iterable[str]) -> Report:
@@ -267,11 +309,15 @@ def decode_report(content: RecordDict, tasks: Iterable[str]) -> Report:
     for task, loss in values["losses"].items():
         if not isinstance(loss, float) or not math.isfinite(loss):
             raise MessageError(f"the loss of task {task!r} is {loss!r}, not a finite number")
+    unchanged = values.get("unchanged")
+    if not isinstance(unchanged, list) or not all(isinstance(component, str) for component in unchanged):
+        raise MessageError(f"unchanged is {unchanged!r}, not a list of components")
     return Report(
         server_round=_whole(values, "server_round", 0),
         examples={task: _whole(values["examples"], task, 1) for task in values["examples"]},
         losses=values["losses"],
         replacements={task: _whole(values["replacements"], task, 0) for task in values["replacements"]},
+        unchanged=tuple(unchanged),
     )
 
 

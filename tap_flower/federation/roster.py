@@ -30,6 +30,9 @@ class Roster:
         self.manifests: dict[str, Manifest] = {}
         self.nodes: dict[str, int] = {}
         self.component_of: dict[str, str] = {}
+        self.holds: dict[str, int] = {}
+        """Client -> the number of complete rounds as of which it holds all of its tensors."""
+        self._changed: dict[str, int] = {}
         self._first_holder: dict[str, str] = {}
 
     def admit(self, node: int, manifest: Manifest) -> None:
@@ -63,11 +66,11 @@ class Roster:
                     f"tensor {tensor!r} belongs to {info.component!r} on client {name!r} but to "
                     f"{self.component_of[tensor]!r} on {self._first_holder[tensor]!r}: install one version everywhere"
                 )
+        self.tensors |= manifest.initial_values(manifest.tensors.keys() - self.tensors.keys(), self.seed)
         for tensor, info in manifest.tensors.items():
-            if tensor not in self.tensors:
-                self.tensors[tensor] = info.initial.value(tensor, info.shape, self.seed)
             self.component_of[tensor] = info.component
             self._first_holder.setdefault(tensor, name)
+        self.holds.pop(name, None)  # it may have come back without its folder, or with other tasks
         self.manifests[name] = manifest
         self.nodes[name] = node
 
@@ -87,9 +90,23 @@ class Roster:
         chosen = random.Random(named_seed(self.seed, "sample", server_round)).sample(names, min(count, len(names)))
         return sorted(chosen)
 
-    def tensors_for(self, name: str) -> dict[str, Tensor]:
-        """The current values of exactly the tensors that a client holds."""
-        return {tensor: self.tensors[tensor] for tensor in self.manifests[name].tensors}
+    def update(self, tensors: Mapping[str, Tensor], changed: set[str], server_round: int) -> None:
+        """Takes the values after a round, in which the components `changed` got new ones."""
+        self.tensors = dict(tensors)
+        self._changed |= dict.fromkeys(changed, server_round)
+
+    def tensors_for(self, name: str) -> tuple[dict[str, Tensor], int | None]:
+        """The current values of a client's tensors, without those that it holds already.
+
+        Returns:
+            The tensors, and the number of complete rounds as of which the client holds the others; None where there are
+            no others.
+        """
+        held, component_of = self.holds.get(name), self.manifests[name].component_of
+        if held is not None:
+            component_of = {t: c for t, c in component_of.items() if self._changed.get(c, 0) > held}
+        complete = len(component_of) == len(self.manifests[name].tensors)
+        return {tensor: self.tensors[tensor] for tensor in component_of}, None if complete else held
 
     def expected_examples(self, names: list[str]) -> dict[str, int]:
         """Component -> sum of the examples of some clients."""

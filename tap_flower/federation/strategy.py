@@ -12,13 +12,14 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from tap_flower.config import Config, client_specs, sent_hyper_parameters
+from tap_flower.config import Config, Encoding, client_specs, sent_hyper_parameters
 from tap_flower.core.aggregation import Aggregator, BadUpdateError
 from tap_flower.federation import checkpoint, messages
 from tap_flower.federation.checkpoint import Progress
 from tap_flower.federation.exchange import exchange
-from tap_flower.federation.messages import Instruction, MessageError, Metrics, Report
+from tap_flower.federation.messages import Instruction, LackingError, MessageError, Metrics, Report
 from tap_flower.federation.roster import Roster, RosterError
+from tap_flower.federation.updates import moved, restore
 from tap_flower.reporting.events import EventLog
 from tap_flower.reporting.results import RESULTS, results
 from tap_flower.storage import write_json
@@ -164,7 +165,7 @@ class TapStrategy:
 
     def _train(self, grid: Grid, server_round: int, names: list[str]) -> dict[str, Report]:
         """One round: replies are folded in as they arrive and released."""
-        roster, reports = self.roster, dict[str, Report]()
+        roster, encoding, reports = self.roster, self.config.wire.encoding, dict[str, Report]()
         aggregator = Aggregator(roster.tensors, roster.component_of, roster.expected_examples(names))
 
         def fold(name: str, reply: Message) -> None:
@@ -173,12 +174,13 @@ class TapStrategy:
             if report.server_round != server_round:
                 raise MessageError(f"the reply is for round {report.server_round}, not {server_round}")
             roster.check_examples(name, report.examples)
-            update, weights = messages.decode_tensors(reply.content), manifest.examples_per_component
-            aggregator.add(name, update, set(manifest.tensors), weights)
+            sent, weights = messages.decode_tensors(reply.content, encoding), manifest.examples_per_component
+            update = restore(sent, roster.tensors, encoding)
+            aggregator.add(name, update, manifest.tensors_without(report.unchanged), weights)
             reports[name] = report
 
         self._for_each(grid, messages.TRAIN, server_round, names, fold)
-        roster.tensors = aggregator.result()
+        roster.update(aggregator.result(), aggregator.changed, server_round)
         for name, report in sorted(reports.items()):
             counts = Counter(self.progress.replacements.get(name, {}))
             counts.update(report.replacements)
@@ -216,9 +218,17 @@ class TapStrategy:
         use: Callable[[str, Message], None],
     ) -> None:
         """Sends each client its own tensors; uses each good reply, and drops and logs a bad one."""
+        lacking, left_out, holds = list[str](), set[str](), self.roster.holds
+        encoding = self.config.wire.encoding
+        exact = encoding is Encoding.float32
 
         def content(name: str) -> RecordDict:
-            record = messages.encode_instruction(self._instruction(server_round), self.roster.tensors_for(name))
+            tensors, held = self.roster.tensors_for(name)
+            if held is not None:
+                left_out.add(name)
+            initial = {} if exact else self.roster.manifests[name].initial_values(tensors, self.config.seed)
+            instruction = self._instruction(server_round, held)
+            record = messages.encode_instruction(instruction, moved(tensors, initial, encoding), encoding)
             self._count(self.progress.down, record)
             return record
 
@@ -227,7 +237,12 @@ class TapStrategy:
         nodes = {name: self.roster.nodes[name] for name in order}
         for name, reply in exchange(grid, nodes, content, message_type, server_round, self.config.round_timeout):
             problem = _problem(reply)
+            if reply is not None and reply.has_error() and reply.error.code == LackingError.CODE and name in left_out:
+                del holds[name]
+                lacking.append(name)
+                continue
             if problem is None and reply is not None:
+                holds[name] = self.progress.round
                 try:
                     use(name, reply)
                     self._count(self.progress.up, reply.content)
@@ -235,9 +250,11 @@ class TapStrategy:
                     problem = str(error)
             if problem is not None:
                 self._drop(f"client {name!r}", problem)
+        if lacking:  # nothing is left out for them now
+            self._for_each(grid, message_type, server_round, lacking, use)
 
-    def _instruction(self, server_round: int) -> Instruction:
-        return Instruction(self.progress.run, server_round, self._hyper_parameters)
+    def _instruction(self, server_round: int, held: int | None = None) -> Instruction:
+        return Instruction(self.progress.run, server_round, self._hyper_parameters, self.progress.round, held)
 
     def _count(self, total: dict[str, int], content: RecordDict) -> None:
         for tensor, size in messages.payload_bytes(content).items():

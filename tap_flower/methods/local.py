@@ -56,6 +56,17 @@ class LocalClient:
             task.name: getattr(by_kind, task.kind) if task.margin is None else task.margin for task in self.spec.tasks
         }
 
+    @cached_property
+    def outline(self) -> TapModel:
+        """The client's model without values: what it consists of."""
+        with torch.device("meta"):
+            return self.new_model()
+
+    def initial_values(self) -> State:
+        """The run's initial values of the client's tensors."""
+        initials, seed = self.outline.initials, self.settings.seed
+        return {n: initials[n].value(n, tuple(t.shape), seed) for n, t in trainable_state(self.outline).items()}
+
     def new_model(self) -> TapModel:
         """A model of the client's components; its trainable tensors have no values yet."""
         return client_model(self.backbone, self.spec, self.settings.model.text_length)

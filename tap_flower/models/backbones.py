@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import has_file
@@ -46,6 +47,9 @@ class Backbone(ABC, nn.Module):
         text_length: longest text that the checkpoint has positions for, in tokens.
         image_size: side, in pixels, of the images that the checkpoint's patches are cut from.
         fusion_layers: layers for MoTE and MoME, in this order.
+        recompute: gradient checkpointing: whether the backward pass computes the inside of each layer again, dropout
+            included, in place of keeping it (arXiv 1604.06174).
+        compiled: whether the layers are compiled (torch.compile), each kind once a process.
         attention_lora: LoRA of the fusion's query and value.
         expert_lora: LoRA of the experts.
     """
@@ -57,6 +61,8 @@ class Backbone(ABC, nn.Module):
     fusion_layers: nn.ModuleList
     attention_lora: LoraSettings
     expert_lora: LoraSettings
+    recompute: bool = False
+    compiled: bool = False
 
     def __init__(self, model: PreTrainedModel, layers: int, image_size: int | None = None) -> None:
         del layers, image_size
@@ -85,6 +91,30 @@ class Backbone(ABC, nn.Module):
         """The layers of MoTE (0 .. L-1) and of MoME (L .. 2L-1)."""
         layers = cast(list[FrozenLayer], list(self.fusion_layers))
         return layers[: len(layers) // 2], layers[len(layers) // 2 :]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights; models compute in it, their trainable tensors stay float32."""
+        return next(self.parameters()).dtype
+
+    def run(self, part: Callable[..., Tensor], *arguments: object) -> Tensor:
+        """Runs a part of a layer on its arguments, as the attributes say."""
+        if self.compiled:
+            part = _compiled(part)
+        found = checkpoint(part, *arguments, use_reentrant=False) if self.recompute else part(*arguments)
+        return cast(Tensor, found)
+
+    def computing(self, dtype: torch.dtype, recompute: bool = False, compiled: bool = False) -> Backbone:
+        """Sets how models over this backbone compute, and returns it; the fingerprint stays that of the checkpoint.
+
+        Args:
+            dtype: float32 or bfloat16.
+            recompute: see the attribute.
+            compiled: likewise.
+        """
+        _ = self.fingerprint  # of the values as they were read
+        self.recompute, self.compiled = recompute, compiled
+        return self.to(dtype)
 
     @staticmethod
     def image_grid(wanted: int | None, config: PreTrainedConfig) -> tuple[int, int]:
@@ -117,6 +147,11 @@ class Backbone(ABC, nn.Module):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+@cache
+def _compiled(part: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(part, dynamic=True)
 
 
 _PARTS = ("image_config", "text_config", "multimodal_config")
@@ -220,7 +255,15 @@ def outline(name: str, layers: int, image_size: int | None = None, revision: str
 
 
 @cache
-def load_backbone(name: str, layers: int, image_size: int | None = None, revision: str | None = None) -> Backbone:
+def load_backbone(
+    name: str,
+    layers: int,
+    image_size: int | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    recompute: bool = False,
+    compiled: bool = False,
+) -> Backbone:
     """Loads a checkpoint, once a process.
 
     Args:
@@ -228,6 +271,9 @@ def load_backbone(name: str, layers: int, image_size: int | None = None, revisio
         layers: L, the number of fusion layers of each stage.
         image_size: side, in pixels, of the images that the patches are cut from; by default the checkpoint's own.
         revision: commit, tag or branch of a hub id.
+        dtype: see `Backbone.computing`.
+        recompute: likewise.
+        compiled: likewise.
 
     Raises:
         BackboneError: the checkpoint cannot be found, is of no supported family, or has too few multimodal layers.
@@ -239,7 +285,7 @@ def load_backbone(name: str, layers: int, image_size: int | None = None, revisio
         model = AutoModel.from_pretrained(locate(name), revision=revision, trust_remote_code=False, dtype=torch.float32)
     except OSError as error:
         raise _missing(name, revision, error) from error
-    return from_model(model, layers, image_size)
+    return from_model(model, layers, image_size).computing(dtype, recompute, compiled)
 
 
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)

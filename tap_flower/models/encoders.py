@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tap_flower.core.initial import Initial
-from tap_flower.models.experts import FrozenLayer
+from tap_flower.models.experts import FrozenLayer, Run
 from tap_flower.models.lora import LoRA, LoraSettings, lora_linear
 
 
@@ -77,7 +77,13 @@ class Output(nn.Module):
         return normed
 
 
-def encode(layers: Sequence[FrozenLayer], loras: Sequence[LayerLoRA], tokens: Tensor, mask: Tensor | None) -> Tensor:
+def encode(
+    layers: Sequence[FrozenLayer],
+    loras: Sequence[LayerLoRA],
+    tokens: Tensor,
+    mask: Tensor | None,
+    run: Run,
+) -> Tensor:
     """Frozen pre-norm transformer layers with LoRA on query and value.
 
     Args:
@@ -85,15 +91,20 @@ def encode(layers: Sequence[FrozenLayer], loras: Sequence[LayerLoRA], tokens: Te
         loras: one for each layer.
         tokens: [B, T, D].
         mask: [B, T] bool, False at padding, or None.
+        run: how each layer is run, see `Backbone.run`.
 
     Returns:
         [B, T, D].
     """
     x = tokens[None]
     for layer, lora in zip(layers, loras, strict=True):
-        n = layer.norm_before(x)
-        query = lora_linear(layer.query, [lora.query], n)
-        value = lora_linear(layer.value, [lora.value], n)
-        x = x + layer.attend(query, layer.key(n), value, mask)
-        x = x + layer.down(layer.activation(layer.up(layer.norm_after(x))))
+        x = run(_layer, layer, lora, x, mask)
     return x[0]
+
+
+def _layer(layer: FrozenLayer, lora: LayerLoRA, x: Tensor, mask: Tensor | None) -> Tensor:
+    n = layer.norm_before(x)
+    query = lora_linear(layer.query, [lora.query], n)
+    value = lora_linear(layer.value, [lora.value], n)
+    x = x + layer.attend(query, layer.key(n), value, mask)
+    return x + cast(Tensor, layer.down(layer.activation(layer.up(layer.norm_after(x)))))

@@ -8,9 +8,11 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tap_flower.models.lora import LoRA, LoraSettings, add_lora, lora_linear
+from tap_flower.models.lora import LoRA, LoraSettings, lora_linear, lora_linears
 
 _M = TypeVar("_M", bound=nn.Module)
+Run = Callable[..., Tensor]
+"""Runs a function on its arguments: plainly, compiled, or so that the backward pass computes its inside again."""
 
 
 class FrozenLayer(nn.Module):
@@ -90,10 +92,10 @@ class DomainExperts(nn.Module):
 
 def domain_residuals(layer: FrozenLayer, domains: Sequence[DomainExperts], x: Tensor) -> tuple[Tensor, Tensor]:
     """E_q(x) and E_v(x), each [S, B, T, D]. The frozen part of the first linear is computed once for both."""
-    base = layer.up(x)
-
-    def residual(experts: Sequence[Expert]) -> Tensor:
-        hidden = layer.activation(add_lora(base, [e.up for e in experts], x))
-        return lora_linear(layer.down, [e.down for e in experts], hidden)
-
-    return residual([d.query for d in domains]), residual([d.value for d in domains])
+    experts = [d.query for d in domains], [d.value for d in domains]
+    hidden = lora_linears(layer.up.weight, layer.up.bias, [[e.up for e in group] for group in experts], x)
+    query, value = (
+        lora_linear(layer.down, [e.down for e in group], layer.activation(h))
+        for group, h in zip(experts, hidden, strict=True)
+    )
+    return query, value

@@ -65,7 +65,7 @@ class FlavaImageEncoder(Encoder):
         """Pixels [B, 3, H, W] -> class token and patches [B, 1 + patches, D]."""
         frozen = cast(FlavaBackbone, backbone)
         tokens = frozen.image_embeddings(self.adaptor(inputs), interpolate_pos_encoding=True)
-        tokens = encode(_layers(frozen.image_layers), _own(self.layers), tokens, mask)
+        tokens = encode(_layers(frozen.image_layers), _own(self.layers), tokens, mask, frozen.run)
         return cast(Tensor, self.output(frozen.image_norm(tokens)))
 
 
@@ -81,7 +81,7 @@ class FlavaTextEncoder(Encoder):
         """Token ids [B, T] -> [B, T, D]."""
         frozen = cast(FlavaBackbone, backbone)
         tokens = frozen.text_embeddings(input_ids=inputs)
-        tokens = encode(_layers(frozen.text_layers), _own(self.layers), tokens, mask)
+        tokens = encode(_layers(frozen.text_layers), _own(self.layers), tokens, mask, frozen.run)
         return cast(Tensor, self.output(frozen.text_norm(tokens)))
 
 

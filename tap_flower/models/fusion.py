@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tap_flower.models.encoders import Projection
-from tap_flower.models.experts import DomainExperts, Expert, FrozenLayer, domain_residuals
+from tap_flower.models.experts import DomainExperts, Expert, FrozenLayer, Run, domain_residuals
 from tap_flower.models.lora import LoRA, LoraSettings, lora_linear
 
 SHARED = "shared"
@@ -122,11 +122,13 @@ class Fusion:
     Args:
         mote_layers: the backbone's multimodal layers 0 .. L-1.
         mome_layers: the backbone's multimodal layers L .. 2L-1.
+        run: how each part of a layer is run, see `Backbone.run`.
     """
 
-    def __init__(self, mote_layers: Sequence[FrozenLayer], mome_layers: Sequence[FrozenLayer]) -> None:
+    def __init__(self, mote_layers: Sequence[FrozenLayer], mome_layers: Sequence[FrozenLayer], run: Run) -> None:
         self.mote_layers = mote_layers
         self.mome_layers = mome_layers
+        self.run = run
 
     def __call__(
         self,
@@ -183,21 +185,45 @@ class Fusion:
         stages: Sequence[Stage],
         domain: str,
     ) -> Tensor:
-        """`n = LN1(x); q = n + E_q(n), v = n + E_v(n), k = n; x + attention(q, k, v)`."""
-        n = layer.norm_before(x)
         domains = [cast(DomainExperts, _at(held[s.domain_component(domain)], depth)) for s in stages]
         blocks = [cast(BlockAttention, _at(held[s.block_component], depth)) for s in stages]
-        query, value = domain_residuals(layer, domains, n)
-        query = self.project(layer.query, [b.query for b in blocks], n + query)
-        value = self.project(layer.value, [b.value for b in blocks], n + value)
-        return x + layer.attend(query, layer.key(n), value, mask)
+        return self.run(attention_part, self.project, layer, domains, blocks, x, mask)
 
     def _expert_part(
         self, layer: FrozenLayer, depth: int, held: nn.ModuleDict, x: Tensor, stages: Sequence[Stage]
     ) -> Tensor:
-        """`x + E(LN2(x))`."""
         experts = [cast(Expert, _at(held[s.expert_component], depth)) for s in stages]
-        return x + layer.feed_forward(experts, layer.norm_after(x))
+        return self.run(expert_part, layer, experts, x)
+
+
+def attention_part(
+    project: Callable[[nn.Linear, Sequence[LoRA], Tensor], Tensor],
+    layer: FrozenLayer,
+    domains: Sequence[DomainExperts],
+    blocks: Sequence[BlockAttention],
+    x: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """`n = LN1(x); q = n + E_q(n), v = n + E_v(n), k = n; x + attention(q, k, v)`: [S, B, T, D] -> [S, B, T, D].
+
+    Args:
+        project: see `Fusion.project`.
+        layer: frozen.
+        domains: MoDE, one for each entry of the stack.
+        blocks: attention LoRA, likewise.
+        x: tokens.
+        mask: [B, T] bool, False at padding, or None.
+    """
+    n = layer.norm_before(x)
+    query, value = domain_residuals(layer, domains, n)
+    query = project(layer.query, [b.query for b in blocks], n + query)
+    value = project(layer.value, [b.value for b in blocks], n + value)
+    return x + layer.attend(query, layer.key(n), value, mask)
+
+
+def expert_part(layer: FrozenLayer, experts: Sequence[Expert], x: Tensor) -> Tensor:
+    """`x + E(LN2(x))`, an expert for each entry of the stack: [S, B, T, D] -> [S, B, T, D]."""
+    return x + layer.feed_forward(experts, layer.norm_after(x))
 
 
 def _at(module: nn.Module, depth: int) -> nn.Module:
@@ -208,5 +234,4 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over tokens: x [S, B, T, D], mask [B, T] bool -> [S, B, D], over the tokens where the mask is True."""
     if mask is None:
         return x.mean(2)
-    weights = (mask / mask.sum(1, keepdim=True)).to(x.dtype)
-    return torch.einsum("sbtd,bt->sbd", x, weights)
+    return torch.einsum("sbtd,bt->sbd", x, mask.to(x.dtype)) / mask.sum(1, keepdim=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,41 +38,120 @@ class LoRA(nn.Module):
         return cls(linear.in_features, linear.out_features, settings)
 
 
-def dropout(x: Tensor, probability: float) -> Tensor:
-    """As `torch.nn.functional.dropout` in training, with a probability rounded to a multiple of 1/256 on the CPU.
-
-    PyTorch draws one Bernoulli number after the other there, which took 40 % of a training step. Eight of 64 random bits for
-    each element take a fraction of that (`python -m benchmarks.dropout` compares the two).
-    """
-    if x.device.type != "cpu" or probability == 0.0:
-        return F.dropout(x, probability)
-    bits = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
-    dropped = round(probability * 256)
-    keep = bits[: x.numel()].view(x.shape) >= dropped
-    # Seen as bytes, a mask converts to floats several times faster.
-    return x * keep.view(torch.uint8).to(x.dtype).mul_(256 / (256 - dropped))
-
-
-def add_lora(base: Tensor, loras: Sequence[LoRA], x: Tensor) -> Tensor:
-    """`base[s] + ΔW_s x[s]` for a stack of inputs and one adapter for each.
+def lora_linear(linear: nn.Linear, loras: Sequence[LoRA], x: Tensor) -> Tensor:
+    """A frozen linear map with one adapter for each entry of the stack.
 
     Args:
-        base: output of the frozen matrix, [S, ..., out].
+        linear: frozen.
         loras: S adapters of one rank; the same adapter may occur more than once.
-        x: input of the frozen matrix, [S, ..., in].
+        x: [S, ..., in].
 
     Returns:
-        [S, ..., out].
+        `x[s] Wᵀ + bias + ΔW_s x[s]`, [S, ..., out].
     """
-    first = loras[0]
-    flat = dropout(x.flatten(1, -2), first.dropout) if first.training else x.flatten(1, -2)
-    a = torch.stack([lora.A for lora in loras])
-    b = torch.stack([lora.B for lora in loras])
-    low = torch.bmm(flat, a.to(flat.dtype).transpose(1, 2))
-    added = torch.baddbmm(base.flatten(1, -2), low, b.to(low.dtype).transpose(1, 2), alpha=first.scale)
-    return added.view(base.shape)
+    return lora_linears(linear.weight, linear.bias, [loras], x)[0]
 
 
-def lora_linear(linear: nn.Linear, loras: Sequence[LoRA], x: Tensor) -> Tensor:
-    """A frozen linear map with one adapter for each entry of the stack: x [S, ..., in] -> [S, ..., out]."""
-    return add_lora(linear(x), loras, x)
+def lora_linears(weight: Tensor, bias: Tensor, groups: Sequence[Sequence[LoRA]], x: Tensor) -> tuple[Tensor, ...]:
+    """As `lora_linear`, for several groups of adapters on one input: the frozen product is computed once for all.
+
+    Args:
+        weight: frozen, [out, in].
+        bias: frozen, [out].
+        groups: G times S adapters, all of one rank.
+        x: [S, ..., in].
+
+    Returns:
+        For each group [S, ..., out].
+    """
+    first = groups[0][0]
+    a = [torch.stack([lora.A for lora in loras]).to(x.dtype) for loras in groups]
+    b = [torch.stack([lora.B for lora in loras]).to(x.dtype) for loras in groups]
+    flat = x.flatten(1, -2)
+    if first.training and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        outputs = _LoRALinear.apply(flat, weight, bias, first, *a, *b)  # type: ignore[no-untyped-call]
+    else:
+        base = F.linear(flat, weight, bias)
+        low = [torch.bmm(F.dropout(flat, first.dropout, first.training), m.transpose(1, 2)) for m in a]
+        outputs = [
+            torch.baddbmm(base, part, m.transpose(1, 2), alpha=first.scale) for part, m in zip(low, b, strict=True)
+        ]
+    return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+
+
+_LEVELS = 256
+_BLOCK = 1 << 18
+"""Elements that are worked on at a time: they stay in a core's cache through all the steps."""
+
+
+def kept(shape: Sequence[int], dropped: int) -> Tensor:
+    """A random mask: uint8, 1 where an element is kept; `dropped` of 256 are not. It follows torch's random numbers."""
+    count, seed = math.prod(shape), int(torch.randint(2**63 - 1, ()))
+    bits = np.random.SFC64(seed).random_raw((count + 7) // 8).view(np.uint8)
+    return torch.from_numpy((bits[:count] >= dropped).view(np.uint8)).view(*shape)
+
+
+class _LoRALinear(torch.autograd.Function):
+    """`x Wᵀ + bias + scale · dropout(x) A_gᵀ B_gᵀ` for G groups on a CPU, in training, block by block.
+
+    Passes over memory and random numbers are what costs there, not arithmetic: plain operations spent a third of a step on
+    them. Eight bits are drawn for an element, so that the probability is a multiple of 1/256; one byte of mask is kept for
+    the backward pass in place of two float tensors; what is dropped out is written to a scratch block alone; and what is
+    added is added in place (`python -m benchmarks.lora` compares).
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # type: ignore[untyped-decorator]
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, settings: LoRA, *adapters: Tensor
+    ) -> tuple[Tensor, ...]:
+        """X [S, N, in], adapters G times A [S, r, in], then G times B [S, out, r] -> G times [S, N, out]."""
+        groups = len(adapters) // 2
+        dropped = round(settings.dropout * _LEVELS)
+        # What is kept is scaled up; the adapter's own factor takes that over, so that x is multiplied with the mask alone.
+        ctx.factor = settings.scale * _LEVELS / (_LEVELS - dropped)
+        base = F.linear(x, weight)
+        outputs, keeps, lows = [], [], []
+        for group, (a, b) in enumerate(zip(adapters[:groups], adapters[groups:], strict=True)):
+            # The bias is one more column of B, whose input is 1: adding it costs no pass of its own.
+            columns = torch.cat([b * ctx.factor, bias.expand(len(b), -1)[..., None].to(b.dtype)], -1).transpose(1, 2)
+            keep, low = kept(x.shape, dropped), x.new_ones(*x.shape[:2], a.shape[1] + 1)
+            output = base if group == groups - 1 else base.clone()
+            for rows, block in _blocks(x):
+                low[:, rows, :-1] = torch.bmm(block.copy_(keep[:, rows]).mul_(x[:, rows]), a.transpose(1, 2))
+                output[:, rows].baddbmm_(low[:, rows], columns)
+            outputs.append(output)
+            keeps.append(keep)
+            lows.append(low)
+        ctx.save_for_backward(x, weight, *keeps, *lows, *adapters)
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x and of the adapters."""
+        x, weight, *saved = ctx.saved_tensors
+        groups = len(gradients)
+        keeps, lows, a, b = (saved[i * groups : (i + 1) * groups] for i in range(4))
+        total = gradients[0] if groups == 1 else torch.stack(gradients).sum(0)
+        x_gradient = total @ weight
+        a_gradients, b_gradients = [torch.zeros_like(m) for m in a], [torch.zeros_like(m) for m in b]
+        for group, gradient in enumerate(gradients):
+            for rows, block in _blocks(x):
+                part = gradient[:, rows]
+                low_gradient = torch.bmm(part, b[group]).mul_(ctx.factor)
+                b_gradients[group].baddbmm_(part.transpose(1, 2), lows[group][:, rows, :-1], alpha=ctx.factor)
+                block.copy_(keeps[group][:, rows])
+                x_gradient[:, rows].addcmul_(torch.bmm(low_gradient, a[group]), block)
+                a_gradients[group].baddbmm_(low_gradient.transpose(1, 2), block.mul_(x[:, rows]))
+        return x_gradient, None, None, None, *a_gradients, *b_gradients
+
+
+def _blocks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of x [S, N, in], and a scratch block [S, rows, in] for them, again and again the same memory."""
+    stack, total, size = x.shape
+    step = max(1, _BLOCK // (stack * x.shape[-1]))
+    scratch = x.new_empty(stack * min(step, total) * size)
+    for start in range(0, total, step):
+        rows = min(step, total - start)
+        yield slice(start, start + rows), scratch[: stack * rows * size].view(stack, rows, size)

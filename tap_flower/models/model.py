@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class TapModel(nn.Module):
         self.backbone = backbone
         self.tasks = {task.pair.task: task for task in tasks}
         mote_layers, mome_layers = backbone.fusion_stages
-        self.fusion = fusion.Fusion(mote_layers, mome_layers)
+        self.fusion = fusion.Fusion(mote_layers, mome_layers, backbone.run)
         reach: dict[Pair, frozenset[str]] = {}
         constructors: dict[str, Callable[[], nn.Module]] = {}
         for task in tasks:
@@ -103,12 +103,16 @@ class TapModel(nn.Module):
         return encoder(self.backbone, inputs["input_ids"], mask), mask
 
     def forward(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
-        """Output of a task: logits [B, C], image [B, 3, 64, 64] or token logits [B, target_length, V]."""
-        head = self.components[f"head/{task}"]
-        features = self.features(task, inputs)
-        if isinstance(head, TextHead):
-            return head(features, inputs["target_length"])  # type: ignore[no-any-return]
-        return head(features)  # type: ignore[no-any-return]
+        """Output of a task, float32: logits [B, C], image [B, 3, 64, 64] or token logits [B, target_length, V].
+
+        Computed in the dtype of the backbone; the trainable tensors are float32 and are rounded where they are used.
+        """
+        head, dtype = self.components[f"head/{task}"], self.backbone.dtype
+        device = next(head.parameters()).device.type
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            features = self.features(task, inputs)
+            output = head(features, inputs["target_length"]) if isinstance(head, TextHead) else head(features)
+        return cast(Tensor, output).float()
 
 
 def _constructors(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, ViltModel
 from tap_flower.core.initial import Initial
 from tap_flower.models.backbones import Backbone, Encoder, fusion_layers
 from tap_flower.models.encoders import ImageAdaptor, Output
-from tap_flower.models.lora import LoRA, LoraSettings, add_lora
+from tap_flower.models.lora import LoRA, LoraSettings, lora_linears
 
 PATCH_LORA = LoraSettings(rank=4, alpha=8)
 
@@ -104,8 +104,8 @@ class ViltImageEncoder(Encoder):
         conv = frozen.patches
         # A convolution whose stride is its kernel is a linear map of each patch.
         patches = F.unfold(self.adaptor(inputs), conv.kernel_size, stride=conv.stride).transpose(1, 2)
-        base = F.linear(patches, conv.weight.flatten(1), conv.bias)
-        tokens = add_lora(base[None], [self.patches], patches[None])[0]
+        (tokens,) = lora_linears(conv.weight.flatten(1), cast(Tensor, conv.bias), [[self.patches]], patches[None])
+        tokens = tokens[0]
         class_token = frozen.get_buffer("class_token") + self.offsets.class_token
         tokens = torch.cat([class_token.expand(len(tokens), -1, -1), tokens], dim=1)
         tokens = tokens + frozen.get_buffer("positions") + self.offsets.positions

@@ -44,8 +44,8 @@ def exchange_line(tensors: Mapping[str, Tensor]) -> str:
     """How much a client and the server send each other."""
     megabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
     return (
-        f"{len(tensors)} tensors, {megabytes:.3f} MB of values to the client and as much back in each of its rounds; "
-        "to the client once more for stage 2, and once for the evaluation"
+        f"{len(tensors)} tensors, {megabytes:.3f} MB of values to the client and as much back in each of its rounds, and "
+        "to the client once more for stage 2; half of it with wire.encoding=bfloat16, a quarter with int8"
     )
 
 

@@ -1,5 +1,6 @@
 import itertools
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from random import Random
 from typing import Any
@@ -25,11 +26,18 @@ def aggregator(**expected: int) -> Aggregator:
     return Aggregator(tensors(-1.0, -2.0), COMPONENTS, {"one": 0, "two": 0, **expected})
 
 
-def mean_of(values: list[list[float]], weights: list[int], expected: int | None = None) -> Tensor:
-    """The mean of flat tensors, in the order given."""
-    merging = Aggregator({"a": torch.zeros(len(values[0]))}, {"a": "one"}, {"one": expected or sum(weights)})
+def mean_of(
+    values: Sequence[list[float] | None],
+    weights: list[int],
+    expected: int | None = None,
+    previous: list[float] | None = None,
+) -> Tensor:
+    """The mean of flat tensors, in the order given; None leaves the previous values unchanged, zeros by default."""
+    start = torch.tensor(previous or [0.0] * len(next(value for value in values if value is not None)))
+    merging = Aggregator({"a": start}, {"a": "one"}, {"one": expected or sum(weights)})
     for value, weight in zip(values, weights, strict=True):
-        merging.add("bob", {"a": torch.tensor(value)}, {"a"}, {"one": weight})
+        update = {} if value is None else {"a": torch.tensor(value)}
+        merging.add("bob", update, set(update), {"one": weight})
     return merging.result()["a"]
 
 
@@ -74,6 +82,44 @@ def test_a_tensor_that_only_some_holders_of_its_component_return_is_averaged_ove
         assert all(torch.equal(merged[name], torch.full(previous[name].shape, expected[name])) for name in previous)
 
 
+def test_what_a_client_leaves_out_counts_with_its_previous_value() -> None:
+    merging = aggregator(one=40, two=30)
+    merging.add("ann", {"a": torch.full((2, 2), 7.0)}, {"a"}, {"one": 10, "two": 0})
+    merging.add("bob", {"b": torch.zeros(3)}, {"b"}, {"one": 30, "two": 30})
+    merged = merging.result()
+    assert torch.equal(merged["a"], torch.full((2, 2), 1.0))  # (10 · 7 + 30 · -1) / 40
+    assert torch.equal(merged["b"], torch.zeros(3))
+    assert merging.changed == {"one", "two"}
+
+
+def test_what_every_client_leaves_out_keeps_its_value_bit_for_bit() -> None:
+    previous = {"a": torch.randn(50) * 1e-9}
+    merging = Aggregator(previous, {"a": "one"}, {"one": 7})
+    merging.add("ann", {}, set(), {"one": 3})
+    merging.add("bob", {}, set(), {"one": 4})
+    assert torch.equal(merging.result()["a"], previous["a"])
+    assert merging.changed == set()
+
+
+def test_what_is_returned_with_a_weight_of_zero_has_not_changed() -> None:
+    merging = aggregator(one=10)
+    merging.add("ann", tensors(7.0, 7.0), {"a", "b"}, {"one": 10, "two": 0})
+    assert merging.changed == {"one"}
+
+
+@pytest.mark.parametrize("weight", [-1, 4])
+def test_an_update_that_leaves_out_more_than_the_round_expects_is_refused(weight: int) -> None:
+    merging = aggregator(one=5, two=5)
+    merging.add("bob", {"b": torch.ones(3)}, {"b"}, {"one": 2, "two": 2})
+    with pytest.raises(BadUpdateError, match=f"'one' has weight {weight}, not between 0 and the 3 examples"):
+        merging.add("eve", {"b": torch.zeros(3)}, {"b"}, {"one": weight, "two": 1})
+    with pytest.raises(BadUpdateError, match="'b' holds a value that is not finite"):
+        merging.add("eve", {"b": torch.full((3,), math.nan)}, {"b"}, {"one": 3, "two": 3})
+    merging.add("ann", tensors(9.0, 1.0), {"a", "b"}, {"one": 3, "two": 3})
+    assert torch.equal(merging.result()["a"], torch.full((2, 2), 5.0))  # (2 · -1 + 3 · 9) / 5
+    assert torch.equal(merging.result()["b"], torch.ones(3))
+
+
 @pytest.mark.parametrize("block", [1, 5, 7, 64])
 def test_tensors_that_are_cut_into_blocks_are_averaged_as_others(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aggregation, "_BLOCK", block)
@@ -96,31 +142,41 @@ magnitudes = st.one_of(
 )
 """Values near the limit, subnormal ones, and such as lie half-way between two units of the sums."""
 weights_ = st.one_of(st.integers(1, 2000), st.integers(1, 10**9), st.sampled_from([1, 2**29, 2**30, 10**9]))
-clients = st.integers(1, 5).flatmap(
-    lambda size: st.lists(
-        st.tuples(weights_, st.lists(magnitudes, min_size=size, max_size=size)), min_size=1, max_size=8
+some_unchanged = st.integers(1, 5).flatmap(
+    lambda size: st.tuples(
+        st.lists(magnitudes, min_size=size, max_size=size),
+        st.lists(
+            st.tuples(weights_, st.one_of(st.none(), st.lists(magnitudes, min_size=size, max_size=size))),
+            min_size=1,
+            max_size=8,
+        ),
     )
 )
-"""Of each client its weight, and its values."""
+"""The previous values; of each client its weight, and its values or None where it left them unchanged."""
 
 
-@given(clients, st.randoms(use_true_random=False), st.integers(0, 10**9))
+@given(some_unchanged, st.randoms(use_true_random=False), st.integers(0, 10**9))
 def test_the_result_does_not_depend_on_the_order_of_arrival(
-    made: list[tuple[int, list[float]]], random: Random, absent: int
+    start_and_made: tuple[list[float], list[tuple[int, list[float] | None]]], random: Random, absent: int
 ) -> None:
+    start, made = start_and_made
     shuffled = list(made)
     random.shuffle(shuffled)
     expected = sum(weight for weight, _ in made) + absent
-    means = [mean_of([v for _, v in order], [w for w, _ in order], expected) for order in (made, shuffled)]
+    means = [mean_of([v for _, v in order], [w for w, _ in order], expected, start) for order in (made, shuffled)]
     assert torch.equal(means[0].view(torch.int32), means[1].view(torch.int32))
 
 
-@given(clients, st.sampled_from([0, 0, 1, 10**9]))
-def test_the_mean_is_as_near_to_the_exact_one_as_is_said(made: list[tuple[int, list[float]]], absent: int) -> None:
+@given(some_unchanged, st.sampled_from([0, 0, 1, 10**9]))
+def test_the_mean_is_as_near_to_the_exact_one_as_is_said(
+    start_and_made: tuple[list[float], list[tuple[int, list[float] | None]]], absent: int
+) -> None:
+    start, made = start_and_made
     weights, arrived = [w for w, _ in made], sum(w for w, _ in made)
-    means = mean_of([v for _, v in made], weights, arrived + absent).tolist()
+    means = mean_of([v for _, v in made], weights, arrived + absent, start).tolist()
     bound = len(made) * Fraction(1, 2**38) * Fraction(arrived + absent, arrived)
-    for mean, values in zip(means, zip(*(v for _, v in made), strict=True), strict=True):
+    values_of = [torch.tensor(start if v is None else v).tolist() for _, v in made]
+    for mean, values in zip(means, zip(*values_of, strict=True), strict=True):
         # Fractions are exact; Fraction(float) too.
         exact = sum(Fraction(w) * Fraction(v) for w, v in zip(weights, values, strict=True)) / arrived
         of_float32 = Fraction(math.ulp(1.0)) * 2**29 * max(abs(exact), abs(Fraction(mean))) + Fraction(1, 2**149)

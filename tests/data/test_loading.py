@@ -4,18 +4,20 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tap_flower.config import client_specs, load_config
 from tap_flower.core.tasks import IGNORE, IMAGE_STD
-from tap_flower.data import packaged
+from tap_flower.data import images, packaged
 from tap_flower.data.collate import IMAGE_MEAN, normalise, pad_inputs, pad_targets
 from tap_flower.data.images import LazyImages
 from tap_flower.data.loading import ClientData
 from tap_flower.data.spec import ClientSpec, Source, SpecError
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.models.backbones import locate
+from tap_flower.recent import Recent
 
 CPU = torch.device("cpu")
 CLIENTS = client_specs(load_config("demo"))
@@ -81,6 +83,23 @@ def test_batches_take_turns_and_cover_everything() -> None:
     assert not torch.equal(other.inputs["image"], batches[0].inputs["image"])
 
 
+def test_texts_of_about_one_length_share_a_batch() -> None:
+    client = data(changed(6, batch_size=None))
+    (examples,) = client.splits["train"]["translation"]
+    lengths = examples.texts.lengths + examples.targets.lengths
+    assert lengths.tolist() == [len(examples.texts[i]) + len(examples.targets[i]) for i in range(len(examples))]
+    ordered = examples.by_length(range(len(examples)))
+    assert sorted(ordered) == list(range(len(examples)))
+    assert (np.diff(lengths[ordered]) <= 0).all()
+    epoch = list(itertools.islice(client.training_batches(8, 1, CPU), len(examples) // 8))
+    spread = np.mean([(batch.target != IGNORE).sum(1).double().std() for batch in epoch])
+    assert spread < 0.6 * examples.targets.lengths.std()
+    ends = [int((batch.target != IGNORE).sum(1).max()) for batch in epoch]
+    assert ends not in (sorted(ends), sorted(ends, reverse=True))  # long and short batches come in turns
+    tested = list(client.batches("test", 50, CPU))
+    assert sum(len(batch.target) for batch in tested) == client.sizes("test")["translation"]
+
+
 def test_a_client_may_choose_its_own_batch_size() -> None:
     spec = changed(1, batch_size=5)
     assert len(next(data(spec).training_batches(8, 1, CPU)).target) == 5
@@ -113,6 +132,20 @@ def test_images_are_decoded_when_used_and_once() -> None:
     assert torch.equal(first[0], again[1])
     assert first.dtype == torch.uint8
     assert first.shape == (2, 3, 64, 64)
+
+
+def test_decoded_images_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_decoded", Recent(3 * 64 * 64 * 3))  # three images
+    rows = packaged.load("shapes", "train").select(range(20))
+    found, other = LazyImages(rows), LazyImages(rows)
+    found[[0, 1]], other[[0]], found[[0]]
+    assert (found.decodes, other.decodes) == (2, 1)
+    found[[2]]  # in place of image 1
+    found[[0]], other[[0]]
+    assert (found.decodes, other.decodes) == (3, 1)
+    pixels = found[[1, 0, 1]]
+    assert found.decodes == 4
+    assert torch.equal(pixels, LazyImages(rows)[[1, 0, 1]])
 
 
 def test_pixels_are_normalised_once() -> None:

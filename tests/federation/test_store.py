@@ -2,18 +2,40 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tap_flower.federation.store import PERSONAL, ClientStore, Kept
+from tap_flower.federation import store as store_module
+from tap_flower.federation.store import PERSONAL, RECEIVED, STATE_BYTES, STATES, ClientStore, Kept, Received
 from tap_flower.methods.tap import Personal, SecondStage
-from tap_flower.storage import StorageError, read_json, write_atomically, write_tensors
+from tap_flower.recent import Recent
+from tap_flower.storage import StorageError, read_json, read_tensors, write_atomically, write_tensors
 
 
 def kept(server_round: int, value: float) -> Kept:
     return Kept(server_round, Personal({"w": torch.full((2,), value)}, {"t": value}), Counter({"t": server_round}))
+
+
+def losses(found: Kept | None) -> float:
+    assert found is not None
+    assert found.personal.state["w"].tolist() == pytest.approx([found.personal.losses["t"]] * 2)
+    return found.personal.losses["t"]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are read."""
+    found: list[str] = []
+
+    def read(path: Path) -> object:
+        found.append(path.name)
+        return read_tensors(path)
+
+    monkeypatch.setattr(store_module, "read_tensors", read)
+    return found
 
 
 def test_a_state_comes_back(tmp_path: Path) -> None:
@@ -56,32 +78,63 @@ def test_two_rounds_can_be_repeated_and_no_more(tmp_path: Path) -> None:
     assert [store.load(before).personal.losses["t"] for before in (7, 6, 5)] == [0.66, 0.55, 0.3]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("crash", range(5))
+@pytest.mark.parametrize("crash", range(4))
+@pytest.mark.parametrize("again", range(5))
 def test_a_crash_while_saving_loses_no_earlier_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: int, again: int
 ) -> None:
-    store = ClientStore(tmp_path, "r1")
+    """Before each of the renames (two states, the new one, the readable copy), and once more in the repetition."""
+    store, replace = ClientStore(tmp_path, "r1"), Path.replace
     for server_round in (1, 2, 3):
         store.save(kept(server_round, server_round / 10))
-    steps = iter(range(100))
-    replace = Path.replace
+    for at in (crash, again):  # 4: no second crash
+        steps = iter(range(100))
 
-    def crashing(self: Path, target: Path) -> Path:
-        if next(steps) == crash:
-            raise KeyboardInterrupt
-        return replace(self, target)
+        def crashing(self: Path, target: Path, at: int = at, steps: Iterator[int] = steps) -> Path:
+            if next(steps) == at:
+                raise KeyboardInterrupt
+            return replace(self, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", crashing)
-        with contextlib.suppress(KeyboardInterrupt):
-            store.save(kept(4, 0.4))
-    for before in (4, 3):
-        found = store.load(before_round=before)
-        assert found is not None
-        assert found.server_round == before - 1
-    store.save(kept(4, 0.44))
-    assert store.load().personal.losses == {"t": 0.44}  # type: ignore[union-attr]
-    assert store.load(before_round=4).server_round == 3  # type: ignore[union-attr]
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", crashing)
+            with contextlib.suppress(KeyboardInterrupt):
+                store.save(kept(4, 0.4))
+        for remembered in (True, False):
+            if not remembered:
+                monkeypatch.setattr(store_module, "_states", Recent(STATE_BYTES))
+            assert losses(store.load()) in (0.3, 0.4)
+            assert losses(store.load(before_round=4)) == 0.3
+            assert losses(store.load(before_round=3)) == 0.2
+    for _ in range(2):
+        store.save(kept(4, 0.44))
+        assert losses(store.load()) == 0.44
+        assert losses(store.load(before_round=4)) == 0.3
+    assert {path.name for path in tmp_path.iterdir()} == {*STATES, "state.json"}
+
+
+def test_the_residual_goes_with_the_personal_model(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, "r1")
+    for number in (3, 5):
+        of_round = kept(number, 0.1 * number)
+        store.save(Kept(number, of_round.personal, residual={"w": torch.full((2,), float(number))}))
+    now, before = ClientStore(tmp_path, "r1").load(), ClientStore(tmp_path, "r1").load(before_round=5)
+    assert now is not None
+    assert before is not None
+    assert (now.residual["w"].tolist(), before.residual["w"].tolist()) == ([5.0, 5.0], [3.0, 3.0])
+    assert now.personal.state.keys() == store.models()["personal"].keys() == {"w"}
+
+
+def test_the_servers_tensors_come_back_or_are_not_there(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, "r1")
+    assert store.received() is None
+    store.save_received(Received(4, {"w": torch.ones(2)}))
+    found = ClientStore(tmp_path, "r1").received()
+    assert found is not None
+    assert (found.state, found.tensors["w"].tolist()) == (4, [1.0, 1.0])
+    assert ClientStore(tmp_path, "r2").received() is None  # of another run
+    (tmp_path / RECEIVED).write_bytes((tmp_path / RECEIVED).read_bytes()[:40])
+    assert store.received() is None
+    assert store.models() == {}
 
 
 def test_the_first_round_can_be_repeated(tmp_path: Path) -> None:
@@ -137,3 +190,68 @@ def test_a_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pyte
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_state_is_read_once_and_those_before_it_are_not_written_again(tmp_path: Path, reads: list[str]) -> None:
+    ClientStore(tmp_path, "r1").save(kept(1, 0.1))
+    files = [(tmp_path / PERSONAL).stat().st_ino]
+    for server_round in (2, 3, 4):
+        store = ClientStore(tmp_path, "r1")  # as each message has its own
+        assert losses(store.load(before_round=server_round)) == (server_round - 1) / 10
+        store.save(kept(server_round, server_round / 10))
+        files = [(tmp_path / PERSONAL).stat().st_ino, *files][:3]
+        assert [(tmp_path / name).stat().st_ino for name in STATES[: len(files)]] == files
+    assert reads == []
+    assert losses(ClientStore(tmp_path, "r1").load(before_round=4)) == 0.3
+    assert losses(ClientStore(tmp_path, "r1").load(before_round=3)) == 0.2
+    assert reads == [*STATES[1:]]
+
+
+def test_a_state_that_was_renamed_is_not_taken_for_the_one_remembered_there(tmp_path: Path, reads: list[str]) -> None:
+    store = ClientStore(tmp_path, "r1")
+    for server_round in (1, 2, 3):
+        store.save(kept(server_round, server_round / 10))
+    assert [losses(store.load(before)) for before in (4, 3, 2)] == [0.3, 0.2, 0.1]  # all three remembered
+    store.save(kept(4, 0.4))
+    assert [losses(store.load(before)) for before in (5, 4, 3)] == [0.4, 0.3, 0.2]
+    store.save(kept(3, 0.33))  # two rounds back: what was the latest state and the one before it are void
+    assert losses(store.load()) == 0.33
+    assert losses(store.load(before_round=3)) == 0.2
+    assert reads == [*STATES[1:], *STATES[1:], STATES[1]]  # the last: of round 2, at the place of round 3
+
+
+def test_what_another_process_wrote_is_read_again(tmp_path: Path, reads: list[str]) -> None:
+    here, copies = ClientStore(tmp_path, "r1"), tmp_path / "copies"
+    here.save(kept(1, 0.1))
+    elsewhere = ClientStore(copies, "r1")
+    elsewhere.save(kept(2, 0.2))
+    (copies / PERSONAL).replace(tmp_path / PERSONAL)  # same size
+    assert losses(here.load()) == 0.2
+    assert losses(here.load()) == 0.2
+    assert reads == [PERSONAL]
+    with pytest.raises(StorageError, match="belongs to run r1, not r2"):  # remembered or not
+        ClientStore(tmp_path, "r2").load()
+
+
+def test_a_state_that_is_gone_is_not_remembered(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, "r1")
+    store.save(kept(1, 0.1))
+    (tmp_path / PERSONAL).unlink()
+    assert store.load() is None
+
+
+def test_a_remembered_state_cannot_be_changed_from_outside(tmp_path: Path) -> None:
+    store, given = ClientStore(tmp_path, "r1"), kept(1, 0.1)
+    store.save(given)
+    given.personal.losses["t"] = 9.0
+    given.personal.state["other"] = torch.zeros(1)
+    found = store.load()
+    assert losses(found) == 0.1
+    assert found is not None
+    found.personal.losses["t"] = 9.0
+    found.replacements["t"] = 9
+    del found.personal.state["w"]
+    again = store.load()
+    assert losses(again) == 0.1
+    assert again is not None
+    assert again.replacements == Counter({"t": 1})

