@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 _RECORD = "tap_flower"
+T = TypeVar("T")
 Identity = tuple[int, int, int, int]
 """Of a file's content: device, inode, time of writing in nanoseconds, size."""
 
@@ -40,26 +42,10 @@ def write_atomically(path: Path, content: bytes) -> Identity:
             written = _identity(os.fstat(file.fileno()))
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise StorageError(f"{path} cannot be written: {error.strerror}; what was there before is intact") from error
     return written
-
-
-def keep_as(path: Path, other: Path) -> None:
-    """Makes `other` hold what `path` holds, atomically; where the file system has hard links, nothing is written again.
-
-    Raises:
-        StorageError: the folder or the disk does not take it. The old content of `other` is intact.
-    """
-    temporary = _temporary(other)
-    try:
-        temporary.unlink(missing_ok=True)
-        temporary.hardlink_to(path)
-        temporary.replace(other)
-    except OSError:
-        write_atomically(other, path.read_bytes())
-    finally:
-        temporary.unlink(missing_ok=True)  # it stays where both names were one file already
 
 
 def identity(path: Path) -> Identity | None:
@@ -118,10 +104,23 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         StorageError: the file is missing, truncated or not one of ours.
     """
+    return _read(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record alone of what `write_tensors` wrote.
+
+    Raises:
+        StorageError: as `read_tensors`.
+    """
+    return _read(path, lambda _: None)[1]
+
+
+def _read(path: Path, take: Callable[[Any], T]) -> tuple[T, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {})[_RECORD])
-            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118
+            return take(file), record
     except FileNotFoundError as error:
         raise StorageError(f"{path} does not exist") from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:

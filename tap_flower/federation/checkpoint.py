@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +15,7 @@ from torch import Tensor
 from tap_flower.storage import StorageError, read_tensors, write_json, write_tensors
 
 SCHEMA = 1
+log = logging.getLogger("tap_flower")
 
 
 @dataclass
@@ -36,9 +41,62 @@ class Progress:
     dropped: int = 0
 
 
-def save(folder: Path, progress: Progress, tensors: dict[str, Tensor]) -> None:
-    """Writes the server's folder: tensors and progress in one file, and a readable copy of the progress."""
-    record = {"schema": SCHEMA, **asdict(progress)}
+class Writer:
+    """Writes checkpoints in the background, one at a time, while the next round runs.
+
+    `save` waits for the write before, so that the checkpoint on disk is at most one round behind. A write that failed is
+    an error of the next `save` or `flush`. As a context it ends with a flush, also where the run has failed.
+
+    Args:
+        folder: the server's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
+        """Begins to write what progress and tensors are now.
+
+        Args:
+            progress: copied before this returns.
+            tensors: name -> value; values must not be changed in place, the mapping may be.
+
+        Raises:
+            StorageError: the write before this one has failed.
+        """
+        self.flush()
+        record = {"schema": SCHEMA, **asdict(progress)}
+        self._pending = self._thread.submit(_write, self.folder, record, dict(tensors))
+
+    def flush(self) -> None:
+        """Waits until everything is on disk.
+
+        Raises:
+            StorageError: the last write has failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        try:
+            self.flush()
+        except Exception as problem:
+            if error is None:
+                raise
+            log.error("%s", problem)
+            error.add_note(str(problem))
+        finally:
+            self._thread.shutdown()
+
+
+def _write(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Tensors and progress in one file, and a readable copy of the progress."""
     write_tensors(folder / "server.safetensors", tensors, record)
     write_json(folder / "state.json", record)
 

@@ -26,7 +26,8 @@ def run(grid: Grid, context: Context) -> None:
     try:
         strategy.start(grid)
     except Exception as error:
-        strategy.events.write("failed", round=strategy.progress.round, problem=str(error), type=type(error).__name__)
+        problem = "; ".join([str(error), *getattr(error, "__notes__", [])])
+        strategy.events.write("failed", round=strategy.progress.round, problem=problem, type=type(error).__name__)
         raise
 
 

@@ -10,10 +10,13 @@ from typing import Any
 from tap_flower.methods.local import State
 from tap_flower.methods.tap import Personal, SecondStage
 from tap_flower.recent import Recent
-from tap_flower.storage import Identity, StorageError, identity, keep_as, read_tensors, write_json, write_tensors
+from tap_flower.storage import Identity, StorageError, identity, read_record, read_tensors, write_json, write_tensors
 
 SCHEMA = 1
-PERSONAL, PREVIOUS, RECEIVED = "personal.safetensors", "personal.previous.safetensors", "received.safetensors"
+PERSONAL, RECEIVED = "personal.safetensors", "received.safetensors"
+STATES = (PERSONAL, "personal.previous.safetensors", "personal.earlier.safetensors")
+"""The latest state and the two before it. A server that crashes in round r has the checkpoint of r - 1 or, where that was
+still being written, of r - 2: it repeats r - 1, and clients must go back to their state before that."""
 SECOND_STAGE = {"server+finetune": "finetuned.safetensors", "tap": "tap.safetensors"}
 _RESIDUAL = "residual/"
 """Begins the names of the residual's tensors, in the file of the personal model."""
@@ -57,8 +60,8 @@ class ClientStore:
     """The state folder of one client in one run.
 
     `personal.safetensors` holds the personal model together with its losses, counters and residual, so that they cannot
-    disagree after a crash; the state before it is kept beside it, for a server that repeats a round after a crash of its
-    own. `received.safetensors` is a copy of what the server sent last, so that it need not send it twice.
+    disagree after a crash; the two states before it are kept beside it, for a server that repeats rounds after a crash of
+    its own. `received.safetensors` is a copy of what the server sent last, so that it need not send it twice.
     `state.json` is a readable copy. The process remembers the states that it used last. A file that another process has
     replaced since is read again, so that the processes of a simulation may serve a client in turn.
 
@@ -80,13 +83,25 @@ class ClientStore:
         Raises:
             StorageError: the state is damaged, of another run, or has gone on beyond what can be repeated.
         """
-        name = self._latest(before_round)
-        return None if name is None else self._read(name)
+        rounds = self._rounds()
+        for name, server_round in rounds.items():
+            if before_round is None or server_round < before_round:
+                return self._read(name)
+        if len(rounds) == len(STATES):
+            raise StorageError(
+                f"{self.folder}: the client is at round {min(rounds.values())} or later, the server repeats {before_round}: "
+                f"start a new run, or restore the client's folder"
+            )
+        return None
 
     def save(self, kept: Kept) -> None:
-        """Keeps the state after a participation."""
-        if self._latest(kept.server_round) == PERSONAL:
-            keep_as(self.folder / PERSONAL, self.folder / PREVIOUS)
+        """Keeps the state after a participation; states that a repeated round has made void are dropped."""
+        rounds = self._rounds()
+        earlier = [name for name, server_round in rounds.items() if server_round < kept.server_round]
+        for void in rounds.keys() - set(earlier):
+            (self.folder / void).unlink()
+        for name, moved in reversed(list(zip(earlier, STATES[1:], strict=False))):
+            (self.folder / name).replace(self.folder / moved)
         record = self._record(kept)
         tensors = kept.personal.state | {f"{_RESIDUAL}{name}": value for name, value in kept.residual.items()}
         self._remember(PERSONAL, write_tensors(self.folder / PERSONAL, tensors, record), tensors, record)
@@ -123,20 +138,15 @@ class ClientStore:
                 found[model] = tensors
         return found
 
-    def _latest(self, before_round: int | None) -> str | None:
-        """The file with the state that `load` returns."""
-        if not (self.folder / PERSONAL).exists():
-            return None
-        if before_round is None or self._read(PERSONAL).server_round < before_round:
-            return PERSONAL
-        if not (self.folder / PREVIOUS).exists():
-            return None
-        if (at := self._read(PREVIOUS).server_round) >= before_round:
-            raise StorageError(
-                f"{self.folder}: the client is at round {at} or later, the server repeats {before_round}: "
-                f"start a new run, or restore the client's folder"
-            )
-        return PREVIOUS
+    def _rounds(self) -> dict[str, int]:
+        """File -> round of the states that there are, the latest first. A crash in `save` may leave gaps."""
+        found = {}
+        for name in STATES:
+            if (self.folder / name).exists():
+                record = read_record(self.folder / name)
+                self._check(name, record)
+                found[name] = int(record["round"])
+        return found
 
     def _record(self, kept: Kept) -> dict[str, Any]:
         return {

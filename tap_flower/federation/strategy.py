@@ -53,6 +53,8 @@ class TapStrategy:
         self.progress = progress
         self.roster = roster
         self.events = EventLog(folder, after_round=progress.round if progress.round else None)
+        self._writer = checkpoint.Writer(folder / "server")
+        self._hyper_parameters = sent_hyper_parameters(config)
         self._seconds: dict[str, float] = {}
 
     def start(self, grid: Grid) -> dict[str, Any]:
@@ -61,7 +63,12 @@ class TapStrategy:
         Raises:
             RunError: clients are missing at the start, or none is left.
             RosterError: two clients cannot take part in one run.
+            StorageError: a checkpoint cannot be written.
         """
+        with self._writer:
+            return self._run(grid)
+
+    def _run(self, grid: Grid) -> dict[str, Any]:
         config, began = self.config, time.monotonic()
         self._phase("start", lambda: self._gather(grid))
         self.events.write(
@@ -144,6 +151,9 @@ class TapStrategy:
             self.events.write("round_start", round=server_round, clients=names)
             reports = self._train(grid, server_round, names)
             self.progress.round = server_round
+            self._writer.save(self.progress, self.roster.tensors)
+            if server_round == 1:  # from here on there is a checkpoint to go on from
+                self._writer.flush()
             self.events.write(
                 "round",
                 round=server_round,
@@ -151,7 +161,7 @@ class TapStrategy:
                 dropped=sorted(set(names) - reports.keys()),
                 seconds=time.monotonic() - began,
             )
-            checkpoint.save(self.folder / "server", self.progress, self.roster.tensors)
+        self._writer.flush()
 
     def _train(self, grid: Grid, server_round: int, names: list[str]) -> dict[str, Report]:
         """One round: replies are folded in as they arrive and released."""
@@ -166,8 +176,7 @@ class TapStrategy:
             roster.check_examples(name, report.examples)
             sent, weights = messages.decode_tensors(reply.content, encoding), manifest.examples_per_component
             update = restore(sent, roster.tensors, encoding)
-            aggregator.check(name, update, manifest.tensors_without(report.unchanged), weights)
-            aggregator.add(update, weights)
+            aggregator.add(name, update, manifest.tensors_without(report.unchanged), weights)
             reports[name] = report
 
         self._for_each(grid, messages.TRAIN, server_round, names, fold)
@@ -245,8 +254,7 @@ class TapStrategy:
             self._for_each(grid, message_type, server_round, lacking, use)
 
     def _instruction(self, server_round: int, held: int | None = None) -> Instruction:
-        hyper_parameters = sent_hyper_parameters(self.config)
-        return Instruction(self.progress.run, server_round, hyper_parameters, self.progress.round, held)
+        return Instruction(self.progress.run, server_round, self._hyper_parameters, self.progress.round, held)
 
     def _count(self, total: dict[str, int], content: RecordDict) -> None:
         for tensor, size in messages.payload_bytes(content).items():

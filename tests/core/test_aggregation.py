@@ -1,4 +1,9 @@
+import itertools
 import math
+from collections.abc import Sequence
+from fractions import Fraction
+from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -6,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tap_flower.core.aggregation import Aggregator, BadUpdateError
+from tap_flower.core import aggregation
+from tap_flower.core.aggregation import LARGEST_VALUE, Aggregator, BadUpdateError
 
 COMPONENTS = {"a": "one", "b": "two"}
+NEXT_BELOW = float(torch.nextafter(torch.tensor(LARGEST_VALUE), torch.tensor(0.0)))
 
 
 def tensors(a: float, b: float) -> dict[str, Tensor]:
@@ -19,28 +26,66 @@ def aggregator(**expected: int) -> Aggregator:
     return Aggregator(tensors(-1.0, -2.0), COMPONENTS, {"one": 0, "two": 0, **expected})
 
 
+def mean_of(
+    values: Sequence[list[float] | None],
+    weights: list[int],
+    expected: int | None = None,
+    previous: list[float] | None = None,
+) -> Tensor:
+    """The mean of flat tensors, in the order given; None leaves the previous values unchanged, zeros by default."""
+    start = torch.tensor(previous or [0.0] * len(next(value for value in values if value is not None)))
+    merging = Aggregator({"a": start}, {"a": "one"}, {"one": expected or sum(weights)})
+    for value, weight in zip(values, weights, strict=True):
+        update = {} if value is None else {"a": torch.tensor(value)}
+        merging.add("bob", update, set(update), {"one": weight})
+    return merging.result()["a"]
+
+
 def test_each_component_is_averaged_over_the_clients_that_hold_it() -> None:
     merging = aggregator(one=40, two=30)
-    merging.add({"a": torch.full((2, 2), 1.0)}, {"one": 10, "two": 0})
-    merging.add(tensors(5.0, 8.0), {"one": 30, "two": 30})
+    merging.add("ann", {"a": torch.full((2, 2), 1.0)}, {"a"}, {"one": 10})
+    merging.add("bob", tensors(5.0, 8.0), {"a", "b"}, {"one": 30, "two": 30})
     merged = merging.result()
     assert torch.equal(merged["a"], torch.full((2, 2), 4.0))  # (10 · 1 + 30 · 5) / 40
     assert torch.equal(merged["b"], torch.full((3,), 8.0))
-    assert merging.weights == {"a": 40, "b": 30}
 
 
 def test_a_component_that_nobody_returned_keeps_its_value() -> None:
     merging = aggregator(one=10, two=10)
-    merging.add({"a": torch.zeros(2, 2)}, {"one": 10})
+    merging.add("ann", {"a": torch.zeros(2, 2)}, {"a"}, {"one": 10})
     merged = merging.result()
     assert torch.equal(merged["b"], torch.full((3,), -2.0))
     assert torch.equal(merged["a"], torch.zeros(2, 2))
 
 
+def test_a_weight_of_zero_counts_for_nothing() -> None:
+    merging = aggregator(one=10)
+    merging.add("ann", tensors(7.0, 7.0), {"a", "b"}, {"one": 0, "two": 0})
+    assert torch.equal(merging.result()["a"], torch.full((2, 2), -1.0))
+    merging.add("bob", tensors(3.0, 7.0), {"a", "b"}, {"one": 10, "two": 0})
+    merged = merging.result()
+    assert torch.equal(merged["a"], torch.full((2, 2), 3.0))
+    assert torch.equal(merged["b"], torch.full((3,), -2.0))
+
+
+def test_a_tensor_that_only_some_holders_of_its_component_return_is_averaged_over_them() -> None:
+    previous = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)}
+    updates = [{"a": 1.0, "b": 2.0}, {"b": 5.0, "c": 6.0}, {"a": 4.0, "b": 8.0}]
+    weights = [10, 20, 30]
+    expected = {"a": 130 / 40, "b": 360 / 60, "c": 6.0}
+    for order in itertools.permutations(range(3)):
+        merging = Aggregator(previous, dict.fromkeys("abc", "one"), {"one": 60})
+        for number in order:
+            update = {name: torch.full(previous[name].shape, value) for name, value in updates[number].items()}
+            merging.add("ann", update, set(update), {"one": weights[number]})
+        merged = merging.result()
+        assert all(torch.equal(merged[name], torch.full(previous[name].shape, expected[name])) for name in previous)
+
+
 def test_what_a_client_leaves_out_counts_with_its_previous_value() -> None:
     merging = aggregator(one=40, two=30)
-    merging.add({"a": torch.full((2, 2), 7.0)}, {"one": 10, "two": 0})
-    merging.add({"b": torch.zeros(3)}, {"one": 30, "two": 30})
+    merging.add("ann", {"a": torch.full((2, 2), 7.0)}, {"a"}, {"one": 10, "two": 0})
+    merging.add("bob", {"b": torch.zeros(3)}, {"b"}, {"one": 30, "two": 30})
     merged = merging.result()
     assert torch.equal(merged["a"], torch.full((2, 2), 1.0))  # (10 · 7 + 30 · -1) / 40
     assert torch.equal(merged["b"], torch.zeros(3))
@@ -50,69 +95,151 @@ def test_what_a_client_leaves_out_counts_with_its_previous_value() -> None:
 def test_what_every_client_leaves_out_keeps_its_value_bit_for_bit() -> None:
     previous = {"a": torch.randn(50) * 1e-9}
     merging = Aggregator(previous, {"a": "one"}, {"one": 7})
-    merging.add({}, {"one": 3})
-    merging.add({}, {"one": 4})
+    merging.add("ann", {}, set(), {"one": 3})
+    merging.add("bob", {}, set(), {"one": 4})
     assert torch.equal(merging.result()["a"], previous["a"])
     assert merging.changed == set()
 
 
-updates = st.lists(
-    st.tuples(st.integers(1, 10_000), st.integers(0, 2**31 - 1), st.floats(1e-6, 100.0)), min_size=1, max_size=8
+def test_what_is_returned_with_a_weight_of_zero_has_not_changed() -> None:
+    merging = aggregator(one=10)
+    merging.add("ann", tensors(7.0, 7.0), {"a", "b"}, {"one": 10, "two": 0})
+    assert merging.changed == {"one"}
+
+
+@pytest.mark.parametrize("weight", [-1, 4])
+def test_an_update_that_leaves_out_more_than_the_round_expects_is_refused(weight: int) -> None:
+    merging = aggregator(one=5, two=5)
+    merging.add("bob", {"b": torch.ones(3)}, {"b"}, {"one": 2, "two": 2})
+    with pytest.raises(BadUpdateError, match=f"'one' has weight {weight}, not between 0 and the 3 examples"):
+        merging.add("eve", {"b": torch.zeros(3)}, {"b"}, {"one": weight, "two": 1})
+    with pytest.raises(BadUpdateError, match="'b' holds a value that is not finite"):
+        merging.add("eve", {"b": torch.full((3,), math.nan)}, {"b"}, {"one": 3, "two": 3})
+    merging.add("ann", tensors(9.0, 1.0), {"a", "b"}, {"one": 3, "two": 3})
+    assert torch.equal(merging.result()["a"], torch.full((2, 2), 5.0))  # (2 · -1 + 3 · 9) / 5
+    assert torch.equal(merging.result()["b"], torch.ones(3))
+
+
+@pytest.mark.parametrize("block", [1, 5, 7, 64])
+def test_tensors_that_are_cut_into_blocks_are_averaged_as_others(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregation, "_BLOCK", block)
+    shapes = {"a": (3, 4), "b": (), "c": (2, 5), "d": (0, 3), "e": (1,)}
+    random = torch.Generator().manual_seed(1)
+    updates = [{n: torch.randn(shape, generator=random) for n, shape in shapes.items()} for _ in range(2)]
+    updates[1]["a"] = torch.randn(4, 3, generator=random).T  # not contiguous
+    merging = Aggregator(updates[0], dict.fromkeys(shapes, "one"), {"one": 4})
+    for update, weight in zip(updates, (1, 3), strict=True):
+        merging.add("ann", update, set(shapes), {"one": weight})
+    for name, value in merging.result().items():
+        mean = (updates[0][name].double() + 3 * updates[1][name].double()) / 4
+        torch.testing.assert_close(value.double(), mean, atol=2e-11, rtol=1e-7)
+
+
+magnitudes = st.one_of(
+    st.floats(-NEXT_BELOW, NEXT_BELOW, width=32),
+    st.floats(-(2.0**-7), 2.0**-7, width=32),
+    st.sampled_from([0.0, -0.0, NEXT_BELOW, -NEXT_BELOW, 2.0**-39, 2.0**-40, -(2.0**-40), 3 * 2.0**-40, 1e-45]),
 )
+"""Values near the limit, subnormal ones, and such as lie half-way between two units of the sums."""
+weights_ = st.one_of(st.integers(1, 2000), st.integers(1, 10**9), st.sampled_from([1, 2**29, 2**30, 10**9]))
+some_unchanged = st.integers(1, 5).flatmap(
+    lambda size: st.tuples(
+        st.lists(magnitudes, min_size=size, max_size=size),
+        st.lists(
+            st.tuples(weights_, st.one_of(st.none(), st.lists(magnitudes, min_size=size, max_size=size))),
+            min_size=1,
+            max_size=8,
+        ),
+    )
+)
+"""The previous values; of each client its weight, and its values or None where it left them unchanged."""
 
 
-@given(updates, st.randoms())
-def test_the_result_does_not_depend_on_the_order_of_arrival(rows: list[tuple[int, int, float]], random: object) -> None:
-    previous = {"a": torch.zeros(37)}
-    made = [
-        (weight, torch.randn(37, generator=torch.Generator().manual_seed(seed)) * size) for weight, seed, size in rows
-    ]
-    total = sum(weight for weight, _ in made)
-
-    def merge(order: list[tuple[int, Tensor]]) -> Tensor:
-        merging = Aggregator(previous, {"a": "one"}, {"one": total})
-        for weight, value in order:
-            merging.add({"a": value}, {"one": weight})
-        return merging.result()["a"]
-
+@given(some_unchanged, st.randoms(use_true_random=False), st.integers(0, 10**9))
+def test_the_result_does_not_depend_on_the_order_of_arrival(
+    start_and_made: tuple[list[float], list[tuple[int, list[float] | None]]], random: Random, absent: int
+) -> None:
+    start, made = start_and_made
     shuffled = list(made)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert torch.equal(merge(made), merge(shuffled))
-    exact = sum(weight * value.double() for weight, value in made) / total
-    torch.testing.assert_close(merge(made).double(), exact, atol=1e-11, rtol=1e-7)
+    random.shuffle(shuffled)
+    expected = sum(weight for weight, _ in made) + absent
+    means = [mean_of([v for _, v in order], [w for w, _ in order], expected, start) for order in (made, shuffled)]
+    assert torch.equal(means[0].view(torch.int32), means[1].view(torch.int32))
 
 
-@given(st.floats(-4000, 4000, width=32), st.integers(1, 2**31))
-def test_the_mean_of_equal_values_is_that_value(value: float, weight: int) -> None:
-    merging = Aggregator({"a": torch.zeros(1)}, {"a": "one"}, {"one": 2 * weight})
-    for _ in range(2):
-        merging.add({"a": torch.tensor([value])}, {"one": weight})
-    assert math.isclose(merging.result()["a"].item(), value, rel_tol=1e-6, abs_tol=2e-12)
+@given(some_unchanged, st.sampled_from([0, 0, 1, 10**9]))
+def test_the_mean_is_as_near_to_the_exact_one_as_is_said(
+    start_and_made: tuple[list[float], list[tuple[int, list[float] | None]]], absent: int
+) -> None:
+    start, made = start_and_made
+    weights, arrived = [w for w, _ in made], sum(w for w, _ in made)
+    means = mean_of([v for _, v in made], weights, arrived + absent, start).tolist()
+    bound = len(made) * Fraction(1, 2**38) * Fraction(arrived + absent, arrived)
+    values_of = [torch.tensor(start if v is None else v).tolist() for _, v in made]
+    for mean, values in zip(means, zip(*values_of, strict=True), strict=True):
+        # Fractions are exact; Fraction(float) too.
+        exact = sum(Fraction(w) * Fraction(v) for w, v in zip(weights, values, strict=True)) / arrived
+        of_float32 = Fraction(math.ulp(1.0)) * 2**29 * max(abs(exact), abs(Fraction(mean))) + Fraction(1, 2**149)
+        assert abs(Fraction(mean) - exact) <= bound + of_float32
 
 
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        ({"a": torch.full((2, 2), math.nan)}, "'a' holds a value that is not finite"),
-        ({"a": torch.full((2, 2), -math.inf)}, "'a' holds a value that is not finite"),
-        ({"a": torch.zeros(4)}, r"'a' has shape \(4,\), not \(2, 2\)"),
-        ({"a": torch.zeros(2, 2, dtype=torch.float64)}, "'a' is torch.float64, not torch.float32"),
-        ({"a": torch.full((2, 2), 1e6)}, "'a' holds 1e\\+06; values from 4096 on are refused"),
-        ({"c": torch.zeros(1)}, "not sent, such as 'c'"),
-        ({"a": None}, "lacks 1 tensors, such as 'a'"),
-    ],
-)
-def test_a_bad_update_is_refused_by_name(change: dict[str, Tensor | None], problem: str) -> None:
-    update = {name: value for name, value in {**tensors(1.0, 1.0), **change}.items() if value is not None}
-    with pytest.raises(BadUpdateError, match=f"client 'eve'.*{problem}"):
-        aggregator(one=5, two=5).check("eve", update, {"a", "b"}, {"one": 5, "two": 5})
+@given(magnitudes, st.integers(1, 10**9), st.integers(1, 6))
+def test_the_mean_of_equal_values_is_that_value(value: float, weight: int, count: int) -> None:
+    mean = mean_of([[value]] * count, [weight] * count).item()
+    assert math.isclose(mean, value, rel_tol=1.2e-7, abs_tol=count * 2.0**-38)
+
+
+def test_a_sum_of_the_largest_values_stays_exact() -> None:
+    merging = Aggregator({"a": torch.zeros(1)}, {"a": "one"}, {"one": 4})
+    for value in (NEXT_BELOW, NEXT_BELOW, NEXT_BELOW, -NEXT_BELOW):
+        merging.add("ann", {"a": torch.tensor([value])}, {"a"}, {"one": 1})
+    assert merging.result()["a"].item() == NEXT_BELOW / 2
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"a": torch.full((2, 2), math.nan)}, "'a' holds a value that is not finite"),
+    ({"a": torch.full((2, 2), -math.inf)}, "'a' holds a value that is not finite"),
+    ({"b": torch.tensor([0.0, 1.0, math.nan])}, "'b' holds a value that is not finite"),
+    ({"a": torch.zeros(4)}, r"'a' has shape \(4,\), not \(2, 2\)"),
+    ({"a": torch.zeros(2, 2, dtype=torch.float64)}, "'a' is torch.float64, not torch.float32"),
+    ({"a": torch.full((2, 2), 1e6)}, "'a' holds 1e\\+06; values from 4096 on are refused"),
+    ({"b": torch.full((3,), -4096.0)}, "'b' holds 4096; values from 4096 on are refused"),
+    ({"c": torch.zeros(1)}, "not sent, such as 'c'"),
+    ({"a": None}, "lacks 1 tensors, such as 'a'"),
+]
+
+
+@pytest.mark.parametrize(("change", "problem"), BAD)
+def test_a_bad_update_is_refused_by_name_and_leaves_no_trace(
+    change: dict[str, Tensor | None], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aggregation, "_BLOCK", 2)
+    update = {name: value for name, value in {**tensors(0.1, 0.2), **change}.items() if value is not None}
+    merging, untouched = aggregator(one=15, two=15), aggregator(one=15, two=15)
+    for number, (a, b) in enumerate([(0.3, 0.7), (-0.1, NEXT_BELOW)]):
+        for one in (merging, untouched):
+            one.add("bob", tensors(a, b), {"a", "b"}, {"one": 5, "two": 5})
+        with pytest.raises(BadUpdateError, match=f"client 'eve'.*{problem}"):
+            merging.add("eve", update, {"a", "b"}, {"one": 5, "two": 5})
+        assert all(torch.equal(value, untouched.result()[name]) for name, value in merging.result().items()), number
 
 
 @pytest.mark.parametrize("weight", [-1, 6, 10**18])
 def test_a_weight_beyond_what_the_round_expects_is_refused(weight: int) -> None:
     with pytest.raises(BadUpdateError, match=f"weight {weight}"):
-        aggregator(one=5, two=5).check("eve", tensors(1.0, 1.0), {"a", "b"}, {"one": weight, "two": 5})
+        aggregator(one=5, two=5).add("eve", tensors(1.0, 1.0), {"a", "b"}, {"one": weight, "two": 5})
 
 
-def test_a_good_update_passes() -> None:
-    aggregator(one=5, two=5).check("bob", tensors(1.0, 1.0), {"a", "b"}, {"one": 5, "two": 0})
+def test_more_examples_than_the_round_expects_are_refused() -> None:
+    merging = aggregator(one=5, two=5)
+    merging.add("bob", tensors(1.0, 1.0), {"a", "b"}, {"one": 3, "two": 0})
+    with pytest.raises(BadUpdateError, match="'one' has weight 3, not between 0 and the 2 examples"):
+        merging.add("eve", tensors(2.0, 2.0), {"a", "b"}, {"one": 3, "two": 0})
+    assert torch.equal(merging.result()["a"], torch.ones(2, 2))
+
+
+def test_many_large_values_are_no_reason_to_refuse() -> None:
+    many = torch.full((100_000,), 100.0)  # the sum of their squares is far above the square of the largest value
+    merging = Aggregator({"a": torch.zeros_like(many)}, {"a": "one"}, {"one": 1})
+    merging.add("bob", {"a": many}, {"a"}, {"one": 1})
+    assert torch.equal(merging.result()["a"], many)

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from tap_flower.federation import store as store_module
-from tap_flower.federation.store import PERSONAL, PREVIOUS, RECEIVED, ClientStore, Kept, Received
+from tap_flower.federation.store import PERSONAL, RECEIVED, STATE_BYTES, STATES, ClientStore, Kept, Received
 from tap_flower.methods.tap import Personal, SecondStage
-from tap_flower.storage import StorageError, keep_as, read_json, read_tensors, write_atomically, write_tensors
+from tap_flower.recent import Recent
+from tap_flower.storage import StorageError, read_json, read_tensors, write_atomically, write_tensors
 
 
 def kept(server_round: int, value: float) -> Kept:
@@ -58,8 +61,55 @@ def test_a_round_can_be_repeated(tmp_path: Path) -> None:
         assert before.server_round == 3
         store.save(kept(5, 0.55))
     assert store.load(before_round=6).personal.losses == {"t": 0.55}  # type: ignore[union-attr]
-    with pytest.raises(StorageError, match="is at round 3 or later, the server repeats 2"):
-        store.load(before_round=2)
+
+
+def test_two_rounds_can_be_repeated_and_no_more(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, "r1")
+    for server_round in (2, 3, 5, 6):
+        store.save(kept(server_round, server_round / 10))
+    with pytest.raises(StorageError, match="is at round 3 or later, the server repeats 3"):
+        store.load(before_round=3)
+    found = store.load(before_round=5)
+    assert found is not None
+    assert found.personal.losses == {"t": 0.3}
+    store.save(kept(5, 0.55))
+    assert [store.load(before).server_round for before in (None, 6, 5)] == [5, 5, 3]  # type: ignore[union-attr]
+    store.save(kept(6, 0.66))
+    assert [store.load(before).personal.losses["t"] for before in (7, 6, 5)] == [0.66, 0.55, 0.3]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("crash", range(4))
+@pytest.mark.parametrize("again", range(5))
+def test_a_crash_while_saving_loses_no_earlier_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: int, again: int
+) -> None:
+    """Before each of the renames (two states, the new one, the readable copy), and once more in the repetition."""
+    store, replace = ClientStore(tmp_path, "r1"), Path.replace
+    for server_round in (1, 2, 3):
+        store.save(kept(server_round, server_round / 10))
+    for at in (crash, again):  # 4: no second crash
+        steps = iter(range(100))
+
+        def crashing(self: Path, target: Path, at: int = at, steps: Iterator[int] = steps) -> Path:
+            if next(steps) == at:
+                raise KeyboardInterrupt
+            return replace(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", crashing)
+            with contextlib.suppress(KeyboardInterrupt):
+                store.save(kept(4, 0.4))
+        for remembered in (True, False):
+            if not remembered:
+                monkeypatch.setattr(store_module, "_states", Recent(STATE_BYTES))
+            assert losses(store.load()) in (0.3, 0.4)
+            assert losses(store.load(before_round=4)) == 0.3
+            assert losses(store.load(before_round=3)) == 0.2
+    for _ in range(2):
+        store.save(kept(4, 0.44))
+        assert losses(store.load()) == 0.44
+        assert losses(store.load(before_round=4)) == 0.3
+    assert {path.name for path in tmp_path.iterdir()} == {*STATES, "state.json"}
 
 
 def test_the_residual_goes_with_the_personal_model(tmp_path: Path) -> None:
@@ -142,18 +192,32 @@ def test_a_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_state_is_read_once_and_the_one_before_it_is_not_written_again(tmp_path: Path, reads: list[str]) -> None:
+def test_a_state_is_read_once_and_those_before_it_are_not_written_again(tmp_path: Path, reads: list[str]) -> None:
     ClientStore(tmp_path, "r1").save(kept(1, 0.1))
-    first = (tmp_path / PERSONAL).stat().st_ino
+    files = [(tmp_path / PERSONAL).stat().st_ino]
     for server_round in (2, 3, 4):
         store = ClientStore(tmp_path, "r1")  # as each message has its own
         assert losses(store.load(before_round=server_round)) == (server_round - 1) / 10
         store.save(kept(server_round, server_round / 10))
-        if server_round == 2:
-            assert (tmp_path / PREVIOUS).stat().st_ino == first
+        files = [(tmp_path / PERSONAL).stat().st_ino, *files][:3]
+        assert [(tmp_path / name).stat().st_ino for name in STATES[: len(files)]] == files
     assert reads == []
     assert losses(ClientStore(tmp_path, "r1").load(before_round=4)) == 0.3
-    assert reads == [PREVIOUS]
+    assert losses(ClientStore(tmp_path, "r1").load(before_round=3)) == 0.2
+    assert reads == [*STATES[1:]]
+
+
+def test_a_state_that_was_renamed_is_not_taken_for_the_one_remembered_there(tmp_path: Path, reads: list[str]) -> None:
+    store = ClientStore(tmp_path, "r1")
+    for server_round in (1, 2, 3):
+        store.save(kept(server_round, server_round / 10))
+    assert [losses(store.load(before)) for before in (4, 3, 2)] == [0.3, 0.2, 0.1]  # all three remembered
+    store.save(kept(4, 0.4))
+    assert [losses(store.load(before)) for before in (5, 4, 3)] == [0.4, 0.3, 0.2]
+    store.save(kept(3, 0.33))  # two rounds back: what was the latest state and the one before it are void
+    assert losses(store.load()) == 0.33
+    assert losses(store.load(before_round=3)) == 0.2
+    assert reads == [*STATES[1:], *STATES[1:], STATES[1]]  # the last: of round 2, at the place of round 3
 
 
 def test_what_another_process_wrote_is_read_again(tmp_path: Path, reads: list[str]) -> None:
@@ -191,41 +255,3 @@ def test_a_remembered_state_cannot_be_changed_from_outside(tmp_path: Path) -> No
     assert losses(again) == 0.1
     assert again is not None
     assert again.replacements == Counter({"t": 1})
-
-
-@pytest.mark.parametrize("links", [True, False])
-@pytest.mark.parametrize("step", ["keep_as", "write_tensors"])
-def test_a_crash_while_saving_loses_no_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, links: bool
-) -> None:
-    """Before and after the first of the two renames: the round is repeated from the state before it."""
-
-    def crash(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if not links:
-        monkeypatch.setattr("os.link", lambda *_, **__: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
-    store = ClientStore(tmp_path, "r1")
-    store.save(kept(1, 0.1))
-    store.save(kept(3, 0.3))
-    for _ in range(2):  # a second crash in the repetition
-        with monkeypatch.context() as broken:
-            broken.setattr(store_module, step, crash)
-            with pytest.raises(KeyboardInterrupt):
-                store.save(kept(5, 0.5))
-        assert losses(ClientStore(tmp_path, "r1").load()) == 0.3
-        assert losses(ClientStore(tmp_path, "r1").load(before_round=5)) == 0.3
-    for _ in range(2):
-        store.save(kept(5, 0.5))
-        assert losses(store.load()) == 0.5
-        assert losses(store.load(before_round=5)) == 0.3
-    assert {path.name for path in tmp_path.iterdir()} == {PERSONAL, PREVIOUS, "state.json"}
-
-
-def test_one_file_under_two_names_leaves_no_third(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "a", b"content")
-    for _ in range(2):
-        keep_as(tmp_path / "a", tmp_path / "b")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-    write_atomically(tmp_path / "a", b"new")
-    assert (tmp_path / "b").read_bytes() == b"content"

@@ -33,7 +33,7 @@ def test_aggregation(pytestconfig: pytest.Config) -> None:
         total = sum(size for _, size in updates)
         aggregator = Aggregator(result, {n: n for n in result}, dict.fromkeys(result, total))
         for update, size in updates:
-            aggregator.add(update, dict.fromkeys(update, size))
+            aggregator.add("client", update, set(update), dict.fromkeys(update, size))
         merged = aggregator.result()
         assert merged.keys() == result.keys()
         for name, value in result.items():

@@ -1,0 +1,168 @@
+"""`python -m benchmarks.federation [--clients N ...] [--rounds R]`: a round of TAP against one of Flower's own FedAvg.
+
+N copies of one of the demo's clients, each with rows of its own, all of them in every round, in this process. Both train
+the same model with the same steps, batches and optimiser; TAP trains two of them, compares them on held-out rows, and keeps
+the personal one on disk. Given are medians over the rounds after the first, of wall-clock time and of the processor's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+
+from benchmarks.grid import InProcessGrid
+from benchmarks.measure import parser, show
+from client_app.app import app as tap_app
+from tap_flower.config import Config, client_specs, load_config
+from tap_flower.data.loading import ClientData
+from tap_flower.data.texts import load_tokenizer
+from tap_flower.federation.server import prepare
+from tap_flower.methods.local import LocalClient, cpu_state
+from tap_flower.models.backbones import load_backbone, locate
+from tap_flower.reporting.events import EventLog
+
+CLIENT = 1
+"""Of the demo: `languages`."""
+TRAIN, VALIDATION = 500, 80
+"""Rows of a client, as in the demo; those of different clients overlap."""
+Stamp = tuple[float, float]
+"""Wall-clock and processor time, in seconds."""
+
+
+def main() -> None:
+    """Prints a row for each number of clients."""
+    options = parser(__doc__)
+    options.add_argument("--clients", type=int, nargs="+", default=[10, 30, 100])
+    options.add_argument("--rounds", type=int, default=3, help="of each, with one to warm up (default: %(default)s)")
+    options.add_argument("--steps", type=int, help="of a participation (default: the demo's)")
+    given = options.parse_args()
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    rows = []
+    for clients in given.clients:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = [f"rounds={given.rounds}", f"clients_per_round={clients}", "start_timeout=1"]
+            settings += [f"train.steps={given.steps}"] if given.steps else []
+            file = Path(folder) / "clients.yaml"
+            file.write_text(yaml.safe_dump({"clients": copies(clients)}))
+            config = load_config("demo", str(file), settings)
+            run_config = {"preset": "demo", "config": str(file), "set": " ".join(settings), "out": f"{folder}/run"}
+            theirs = fedavg(config)
+            ours, sent = tap(config, run_config)
+        rows.append(
+            {
+                "clients": clients,
+                "TAP s": ours[0],
+                "FedAvg s": theirs[0],
+                "ratio": ours[0] / theirs[0],
+                "processor ratio": ours[1] / theirs[1],
+                "MB a client and round": sent / clients / given.rounds / 1e6,
+            }
+        )
+    show(rows, given.json)
+
+
+def copies(count: int) -> list[dict[str, Any]]:
+    """Specs of clients that differ in name and rows."""
+    client = load_config("demo").clients[CLIENT]
+    made = []
+    for number in range(count):
+        (task,) = client["tasks"]
+        own = {
+            split: {**task[split], "rows": [number, number + rows]}
+            for split, rows in (("train", TRAIN), ("validation", VALIDATION))
+        }
+        made.append({**client, "name": f"client-{number}", "tasks": [{**task, **own}]})
+    return made
+
+
+class _Enough(Exception):
+    """Stage 1 is over."""
+
+
+class _Stopwatch(EventLog):
+    """Notes when rounds begin and end, and ends the run after the last."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(run)
+        self.begun: list[Stamp] = []
+        self.ended: list[Stamp] = []
+
+    def write(self, event: str, **values: Any) -> None:
+        """As the log does."""
+        super().write(event, **values)
+        if event == "distill_start":
+            self.ended.append(_now())
+            raise _Enough
+        if event == "round_start":
+            self.begun.append(_now())
+
+
+def tap(config: Config, run_config: dict[str, Any]) -> tuple[Stamp, int]:
+    """Seconds of a round, and bytes of tensors in both directions in all rounds."""
+    grid = InProcessGrid(tap_app, [{"partition-id": i} for i in range(config.clients_per_round)], run_config)
+    strategy = prepare(config, Path(run_config["out"]))
+    watch = strategy.events = _Stopwatch(Path(run_config["out"]))
+    with contextlib.suppress(_Enough):
+        strategy.start(grid)
+    sent = sum(strategy.progress.down.values()) + sum(strategy.progress.up.values())
+    return _round([*watch.begun, *watch.ended]), sent
+
+
+def fedavg(config: Config) -> Stamp:
+    """Seconds of a round."""
+    locals_ = [_local(config, number) for number in range(config.clients_per_round)]
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        local = locals_[int(context.node_config["partition-id"])]
+        server_round = int(message.content["config"]["server-round"])  # type: ignore[index, arg-type]
+        model = local.model(message.content.array_records["arrays"].to_torch_state_dict())
+        optimisation = local.settings.train.optimisation(server_round)
+        losses = local.train(model, optimisation, order=(server_round,), noise=(server_round, "server"))
+        metrics = {"num-examples": sum(local.data.sizes("train").values()), "loss": sum(losses.values())}
+        arrays = ArrayRecord(cpu_state(model))
+        return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)}), reply_to=message)
+
+    stamps: list[Stamp] = []
+    grid = InProcessGrid(app, [{"partition-id": i} for i in range(len(locals_))], {})
+    strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=len(locals_), min_available_nodes=len(locals_))
+    evaluated: Callable[[int, ArrayRecord], None] = lambda *_: stamps.append(_now())  # noqa: E731
+    start = ArrayRecord(cpu_state(locals_[0].model()))
+    strategy.start(grid, start, num_rounds=config.rounds, evaluate_fn=evaluated)
+    return _round(stamps)
+
+
+def _local(config: Config, number: int) -> LocalClient:
+    spec = client_specs(config)[number]
+    backbone = load_backbone(spec.backbone, config.model.layers, config.model.image_size, spec.revision)
+    tokenizer = load_tokenizer(locate(spec.backbone), spec.revision)
+    return LocalClient(spec, ClientData(spec, tokenizer, config.model.text_length, config.seed), backbone, config)
+
+
+def _now() -> Stamp:
+    return time.perf_counter(), time.process_time()
+
+
+def _round(stamps: list[Stamp]) -> Stamp:
+    """The median time between two stamps, without the first."""
+    wall, processor = (
+        median(after[clock] - before[clock] for before, after in itertools.pairwise(stamps[1:])) for clock in (0, 1)
+    )
+    return wall, processor
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Checkpoints that are written while the next round runs, and crashes before they are there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Message
+
+from tap_flower.federation import checkpoint, messages
+from tap_flower.federation.checkpoint import Progress, Writer
+from tap_flower.federation.store import PERSONAL
+from tap_flower.reporting.events import read_events
+from tap_flower.storage import StorageError, read_record
+
+from .conftest import CLIENTS, Federation
+
+Make = Callable[..., Federation]
+Write = Callable[[Path, Any, Any], None]
+
+
+@pytest.fixture
+def small(make_federation: Make) -> Callable[[], Federation]:
+    """Two clients, three rounds."""
+
+    def make() -> Federation:
+        federation = make_federation(CLIENTS[:2])
+        federation.settings += ["rounds=3", "clients_per_round=2", "train.steps=1", "distill.iterations=1"]
+        return federation
+
+    return make
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, Callable[[], None]], None]], None]:
+    """Puts a function (round, write it) in the place of the writing."""
+    write: Write = checkpoint._write
+
+    def use(instead: Callable[[int, Callable[[], None]], None]) -> None:
+        def spy(folder: Path, record: Any, tensors: Any) -> None:
+            instead(record["round"], lambda: write(folder, record, tensors))
+
+        monkeypatch.setattr(checkpoint, "_write", spy)
+
+    return use
+
+
+def round_of(message: Message) -> int:
+    """Of a training instruction; 0 of any other message."""
+    return messages.decode(message.content)["round"] if message.metadata.message_type == messages.TRAIN else 0
+
+
+def test_a_checkpoint_is_written_while_the_next_round_runs_and_is_there_before_the_one_after(
+    small: Callable[[], Federation], tried: Any
+) -> None:
+    training_again = threading.Event()
+    written: list[int] = []
+
+    def write(server_round: int, now: Callable[[], None]) -> None:
+        if server_round == 2:
+            assert training_again.wait(60)
+        now()
+        written.append(server_round)
+
+    tried(write)
+    federation = small()
+    federation.settings.append("rounds=4")
+    seen: list[tuple[int, list[int]]] = []
+
+    def look(message: Message, reply: Message) -> Message:
+        if server_round := round_of(message):
+            seen.append((server_round, list(written)))
+            if seen[-2:] == [(3, [1]), (3, [1])]:  # both clients were asked while the write of round 2 was waiting
+                training_again.set()
+        return reply
+
+    federation.strategy().start(federation.grid(tamper=look))
+    assert training_again.is_set()
+    assert all(set(range(1, server_round - 1)) <= set(there) for server_round, there in seen)
+    assert written == [1, 2, 3, 4]
+
+
+def test_a_crash_before_a_checkpoint_is_there_goes_on_from_the_one_before(
+    small: Callable[[], Federation], tried: Any, tmp_path: Path
+) -> None:
+    whole = small()
+    expected = whole.strategy().start(whole.grid())
+
+    crashed, image = small(), tmp_path / "after the crash"
+    over = threading.Event()
+
+    def crash(message: Message, reply: Message) -> Message:
+        if round_of(message) == 3 and message.metadata.dst_node_id == 100:  # bob, who has more tensors, comes first
+            shutil.copytree(crashed.out, image)
+            over.set()
+            raise KeyboardInterrupt
+        return reply
+
+    def late(server_round: int, now: Callable[[], None]) -> None:
+        if server_round == 2:
+            assert over.wait(60)
+        now()
+
+    tried(late)
+    with pytest.raises(KeyboardInterrupt):
+        crashed.strategy().start(crashed.grid(tamper=crash))
+    durable = json.loads((image / "server" / "state.json").read_text())["round"]
+    said = [e["round"] for e in read_events(image) if e["event"] == "round"]
+    assert (durable, said) == (1, [1, 2])
+    assert {read_record(image / "clients" / name / PERSONAL)["round"] for name in ("ann", "bob")} == {3}
+    tried(lambda _, now: now())
+    shutil.rmtree(crashed.out)
+    shutil.copytree(image, crashed.out)
+    resumed = crashed.strategy(resume=True).start(crashed.grid())
+    assert {**resumed, "seconds": 0, "bytes": 0} == {**expected, "seconds": 0, "bytes": 0}
+    assert resumed["bytes"]["up"] == expected["bytes"]["up"]
+    assert resumed["bytes"]["down"] > expected["bytes"]["down"]  # the server does not know any more what clients hold
+    assert [e["round"] for e in read_events(crashed.out) if e["event"] == "round"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("failing", "last"), [(1, 0), (2, 3), (3, 3)])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(
+    small: Callable[[], Federation], tried: Any, failing: int, last: int
+) -> None:
+    def write(server_round: int, now: Callable[[], None]) -> None:
+        if server_round == failing:
+            raise StorageError("server.safetensors cannot be written: No space left on device")
+        now()
+
+    tried(write)
+    federation = small()
+    with pytest.raises(StorageError, match="No space left"):
+        federation.strategy().start(federation.grid())
+    started = [e["round"] for e in read_events(federation.out) if e["event"] == "round_start"]
+    assert max(started) == max(last, 1)
+    assert not (federation.out / "results.json").exists()
+
+
+def test_a_failed_write_is_told_beside_the_failure_that_ended_the_run(tmp_path: Path) -> None:
+    (tmp_path / "server").write_text("not a folder")
+
+    def run() -> None:
+        with Writer(tmp_path / "server") as writer:
+            writer.save(Progress("r1", {}), {"a": torch.zeros(1)})
+            raise RuntimeError("no client is left")
+
+    with pytest.raises(RuntimeError, match="no client") as raised:
+        run()
+    (note,) = raised.value.__notes__
+    assert "server.safetensors cannot be written" in note
+
+
+def test_what_is_written_is_what_was_there_when_it_was_saved(tmp_path: Path, tried: Any) -> None:
+    go = threading.Event()
+
+    def write(_: int, now: Callable[[], None]) -> None:
+        assert go.wait(60)
+        now()
+
+    tried(write)
+    progress, tensors = Progress("r1", {}, round=1, down={"c": 5}), {"a": torch.ones(2)}
+    with Writer(tmp_path) as writer:
+        writer.save(progress, tensors)
+        progress.round = 2
+        progress.down["c"] = 6
+        tensors["a"], tensors["b"] = torch.zeros(2), torch.zeros(1)
+        go.set()
+    found, values = checkpoint.load(tmp_path)
+    assert (found.round, found.down) == (1, {"c": 5})
+    assert values.keys() == {"a"}
+    assert values["a"].tolist() == [1.0, 1.0]
