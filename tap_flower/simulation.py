@@ -42,7 +42,7 @@ _FAST = {"THP_MEM_ALLOC_ENABLE": "1"}
 """Large pages for torch's large tensors: a training step at full size spent 15 % of its time on page faults without them."""
 _CONNECTION = "tap-flower"
 _START_SECONDS = 60.0
-_STATUS_SECONDS = 10.0
+_STATUS_SECONDS = 30.0
 """Seconds without a new event after which Flower is asked whether the run is still alive."""
 
 
