@@ -1,9 +1,9 @@
 """`python -m benchmarks.padding`: tokens that count, per second, of batches of texts against padding all to 256 tokens.
 
 Lengths are drawn like those of AG News, title and description together: log-normal with a mean of 53 tokens and a
-deviation of 18, between 10 and 256 (an approximation; the data set cannot be reached from here). The batches are those of
-a run: `data.loading` puts texts of about one length together and pads to the longest. FLAVA at full size, random weights,
-forward, backward and optimiser.
+deviation of 18, between 10 and 256 (an approximation; the data set cannot be reached from here). The batches are those
+of a run: padded to the longest, and with `train.group_by_length` texts of about one length share a batch. FLAVA at full
+size, random weights, forward, backward and optimiser.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
     for title, grouped in (
         ("to 256 tokens", [order[at : at + given.batch] for at in range(0, TEXTS, given.batch)]),
         ("to the longest of a batch", [order[at : at + given.batch] for at in range(0, TEXTS, given.batch)]),
-        ("that, texts of about one length together", list(batches_of(examples, order, given.batch))),
+        ("that, texts of about one length together", list(batches_of(examples, order, given.batch, True))),
     ):
         batches = [examples.batch(grouped[i], cpu) for i in chosen]
         tokens = sum(int(lengths[grouped[i]].sum()) for i in chosen)

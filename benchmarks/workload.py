@@ -86,8 +86,11 @@ class MadeUpData:
             target = cast(Tensor, inputs["image"])
         return Batch(task.name, inputs, target)
 
-    def training_batches(self, batch_size: int, seed: int, device: torch.device) -> Iterator[Batch]:
+    def training_batches(
+        self, batch_size: int, seed: int, device: torch.device, group_by_length: bool = False
+    ) -> Iterator[Batch]:
         """Endless batches, as `ClientData.training_batches` gives them."""
+        del group_by_length  # all are of one length
         random = torch.Generator().manual_seed(seed)
         while True:
             for task in self.spec.tasks:

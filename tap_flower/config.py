@@ -119,6 +119,10 @@ class Train:
     steps: int = option(20, "optimiser steps of one participation, R", 1, 100_000)
     batch_size: int = option(32, "examples in a batch", 1, 65_536)
     accumulation: int = option(4, "batches per optimiser step", 1, 1024)
+    group_by_length: bool = option(
+        False,
+        "texts of about one length share a batch: less padding, but less mixed batches where the length tells the label",
+    )
     learning_rate: float = option(3e-4, "peak learning rate of AdamW", 0.0, 10.0)
     head_factor: float = option(1.0, "learning rate of the heads, as a multiple of the others'", 0.0, 1e3)
     start_learning_rate: float = option(

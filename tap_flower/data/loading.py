@@ -141,16 +141,19 @@ class ClientData:
         """Task name -> number of examples in a split."""
         return {task: sum(len(part) for part in parts) for task, parts in self.splits[split].items()}
 
-    def training_batches(self, batch_size: int, seed: int, device: torch.device) -> Iterator[Batch]:
+    def training_batches(
+        self, batch_size: int, seed: int, device: torch.device, group_by_length: bool = False
+    ) -> Iterator[Batch]:
         """Endless shuffled batches of the training examples, the tasks taking turns.
 
         Args:
             batch_size: examples in a batch, where the task has no batch size of its own; a source that has fewer gives all.
             seed: decides the order.
             device: of the batches.
+            group_by_length: whether texts of about one length share a batch.
         """
         streams = [
-            _shuffled(parts, parts[0].task.batch_size or batch_size, named_seed(seed, task), device)
+            _shuffled(parts, parts[0].task.batch_size or batch_size, named_seed(seed, task), device, group_by_length)
             for task, parts in sorted(self.splits["train"].items())
         ]
         while True:
@@ -166,32 +169,37 @@ class ClientData:
                     yield examples.batch(order[start : start + batch_size], device)
 
 
-def _shuffled(parts: Sequence[Examples], batch_size: int, seed: int, device: torch.device) -> Iterator[Batch]:
+def _shuffled(
+    parts: Sequence[Examples], batch_size: int, seed: int, device: torch.device, group_by_length: bool
+) -> Iterator[Batch]:
     """Endless epochs over all sources of a task; a batch is from one source, and so of one domain."""
     epoch = 0
     while True:
-        batches: list[tuple[Examples, list[int]]] = []
+        batches: list[tuple[Examples, Sequence[int]]] = []
         for number, examples in enumerate(parts):
             size = min(batch_size, len(examples))
             order = permutation(len(examples), named_seed(seed, epoch, number))
-            batches += [(examples, positions) for positions in batches_of(examples, order, size)]
-        for turn in permutation(len(batches), named_seed(seed, epoch)):
+            batches += [(examples, positions) for positions in batches_of(examples, order, size, group_by_length)]
+        mixed = len(parts) > 1 or group_by_length
+        for turn in permutation(len(batches), named_seed(seed, epoch)) if mixed else range(len(batches)):
             examples, positions = batches[turn]
             yield examples.batch(positions, device)
         epoch += 1
 
 
-def batches_of(examples: Examples, order: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Positions of whole batches in which texts of about one length stand together, so that little is padded.
+def batches_of(examples: Examples, order: Sequence[int], size: int, group_by_length: bool) -> Iterator[Sequence[int]]:
+    """Positions of whole batches; a rest is left out.
 
     Args:
         examples: of one source.
-        order: shuffled positions; `WINDOW` batches of them at a time are ordered by length. A rest is left out.
+        order: shuffled positions.
         size: examples in a batch.
+        group_by_length: whether `WINDOW` batches at a time are ordered by length, so that little is padded.
     """
     whole = len(order) // size * size
     for start in range(0, whole, size * WINDOW):
-        ordered = examples.by_length(order[start : min(start + size * WINDOW, whole)])
+        window = order[start : min(start + size * WINDOW, whole)]
+        ordered = examples.by_length(window) if group_by_length else window
         for at in range(0, len(ordered), size):
             yield ordered[at : at + size]
 

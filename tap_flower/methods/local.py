@@ -103,7 +103,10 @@ class LocalClient:
         """
         name, seed = self.spec.name, self.settings.seed
         batches = self.data.training_batches(
-            self.settings.train.batch_size, named_seed(seed, name, "order", *order), self.device
+            self.settings.train.batch_size,
+            named_seed(seed, name, "order", *order),
+            self.device,
+            self.settings.train.group_by_length,
         )
         torch.manual_seed(named_seed(seed, name, "noise", *noise))
         heads = [n for n, component in model.component_map.component_of.items() if component.startswith("head/")]
