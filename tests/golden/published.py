@@ -108,7 +108,7 @@ class PublishedFusion(Fusion):
     """Habit 1: `q' = W_copy q + LoRA(q)` without bias, then the frozen `W_q, b_q` on q'; value likewise."""
 
     def __init__(self, model: TapModel, state: Mapping[str, Tensor]) -> None:
-        super().__init__(model.fusion.mote_layers, model.fusion.mome_layers)
+        super().__init__(model.fusion.mote_layers, model.fusion.mome_layers, model.fusion.run)
         self.copies: dict[LoRA, nn.Parameter] = {}
         self.copy_names: dict[str, nn.Parameter] = {}
         for component, module in model.components.items():
