@@ -112,7 +112,8 @@ class Backbone(ABC, nn.Module):
             recompute: see the attribute.
             compiled: likewise.
         """
-        _ = self.fingerprint  # of the values as they were read
+        if not next(self.parameters()).is_meta:
+            _ = self.fingerprint  # of the values as they were read
         self.recompute, self.compiled = recompute, compiled
         return self.to(dtype)
 
