@@ -1,6 +1,6 @@
 """Measurements, as ratios within one run."""
 
-import os
+from tap_flower.models.allocation import prepare_allocation
 
-# As in a simulation: large pages for large tensors. It must be set before torch allocates anything.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# As in a client; it must come before torch takes memory.
+prepare_allocation()

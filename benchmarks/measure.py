@@ -42,12 +42,18 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> fl
 
 
 def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a large matrix product, the fastest of several: what the hardware can do in this process."""
+    """FLOP/s of a large matrix product, again and again for a second: a mean, like a step's, which lasts as long."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     out = torch.empty_like(a)
-    best = min(seconds(lambda: torch.mm(a, b, out=out), device, 1) for _ in range(4))
-    return 2 * n**3 / best
+    once = seconds(lambda: torch.mm(a, b, out=out), device, 3)
+    count = max(1, round(1 / once))
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(count):
+        torch.mm(a, b, out=out)
+    synchronize(device)
+    return count * 2 * n**3 / (time.perf_counter() - began)
 
 
 def _attention_flop(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:

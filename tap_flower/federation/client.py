@@ -35,6 +35,7 @@ from tap_flower.federation.store import ClientStore, Kept, Received
 from tap_flower.federation.updates import make_update, restore
 from tap_flower.methods import tap
 from tap_flower.methods.local import LocalClient, State
+from tap_flower.models.allocation import prepare_allocation
 from tap_flower.models.backbones import BackboneError, load_backbone, locate
 from tap_flower.storage import StorageError
 from tap_flower.text_metrics import TextMetrics
@@ -199,6 +200,7 @@ def _participant(message: Message, context: Context) -> Participant:
 @cache
 def _local_client(spec: ClientSpec, data_root: str, settings: str) -> LocalClient:
     """A client with its data and backbone, once a process: in a simulation an actor serves many messages."""
+    prepare_allocation()
     parameters: HyperParameters = hyper_parameters(json.loads(settings))
     model = parameters.model
     backbone = load_backbone(

@@ -88,7 +88,7 @@ def kept(shape: Sequence[int], dropped: int) -> Tensor:
     """A random mask: uint8, 1 where an element is kept; `dropped` of 256 are not. It follows torch's random numbers."""
     count, seed = math.prod(shape), int(torch.randint(2**63 - 1, ()))
     bits = np.random.SFC64(seed).random_raw((count + 7) // 8).view(np.uint8)
-    return torch.from_numpy((bits[:count] >= dropped).view(np.uint8)).view(*shape)
+    return torch.from_numpy(bits[:count]).ge(dropped).view(torch.uint8).view(*shape)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -115,11 +115,12 @@ class _LoRALinear(torch.autograd.Function):
         for group, (a, b) in enumerate(zip(adapters[:groups], adapters[groups:], strict=True)):
             # The bias is one more column of B, whose input is 1: adding it costs no pass of its own.
             columns = torch.cat([b * ctx.factor, bias.expand(len(b), -1)[..., None].to(b.dtype)], -1).transpose(1, 2)
-            keep, low = kept(x.shape, dropped), x.new_ones(*x.shape[:2], a.shape[1] + 1)
+            keep, low = kept(x.shape, dropped), x.new_ones(len(x), a.shape[1] + 1, x.shape[1])
             output = base if group == groups - 1 else base.clone()
             for rows, block in _blocks(x):
-                low[:, rows, :-1] = torch.bmm(block.copy_(keep[:, rows]).mul_(x[:, rows]), a.transpose(1, 2))
-                output[:, rows].baddbmm_(low[:, rows], columns)
+                block.copy_(keep[:, rows]).mul_(x[:, rows])
+                low[:, :-1, rows] = torch.bmm(a, block.transpose(1, 2))
+                output[:, rows].baddbmm_(low[:, :, rows].transpose(1, 2), columns)
             outputs.append(output)
             keeps.append(keep)
             lows.append(low)
@@ -135,16 +136,17 @@ class _LoRALinear(torch.autograd.Function):
         keeps, lows, a, b = (saved[i * groups : (i + 1) * groups] for i in range(4))
         total = gradients[0] if groups == 1 else torch.stack(gradients).sum(0)
         x_gradient = total @ weight
-        a_gradients, b_gradients = [torch.zeros_like(m) for m in a], [torch.zeros_like(m) for m in b]
+        columns = [(m * ctx.factor).transpose(1, 2).contiguous() for m in b]
+        a_gradients, b_gradients = [torch.zeros_like(m) for m in a], [torch.zeros_like(m) for m in columns]
         for group, gradient in enumerate(gradients):
             for rows, block in _blocks(x):
                 part = gradient[:, rows]
-                low_gradient = torch.bmm(part, b[group]).mul_(ctx.factor)
-                b_gradients[group].baddbmm_(part.transpose(1, 2), lows[group][:, rows, :-1], alpha=ctx.factor)
+                low_gradient = torch.bmm(columns[group], part.transpose(1, 2))
+                b_gradients[group].baddbmm_(lows[group][:, :-1, rows], part, alpha=ctx.factor)
                 block.copy_(keeps[group][:, rows])
-                x_gradient[:, rows].addcmul_(torch.bmm(low_gradient, a[group]), block)
-                a_gradients[group].baddbmm_(low_gradient.transpose(1, 2), block.mul_(x[:, rows]))
-        return x_gradient, None, None, None, *a_gradients, *b_gradients
+                x_gradient[:, rows].addcmul_(torch.bmm(low_gradient.transpose(1, 2), a[group]), block)
+                a_gradients[group].baddbmm_(low_gradient, block.mul_(x[:, rows]))
+        return x_gradient, None, None, None, *a_gradients, *(m.transpose(1, 2) for m in b_gradients)
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
