@@ -1,20 +1,20 @@
-"""A client's durable state: its personal model, and what stage 2 made of it."""
+"""A client's durable state: what its method keeps between rounds, and what stage 2 made of it."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tap_flower.methods.local import State
-from tap_flower.methods.tap import Personal, SecondStage
+from tap_flower.methods.method import Memory, State
 from tap_flower.recent import Recent
 from tap_flower.storage import Identity, StorageError, identity, keep_as, read_tensors, write_json, write_tensors
 
-SCHEMA = 1
+SCHEMA = 2
 PERSONAL, PREVIOUS, RECEIVED = "personal.safetensors", "personal.previous.safetensors", "received.safetensors"
-SECOND_STAGE = {"server+finetune": "finetuned.safetensors", "tap": "tap.safetensors"}
 _RESIDUAL = "residual/"
 """Begins the names of the residual's tensors, in the file of the personal model."""
 STATE_BYTES = 256 << 20
@@ -29,13 +29,13 @@ class Kept:
 
     Attributes:
         server_round: of that participation.
-        personal: model and losses.
+        memory: of the method.
         replacements: task name -> how often its components were replaced so far.
         residual: name -> what the wire's encoding has taken from the client's updates so far; see `updates`.
     """
 
     server_round: int
-    personal: Personal
+    memory: Memory
     replacements: Counter[str] = field(default_factory=Counter)
     residual: State = field(default_factory=dict)
 
@@ -56,11 +56,12 @@ class Received:
 class ClientStore:
     """The state folder of one client in one run.
 
-    `personal.safetensors` holds the personal model together with its losses, counters and residual, so that they cannot
-    disagree after a crash; the state before it is kept beside it, for a server that repeats a round after a crash of its
-    own. `received.safetensors` is a copy of what the server sent last, so that it need not send it twice.
-    `state.json` is a readable copy. The process remembers the states that it used last. A file that another process has
-    replaced since is read again, so that the processes of a simulation may serve a client in turn.
+    `personal.safetensors` holds the models of the method's memory, a tensor as MODEL/NAME, together with its record,
+    counters and residual, so that they cannot disagree after a crash; the state before it is kept beside it, for a server
+    that repeats a round after a crash of its own. `received.safetensors` is a copy of what the server sent last, so that it
+    need not send it twice. Each model of stage 2 has a file of its name. `state.json` is a readable copy. The process
+    remembers the states that it used last. A file that another process has replaced since is read again, so that the
+    processes of a simulation may serve a client in turn.
 
     Args:
         folder: of the client.
@@ -88,15 +89,16 @@ class ClientStore:
         if self._latest(kept.server_round) == PERSONAL:
             keep_as(self.folder / PERSONAL, self.folder / PREVIOUS)
         record = self._record(kept)
-        tensors = kept.personal.state | {f"{_RESIDUAL}{name}": value for name, value in kept.residual.items()}
+        tensors = {f"{_RESIDUAL}{name}": value for name, value in kept.residual.items()}
+        for model, state in kept.memory.models.items():
+            tensors |= {f"{model}/{name}": value for name, value in state.items()}
         self._remember(PERSONAL, write_tensors(self.folder / PERSONAL, tensors, record), tensors, record)
         write_json(self.folder / "state.json", record)
 
-    def save_second_stage(self, result: SecondStage) -> None:
-        """Keeps the fine-tuned server copy and the distilled personal model."""
-        models = {"server+finetune": result.finetuned, "tap": result.tap}
-        for model, name in SECOND_STAGE.items():
-            write_tensors(self.folder / name, models[model], {"schema": SCHEMA, "run": self.run})
+    def save_second_stage(self, models: Mapping[str, State]) -> None:
+        """Keeps the models that stage 2 has made, each in a file of its name."""
+        for model, state in models.items():
+            write_tensors(self._file(model), state, {"schema": SCHEMA, "run": self.run})
 
     def save_received(self, received: Received) -> None:
         """Keeps the server's tensors."""
@@ -112,16 +114,18 @@ class ClientStore:
             return None
         return Received(record["state"], tensors)
 
-    def models(self) -> dict[str, State]:
-        """Model name (`personal`, `server+finetune`, `tap`) -> its tensors, of those that exist."""
-        kept = self.load()
-        found = {} if kept is None else {"personal": kept.personal.state}
-        for model, name in SECOND_STAGE.items():
-            if (self.folder / name).exists():
-                tensors, record = read_tensors(self.folder / name)
-                self._check(name, record)
+    def second_stage(self, names: Iterable[str]) -> dict[str, State]:
+        """Model name -> its tensors, of the models of stage 2 that exist."""
+        found = {}
+        for model in names:
+            if (file := self._file(model)).exists():
+                tensors, record = read_tensors(file)
+                self._check(file.name, record)
                 found[model] = tensors
         return found
+
+    def _file(self, model: str) -> Path:
+        return self.folder / f"{model}.safetensors"
 
     def _latest(self, before_round: int | None) -> str | None:
         """The file with the state that `load` returns."""
@@ -143,7 +147,8 @@ class ClientStore:
             "schema": SCHEMA,
             "run": self.run,
             "round": kept.server_round,
-            "personal_losses": dict(kept.personal.losses),
+            "models": sorted(kept.memory.models),
+            "record": deepcopy(dict(kept.memory.record)),
             "replacements": dict(kept.replacements),
         }
 
@@ -156,11 +161,10 @@ class ClientStore:
             if on_disk is not None and identity(self.folder / name) == on_disk:  # else it was replaced meanwhile
                 self._remember(name, on_disk, tensors, record)
         self._check(name, record)
-        tensors, residual = dict(tensors), {}
-        for tensor in [tensor for tensor in tensors if tensor.startswith(_RESIDUAL)]:
-            residual[tensor.removeprefix(_RESIDUAL)] = tensors.pop(tensor)
-        losses, replacements = record["personal_losses"], record["replacements"]
-        return Kept(record["round"], Personal(tensors, dict(losses)), Counter(replacements), residual)
+        residual = _under(_RESIDUAL, tensors)
+        models = {model: _under(f"{model}/", tensors) for model in record["models"]}
+        memory = Memory(models, deepcopy(record["record"]))
+        return Kept(record["round"], memory, Counter(record["replacements"]), residual)
 
     def _remember(self, name: str, content: Identity, tensors: State, record: dict[str, Any]) -> None:
         _states.put(self.folder / name, (content, dict(tensors), record), sum(t.nbytes for t in tensors.values()))
@@ -174,3 +178,8 @@ class ClientStore:
             raise StorageError(
                 f"{self.folder / name} belongs to run {record.get('run')}, not {self.run}: use another state folder"
             )
+
+
+def _under(prefix: str, tensors: State) -> State:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
