@@ -22,12 +22,14 @@ import torch
 from benchmarks.measure import parser, peak_bytes, reset_peak, show, synchronize
 from benchmarks.workload import client, configuration
 from tap_flower.config import client_specs, load_config
+from tap_flower.core.components import cpu_state
 from tap_flower.core.training import Batch
 from tap_flower.data.loading import ClientData
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.federation.store import ClientStore, Kept
 from tap_flower.methods import tap
-from tap_flower.methods.local import LocalClient, cpu_state
+from tap_flower.methods.local import LocalClient
+from tap_flower.methods.method import Memory
 from tap_flower.models.backbones import from_config, locate
 from tap_flower.models.model import TapModel
 
@@ -161,10 +163,10 @@ def participate(
 ) -> dict[str, torch.Tensor]:
     """What a client does with a `train` message, between the message and its reply, both included."""
     kept = clock.run("state", lambda: store.load(before_round=number))
-    result = tap.participate(local, number, received, None if kept is None else kept.personal)
-    clock.run("state", lambda: store.save(Kept(number, result.personal, Counter())))
-    clock.run("encode", lambda: _encoded(result.server_copy))
-    return result.server_copy
+    result = tap.participate(local, number, received, Memory() if kept is None else kept.memory)
+    clock.run("state", lambda: store.save(Kept(number, result.memory, Counter())))
+    clock.run("encode", lambda: _encoded(result.returned))
+    return result.returned
 
 
 def _encoded(tensors: dict[str, torch.Tensor]) -> None:

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from tap_flower.config import ConfigError, ReplacementEvidence, client_specs, load_config, presets, read_yaml
 from tap_flower.data.spec import SpecError
+from tap_flower.methods.registry import find_method
 from tap_flower.reporting.needs import needs
 from tap_flower.reporting.progress import RunProgress
 from tap_flower.reporting.results import read_results
@@ -53,6 +54,7 @@ def simulate_command(
     settings += () if rounds is None else (f"rounds={rounds}",)
     settings += () if seed is None else (f"seed={seed}",)
     resolved = load_config(preset, config, settings)
+    find_method(resolved.method)  # now, not after Flower's start
     specs = client_specs(resolved)
     if not specs:
         raise ConfigError(f"preset {preset!r} has no clients: add client specs under `clients`")

@@ -40,6 +40,14 @@ class ReplacementEvidence(Enum):
     training = "training"
 
 
+class StageTwo(Enum):
+    """What TAP's stage 2 does with the personal model."""
+
+    distillation = "distillation"
+    finetuning = "finetuning"
+    finetuning_twice = "finetuning_twice"
+
+
 class Encoding(Enum):
     """How tensors travel."""
 
@@ -146,6 +154,10 @@ class Distill:
     iterations: int = option(50, "optimiser steps K of the fine-tuning, and again of the distillation", 1, 100_000)
     learning_rate: float = option(1e-4, "learning rate of AdamW", 0.0, 10.0)
     temperature: float = option(1.0, "temperature T of the softened outputs", 1e-3, 1e3)
+    stage: StageTwo = option(
+        StageTwo.distillation,
+        "of method tap; ablations: finetuning is without a teacher, finetuning_twice also takes the teacher's K steps",
+    )
     weight: DistillationWeights = field(default_factory=DistillationWeights)
 
     def optimisation(self, train: Train) -> Optimisation:
@@ -159,6 +171,7 @@ class Distill:
 class Replacement:
     """Stage 1's adaptive replacement."""
 
+    enabled: bool = option(True, "false: the ablation without replacement")
     source: ReplacementSource = option(
         ReplacementSource.trained, "trained: the locally trained copy; received: the weights as they came"
     )
@@ -166,6 +179,18 @@ class Replacement:
         ReplacementEvidence.validation, "validation: held-out local examples; training: the training losses"
     )
     margin: Margins = field(default_factory=Margins)
+
+
+@dataclass
+class Baselines:
+    """Numbers of the methods that TAP is compared with, in their papers' notation."""
+
+    fedprox_mu: float = option(0.01, "μ of fedprox: weight of its penalty", 0.0, 1e6)
+    ditto_lambda: float = option(0.1, "λ of ditto: how near the personal model stays to the server's", 0.0, 1e6)
+    pfedme_lambda: float = option(15.0, "λ of pfedme: likewise", 0.0, 1e6)
+    pfedme_rate: float = option(0.05, "η of pfedme: w ← w − η·λ·(w − θ)", 0.0, 1e6)
+    pfedme_inner_steps: int = option(5, "K of pfedme: optimiser steps of θ for each step of w", 1, 100_000)
+    per_fedavg_rate: float = option(0.01, "α of per-fedavg: rate of the step that it looks ahead", 0.0, 1e3)
 
 
 @dataclass
@@ -189,12 +214,14 @@ class Metrics:
 class HyperParameters:
     """What the server sets on the clients, and all that it sets."""
 
+    method: str = option("tap", "name of the method, see the page on methods")
     seed: int = option(41, "seed of the run", 0, 2**62)
     model: Model = field(default_factory=Model)
     compute: Compute = field(default_factory=Compute)
     train: Train = field(default_factory=Train)
     distill: Distill = field(default_factory=Distill)
     replacement: Replacement = field(default_factory=Replacement)
+    baselines: Baselines = field(default_factory=Baselines)
     wire: Wire = field(default_factory=Wire)
 
 

@@ -82,6 +82,11 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def cpu_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the trainable tensors on the CPU."""
+    return {name: tensor.cpu().clone() for name, tensor in trainable_state(model).items()}
+
+
 @torch.no_grad()
 def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor], names: Iterable[str] | None = None) -> None:
     """Copies tensors into the trainable parameters of `model`, strictly.

@@ -56,6 +56,19 @@ class Objective(Protocol):
         ...
 
 
+class Update(Protocol):
+    """What happens with the gradients of a step, in the place of the optimiser's own step."""
+
+    def __call__(self, number: int, optimizer: torch.optim.Optimizer) -> None:
+        """Changes the parameters; their gradients have been computed and clipped.
+
+        Args:
+            number: of the step, counted from 0.
+            optimizer: over the parameters.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Optimisation:
     """How one participation trains (AdamW, fresh in each participation).
@@ -87,6 +100,7 @@ def train(
     batches: Iterator[Batch],
     optimisation: Optimisation,
     objective: Objective | None = None,
+    update: Update | None = None,
 ) -> dict[str, float]:
     """Trains `model` in place.
 
@@ -96,6 +110,7 @@ def train(
         batches: an endless iterator; `steps · accumulation` batches are taken.
         optimisation: steps, learning rate and so on.
         objective: a further loss, added to the task's mean loss.
+        update: what happens with the gradients of a step; without it, the optimiser's step.
 
     Returns:
         Task name -> mean training loss over all units seen (samples or tokens), without the further loss.
@@ -116,7 +131,7 @@ def train(
     )
     loss_sum: dict[str, Tensor] = {}
     units: dict[str, int] = defaultdict(int)
-    for _ in range(optimisation.steps):
+    for number in range(optimisation.steps):
         optimizer.zero_grad(set_to_none=True)
         for _ in range(optimisation.accumulation):
             batch = next(batches)
@@ -132,7 +147,10 @@ def train(
             units[batch.task] += len(losses)
         # A parameter that no batch of this step reached has no gradient, and AdamW leaves it alone.
         torch.nn.utils.clip_grad_norm_(parameters, optimisation.clip_norm)
-        optimizer.step()
+        if update is None:
+            optimizer.step()
+        else:
+            update(number, optimizer)
     means = {task: float(loss_sum[task]) / units[task] for task in loss_sum}
     for task, mean in means.items():
         if not torch.isfinite(torch.tensor(mean)):

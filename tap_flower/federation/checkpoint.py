@@ -29,6 +29,7 @@ class Progress:
         replacements: client -> task -> rounds in which its components were replaced.
         down: component -> bytes sent to clients.
         up: component -> bytes received from clients.
+        steps: client -> optimiser steps that it made, both stages.
         dropped: replies that could not be used.
     """
 
@@ -38,6 +39,7 @@ class Progress:
     replacements: dict[str, dict[str, int]] = field(default_factory=dict)
     down: dict[str, int] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
     dropped: int = 0
 
 

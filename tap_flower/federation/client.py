@@ -14,6 +14,7 @@ import torch
 from flwr.app import Context, Error, Message, RecordDict
 
 from tap_flower.config import ConfigError, Encoding, HyperParameters, Metrics, ReplacementEvidence, hyper_parameters
+from tap_flower.core.components import trainable_state
 from tap_flower.core.tasks import TEXT_GENERATION
 from tap_flower.core.training import DivergedError
 from tap_flower.data.loading import ClientData
@@ -33,8 +34,9 @@ from tap_flower.federation.messages import (
 from tap_flower.federation.node import this_node
 from tap_flower.federation.store import ClientStore, Kept, Received
 from tap_flower.federation.updates import make_update, restore
-from tap_flower.methods import tap
-from tap_flower.methods.local import LocalClient, State
+from tap_flower.methods.local import LocalClient
+from tap_flower.methods.method import Memory, Method, State
+from tap_flower.methods.registry import find_method
 from tap_flower.models.allocation import prepare_allocation
 from tap_flower.models.backbones import BackboneError, load_backbone, locate
 from tap_flower.storage import StorageError
@@ -52,6 +54,15 @@ class Participant:
     store: ClientStore
     instruction: Instruction
     metrics: Metrics
+
+    @property
+    def method(self) -> Method:
+        """Of the run.
+
+        Raises:
+            ConfigError: this version has no such method.
+        """
+        return find_method(self.local.settings.method)
 
     @property
     def encoding(self) -> Encoding:
@@ -117,9 +128,10 @@ def _answer(message: Message, context: Context, handler: Callable[[Participant, 
 
 def _manifest(participant: Participant, _: Message) -> RecordDict:
     local = participant.local
-    model = local.new_model()
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    model, exchanges = local.outline, participant.method.exchanges
     component_map = model.component_map
+    component_of = {n: c for n, c in component_map.component_of.items() if exchanges(c)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in trainable_state(model).items() if name in component_of}
     examples = local.data.sizes("train")
     return messages.encode_manifest(
         Manifest(
@@ -130,10 +142,11 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
                 for task in local.spec.tasks
             ),
             tensors={
-                name: TensorInfo(component_map.component_of[name], shape, model.initials[name])
-                for name, shape in shapes.items()
+                name: TensorInfo(component_of[name], shape, model.initials[name]) for name, shape in shapes.items()
             },
-            reach={pair.task: components for pair, components in component_map.reach.items()},
+            reach={
+                pair.task: frozenset(filter(exchanges, components)) for pair, components in component_map.reach.items()
+            },
         )
     )
 
@@ -141,34 +154,34 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
 def _train(participant: Participant, message: Message) -> RecordDict:
     server_round = participant.instruction.server_round
     kept = participant.store.load(before_round=server_round)
-    received = participant.receive(message)
-    result = tap.participate(participant.local, server_round, received, None if kept is None else kept.personal)
-    replaced = {decision.pair.task: int(decision.replaced) for decision in result.decisions}
-    counts = Counter(replaced) + (Counter() if kept is None else kept.replacements)
+    received, before = participant.receive(message), participant.local.steps
+    result = participant.method.participate(participant.local, server_round, received, _memory(kept))
+    counts = Counter(result.replaced) + (Counter() if kept is None else kept.replacements)
     residual, encoding = {} if kept is None else kept.residual, participant.encoding
     component_of = participant.local.outline.component_map.component_of
-    update = make_update(received, result.server_copy, residual, component_of, encoding)
+    update = make_update(received, result.returned, residual, component_of, encoding)
     examples = participant.local.data.sizes("train")
-    report = Report(server_round, examples, result.losses, replaced, tuple(sorted(update.unchanged)))
+    steps, unchanged = participant.local.steps - before, tuple(sorted(update.unchanged))
+    report = Report(server_round, examples, result.losses, steps, result.replaced, unchanged)
     content = messages.encode_report(report, update.tensors, encoding)
-    participant.store.save(Kept(server_round, result.personal, counts, update.residual))
+    participant.store.save(Kept(server_round, result.memory, counts, update.residual))
     return content
 
 
 def _distill(participant: Participant, message: Message) -> RecordDict:
     kept = participant.store.load()
-    received = participant.receive(message)
-    result = tap.second_stage(participant.local, received, None if kept is None else kept.personal)
-    participant.store.save_second_stage(result)
-    examples = participant.local.data.sizes("train")
-    return messages.encode_report(Report(participant.instruction.server_round, examples, result.losses, {}))
+    received, before = participant.receive(message), participant.local.steps
+    result = participant.method.second_stage(participant.local, received, _memory(kept))
+    participant.store.save_second_stage(result.models)
+    examples, steps = participant.local.data.sizes("train"), participant.local.steps - before
+    return messages.encode_report(Report(participant.instruction.server_round, examples, result.losses, steps, {}))
 
 
 def _evaluate(participant: Participant, message: Message) -> RecordDict:
     local = participant.local
-    # A client that was never sampled has no personal model yet: it is evaluated with the initial values.
-    models: dict[str, State | None] = {"server": participant.receive(message), "personal": None}
-    models |= participant.store.models()
+    method, memory = participant.method, _memory(participant.store.load())
+    models = method.models(local, participant.receive(message), memory)
+    models |= participant.store.second_stage(method.results)
     metrics: messages.Metrics = {task.name: {} for task in local.spec.tasks}
     tokenizer = load_tokenizer(locate(local.spec.backbone), local.spec.revision)
 
@@ -187,6 +200,10 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
         for task, values in found.items():
             metrics[task][name] = values | of_texts.get(task, {})
     return messages.encode({"metrics": metrics})
+
+
+def _memory(kept: Kept | None) -> Memory:
+    return Memory() if kept is None else kept.memory
 
 
 def _participant(message: Message, context: Context) -> Participant:

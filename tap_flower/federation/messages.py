@@ -21,7 +21,7 @@ from tap_flower.core.components import ComponentMap, Pair
 from tap_flower.core.initial import Initial
 from tap_flower.federation.encodings import EncodingError, from_array, to_array
 
-PROTOCOL = 2
+PROTOCOL = 3
 MANIFEST, TRAIN, DISTILL, EVALUATE = "query.manifest", "train", "train.distill", "evaluate"
 _PLAIN, _TENSORS = "tap", "tensors"
 _From = TypeVar("_From")
@@ -130,6 +130,7 @@ class Report:
         server_round: of the instruction that it answers.
         examples: task name -> training examples.
         losses: task name -> mean training loss of the server's copy.
+        steps: optimiser steps that the client made for it, of all models.
         replacements: task name -> 1 where the personal model's components were replaced, else 0.
         unchanged: components that training left as they were; their tensors are not in the message.
     """
@@ -137,6 +138,7 @@ class Report:
     server_round: int
     examples: dict[str, int]
     losses: dict[str, float]
+    steps: int
     replacements: dict[str, int]
     unchanged: tuple[str, ...] = ()
 
@@ -316,6 +318,7 @@ def decode_report(content: RecordDict, tasks: Iterable[str]) -> Report:
         server_round=_whole(values, "server_round", 0),
         examples={task: _whole(values["examples"], task, 1) for task in values["examples"]},
         losses=values["losses"],
+        steps=_whole(values, "steps", 0),
         replacements={task: _whole(values["replacements"], task, 0) for task in values["replacements"]},
         unchanged=tuple(unchanged),
     )

@@ -15,6 +15,7 @@ from tap_flower.federation.checkpoint import Progress
 from tap_flower.federation.roster import Roster
 from tap_flower.federation.run_config import simulated_run
 from tap_flower.federation.strategy import TapStrategy
+from tap_flower.methods.registry import find_method
 from tap_flower.storage import write_atomically
 
 
@@ -40,9 +41,11 @@ def prepare(config: Config, folder: Path, resume: bool = False) -> TapStrategy:
         resume: whether to go on.
 
     Raises:
-        ConfigError: the folder holds another run, or the configuration differs from the one to be resumed.
+        ConfigError: the folder holds another run, the configuration differs from the one to be resumed, or there is no
+            such method.
         StorageError: the run folder cannot be read or written.
     """
+    find_method(config.method)
     server = folder / "server"
     if resume:
         progress, tensors = checkpoint.load(server)

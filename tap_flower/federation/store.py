@@ -1,23 +1,23 @@
-"""A client's durable state: its personal model, and what stage 2 made of it."""
+"""A client's durable state: what its method keeps between rounds, and what stage 2 made of it."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tap_flower.methods.local import State
-from tap_flower.methods.tap import Personal, SecondStage
+from tap_flower.methods.method import Memory, State
 from tap_flower.recent import Recent
 from tap_flower.storage import Identity, StorageError, identity, read_record, read_tensors, write_json, write_tensors
 
-SCHEMA = 1
+SCHEMA = 2
 PERSONAL, RECEIVED = "personal.safetensors", "received.safetensors"
 STATES = (PERSONAL, "personal.previous.safetensors", "personal.earlier.safetensors")
 """The latest state and the two before it. A server that crashes in round r has the checkpoint of r - 1 or, where that was
 still being written, of r - 2: it repeats r - 1, and clients must go back to their state before that."""
-SECOND_STAGE = {"server+finetune": "finetuned.safetensors", "tap": "tap.safetensors"}
 _RESIDUAL = "residual/"
 """Begins the names of the residual's tensors, in the file of the personal model."""
 STATE_BYTES = 256 << 20
@@ -32,13 +32,13 @@ class Kept:
 
     Attributes:
         server_round: of that participation.
-        personal: model and losses.
+        memory: of the method.
         replacements: task name -> how often its components were replaced so far.
         residual: name -> what the wire's encoding has taken from the client's updates so far; see `updates`.
     """
 
     server_round: int
-    personal: Personal
+    memory: Memory
     replacements: Counter[str] = field(default_factory=Counter)
     residual: State = field(default_factory=dict)
 
@@ -59,11 +59,12 @@ class Received:
 class ClientStore:
     """The state folder of one client in one run.
 
-    `personal.safetensors` holds the personal model together with its losses, counters and residual, so that they cannot
-    disagree after a crash; the two states before it are kept beside it, for a server that repeats rounds after a crash of
-    its own. `received.safetensors` is a copy of what the server sent last, so that it need not send it twice.
-    `state.json` is a readable copy. The process remembers the states that it used last. A file that another process has
-    replaced since is read again, so that the processes of a simulation may serve a client in turn.
+    `personal.safetensors` holds the models of the method's memory, the one named `personal` under its tensors' own names and
+    the others as MODEL/NAME, together with the method's record, counters and residual, so that they cannot disagree after a
+    crash; the two states before it are kept beside it, for a server that repeats rounds after a crash of its own.
+    `received.safetensors` is a copy of what the server sent last, so that it need not send it twice. Each model of stage 2
+    has a file of its name. `state.json` is a readable copy. The process remembers the states that it used last. A file that
+    another process has replaced since is read again, so that the processes of a simulation may serve a client in turn.
 
     Args:
         folder: of the client.
@@ -103,15 +104,16 @@ class ClientStore:
         for name, moved in reversed(list(zip(earlier, STATES[1:], strict=False))):
             (self.folder / name).replace(self.folder / moved)
         record = self._record(kept)
-        tensors = kept.personal.state | {f"{_RESIDUAL}{name}": value for name, value in kept.residual.items()}
+        tensors = {f"{_RESIDUAL}{name}": value for name, value in kept.residual.items()}
+        for model, state in kept.memory.models.items():
+            tensors |= {f"{_prefix(model)}{name}": value for name, value in state.items()}
         self._remember(PERSONAL, write_tensors(self.folder / PERSONAL, tensors, record), tensors, record)
         write_json(self.folder / "state.json", record)
 
-    def save_second_stage(self, result: SecondStage) -> None:
-        """Keeps the fine-tuned server copy and the distilled personal model."""
-        models = {"server+finetune": result.finetuned, "tap": result.tap}
-        for model, name in SECOND_STAGE.items():
-            write_tensors(self.folder / name, models[model], {"schema": SCHEMA, "run": self.run})
+    def save_second_stage(self, models: Mapping[str, State]) -> None:
+        """Keeps the models that stage 2 has made, each in a file of its name."""
+        for model, state in models.items():
+            write_tensors(self._file(model), state, {"schema": SCHEMA, "run": self.run})
 
     def save_received(self, received: Received) -> None:
         """Keeps the server's tensors."""
@@ -127,16 +129,18 @@ class ClientStore:
             return None
         return Received(record["state"], tensors)
 
-    def models(self) -> dict[str, State]:
-        """Model name (`personal`, `server+finetune`, `tap`) -> its tensors, of those that exist."""
-        kept = self.load()
-        found = {} if kept is None else {"personal": kept.personal.state}
-        for model, name in SECOND_STAGE.items():
-            if (self.folder / name).exists():
-                tensors, record = read_tensors(self.folder / name)
-                self._check(name, record)
+    def second_stage(self, names: Iterable[str]) -> dict[str, State]:
+        """Model name -> its tensors, of the models of stage 2 that exist."""
+        found = {}
+        for model in names:
+            if (file := self._file(model)).exists():
+                tensors, record = read_tensors(file)
+                self._check(file.name, record)
                 found[model] = tensors
         return found
+
+    def _file(self, model: str) -> Path:
+        return self.folder / f"{model}.safetensors"
 
     def _rounds(self) -> dict[str, int]:
         """File -> round of the states that there are, the latest first. A crash in `save` may leave gaps."""
@@ -153,7 +157,8 @@ class ClientStore:
             "schema": SCHEMA,
             "run": self.run,
             "round": kept.server_round,
-            "personal_losses": dict(kept.personal.losses),
+            "models": sorted(kept.memory.models),
+            "record": deepcopy(dict(kept.memory.record)),
             "replacements": dict(kept.replacements),
         }
 
@@ -166,11 +171,14 @@ class ClientStore:
             if on_disk is not None and identity(self.folder / name) == on_disk:  # else it was replaced meanwhile
                 self._remember(name, on_disk, tensors, record)
         self._check(name, record)
-        tensors, residual = dict(tensors), {}
-        for tensor in [tensor for tensor in tensors if tensor.startswith(_RESIDUAL)]:
-            residual[tensor.removeprefix(_RESIDUAL)] = tensors.pop(tensor)
-        losses, replacements = record["personal_losses"], record["replacements"]
-        return Kept(record["round"], Personal(tensors, dict(losses)), Counter(replacements), residual)
+        tensors = dict(tensors)
+        residual = _taken(tensors, _RESIDUAL)
+        # Those under their own names, the personal model's, are what is left at the end.
+        models = {
+            model: _taken(tensors, _prefix(model)) for model in sorted(record["models"], key=_prefix, reverse=True)
+        }
+        memory = Memory(models, deepcopy(record["record"]))
+        return Kept(record["round"], memory, Counter(record["replacements"]), residual)
 
     def _remember(self, name: str, content: Identity, tensors: State, record: dict[str, Any]) -> None:
         _states.put(self.folder / name, (content, dict(tensors), record), sum(t.nbytes for t in tensors.values()))
@@ -184,3 +192,14 @@ class ClientStore:
             raise StorageError(
                 f"{self.folder / name} belongs to run {record.get('run')}, not {self.run}: use another state folder"
             )
+
+
+def _prefix(model: str) -> str:
+    """Begins the names of a model's tensors in the file of the client's state."""
+    return "" if model == "personal" else f"{model}/"
+
+
+def _taken(tensors: State, prefix: str) -> State:
+    """The tensors whose names begin with `prefix`, under the rest of their names; they are removed from `tensors`."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors.pop(name) for name in names}

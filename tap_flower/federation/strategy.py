@@ -24,7 +24,6 @@ from tap_flower.reporting.events import EventLog
 from tap_flower.reporting.results import RESULTS, results
 from tap_flower.storage import write_json
 
-METHOD = "tap"
 _WAIT = 0.5
 """Seconds between looks for nodes that have not registered yet."""
 log = logging.getLogger("tap_flower")
@@ -83,7 +82,7 @@ class TapStrategy:
         self._seconds["total"] = time.monotonic() - began
         found = results(
             preset=config.preset,
-            method=METHOD,
+            method=config.method,
             seed=config.seed,
             rounds=config.rounds,
             clients=metrics,
@@ -97,6 +96,7 @@ class TapStrategy:
                     for component in sorted(self.progress.down)
                 },
             },
+            steps=self.progress.steps,
             seconds=self._seconds,
         )
         write_json(self.folder / RESULTS, found)
@@ -182,6 +182,7 @@ class TapStrategy:
         self._for_each(grid, messages.TRAIN, server_round, names, fold)
         roster.update(aggregator.result(), aggregator.changed, server_round)
         for name, report in sorted(reports.items()):
+            self._count_steps(name, report)
             counts = Counter(self.progress.replacements.get(name, {}))
             counts.update(report.replacements)
             self.progress.replacements[name] = dict(counts)
@@ -190,6 +191,7 @@ class TapStrategy:
     def _second_stage(self, grid: Grid) -> None:
         def done(name: str, reply: Message) -> None:
             report = messages.decode_report(reply.content, self.roster.manifests[name].reach)
+            self._count_steps(name, report)
             self.events.write("distilled", round=self.config.rounds, client=name, losses=report.losses)
 
         self._welcome(grid, strict=False)
@@ -260,6 +262,9 @@ class TapStrategy:
         for tensor, size in messages.payload_bytes(content).items():
             component = self.roster.component_of[tensor]
             total[component] = total.get(component, 0) + size
+
+    def _count_steps(self, name: str, report: Report) -> None:
+        self.progress.steps[name] = self.progress.steps.get(name, 0) + report.steps
 
     def _drop(self, who: str, problem: str) -> None:
         self.progress.dropped += 1

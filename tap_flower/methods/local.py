@@ -13,14 +13,13 @@ from tap_flower.config import HyperParameters, Model
 from tap_flower.core.components import load_trainable_state, trainable_state
 from tap_flower.core.initial import named_seed
 from tap_flower.core.tasks import TASK_KINDS, TaskKind
-from tap_flower.core.training import Batch, Objective, Observer, Optimisation, evaluate, train
+from tap_flower.core.training import Batch, Objective, Observer, Optimisation, Update, evaluate, train
 from tap_flower.data.loading import ClientData
 from tap_flower.data.spec import ClientSpec
+from tap_flower.methods.method import State
 from tap_flower.models.backbones import Backbone, BackboneError, outline
 from tap_flower.models.model import ModelTask, TapModel
 
-State = dict[str, Tensor]
-"""Tensor name -> value, on the CPU."""
 EVALUATION_BATCH = 64
 """Examples in a batch of an evaluation; no result depends on it."""
 
@@ -35,6 +34,7 @@ class LocalClient:
         backbone: shared by all clients of the process.
         settings: the run's hyper-parameters, as the server sent them.
         device: where it computes.
+        steps: optimiser steps that it has made in this process, of all models.
     """
 
     spec: ClientSpec
@@ -42,6 +42,7 @@ class LocalClient:
     backbone: Backbone
     settings: HyperParameters
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    steps: int = field(default=0, init=False)
 
     @cached_property
     def kinds(self) -> Mapping[str, TaskKind]:
@@ -88,6 +89,7 @@ class LocalClient:
         order: tuple[object, ...],
         noise: tuple[object, ...],
         objective: Objective | None = None,
+        update: Update | None = None,
     ) -> dict[str, float]:
         """Trains `model` in place on the client's training examples.
 
@@ -97,6 +99,7 @@ class LocalClient:
             order: names the order of the mini-batches: the same names give the same mini-batches.
             noise: names the random numbers of dropout.
             objective: a further loss.
+            update: what happens with the gradients of a step; without it, the optimiser's step.
 
         Returns:
             Task name -> mean training loss.
@@ -111,7 +114,8 @@ class LocalClient:
         torch.manual_seed(named_seed(seed, name, "noise", *noise))
         heads = [n for n, component in model.component_map.component_of.items() if component.startswith("head/")]
         optimisation = replace(optimisation, factors=dict.fromkeys(heads, self.settings.train.head_factor))
-        return train(model, self.kinds, batches, optimisation, objective)
+        self.steps += optimisation.steps
+        return train(model, self.kinds, batches, optimisation, objective, update)
 
     def evaluate(self, model: TapModel, split: str, observe: Observer | None = None) -> dict[str, dict[str, float]]:
         """Task name -> metric -> value over all examples of a split; `observe` is shown every batch."""
@@ -169,8 +173,3 @@ def exchanged(spec: ClientSpec, model: Model) -> dict[str, Tensor]:
     backbone = outline(spec.backbone, model.layers, model.image_size, spec.revision)
     with torch.device("meta"):
         return trainable_state(client_model(backbone, spec, model.text_length))
-
-
-def cpu_state(model: TapModel) -> State:
-    """A copy of the trainable tensors on the CPU."""
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -19,6 +19,8 @@ from tap_flower.models.lora import LoRA, LoraSettings, lora_linear
 
 SHARED = "shared"
 SHARED_PROJECTION = "fusion/shared_proj"
+MODALITY_TASK = 2
+"""Position of the modality-task path in `paths`."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ def components(
 class Fusion:
     """The forward pass of a stream through the four paths, as one batch with stacked LoRA.
 
-    It holds no weights of its own: the frozen layers are the backbone's, the rest are the model's components.
+    It holds no weights of its own: the frozen layers are the backbone's, the rest are the model's components. `observe`,
+    where it is set, is shown the token mean of each stream's modality-task path between the two stages.
 
     Args:
         mote_layers: the backbone's multimodal layers 0 .. L-1.
@@ -129,6 +132,8 @@ class Fusion:
         self.mote_layers = mote_layers
         self.mome_layers = mome_layers
         self.run = run
+        self.observe: Callable[[tuple[str, str], Tensor], None] | None = None
+        """((modality, kind), latents [B, D])."""
 
     def __call__(
         self,
@@ -165,6 +170,8 @@ class Fusion:
             if depth == 0:
                 streams = streams[entered]
             streams = self._expert_part(layer, depth, held, streams, [path.mote for path in route])
+        if self.observe is not None:
+            self.observe(route[MODALITY_TASK].mote.expert, masked_mean(streams[MODALITY_TASK][None], mask)[0])
         for depth, layer in enumerate(self.mome_layers):
             stages = [path.mome for path in route]
             streams = self._attention_part(layer, depth, held, streams, mask, stages, domain)

@@ -26,6 +26,7 @@ def results(
     kinds: Mapping[str, str],
     replacements: Mapping[str, Mapping[str, int]],
     bytes_: Mapping[str, Any],
+    steps: Mapping[str, int],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """The content of `results.json`.
@@ -39,6 +40,7 @@ def results(
         kinds: task name -> name of its kind.
         replacements: client -> task -> number of rounds in which its components were replaced.
         bytes_: `down`, `up` and `per_component`.
+        steps: client -> optimiser steps that it made, both stages.
         seconds: of each phase.
     """
     collected: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(
@@ -63,6 +65,7 @@ def results(
         "kinds": dict(sorted(kinds.items())),
         "replacements": {name: dict(replacements[name]) for name in sorted(replacements)},
         "bytes": dict(bytes_),
+        "steps": {name: steps[name] for name in sorted(steps)},
         "seconds": dict(seconds),
     }
 

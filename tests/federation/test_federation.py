@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,8 @@ def test_after_aggregation_every_client_starts_from_exactly_the_servers_tensors(
 
 
 def test_the_client_trains_what_it_received(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tap_flower.methods import tap
-    from tap_flower.methods.local import LocalClient, cpu_state
+    from tap_flower.core.components import cpu_state
+    from tap_flower.methods.local import LocalClient
 
     started: list[dict[str, Tensor]] = []
     train = LocalClient.train
@@ -121,7 +122,6 @@ def test_the_client_trains_what_it_received(federation: Federation, monkeypatch:
         return train(self, model, optimisation, **names)
 
     monkeypatch.setattr(LocalClient, "train", spy)
-    assert tap.LocalClient is LocalClient
     grid = federation.grid()
     federation.strategy().start(grid)
     received = [tensors for _, _, tensors in sent(grid, messages.TRAIN) + sent(grid, messages.DISTILL)]
@@ -205,14 +205,14 @@ def test_nothing_of_a_personal_model_is_in_a_message(federation: Federation) -> 
         text += json.dumps(messages.decode(message.content))
     personal = 0
     for name in ("ann", "bob", "cleo", "dan"):
-        for file in ("personal", "tap", "finetuned"):
+        for file in ("personal", "tap", "server+finetune"):
             tensors, _ = read_tensors(federation.out / "clients" / name / f"{file}.safetensors")
             # A tensor that is all zeros, or still at its initial value, is no secret.
             secret = {t.numpy().tobytes() for t in tensors.values() if t.unique().numel() > 1}
             shared = len(secret & wire)
             assert shared == 0, (name, file, shared)
             personal += len(secret)
-        losses = json.loads((federation.out / "clients" / name / "state.json").read_text())["personal_losses"]
+        losses = json.loads((federation.out / "clients" / name / "state.json").read_text())["record"]["personal_losses"]
         assert losses
         assert not any(str(loss) in text for loss in losses.values())
     assert personal > 500
@@ -315,18 +315,17 @@ def test_a_client_that_fails_is_named_and_the_round_goes_on(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tap_flower.core.training import DivergedError
-    from tap_flower.federation.client import tap
-
-    participate = tap.participate
+    from tap_flower.methods import tap
+    from tap_flower.methods.registry import METHODS
 
     def fail(client: Any, server_round: int, *rest: Any) -> Any:
         if (client.spec.name, server_round) == ("bob", 1):
             raise DivergedError("the training loss of task 'languages' is nan: lower the learning rate")
         if (client.spec.name, server_round) == ("cleo", 2):
             raise RuntimeError("cosmic ray")
-        return participate(client, server_round, *rest)
+        return tap.participate(client, server_round, *rest)
 
-    monkeypatch.setattr(tap, "participate", fail)
+    monkeypatch.setitem(METHODS, "tap", replace(tap.METHOD, participate=fail))
     strategy = federation.strategy()
     strategy.start(federation.grid())
     dropped = [(e["who"], e["problem"]) for e in read_events(federation.out) if e["event"] == "dropped"]
@@ -369,7 +368,7 @@ def test_another_version_is_refused(federation: Federation, monkeypatch: pytest.
     version = messages._version
     calls = iter(range(10**6))
     monkeypatch.setattr(messages, "_version", lambda: {**version(), "version": "9.9" if next(calls) == 0 else "0.1.0"})
-    with pytest.raises(RunError, match=r"the server speaks protocol 2 of tap-flower 9.9.*install the same version"):
+    with pytest.raises(RunError, match=r"the server speaks protocol 3 of tap-flower 9.9.*install the same version"):
         strategy.start(grid)
 
 

@@ -10,19 +10,21 @@ import torch
 
 from tap_flower.federation import store as store_module
 from tap_flower.federation.store import PERSONAL, RECEIVED, STATE_BYTES, STATES, ClientStore, Kept, Received
-from tap_flower.methods.tap import Personal, SecondStage
+from tap_flower.methods.method import Memory
 from tap_flower.recent import Recent
 from tap_flower.storage import StorageError, read_json, read_tensors, write_atomically, write_tensors
 
 
 def kept(server_round: int, value: float) -> Kept:
-    return Kept(server_round, Personal({"w": torch.full((2,), value)}, {"t": value}), Counter({"t": server_round}))
+    memory = Memory({"personal": {"w": torch.full((2,), value)}}, {"personal_losses": {"t": value}})
+    return Kept(server_round, memory, Counter({"t": server_round}))
 
 
 def losses(found: Kept | None) -> float:
     assert found is not None
-    assert found.personal.state["w"].tolist() == pytest.approx([found.personal.losses["t"]] * 2)
-    return found.personal.losses["t"]
+    loss = float(found.memory.record["personal_losses"]["t"])
+    assert found.memory.models["personal"]["w"].tolist() == pytest.approx([loss] * 2)
+    return loss
 
 
 @pytest.fixture
@@ -45,8 +47,8 @@ def test_a_state_comes_back(tmp_path: Path) -> None:
     found = store.load()
     assert found is not None
     assert found.server_round == 3
-    assert found.personal.state["w"].tolist() == [0.5, 0.5]
-    assert found.personal.losses == {"t": 0.5}
+    assert found.memory.models["personal"]["w"].tolist() == [0.5, 0.5]
+    assert found.memory.record == {"personal_losses": {"t": 0.5}}
     assert found.replacements == Counter({"t": 3})
     assert read_json(tmp_path / "ann" / "state.json")["round"] == 3
 
@@ -60,7 +62,7 @@ def test_a_round_can_be_repeated(tmp_path: Path) -> None:
         assert before is not None
         assert before.server_round == 3
         store.save(kept(5, 0.55))
-    assert store.load(before_round=6).personal.losses == {"t": 0.55}  # type: ignore[union-attr]
+    assert losses(store.load(before_round=6)) == 0.55
 
 
 def test_two_rounds_can_be_repeated_and_no_more(tmp_path: Path) -> None:
@@ -69,13 +71,11 @@ def test_two_rounds_can_be_repeated_and_no_more(tmp_path: Path) -> None:
         store.save(kept(server_round, server_round / 10))
     with pytest.raises(StorageError, match="is at round 3 or later, the server repeats 3"):
         store.load(before_round=3)
-    found = store.load(before_round=5)
-    assert found is not None
-    assert found.personal.losses == {"t": 0.3}
+    assert losses(store.load(before_round=5)) == 0.3
     store.save(kept(5, 0.55))
     assert [store.load(before).server_round for before in (None, 6, 5)] == [5, 5, 3]  # type: ignore[union-attr]
     store.save(kept(6, 0.66))
-    assert [store.load(before).personal.losses["t"] for before in (7, 6, 5)] == [0.66, 0.55, 0.3]  # type: ignore[union-attr]
+    assert [losses(store.load(before)) for before in (7, 6, 5)] == [0.66, 0.55, 0.3]
 
 
 @pytest.mark.parametrize("crash", range(4))
@@ -116,12 +116,28 @@ def test_the_residual_goes_with_the_personal_model(tmp_path: Path) -> None:
     store = ClientStore(tmp_path, "r1")
     for number in (3, 5):
         of_round = kept(number, 0.1 * number)
-        store.save(Kept(number, of_round.personal, residual={"w": torch.full((2,), float(number))}))
+        store.save(Kept(number, of_round.memory, residual={"w": torch.full((2,), float(number))}))
     now, before = ClientStore(tmp_path, "r1").load(), ClientStore(tmp_path, "r1").load(before_round=5)
     assert now is not None
     assert before is not None
     assert (now.residual["w"].tolist(), before.residual["w"].tolist()) == ([5.0, 5.0], [3.0, 3.0])
-    assert now.personal.state.keys() == store.models()["personal"].keys() == {"w"}
+    assert now.memory.models["personal"].keys() == {"w"}
+
+
+def test_a_memory_may_hold_several_models_or_none(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, "r1")
+    models = {"personal": {"a/w": torch.ones(1), "b": torch.zeros(2)}, "anchor": {"a/w": torch.full((1,), 2.0)}}
+    store.save(Kept(1, Memory(models, {"count": 3}), residual={"a/w": torch.full((1,), 5.0)}))
+    found = ClientStore(tmp_path, "r1").load()
+    assert found is not None
+    assert {m: {n: t.tolist() for n, t in s.items()} for m, s in found.memory.models.items()} == {
+        "personal": {"a/w": [1.0], "b": [0.0, 0.0]},
+        "anchor": {"a/w": [2.0]},
+    }
+    assert found.memory.record == {"count": 3}
+    assert found.residual["a/w"].tolist() == [5.0]
+    store.save(Kept(2, Memory()))
+    assert store.load() == Kept(2, Memory())
 
 
 def test_the_servers_tensors_come_back_or_are_not_there(tmp_path: Path) -> None:
@@ -134,7 +150,6 @@ def test_the_servers_tensors_come_back_or_are_not_there(tmp_path: Path) -> None:
     assert ClientStore(tmp_path, "r2").received() is None  # of another run
     (tmp_path / RECEIVED).write_bytes((tmp_path / RECEIVED).read_bytes()[:40])
     assert store.received() is None
-    assert store.models() == {}
 
 
 def test_the_first_round_can_be_repeated(tmp_path: Path) -> None:
@@ -145,15 +160,11 @@ def test_the_first_round_can_be_repeated(tmp_path: Path) -> None:
 
 def test_models_of_stage_2(tmp_path: Path) -> None:
     store = ClientStore(tmp_path, "r1")
-    assert store.models() == {}
-    store.save(kept(1, 0.1))
-    store.save_second_stage(SecondStage({"w": torch.zeros(1)}, {"w": torch.ones(1)}, {}))
-    models = store.models()
-    assert {name: state["w"][0].item() for name, state in models.items()} == {
-        "personal": pytest.approx(0.1),
-        "server+finetune": 0.0,
-        "tap": 1.0,
-    }
+    names = ("server+finetune", "tap")
+    assert store.second_stage(names) == {}
+    store.save_second_stage({"server+finetune": {"w": torch.zeros(1)}, "tap": {"w": torch.ones(1)}})
+    found = store.second_stage((*names, "ditto"))
+    assert {name: state["w"].item() for name, state in found.items()} == {"server+finetune": 0.0, "tap": 1.0}
 
 
 def test_state_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -174,7 +185,7 @@ def test_a_truncated_state_is_named_and_not_used(tmp_path: Path, size: int) -> N
 
 def test_a_foreign_file_is_named(tmp_path: Path) -> None:
     write_tensors(tmp_path / PERSONAL, {"w": torch.zeros(1)}, {"schema": 99, "run": "r1"})
-    with pytest.raises(StorageError, match="has schema 99, not 1"):
+    with pytest.raises(StorageError, match="has schema 99, not 2"):
         ClientStore(tmp_path, "r1").load()
 
 
@@ -243,14 +254,14 @@ def test_a_state_that_is_gone_is_not_remembered(tmp_path: Path) -> None:
 def test_a_remembered_state_cannot_be_changed_from_outside(tmp_path: Path) -> None:
     store, given = ClientStore(tmp_path, "r1"), kept(1, 0.1)
     store.save(given)
-    given.personal.losses["t"] = 9.0
-    given.personal.state["other"] = torch.zeros(1)
+    given.memory.record["personal_losses"]["t"] = 9.0
+    given.memory.models["personal"]["other"] = torch.zeros(1)
     found = store.load()
     assert losses(found) == 0.1
     assert found is not None
-    found.personal.losses["t"] = 9.0
+    found.memory.record["personal_losses"]["t"] = 9.0
     found.replacements["t"] = 9
-    del found.personal.state["w"]
+    del found.memory.models["personal"]["w"]
     again = store.load()
     assert losses(again) == 0.1
     assert again is not None

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,13 +15,16 @@ from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from torch import Tensor
 
 from tap_flower.config import Encoding
+from tap_flower.core.components import cpu_state
 from tap_flower.federation import messages
 from tap_flower.federation.encodings import rounded
 from tap_flower.federation.messages import LackingError
 from tap_flower.federation.store import RECEIVED, ClientStore
 from tap_flower.federation.updates import moved, restore
 from tap_flower.methods import tap
-from tap_flower.methods.local import LocalClient, cpu_state
+from tap_flower.methods.local import LocalClient
+from tap_flower.methods.method import Memory, Participation
+from tap_flower.methods.registry import METHODS
 from tap_flower.reporting.events import read_events
 
 from .conftest import CLIENTS, Federation
@@ -163,14 +167,14 @@ def test_a_broken_scale_names_client_and_tensor(make_federation: Make) -> None:
 def test_a_component_that_did_not_change_does_not_travel(
     make_federation: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    participate, component = tap.participate, "head/translation"
+    component = "head/translation"
 
-    def still(client: Any, server_round: int, received: Any, personal: Any) -> tap.Participation:
-        done = participate(client, server_round, received, personal)
-        copy = {n: received[n] if f".{component}." in n else value for n, value in done.server_copy.items()}
-        return tap.Participation(copy, done.losses, done.personal, done.decisions)
+    def still(client: Any, server_round: int, received: Any, memory: Memory) -> Participation:
+        done = tap.participate(client, server_round, received, memory)
+        copy = {n: received[n] if f".{component}." in n else value for n, value in done.returned.items()}
+        return replace(done, returned=copy)
 
-    monkeypatch.setattr(tap, "participate", still)
+    monkeypatch.setitem(METHODS, "tap", replace(tap.METHOD, participate=still))
     federation = make_federation(CLIENTS[3:])
     federation.settings += ["clients_per_round=1"]
     grid, strategy = federation.grid(), federation.strategy()

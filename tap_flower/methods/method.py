@@ -1,0 +1,95 @@
+"""What a method is: what a client does in a round and in stage 2, what it keeps and exchanges, what it is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tap_flower.methods.local import LocalClient
+
+State = dict[str, Tensor]
+"""Tensor name -> value, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a client keeps from one participation to the next; it never leaves the client.
+
+    Attributes:
+        models: name of a model -> its tensors, or those of them that the method keeps.
+        record: plain values.
+    """
+
+    models: Mapping[str, State] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Participation:
+    """Result of one round on a client.
+
+    Attributes:
+        returned: the trained tensors of all components that the method exchanges.
+        losses: task name -> mean training loss.
+        memory: stays on the client.
+        replaced: task name -> 1 where the personal model took over the server's components, else 0 (TAP).
+    """
+
+    returned: State
+    losses: dict[str, float]
+    memory: Memory = field(default_factory=Memory)
+    replaced: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SecondStage:
+    """Result of stage 2 on a client.
+
+    Attributes:
+        models: name -> tensors, of some or all of `Method.results`.
+        losses: task name -> mean training loss of the fine-tuning.
+    """
+
+    models: dict[str, State] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+def server_copy(client: LocalClient, received: State, memory: Memory) -> dict[str, State | None]:
+    """The server's copy alone: all that there is to evaluate before stage 2 where a client keeps nothing."""
+    del client, memory
+    return {"server": received}
+
+
+def every_component(component: str) -> bool:
+    """Whether a component is exchanged: all are."""
+    del component
+    return True
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method, as a client runs it; the server averages what comes back, whatever the method.
+
+    Each function gets the server's values of all exchanged tensors of the client, and the client's memory, which is
+    empty before its first participation.
+
+    Attributes:
+        name: `--set method=NAME`.
+        participate: (client, round counted from 1, received, memory) -> result of the round.
+        second_stage: (client, received, memory) -> result of stage 2, after the last round.
+        results: names of the models that stage 2 makes; a file and a column of the results each.
+        models: (client, received, memory) -> name -> tensors of the models to evaluate as stage 1 left them; None is the
+            run's initial values.
+        exchanges: name of a component -> whether server and clients send it each other.
+    """
+
+    name: str
+    participate: Callable[[LocalClient, int, State, Memory], Participation]
+    second_stage: Callable[[LocalClient, State, Memory], SecondStage]
+    results: tuple[str, ...]
+    models: Callable[[LocalClient, State, Memory], dict[str, State | None]] = server_copy
+    exchanges: Callable[[str], bool] = every_component

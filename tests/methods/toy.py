@@ -1,0 +1,79 @@
+"""A client of two numbers, on which a participation can be worked out by hand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tap_flower.config import HyperParameters
+from tap_flower.core import training
+from tap_flower.core.components import load_trainable_state
+from tap_flower.core.tasks import IMAGE_GENERATION
+from tap_flower.methods.local import LocalClient
+from tap_flower.methods.method import State
+
+BASE, HEAD = "base", "head"
+
+
+def state(**values: float) -> State:
+    return {name: torch.tensor(value) for name, value in values.items()}
+
+
+def numbers(tensors: dict[str, Tensor]) -> dict[str, float]:
+    return {name: round(value.item(), 5) for name, value in tensors.items()}
+
+
+class Toy(nn.Module):
+    """Its output is `base + head`, the target 0: the loss is (base + head)², its gradient 2 (base + head) for both."""
+
+    def __init__(self, values: State) -> None:
+        super().__init__()
+        self.base, self.head = nn.Parameter(torch.tensor(0.0)), nn.Parameter(torch.tensor(0.0))
+        load_trainable_state(self, values)
+
+    def forward(self, task: str, inputs: Any) -> Tensor:
+        return (self.base + self.head).view(1, 1)
+
+
+@dataclass
+class ToyClient:
+    """Plain gradient descent at rate 0.1, two steps a round, one in stage 2; it notes every training."""
+
+    settings: HyperParameters = field(default_factory=HyperParameters)
+    initial: State = field(default_factory=lambda: state(base=2.0, head=0.0))
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    trainings: list[tuple[int, tuple[object, ...]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.settings.train.steps, self.settings.distill.iterations = 2, 1
+        self.settings.train.learning_rate = self.settings.train.start_learning_rate = 0.1
+        self.settings.distill.learning_rate = 0.1
+        self.settings.train.accumulation, self.settings.train.clip_norm = 1, 1e6
+
+    def initial_values(self) -> State:
+        return dict(self.initial)
+
+    def model(self, values: State | None = None) -> Toy:
+        return Toy(self.initial if values is None else values)
+
+    def train(
+        self, model: Toy, optimisation: training.Optimisation, *, order: tuple[object, ...], noise: object, **more: Any
+    ) -> dict[str, float]:
+        self.trainings.append((optimisation.steps, order))
+        batches = itertools.repeat(training.Batch("t", {}, torch.zeros(1, 1)))
+        return training.train(model, {"t": IMAGE_GENERATION}, batches, optimisation, **more)
+
+    @property
+    def local(self) -> LocalClient:
+        return cast(LocalClient, self)
+
+
+def plain_descent(groups: Any, **options: Any) -> torch.optim.Optimizer:
+    """In the place of AdamW."""
+    make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD
+    return make(groups, lr=options["lr"])
