@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import Context, Error, Message, RecordDict
@@ -34,8 +35,11 @@ from tap_flower.federation.node import this_node
 from tap_flower.federation.store import ClientStore, Kept, Received
 from tap_flower.federation.updates import make_update, restore
 from tap_flower.methods import tap
+from tap_flower.methods.interference import gradient_cosines
 from tap_flower.methods.local import LocalClient, State
+from tap_flower.methods.samples import Samples
 from tap_flower.models.backbones import BackboneError, load_backbone, locate
+from tap_flower.reporting.client_records import record_decisions, record_evaluation
 from tap_flower.storage import StorageError
 from tap_flower.text_metrics import TextMetrics
 
@@ -150,6 +154,7 @@ def _train(participant: Participant, message: Message) -> RecordDict:
     examples = participant.local.data.sizes("train")
     report = Report(server_round, examples, result.losses, replaced, tuple(sorted(update.unchanged)))
     content = messages.encode_report(report, update.tensors, encoding)
+    record_decisions(participant.store.folder, participant.instruction.run, server_round, result.decisions)
     participant.store.save(Kept(server_round, result.personal, counts, update.residual))
     return content
 
@@ -174,7 +179,12 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
+    samples, cosines = Samples(local, decode, tokenizer.sep_token_id), list[dict[str, Any]]()
     for name, state in models.items():
+        model = local.model(state)
+        samples.add(name, model)
+        if name == "server":
+            cosines = gradient_cosines(local, model)
         texts = TextMetrics(
             [task.name for task in local.spec.tasks if task.kind == TEXT_GENERATION.name],
             decode,
@@ -182,9 +192,10 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
             meteor=participant.metrics.meteor,
             bertscore=participant.metrics.bertscore,
         )
-        found, of_texts = local.evaluate(local.model(state), "test", texts.observe), texts.metrics()
+        found, of_texts = local.evaluate(model, "test", texts.observe), texts.metrics()
         for task, values in found.items():
             metrics[task][name] = values | of_texts.get(task, {})
+    record_evaluation(participant.store.folder, participant.instruction.run, samples.tasks, cosines)
     return messages.encode({"metrics": metrics})
 
 
