@@ -216,7 +216,7 @@ def test_a_ray_cluster_is_shared_by_what_the_options_say(
 def test_a_metric_that_will_be_missing_is_said_before_the_run(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "simulate", lambda *_: finished_run(tmp_path / "elsewhere"))
+    monkeypatch.setattr(cli, "simulate", lambda launch, _: finished_run(launch.out))
     chosen = ("--set", "metrics.bertscore=none/such", "--out", str(tmp_path / "run"))
     code, out, _ = command("simulate", *chosen)
     assert code == 0

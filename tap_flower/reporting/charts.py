@@ -55,7 +55,7 @@ def line_chart(series: Sequence[Series], rounds: int, y_label: str, label: str) 
     parts = [text(2, 12, y_label, "label")]
     for value in y_ticks:
         parts += [
-            line(left, y(value), _WIDTH - right, y(value), "grid"),
+            line(left, y(value), _WIDTH - right, y(value), "rule"),
             text(left - 5, y(value) + 4, f"{value:g}", "tick", "end"),
         ]
     for value in _round_ticks(rounds):
@@ -92,7 +92,7 @@ def dot_rows(rows: Sequence[Row], x_label: str, label: str) -> Markup:
     parts = []
     for value in x_ticks:
         parts += [
-            line(x(value), top, x(value), base, "grid"),
+            line(x(value), top, x(value), base, "rule"),
             text(x(value), base + 16, f"{value:g}", "tick", "middle"),
         ]
     parts.append(text((left + _WIDTH - right) / 2, height - 4, x_label, "label", "middle"))
@@ -127,7 +127,7 @@ def byte_bars(bars: Sequence[Bar], label: str) -> Markup:
     base, parts = top + step * len(bars), []
     for value in x_ticks:
         parts += [
-            line(x(value), top, x(value), base, "grid"),
+            line(x(value), top, x(value), base, "rule"),
             text(x(value), base + 16, f"{value:g}", "tick", "middle"),
         ]
     parts.append(text(_WIDTH / 2, height - 4, "MB in the whole run (lower is better)", "label", "middle"))
@@ -197,7 +197,7 @@ def round_map(lanes: Sequence[Lane], rounds: int, label: str) -> tuple[Markup, M
     for number_ in _round_ticks(rounds):
         at = 8 + cell * (number_ - 0.5)
         parts += [
-            line(at, top, at, top + row * len(lanes), "grid"),
+            line(at, top, at, top + row * len(lanes), "rule"),
             text(at, height - 20, f"{number_}", "tick", "middle"),
         ]
     parts.append(text(8, height - 4, "round", "label"))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -85,7 +84,7 @@ def test_nothing_is_loaded_and_names_are_escaped(small_run: Path) -> None:
             assert value.startswith(("data:", "#")), (tag, value)
         assert not [name for name in attributes if name.startswith("on")]
     assert "<script>alert" not in text
-    assert "49" not in re.findall(r"&amp;(\S*)", text)  # nothing was rendered as a template
+    assert "{{ 7 * 7 }}" in text  # nothing was rendered as a template
     assert "&lt;script&gt;alert(1)" in text
 
 
