@@ -14,6 +14,7 @@ from tap_flower.config import ConfigError, ReplacementEvidence, client_specs, lo
 from tap_flower.data.spec import SpecError
 from tap_flower.methods.registry import find_method
 from tap_flower.reporting.needs import needs
+from tap_flower.reporting.page import REPORT, write_report
 from tap_flower.reporting.progress import RunProgress
 from tap_flower.reporting.results import read_results
 from tap_flower.reporting.tables import mean_table, results_table
@@ -75,19 +76,27 @@ def simulate_command(
     with RunProgress(console) as progress:
         found = simulate(launch, progress.show)
     console.print(results_table(found))
-    console.print(f"{found['seconds']['total']:.0f} s; results in {out}", highlight=False, soft_wrap=True)
+    write_report([out], out / REPORT)
+    said = f"{found['seconds']['total']:.0f} s; results in {out}, to look at: {out / REPORT}"
+    console.print(said, highlight=False, soft_wrap=True)
 
 
 @app.command("report")
 def report_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file; report.html in the run folder, or here for several.")
+    ] = None,
 ) -> None:
-    """The results of finished runs as tables, and the means over several runs."""
-    found = [read_results(run) for run in runs]
+    """The results of finished runs as tables, and as one HTML file with plots that needs no network."""
+    console, found = Console(), [read_results(run) for run in runs]
     for one in found:
-        Console().print(results_table(one))
+        console.print(results_table(one))
     if len(found) > 1:
-        Console().print(mean_table(found))
+        console.print(mean_table(found))
+    file = out or (runs[0] if len(runs) == 1 else Path()) / REPORT
+    write_report(runs, file)
+    console.print(f"to look at: {file}", highlight=False, soft_wrap=True)
 
 
 @app.command("check")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache, partial
 from itertools import takewhile
 from pathlib import PurePath
@@ -40,9 +40,8 @@ LONGEST = 512
 class TextMetrics:
     """Gathers the texts of one evaluation, then scores them.
 
-    A model writes one token for each position of the target. The prediction is what stands at the target's own positions
-    up to the first separator, so that nothing depends on the batch that an example is in. Prediction and reference are
-    decoded by the same tokenizer: both are in lower case where it has no capitals.
+    Prediction and reference (see `generated`) are decoded by the same tokenizer: both are in lower case where it has no
+    capitals.
 
     Args:
         tasks: names of the text generation tasks; batches of others are left alone.
@@ -68,10 +67,9 @@ class TextMetrics:
         if not self._scores or batch.task not in self._texts:
             return
         predictions, references = self._texts[batch.task]
-        for predicted, target in zip(output.argmax(-1).tolist(), batch.target.tolist(), strict=True):
-            kept = [position for position, token in enumerate(target) if token != IGNORE]
-            predictions.append(self._text(predicted[position] for position in kept))
-            references.append(self._text(target[position] for position in kept))
+        for prediction, reference in generated(batch, output, self._decode, self._end):
+            predictions.append(prediction)
+            references.append(reference)
 
     def metrics(self) -> dict[str, dict[str, float]]:
         """Task name -> metric -> value over all texts that were taken in."""
@@ -81,8 +79,26 @@ class TextMetrics:
             if references
         }
 
-    def _text(self, ids: Iterable[int]) -> str:
-        return self._decode(list(takewhile(lambda token: token != self._end, ids)))
+
+def generated(batch: Batch, output: Tensor, decode: Callable[[list[int]], str], end: int) -> Iterator[tuple[str, str]]:
+    """(prediction, reference) of each example.
+
+    A model writes one token for each position of the target. The prediction is what stands at the target's own positions
+    up to the first separator, so that nothing depends on the batch that an example is in.
+
+    Args:
+        batch: with targets [B, S].
+        output: of a model, [B, S, V].
+        decode: token ids -> text, without special tokens.
+        end: id of the separator that closes a text.
+    """
+    for predicted, target in zip(output.argmax(-1).tolist(), batch.target.tolist(), strict=True):
+        kept = [position for position, token in enumerate(target) if token != IGNORE]
+        written, wanted = [
+            list(takewhile(lambda token: token != end, (ids[position] for position in kept)))
+            for ids in (predicted, target)
+        ]
+        yield decode(written), decode(wanted)
 
 
 def load_meteor() -> Score:

@@ -18,9 +18,12 @@ from tap_flower.simulation import Launch, SimulationError
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs `tap-flower ARGUMENTS`: exit code, standard output, standard error."""
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs `tap-flower ARGUMENTS` in an empty folder: exit code, standard output, standard error."""
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["tap-flower", *arguments])
@@ -47,7 +50,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
         steps={"ann": 12, "bob": 6},
         seconds={"total": 1.0},
     )
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(found))
     return found
 
@@ -67,6 +70,16 @@ def test_report_shows_the_headline_metric_of_each_task(command: Any, tmp_path: P
     paint = next(line for line in out.splitlines() if "paint" in line)
     assert [cell.strip() for cell in re.split(r"\s{2,}", paint.strip())] == ["paint", "mse ↓", "0.125", "0.500", "0"]
     assert "3.0 MB sent to clients, 1.0 MB back" in " ".join(out.split())
+    assert "paint" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_report_writes_where_it_is_told(command: Any, tmp_path: Path) -> None:
+    finished_run(tmp_path / "run")
+    code, out, _ = command("report", str(tmp_path / "run"), "-o", "deep/page.html")
+    assert code == 0
+    assert "to look at: deep/page.html" in out
+    assert (tmp_path / "deep" / "page.html").exists()
+    assert not (tmp_path / "run" / "report.html").exists()
 
 
 def test_several_runs_are_averaged(command: Any, tmp_path: Path) -> None:
@@ -81,6 +94,8 @@ def test_several_runs_are_averaged(command: Any, tmp_path: Path) -> None:
     mean = out.split("mean of 2 runs, seeds 41, 41")[1]
     read = next(line for line in mean.splitlines() if "read" in line)
     assert re.split(r"\s{2,}", read.strip()) == ["read", "accuracy ↑", "0.250", "0.500"]
+    page = (tmp_path / "report.html").read_text()
+    assert "0.500 ± 0.354" in page  # sqrt((.25² + .25²) / 1)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +177,7 @@ def test_options_reach_the_run(command: Any, tmp_path: Path, monkeypatch: pytest
 
     def fake(launch: Launch, on_event: object) -> dict[str, Any]:
         launched.append(launch)
-        return finished_run(tmp_path / "elsewhere")
+        return finished_run(launch.out)
 
     monkeypatch.setattr(cli, "simulate", fake)
     monkeypatch.setattr(cli, "this_machine", lambda: Machine(cores=16, gpus=2))
@@ -177,7 +192,8 @@ def test_options_reach_the_run(command: Any, tmp_path: Path, monkeypatch: pytest
     assert launch.resources == Resources(cpus_per_client=4, on_a_gpu=2, gpus=2, at_once=4)
     assert "10 clients: 4 at once, 4 cores each, 2 on a GPU" in out
     assert launch.out == Path("runs/demo-seed7-2")  # the first one is taken
-    assert "results in runs/demo-seed7-2" in out
+    assert "results in runs/demo-seed7-2, to look at: runs/demo-seed7-2/report.html" in out
+    assert (launch.out / "report.html").exists()
 
 
 def test_a_ray_cluster_is_shared_by_what_the_options_say(
@@ -187,7 +203,7 @@ def test_a_ray_cluster_is_shared_by_what_the_options_say(
 
     def fake(launch: Launch, on_event: object) -> dict[str, Any]:
         launched.append(launch)
-        return finished_run(tmp_path / "elsewhere")
+        return finished_run(launch.out)
 
     monkeypatch.setattr(cli, "simulate", fake)
     monkeypatch.setattr(cli, "this_machine", lambda: pytest.fail("the clients run elsewhere"))
@@ -201,7 +217,7 @@ def test_a_ray_cluster_is_shared_by_what_the_options_say(
 def test_a_metric_that_will_be_missing_is_said_before_the_run(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "simulate", lambda *_: finished_run(tmp_path / "elsewhere"))
+    monkeypatch.setattr(cli, "simulate", lambda launch, _: finished_run(launch.out))
     chosen = ("--set", "metrics.bertscore=none/such", "--out", str(tmp_path / "run"))
     code, out, _ = command("simulate", *chosen)
     assert code == 0

@@ -24,6 +24,13 @@ def normalise(pixels: Tensor) -> Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
+def denormalise(images: Tensor) -> Tensor:
+    """Normalised pixels [B, 3, H, W] -> the nearest uint8 pixels that there are: the way back from `normalise`."""
+    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGE_STD, device=images.device).view(1, 3, 1, 1)
+    return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
 def pad_inputs(texts: Sequence[TokenIds], pad: int) -> dict[str, Tensor]:
     """Token ids padded to the longest text of the batch.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import Context, Error, Message, RecordDict
@@ -34,11 +35,14 @@ from tap_flower.federation.messages import (
 from tap_flower.federation.node import this_node
 from tap_flower.federation.store import ClientStore, Kept, Received
 from tap_flower.federation.updates import make_update, restore
+from tap_flower.methods.interference import gradient_cosines
 from tap_flower.methods.local import LocalClient
 from tap_flower.methods.method import Memory, Method, State
 from tap_flower.methods.registry import find_method
+from tap_flower.methods.samples import Samples
 from tap_flower.models.allocation import prepare_allocation
 from tap_flower.models.backbones import BackboneError, load_backbone, locate
+from tap_flower.reporting.client_records import record_decisions, record_evaluation
 from tap_flower.storage import StorageError
 from tap_flower.text_metrics import TextMetrics
 
@@ -156,14 +160,16 @@ def _train(participant: Participant, message: Message) -> RecordDict:
     kept = participant.store.load(before_round=server_round)
     received, before = participant.receive(message), participant.local.steps
     result = participant.method.participate(participant.local, server_round, received, _memory(kept))
-    counts = Counter(result.replaced) + (Counter() if kept is None else kept.replacements)
+    replaced = {decision.pair.task: int(decision.replaced) for decision in result.decisions}
+    counts = Counter(replaced) + (Counter() if kept is None else kept.replacements)
     residual, encoding = {} if kept is None else kept.residual, participant.encoding
     component_of = participant.local.outline.component_map.component_of
     update = make_update(received, result.returned, residual, component_of, encoding)
     examples = participant.local.data.sizes("train")
     steps, unchanged = participant.local.steps - before, tuple(sorted(update.unchanged))
-    report = Report(server_round, examples, result.losses, steps, result.replaced, unchanged)
+    report = Report(server_round, examples, result.losses, steps, replaced, unchanged)
     content = messages.encode_report(report, update.tensors, encoding)
+    record_decisions(participant.store.folder, participant.instruction.run, server_round, result.decisions)
     participant.store.save(Kept(server_round, result.memory, counts, update.residual))
     return content
 
@@ -188,7 +194,15 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
+    samples, cosines = (
+        Samples(local, decode, tokenizer.sep_token_id, ("server", "personal", *method.results[-1:])),
+        list[dict[str, Any]](),
+    )
     for name, state in models.items():
+        model = local.model(state)
+        samples.add(name, model)
+        if name == "server":
+            cosines = gradient_cosines(local, model)
         texts = TextMetrics(
             [task.name for task in local.spec.tasks if task.kind == TEXT_GENERATION.name],
             decode,
@@ -196,9 +210,10 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
             meteor=participant.metrics.meteor,
             bertscore=participant.metrics.bertscore,
         )
-        found, of_texts = local.evaluate(local.model(state), "test", texts.observe), texts.metrics()
+        found, of_texts = local.evaluate(model, "test", texts.observe), texts.metrics()
         for task, values in found.items():
             metrics[task][name] = values | of_texts.get(task, {})
+    record_evaluation(participant.store.folder, participant.instruction.run, samples.tasks, cosines)
     return messages.encode({"metrics": metrics})
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from tap_flower.core.replacement import Decision
 
 if TYPE_CHECKING:
     from tap_flower.methods.local import LocalClient
@@ -36,13 +38,13 @@ class Participation:
         returned: the trained tensors of all components that the method exchanges.
         losses: task name -> mean training loss.
         memory: stays on the client.
-        replaced: task name -> 1 where the personal model took over the server's components, else 0 (TAP).
+        decisions: on the replacement of each pair's components (TAP); they stay on the client, which reports their counts.
     """
 
     returned: State
     losses: dict[str, float]
     memory: Memory = field(default_factory=Memory)
-    replaced: dict[str, int] = field(default_factory=dict)
+    decisions: Sequence[Decision] = ()
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def participate(client: LocalClient, server_round: int, received: State, memory:
     order = (server_round, "replaced") if replaced else (server_round,)
     trained_losses = client.train(student, optimisation, order=order, noise=(server_round, "personal"))
     kept = Memory({PERSONAL: cpu_state(student)}, {LOSSES: trained_losses})
-    return Participation(returned, losses, kept, {d.pair.task: int(d.replaced) for d in decisions})
+    return Participation(returned, losses, kept, decisions)
 
 
 def second_stage(client: LocalClient, received: State, memory: Memory) -> SecondStage:

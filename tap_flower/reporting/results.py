@@ -13,6 +13,8 @@ from tap_flower.storage import StorageError, read_json
 
 SCHEMA = 1
 RESULTS = "results.json"
+MODELS = ("server", "server+finetune", "personal", "tap")
+"""In the order in which they are shown."""
 Metrics = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
@@ -122,3 +124,15 @@ def mean_of_runs(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict
 def headline(kind: str) -> tuple[str, bool]:
     """(metric that a kind of task is judged by, whether higher is better)."""
     return TASK_KINDS[kind].headline, TASK_KINDS[kind].higher_is_better
+
+
+def models_in(tasks: Metrics) -> list[str]:
+    """The models that there are results of, in the order in which they are shown."""
+    present = {model for by_model in tasks.values() for model in by_model}
+    return [model for model in MODELS if model in present] + sorted(present - set(MODELS))
+
+
+def best(kind: str, values: Sequence[float | None]) -> float | None:
+    """The best of some values of the headline metric; None where there are none."""
+    known = [value for value in values if value is not None]
+    return (max if headline(kind)[1] else min)(known, default=None)

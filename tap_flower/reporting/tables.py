@@ -8,9 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from tap_flower.reporting.results import headline, mean_of_runs
-
-MODELS = ("server", "server+finetune", "personal", "tap")
+from tap_flower.reporting.results import best, headline, mean_of_runs, models_in
 
 
 def results_table(found: Mapping[str, Any]) -> Table:
@@ -41,8 +39,7 @@ def _task_table(
 ) -> Table:
     """A row for each task, a column for each model, and columns with more (name -> task -> text)."""
     table, more = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)), more or {}
-    present = {model for by_model in tasks.values() for model in by_model}
-    models = [m for m in MODELS if m in present] + sorted(present - set(MODELS))
+    models = models_in(tasks)
     for name in ("task", "metric"):
         table.add_column(name, no_wrap=True)
     for name in (*models, *more):
@@ -50,7 +47,7 @@ def _task_table(
     for task, by_model in tasks.items():
         metric, higher = headline(kinds[task])
         values = [by_model.get(model, {}).get(metric) for model in models]
-        best = (max if higher else min)(v for v in values if v is not None)
-        cells = ["" if v is None else f"[bold]{v:.3f}[/bold]" if v == best else f"{v:.3f}" for v in values]
+        winner = best(kinds[task], values)
+        cells = ["" if v is None else f"[bold]{v:.3f}[/bold]" if v == winner else f"{v:.3f}" for v in values]
         table.add_row(task, metric + (" ↑" if higher else " ↓"), *cells, *(column[task] for column in more.values()))
     return table
