@@ -22,7 +22,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from benchmarks.grid import InProcessGrid
+from tap_flower.federation.in_process import InProcessGrid
 from benchmarks.measure import parser, show
 from client_app.app import app as tap_app
 from tap_flower.config import Config, client_specs, load_config

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +22,12 @@ from tap_flower.reporting.results import read_results
 from tap_flower.reporting.tables import mean_table, results_table
 from tap_flower.resources import CLUSTER, ResourcesError, shared, shared_cluster, this_machine
 from tap_flower.simulation import Launch, SimulationError, simulate
-from tap_flower.storage import StorageError, read_tensors
+from tap_flower.storage import StorageError, read_tensors, write_atomically
+from tap_flower.sweeps.comparison import compare
+from tap_flower.sweeps.execute import Outcome, execute
+from tap_flower.sweeps.plan import PlannedRun, read_sweep
+from tap_flower.sweeps.study import Study, margin_study, pairs_study
+from tap_flower.sweeps.tables import latex, markdown, parts, terminal, to_csv
 from tap_flower.text_metrics import missing
 
 app = typer.Typer(
@@ -29,6 +36,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+study_app = typer.Typer(help="What changes as one thing changes.", no_args_is_help=True)
+app.add_typer(study_app, name="study")
+_SEEDS, _MARGINS = (41, 42, 43), (0.0, 0.01, 0.05, 0.2)
 EXPECTED = (ConfigError, ResourcesError, SpecError, StorageError, SimulationError)
 """Errors that are told in one line, without a traceback."""
 
@@ -97,6 +107,82 @@ def report_command(
     file = out or (runs[0] if len(runs) == 1 else Path()) / REPORT
     write_report(runs, file)
     console.print(f"to look at: {file}", highlight=False, soft_wrap=True)
+
+
+@app.command("sweep")
+def sweep_command(
+    file: Annotated[Path, typer.Argument(help="YAML: methods, seeds, settings.")],
+    out: Annotated[Path | None, typer.Option(help="The sweep's folder; runs/NAME-OF-FILE without it.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; one a GPU or core without it.")] = None,
+) -> None:
+    """Methods by seeds: runs what is missing, then compares them in table.md, .csv and .tex."""
+    console, out = Console(), out or Path("runs") / file.stem
+    sweep = read_sweep(file, out)
+    failed = _execute(console, sweep.runs, jobs)
+    found = compare(sweep)
+    shown = parts(found)
+    for part in shown:
+        console.print(terminal(part))
+    for name, text in (("md", markdown(shown)), ("csv", to_csv(found)), ("tex", latex(shown))):
+        write_atomically(out / f"table.{name}", text.encode())
+    console.print(f"tables in {out / 'table.md'}, .csv and .tex", highlight=False, soft_wrap=True)
+    _exit_if(failed)
+
+
+@study_app.command("pairs")
+def pairs_command(
+    preset: Annotated[str, typer.Option(help="One of `tap-flower presets`.")] = "demo",
+    config: Annotated[str, typer.Option(help="A YAML file that overrides the preset.")] = "",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value; may be repeated.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="May be repeated; 41, 42 and 43 without it.")] = None,
+    out: Annotated[Path, typer.Option(help="The study's folder.")] = Path("runs/study-pairs"),
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; one a GPU or core without it.")] = None,
+) -> None:
+    """Losses of the server's model and of personal ones as the number of pairs grows."""
+    _study(pairs_study(preset, config, set_ or [], seed or _SEEDS, out), out, jobs)
+
+
+@study_app.command("margin")
+def margin_command(
+    preset: Annotated[str, typer.Option(help="One of `tap-flower presets`.")] = "demo",
+    config: Annotated[str, typer.Option(help="A YAML file that overrides the preset.")] = "",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value; may be repeated.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="May be repeated; 41, 42 and 43 without it.")] = None,
+    margin: Annotated[list[float] | None, typer.Option(help="May be repeated; 0, 0.01, 0.05 and 0.2 without it.")] = None,
+    out: Annotated[Path, typer.Option(help="The study's folder.")] = Path("runs/study-margin"),
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; one a GPU or core without it.")] = None,
+) -> None:
+    """Results and numbers of replacements by the margin of the replacement."""
+    _study(margin_study(preset, config, set_ or [], seed or _SEEDS, margin or _MARGINS, out), out, jobs)
+
+
+def _study(study: Study, out: Path, jobs: int | None) -> None:
+    console = Console()
+    _exit_if(_execute(console, study.runs, jobs))
+    console.print(f"to look at: {study.write(out)}; numbers in {study.name}.csv", highlight=False, soft_wrap=True)
+
+
+def _execute(console: Console, runs: Sequence[PlannedRun], jobs: int | None) -> list[Outcome]:
+    """Runs what is missing and says so; returns what failed."""
+    machine, missing_runs = this_machine(), [run for run in runs if not run.done]
+    jobs = max(1, min(jobs or machine.gpus or machine.cores, len(missing_runs)))
+    console.print(f"{len(runs)} runs, {len(runs) - len(missing_runs)} of them finished; {jobs} at once", highlight=False)
+    failed: list[Outcome] = []
+    ended = count(1)
+
+    def finished(outcome: Outcome) -> None:
+        failed.extend([outcome] if outcome.problem else [])
+        how = f"[bold red]failed[/]: {escape(outcome.problem)}" if outcome.problem else f"{outcome.seconds:.0f} s"
+        said = f"{next(ended)}/{len(missing_runs)} {outcome.run.label}, seed {outcome.run.seed}: {how}"
+        console.print(said, highlight=False, soft_wrap=True)
+
+    execute(missing_runs, jobs, machine, finished)
+    return failed
+
+
+def _exit_if(failed: Sequence[Outcome]) -> None:
+    if failed:
+        raise SimulationError(f"{len(failed)} runs failed, see above: the same command runs them again, and no others")
 
 
 @app.command("check")

@@ -99,7 +99,7 @@ def simulate(launch: Launch, on_event: Callable[[dict[str, Any]], None]) -> dict
     # The events of a resumed run are rewritten when it starts: wait for that.
     before = _identity(out / METRICS)
     with (
-        _ends_when_told(),
+        ends_when_told(),
         tempfile.TemporaryDirectory(prefix="tap-flower-") as work,
         _superlink(Path(work)) as flower,
     ):
@@ -122,8 +122,8 @@ def simulate(launch: Launch, on_event: Callable[[dict[str, Any]], None]) -> dict
 
 
 @contextmanager
-def _ends_when_told() -> Iterator[None]:
-    """Makes SIGTERM an orderly end, as Ctrl-C is one: Flower's processes end too. Outside the main thread, nothing."""
+def ends_when_told() -> Iterator[None]:
+    """Makes SIGTERM an orderly end, as Ctrl-C is one: what was started ends too. Outside the main thread, nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -95,3 +95,8 @@ class Method:
     results: tuple[str, ...]
     models: Callable[[LocalClient, State, Memory], dict[str, State | None]] = server_copy
     exchanges: Callable[[str], bool] = every_component
+
+    @property
+    def result(self) -> str:
+        """The model that the method is judged by: the last one of stage 2, or without a stage 2 the server's."""
+        return self.results[-1] if self.results else "server"

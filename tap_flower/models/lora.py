@@ -88,7 +88,8 @@ def kept(shape: Sequence[int], dropped: int) -> Tensor:
     """A random mask: uint8, 1 where an element is kept; `dropped` of 256 are not. It follows torch's random numbers."""
     count, seed = math.prod(shape), int(torch.randint(2**63 - 1, ()))
     bits = np.random.SFC64(seed).random_raw((count + 7) // 8).view(np.uint8)
-    return torch.from_numpy(bits[:count]).ge(dropped).view(torch.uint8).view(*shape)
+    # NumPy compares bytes several times as fast as torch.
+    return torch.from_numpy((bits[:count] >= dropped).view(np.uint8)).view(*shape)
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -15,19 +15,21 @@ _WIDTH = 340
 
 @dataclass(frozen=True)
 class Point:
-    """A value at a round.
+    """A value of a line.
 
     Attributes:
-        x: round.
+        x: round, or what else the chart is over.
         y: value.
         tip: what is said of it.
         filled: whether its mark is filled.
+        half: half the width of its interval, or None where it has none.
     """
 
     x: float
     y: float
     tip: str
     filled: bool = True
+    half: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,33 +40,56 @@ class Series:
     points: Sequence[Point]
 
 
-def line_chart(series: Sequence[Series], rounds: int, y_label: str, label: str) -> Markup:
-    """Lines over rounds. The axis of values holds all values, and need not begin at 0.
+@dataclass(frozen=True)
+class Axis:
+    """What the lines of a chart are over.
+
+    Attributes:
+        name: of it.
+        marks: values with a number, rising.
+        end: of the axis, where that is not the last mark.
+    """
+
+    name: str
+    marks: Sequence[float]
+    end: float | None = None
+
+
+def rounds_axis(rounds: int) -> Axis:
+    """From 1 to the number of rounds."""
+    return Axis("round", _round_ticks(rounds), max(rounds, 2))
+
+
+def line_chart(series: Sequence[Series], axis: Axis, y_label: str, label: str) -> Markup:
+    """Lines. The axis of values holds all values and their intervals, and need not begin at 0.
 
     Args:
         series: a line each.
-        rounds: of the run; the axis goes from 1 to here.
+        axis: what they are over.
         y_label: name and unit of the values, and what is better.
         label: see `drawing`.
     """
     height, left, right, top, bottom = 210, 46, 8, 26, 38
-    values = [point.y for one in series for point in one.points]
-    y_ticks = ticks(min(values), max(values)) if values else [0.0, 1.0]
+    ends = [p.y + sign * (p.half or 0.0) for one in series for p in one.points for sign in (-1, 1)]
+    y_ticks = ticks(min(ends), max(ends)) if ends else [0.0, 1.0]
     y = Scale((y_ticks[0], y_ticks[-1]), (height - bottom, top))
-    x = Scale((1, max(rounds, 2)), (left + 6, _WIDTH - right - 6))
+    x = Scale((axis.marks[0], axis.marks[-1] if axis.end is None else axis.end), (left + 6, _WIDTH - right - 6))
     parts = [text(2, 12, y_label, "label")]
     for value in y_ticks:
         parts += [
             line(left, y(value), _WIDTH - right, y(value), "rule"),
             text(left - 5, y(value) + 4, f"{value:g}", "tick", "end"),
         ]
-    for value in _round_ticks(rounds):
+    for value in axis.marks:
         parts.append(text(x(value), height - bottom + 16, f"{value:g}", "tick", "middle"))
-    parts.append(text((left + _WIDTH - right) / 2, height - 5, "round", "label", "middle"))
+    parts.append(text((left + _WIDTH - right) / 2, height - 5, axis.name, "label", "middle"))
     for place, one in enumerate(series):
         path = " ".join(f"{x(point.x):g},{y(point.y):g}" for point in one.points)
+        intervals = "".join(
+            line(x(p.x), y(p.y - p.half), x(p.x), y(p.y + p.half), "interval") for p in one.points if p.half is not None
+        )
         marks = "".join(dot(x(p.x), y(p.y), p.tip, filled=p.filled) for p in one.points)
-        parts.append(group(place, f'<polyline points="{path}"/>{marks}'))
+        parts.append(group(place, f'<polyline points="{path}"/>{intervals}{marks}'))
     return drawing(_WIDTH, height, label, parts)
 
 

@@ -51,13 +51,26 @@ def write_report(folders: Sequence[Path], file: Path) -> None:
 def page(runs: Sequence[RunRecord]) -> str:
     """The page as HTML."""
     grouped = comparison.groups(runs)
-    return _template().render(
+    return _template("report.html").render(
         runs=[_run_page(run) for run in runs],
         headlines=[(group, comparison.headline_table(group)) for group in grouped],
         side_by_side=comparison.side_by_side(grouped) if len(runs) > 1 else None,
         differences=comparison.differences(runs),
         series=SERIES,
     )
+
+
+def write_study(title: str, lead: str, shown: Sequence[figures.Figure], file: Path) -> None:
+    """Writes the page of a study.
+
+    Args:
+        title: what was asked.
+        lead: how it was measured.
+        shown: its figures.
+        file: where to.
+    """
+    page = _template("study.html").render(title=title, lead=lead, figures=shown, series=SERIES)
+    write_atomically(file, page.encode())
 
 
 def _run_page(run: RunRecord) -> RunPage:
@@ -74,7 +87,7 @@ def _run_page(run: RunRecord) -> RunPage:
 
 
 @cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     environment = Environment(
         loader=PackageLoader("tap_flower.reporting", "templates"),
         autoescape=True,
@@ -83,4 +96,4 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
-    return environment.get_template("report.html")
+    return environment.get_template(name)

@@ -7,11 +7,11 @@ from typing import Any
 
 from flwr.app import Message
 
-import benchmarks.grid
 from client_app.app import app
+from tap_flower.federation import in_process
 
 
-class InProcessGrid(benchmarks.grid.InProcessGrid):
+class InProcessGrid(in_process.InProcessGrid):
     """Likewise; `sent` and `received` hold every message, the replies as they were before `tamper`."""
 
     def __init__(self, node_configs: list[dict[str, Any]], run_config: dict[str, Any], **options: Any) -> None:

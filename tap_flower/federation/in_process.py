@@ -1,4 +1,4 @@
-"""A Grid that calls a ClientApp in this process: a federation without servers. The tests use it too."""
+"""A Grid that calls a ClientApp in this process: a federation without servers, for sweeps, benchmarks and tests."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Many runs: methods by seeds, studies, and what they say together."""

@@ -1,0 +1,57 @@
+"""Means over seeds with their intervals, paired differences, ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from statistics import fmean, stdev
+
+from scipy.stats import rankdata, t
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Attributes:
+        mean: of the values.
+        half: half the width of the 95 % interval, `t(n - 1) · s / √n` (Student); None where there is one value only.
+        count: n.
+    """
+
+    mean: float
+    half: float | None
+    count: int
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.half is not None and abs(self.mean) > self.half
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of one value or more, with its interval."""
+    n = len(values)
+    half = float(t.ppf((1 + LEVEL) / 2, n - 1)) * stdev(values) / sqrt(n) if n > 1 else None
+    return Estimate(fmean(values), half, n)
+
+
+def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Estimate | None:
+    """The mean of `value - reference` over the seeds that both have; None where there is no such seed."""
+    differences = [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
+    return estimate(differences) if differences else None
+
+
+def mean_ranks(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Label -> its mean rank over several comparisons; 1 is the best, and those that are equal share their ranks' mean.
+
+    Args:
+        scores: of each comparison, label -> score, higher is better. Comparisons that lack a label are left out.
+    """
+    labels = sorted({label for one in scores for label in one})
+    complete = [one for one in scores if len(one) == len(labels)]
+    ranks = [rankdata([-one[label] for label in labels]) for one in complete]
+    return {label: fmean(float(rank[i]) for rank in ranks) for i, label in enumerate(labels)} if ranks else {}
