@@ -22,14 +22,15 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from tap_flower.federation.in_process import InProcessGrid
 from benchmarks.measure import parser, show
 from client_app.app import app as tap_app
 from tap_flower.config import Config, client_specs, load_config
+from tap_flower.core.components import cpu_state
 from tap_flower.data.loading import ClientData
 from tap_flower.data.texts import load_tokenizer
+from tap_flower.federation.in_process import InProcessGrid
 from tap_flower.federation.server import prepare
-from tap_flower.methods.local import LocalClient, cpu_state
+from tap_flower.methods.local import LocalClient
 from tap_flower.models.backbones import load_backbone, locate
 from tap_flower.reporting.events import EventLog
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tap_flower.config import ConfigError, ReplacementEvidence, client_specs, load_config, presets, read_yaml
+from tap_flower.config import ConfigError, client_specs, load_config, presets, read_yaml
 from tap_flower.data.spec import SpecError
 from tap_flower.methods.registry import find_method
 from tap_flower.reporting.needs import needs
@@ -204,7 +204,7 @@ def check_command(
     root = run.data.root if data_root is None else str(data_root.resolve())
     client, problems = check_spec(read_yaml(spec, "client spec"))
     if client is not None:
-        hold_out = run.replacement.evidence is ReplacementEvidence.validation
+        hold_out = run.needs_validation
         with console.status("reading the data"):
             summaries, found = check_data(
                 client, locate(client.backbone), run.model.text_length, run.seed, root, hold_out

@@ -211,6 +211,13 @@ class Metrics:
 
 
 @dataclass
+class Stopping:
+    """Early stopping by the mean validation score of the clients' own models."""
+
+    patience: int = option(0, "rounds without a better one until stage 1 ends, and stage 2 starts from the best; 0: never", 0, 1_000_000)
+
+
+@dataclass
 class HyperParameters:
     """What the server sets on the clients, and all that it sets."""
 
@@ -222,7 +229,13 @@ class HyperParameters:
     distill: Distill = field(default_factory=Distill)
     replacement: Replacement = field(default_factory=Replacement)
     baselines: Baselines = field(default_factory=Baselines)
+    stopping: Stopping = field(default_factory=Stopping)
     wire: Wire = field(default_factory=Wire)
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether a task without validation rows of its own sets a part of its training examples aside."""
+        return self.replacement.evidence is ReplacementEvidence.validation or self.stopping.patience > 0
 
 
 @dataclass
@@ -243,6 +256,7 @@ class Config(HyperParameters):
     clients_per_round: int = option(2, "clients that are sampled in a round", 1, 1_000_000)
     round_timeout: float = option(3600.0, "seconds until a client that has not answered is left out", 1.0, 1e7)
     start_timeout: float = option(120.0, "seconds to wait for the clients before the first round", 1.0, 1e7)
+    trackers: str = option("", "where else events go, with commas between: tensorboard, mlflow, wandb")
     data: Data = field(default_factory=Data)
     metrics: Metrics = field(default_factory=Metrics)
     backbone: str = option(

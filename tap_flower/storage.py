@@ -64,6 +64,23 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+def keep_as(path: Path, other: Path) -> None:
+    """Makes `other` hold what `path` holds, atomically; where the file system has hard links, nothing is written again.
+
+    Raises:
+        StorageError: the folder or the disk does not take it. The old content of `other` is intact.
+    """
+    temporary = _temporary(other)
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.hardlink_to(path)
+        temporary.replace(other)
+    except OSError:
+        write_atomically(other, path.read_bytes())
+    finally:
+        temporary.unlink(missing_ok=True)  # it stays where both names were one file already
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes nested plain values, atomically."""
     write_atomically(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())

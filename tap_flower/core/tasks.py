@@ -47,6 +47,14 @@ class TaskKind:
     headline: str
     higher_is_better: bool
 
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """The headline metric, or 1 minus it where lower is better: higher is always better.
+
+        Normalised pixels have a variance of about 1, so that 1 - squared error reads as the share of it that is explained.
+        """
+        value = metrics[self.headline]
+        return value if self.higher_is_better else 1 - value
+
 
 def _kl_divergences(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T² · KL(softmax(teacher / T) || softmax(student / T)) over the last axis (Hinton et al., arXiv 1503.02531)."""

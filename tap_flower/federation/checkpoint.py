@@ -12,9 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from tap_flower.federation.stopping import Validation
 from tap_flower.storage import StorageError, read_tensors, write_json, write_tensors
 
-SCHEMA = 1
+SCHEMA = 2
+_BEST = "best/"
+"""Begins the names of the best round's tensors in the file."""
 log = logging.getLogger("tap_flower")
 
 
@@ -31,6 +34,7 @@ class Progress:
         up: component -> bytes received from clients.
         steps: client -> optimiser steps that it made, both stages.
         dropped: replies that could not be used.
+        validation: where the run may stop early.
     """
 
     run: str
@@ -41,6 +45,7 @@ class Progress:
     up: dict[str, int] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
     dropped: int = 0
+    validation: Validation = field(default_factory=Validation)
 
 
 class Writer:
@@ -58,19 +63,20 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
+    def save(self, progress: Progress, tensors: Mapping[str, Tensor], best: Mapping[str, Tensor]) -> None:
         """Begins to write what progress and tensors are now.
 
         Args:
             progress: copied before this returns.
             tensors: name -> value; values must not be changed in place, the mapping may be.
+            best: likewise, those of the best round, or nothing.
 
         Raises:
             StorageError: the write before this one has failed.
         """
         self.flush()
         record = {"schema": SCHEMA, **asdict(progress)}
-        self._pending = self._thread.submit(_write, self.folder, record, dict(tensors))
+        self._pending = self._thread.submit(_write, self.folder, record, {**tensors, **{f"{_BEST}{n}": t for n, t in best.items()}})
 
     def flush(self) -> None:
         """Waits until everything is on disk.
@@ -103,8 +109,8 @@ def _write(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor
     write_json(folder / "state.json", record)
 
 
-def load(folder: Path) -> tuple[Progress, dict[str, Tensor]]:
-    """Reads the server's folder.
+def load(folder: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
+    """Reads the server's folder: progress, tensors, and those of the best round.
 
     Raises:
         StorageError: there is none, or it is damaged or of another schema.
@@ -113,6 +119,8 @@ def load(folder: Path) -> tuple[Progress, dict[str, Tensor]]:
     if record.pop("schema", None) != SCHEMA:
         raise StorageError(f"{folder} was written by another version of tap-flower: use that version to resume it")
     try:
-        return Progress(**record), tensors
-    except TypeError as error:
+        progress = Progress(**{**record, "validation": Validation(**record["validation"])})
+    except (KeyError, TypeError) as error:
         raise StorageError(f"{folder} is damaged: {error}") from error
+    best = {name.removeprefix(_BEST): tensors.pop(name) for name in list(tensors) if name.startswith(_BEST)}
+    return progress, tensors, best

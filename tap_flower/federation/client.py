@@ -73,6 +73,11 @@ class Participant:
         """Of the run."""
         return self.local.settings.wire.encoding
 
+    def at_the_end(self) -> Kept | None:
+        """The client's state after stage 1: the latest, or that of the best round where the run may stop early."""
+        best = self.instruction.best
+        return self.store.load() if best is None else self.store.load_best(best)
+
     def receive(self, message: Message) -> State:
         """The server's values of all of the client's tensors: those in the message, and those that it left out.
 
@@ -156,8 +161,10 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
 
 
 def _train(participant: Participant, message: Message) -> RecordDict:
-    server_round = participant.instruction.server_round
+    server_round, best = participant.instruction.server_round, participant.instruction.best
     kept = participant.store.load(before_round=server_round)
+    if best is not None:
+        participant.store.keep_best(best)
     received, before = participant.receive(message), participant.local.steps
     result = participant.method.participate(participant.local, server_round, received, _memory(kept))
     replaced = {decision.pair.task: int(decision.replaced) for decision in result.decisions}
@@ -167,7 +174,8 @@ def _train(participant: Participant, message: Message) -> RecordDict:
     update = make_update(received, result.returned, residual, component_of, encoding)
     examples = participant.local.data.sizes("train")
     steps, unchanged = participant.local.steps - before, tuple(sorted(update.unchanged))
-    report = Report(server_round, examples, result.losses, steps, replaced, unchanged)
+    scores = {} if best is None else _scores(participant, received, result.memory)
+    report = Report(server_round, examples, result.losses, steps, replaced, unchanged, scores)
     content = messages.encode_report(report, update.tensors, encoding)
     record_decisions(participant.store.folder, participant.instruction.run, server_round, result.decisions)
     participant.store.save(Kept(server_round, result.memory, counts, update.residual))
@@ -175,7 +183,7 @@ def _train(participant: Participant, message: Message) -> RecordDict:
 
 
 def _distill(participant: Participant, message: Message) -> RecordDict:
-    kept = participant.store.load()
+    kept = participant.at_the_end()
     received, before = participant.receive(message), participant.local.steps
     result = participant.method.second_stage(participant.local, received, _memory(kept))
     participant.store.save_second_stage(result.models)
@@ -185,7 +193,7 @@ def _distill(participant: Participant, message: Message) -> RecordDict:
 
 def _evaluate(participant: Participant, message: Message) -> RecordDict:
     local = participant.local
-    method, memory = participant.method, _memory(participant.store.load())
+    method, memory = participant.method, _memory(participant.at_the_end())
     models = method.models(local, participant.receive(message), memory)
     models |= participant.store.second_stage(method.results)
     metrics: messages.Metrics = {task.name: {} for task in local.spec.tasks}
@@ -215,6 +223,12 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
             metrics[task][name] = values | of_texts.get(task, {})
     record_evaluation(participant.store.folder, participant.instruction.run, samples.tasks, cosines)
     return messages.encode({"metrics": metrics})
+
+
+def _scores(participant: Participant, received: State, memory: Memory) -> dict[str, float]:
+    """Validation scores of the client's own model: the last one of those that there are to evaluate."""
+    models = participant.method.models(participant.local, received, memory)
+    return participant.local.scores(participant.local.model(models[next(reversed(models))]), "validation")
 
 
 def _memory(kept: Kept | None) -> Memory:
@@ -250,6 +264,6 @@ def _local_client(spec: ClientSpec, data_root: str, settings: str) -> LocalClien
         model.text_length,
         parameters.seed,
         data_root,
-        hold_out=parameters.replacement.evidence is ReplacementEvidence.validation,
+        hold_out=parameters.needs_validation,
     )
     return LocalClient(spec, data, backbone, parameters)

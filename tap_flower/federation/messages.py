@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -49,6 +49,8 @@ class Instruction:
         state: number of complete rounds that the server's tensors come from.
         held: the `state` as of which the client is known to hold all of its tensors; those that have not changed since
             are left out. None where the message has them all.
+        best: where the run may stop early, its best round so far: the client keeps its state as of then, and goes on from it
+            in stage 2. 0 before there is one, None where the run does not stop early.
     """
 
     run: str
@@ -56,6 +58,7 @@ class Instruction:
     hyper_parameters: dict[str, Any]
     state: int = 0
     held: int | None = None
+    best: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ class Report:
         steps: optimiser steps that the client made for it, of all models.
         replacements: task name -> 1 where the personal model's components were replaced, else 0.
         unchanged: components that training left as they were; their tensors are not in the message.
+        validation: task name -> validation score of the client's own model, where the run may stop early; see `stopping`.
     """
 
     server_round: int
@@ -141,6 +145,7 @@ class Report:
     steps: int
     replacements: dict[str, int]
     unchanged: tuple[str, ...] = ()
+    validation: dict[str, float] = field(default_factory=dict)
 
 
 Metrics = dict[str, dict[str, dict[str, float]]]
@@ -223,8 +228,8 @@ def instruction(message: Message) -> Instruction:
         raise MessageError(f"run is {values.get('run')!r}, not letters and digits")
     if not isinstance(values.get("hyper_parameters"), dict):
         raise MessageError("hyper_parameters is missing")
-    held = None if values.get("held") is None else _whole(values, "held", 0)
-    return Instruction(values["run"], server_round, values["hyper_parameters"], state, held)
+    held, best = (None if values.get(key) is None else _whole(values, key, 0) for key in ("held", "best"))
+    return Instruction(values["run"], server_round, values["hyper_parameters"], state, held, best)
 
 
 def encode_instruction(
@@ -305,12 +310,13 @@ def decode_report(content: RecordDict, tasks: Iterable[str]) -> Report:
         MessageError: a field is missing, is about another task, or is no number of the right kind.
     """
     values, names = decode(content), set(tasks)
-    for key in ("examples", "losses", "replacements"):
+    for key in ("examples", "losses", "replacements", "validation"):
         if not isinstance(values.get(key), dict) or not values[key].keys() <= names:
             raise MessageError(f"{key} is {values.get(key)!r}, not an object about the tasks {sorted(names)}")
-    for task, loss in values["losses"].items():
-        if not isinstance(loss, float) or not math.isfinite(loss):
-            raise MessageError(f"the loss of task {task!r} is {loss!r}, not a finite number")
+    for what, key in (("loss", "losses"), ("validation score", "validation")):
+        for task, value in values[key].items():
+            if not isinstance(value, float) or not math.isfinite(value):
+                raise MessageError(f"the {what} of task {task!r} is {value!r}, not a finite number")
     unchanged = values.get("unchanged")
     if not isinstance(unchanged, list) or not all(isinstance(component, str) for component in unchanged):
         raise MessageError(f"unchanged is {unchanged!r}, not a list of components")
@@ -321,6 +327,7 @@ def decode_report(content: RecordDict, tasks: Iterable[str]) -> Report:
         steps=_whole(values, "steps", 0),
         replacements={task: _whole(values["replacements"], task, 0) for task in values["replacements"]},
         unchanged=tuple(unchanged),
+        validation=values["validation"],
     )
 
 

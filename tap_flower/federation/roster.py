@@ -22,11 +22,16 @@ class Roster:
     Args:
         seed: of the run; it decides initial values and sampling.
         tensors: values of a checkpoint, or nothing.
+        best: likewise, those of the best round so far.
     """
 
-    def __init__(self, seed: int, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, seed: int, tensors: Mapping[str, Tensor] | None = None, best: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.seed = seed
         self.tensors: dict[str, Tensor] = dict(tensors or {})
+        self.best: dict[str, Tensor] = dict(best or {})
+        """Values of the best round, where the run may stop early."""
         self.manifests: dict[str, Manifest] = {}
         self.nodes: dict[str, int] = {}
         self.component_of: dict[str, str] = {}
@@ -94,6 +99,11 @@ class Roster:
         """Takes the values after a round, in which the components `changed` got new ones."""
         self.tensors = dict(tensors)
         self._changed |= dict.fromkeys(changed, server_round)
+
+    def go_back(self) -> None:
+        """Takes the values of the best round again; what clients hold of later ones is void."""
+        self.tensors |= self.best
+        self.holds.clear()
 
     def tensors_for(self, name: str) -> tuple[dict[str, Tensor], int | None]:
         """The current values of a client's tensors, without those that it holds already.

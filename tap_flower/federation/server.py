@@ -48,13 +48,13 @@ def prepare(config: Config, folder: Path, resume: bool = False) -> TapStrategy:
     find_method(config.method)
     server = folder / "server"
     if resume:
-        progress, tensors = checkpoint.load(server)
+        progress, tensors, best = checkpoint.load(server)
         if different := _differences(progress.config, plain(config)):
             raise ConfigError(
                 f"{folder} was started with another configuration ({', '.join(different)} differ): resume it with the "
                 f"same preset, file and settings"
             )
-        return TapStrategy(config, folder, progress, Roster(config.seed, tensors))
+        return TapStrategy(config, folder, progress, Roster(config.seed, tensors, best))
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: give another folder with `--out`, or go on with `--resume`")
     write_atomically(folder / "config.yaml", to_yaml(config).encode())

@@ -11,13 +11,15 @@ from typing import Any
 
 from tap_flower.methods.method import Memory, State
 from tap_flower.recent import Recent
-from tap_flower.storage import Identity, StorageError, identity, read_record, read_tensors, write_json, write_tensors
+from tap_flower.storage import Identity, StorageError, identity, keep_as, read_record, read_tensors, write_json, write_tensors
 
 SCHEMA = 2
 PERSONAL, RECEIVED = "personal.safetensors", "received.safetensors"
 STATES = (PERSONAL, "personal.previous.safetensors", "personal.earlier.safetensors")
 """The latest state and the two before it. A server that crashes in round r has the checkpoint of r - 1 or, where that was
 still being written, of r - 2: it repeats r - 1, and clients must go back to their state before that."""
+BEST = "personal.best.safetensors"
+"""The state of the best round so far, where a run may stop early; a second name of one of the others, or what it was."""
 _RESIDUAL = "residual/"
 """Begins the names of the residual's tensors, in the file of the personal model."""
 STATE_BYTES = 256 << 20
@@ -109,6 +111,23 @@ class ClientStore:
             tensors |= {f"{_prefix(model)}{name}": value for name, value in state.items()}
         self._remember(PERSONAL, write_tensors(self.folder / PERSONAL, tensors, record), tensors, record)
         write_json(self.folder / "state.json", record)
+
+    def keep_best(self, best_round: int) -> None:
+        """Keeps the state as of the run's best round so far; to be called before each participation.
+
+        Args:
+            best_round: the latest state that is of it, or of a round before it, is the client's state as of then.
+        """
+        latest = next(iter(self._rounds().items()), None)
+        if latest is not None and latest[1] <= best_round:  # else the best one has been kept before
+            keep_as(self.folder / latest[0], self.folder / BEST)
+
+    def load_best(self, best_round: int) -> Kept | None:
+        """The state as of the run's best round, or None where the client first took part after it."""
+        latest = next(iter(self._rounds().items()), None)
+        if latest is not None and latest[1] <= best_round:
+            return self._read(latest[0])
+        return self._read(BEST) if (self.folder / BEST).exists() else None
 
     def save_second_stage(self, models: Mapping[str, State]) -> None:
         """Keeps the models that stage 2 has made, each in a file of its name."""

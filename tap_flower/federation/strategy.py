@@ -21,6 +21,7 @@ from tap_flower.federation.messages import Instruction, LackingError, MessageErr
 from tap_flower.federation.roster import Roster, RosterError
 from tap_flower.federation.updates import moved, restore
 from tap_flower.reporting.events import EventLog
+from tap_flower.reporting.trackers import open_trackers
 from tap_flower.reporting.results import RESULTS, results
 from tap_flower.storage import write_json
 
@@ -51,7 +52,8 @@ class TapStrategy:
         self.folder = folder
         self.progress = progress
         self.roster = roster
-        self.events = EventLog(folder, after_round=progress.round if progress.round else None)
+        trackers = open_trackers(config.trackers, folder, config)
+        self.events = EventLog(folder, progress.round or None, trackers)
         self._writer = checkpoint.Writer(folder / "server")
         self._hyper_parameters = sent_hyper_parameters(config)
         self._seconds: dict[str, float] = {}
@@ -64,8 +66,11 @@ class TapStrategy:
             RosterError: two clients cannot take part in one run.
             StorageError: a checkpoint cannot be written.
         """
-        with self._writer:
-            return self._run(grid)
+        try:
+            with self._writer:
+                return self._run(grid)
+        finally:
+            self.events.close()
 
     def _run(self, grid: Grid) -> dict[str, Any]:
         config, began = self.config, time.monotonic()
@@ -84,7 +89,7 @@ class TapStrategy:
             preset=config.preset,
             method=config.method,
             seed=config.seed,
-            rounds=config.rounds,
+            rounds=self.progress.round,
             clients=metrics,
             kinds={task.pair.task: task.kind for m in self.roster.manifests.values() for task in m.tasks},
             replacements=self.progress.replacements,
@@ -100,7 +105,7 @@ class TapStrategy:
             seconds=self._seconds,
         )
         write_json(self.folder / RESULTS, found)
-        self.events.write("end", round=config.rounds, seconds=self._seconds["total"])
+        self.events.write("end", round=self.progress.round, seconds=self._seconds["total"], tasks=found["tasks"])
         return found
 
     def _gather(self, grid: Grid) -> None:
@@ -142,7 +147,10 @@ class TapStrategy:
                 self._drop(f"node {node}", str(error))
 
     def _rounds(self, grid: Grid) -> None:
+        patience, validation = self.config.stopping.patience, self.progress.validation
         while self.progress.round < self.config.rounds:
+            if patience and validation.waited(self.progress.round) >= patience:
+                break
             server_round, began = self.progress.round + 1, time.monotonic()
             self._welcome(grid, strict=False)
             names = self.roster.sample(server_round, self.config.clients_per_round)
@@ -151,7 +159,8 @@ class TapStrategy:
             self.events.write("round_start", round=server_round, clients=names)
             reports = self._train(grid, server_round, names)
             self.progress.round = server_round
-            self._writer.save(self.progress, self.roster.tensors)
+            score = self._validated(server_round, reports)
+            self._writer.save(self.progress, self.roster.tensors, self.roster.best)
             if server_round == 1:  # from here on there is a checkpoint to go on from
                 self._writer.flush()
             self.events.write(
@@ -160,8 +169,23 @@ class TapStrategy:
                 clients={name: {"losses": r.losses, "replacements": r.replacements} for name, r in reports.items()},
                 dropped=sorted(set(names) - reports.keys()),
                 seconds=time.monotonic() - began,
+                **score,
             )
         self._writer.flush()
+        if patience:
+            self.roster.go_back()
+            best = {"best": validation.best_round, "validation": validation.best_score}
+            self.events.write("best", round=self.progress.round, **best)
+
+    def _validated(self, server_round: int, reports: Mapping[str, Report]) -> dict[str, float]:
+        """Where the run may stop early: the mean validation score, for the round's event; the best tensors are kept."""
+        if not self.config.stopping.patience:
+            return {}
+        validation = self.progress.validation
+        mean = validation.take(server_round, {name: report.validation for name, report in reports.items()})
+        if validation.best_round == server_round:
+            self.roster.best = dict(self.roster.tensors)
+        return {"validation": mean}
 
     def _train(self, grid: Grid, server_round: int, names: list[str]) -> dict[str, Report]:
         """One round: replies are folded in as they arrive and released."""
@@ -192,21 +216,21 @@ class TapStrategy:
         def done(name: str, reply: Message) -> None:
             report = messages.decode_report(reply.content, self.roster.manifests[name].reach)
             self._count_steps(name, report)
-            self.events.write("distilled", round=self.config.rounds, client=name, losses=report.losses)
+            self.events.write("distilled", round=self.progress.round, client=name, losses=report.losses)
 
         self._welcome(grid, strict=False)
-        self.events.write("distill_start", round=self.config.rounds, clients=self.roster.names)
-        self._for_each(grid, messages.DISTILL, self.config.rounds, self.roster.names, done)
+        self.events.write("distill_start", round=self.progress.round, clients=self.roster.names)
+        self._for_each(grid, messages.DISTILL, self.progress.round, self.roster.names, done)
 
     def _evaluation(self, grid: Grid) -> dict[str, Metrics]:
         found: dict[str, Metrics] = {}
 
         def collect(name: str, reply: Message) -> None:
             found[name] = messages.decode_metrics(reply.content, self.roster.manifests[name].reach)
-            self.events.write("evaluated", round=self.config.rounds, client=name, metrics=found[name])
+            self.events.write("evaluated", round=self.progress.round, client=name, metrics=found[name])
 
-        self.events.write("evaluate_start", round=self.config.rounds, clients=self.roster.names)
-        self._for_each(grid, messages.EVALUATE, self.config.rounds, self.roster.names, collect)
+        self.events.write("evaluate_start", round=self.progress.round, clients=self.roster.names)
+        self._for_each(grid, messages.EVALUATE, self.progress.round, self.roster.names, collect)
         if not found:
             raise RunError("no client answered the evaluation: start the nodes again, then `--resume`")
         return found
@@ -256,7 +280,8 @@ class TapStrategy:
             self._for_each(grid, message_type, server_round, lacking, use)
 
     def _instruction(self, server_round: int, held: int | None = None) -> Instruction:
-        return Instruction(self.progress.run, server_round, self._hyper_parameters, self.progress.round, held)
+        best = self.progress.validation.best_round if self.config.stopping.patience else None
+        return Instruction(self.progress.run, server_round, self._hyper_parameters, self.progress.round, held, best)
 
     def _count(self, total: dict[str, int], content: RecordDict) -> None:
         for tensor, size in messages.payload_bytes(content).items():

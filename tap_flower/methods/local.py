@@ -121,6 +121,11 @@ class LocalClient:
         """Task name -> metric -> value over all examples of a split; `observe` is shown every batch."""
         return evaluate(model, self.kinds, self.batches(split), observe)
 
+    def scores(self, model: TapModel, split: str) -> dict[str, float]:
+        """Task name -> score over all examples of a split: the headline metric, or 1 minus it where lower is better."""
+        found = self.evaluate(model, split)
+        return {task: self.kinds[task].score(metrics) for task, metrics in found.items()}
+
     def losses(self, model: TapModel, split: str) -> dict[str, float]:
         """Task name -> loss over all examples of a split."""
         return {task: metrics["loss"] for task, metrics in self.evaluate(model, split).items()}

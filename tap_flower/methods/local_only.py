@@ -27,4 +27,10 @@ def second_stage(client: LocalClient, received: State, memory: Memory) -> Second
     return SecondStage({NAME: own}, losses)
 
 
-METHOD = Method(NAME, participate, second_stage, (NAME,), models=lambda *_: {}, exchanges=lambda _: False)
+def models(client: LocalClient, received: State, memory: Memory) -> dict[str, State | None]:
+    """The client's own model, with its initial values where it was never sampled."""
+    del client, received
+    return {"personal": memory.models.get(NAME)}
+
+
+METHOD = Method(NAME, participate, second_stage, (NAME,), models, exchanges=lambda _: False)

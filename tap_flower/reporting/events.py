@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tap_flower.reporting.trackers import Tracker, scalars
 from tap_flower.storage import write_atomically
 
 METRICS = "metrics.jsonl"
+log = logging.getLogger("tap_flower")
 
 
 class EventLog:
@@ -18,9 +21,11 @@ class EventLog:
     Args:
         run: the run folder.
         after_round: keep only what was written up to this round: the run is resumed there. None starts anew.
+        trackers: are told what of each event is a value over rounds.
     """
 
-    def __init__(self, run: Path, after_round: int | None = None) -> None:
+    def __init__(self, run: Path, after_round: int | None = None, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = list(trackers)
         self._path = run / METRICS
         kept = [] if after_round is None else [e for e in read_events(run) if _is_of_rounds(e, after_round)]
         write_atomically(self._path, "".join(f"{json.dumps(event)}\n" for event in kept).encode())
@@ -29,6 +34,21 @@ class EventLog:
         """Appends one event; a reader sees it at once."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, **values}) + "\n")
+        if self._trackers and (found := scalars({"event": event, **values})):
+            self._tell(lambda tracker: tracker.log(values["round"], found))
+
+    def close(self) -> None:
+        """Ends the trackers' records."""
+        self._tell(lambda tracker: tracker.close())
+
+    def _tell(self, what: Callable[[Tracker], None]) -> None:
+        """A tracker that fails is left out from then on: a run does not end because a server of records is down."""
+        for tracker in list(self._trackers):
+            try:
+                what(tracker)
+            except Exception as error:
+                log.warning("%s is not told any more: %s", type(tracker).__name__, error)
+                self._trackers.remove(tracker)
 
 
 def _is_of_rounds(event: dict[str, Any], last: int) -> bool:

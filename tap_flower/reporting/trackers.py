@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -50,8 +51,6 @@ class MLflow:
     """A run in the experiment `tap-flower`, at MLFLOW_TRACKING_URI or in RUN/mlflow.db."""
 
     def __init__(self, run: Path, config: Config) -> None:
-        import os
-
         from mlflow.tracking import MlflowClient
 
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run / 'mlflow.db').resolve()}"
@@ -76,8 +75,6 @@ class WeightsAndBiases:
     """A run in WANDB_PROJECT, or in the project `tap-flower`; its files are in RUN/wandb."""
 
     def __init__(self, run: Path, config: Config) -> None:
-        import os
-
         import wandb
 
         project = os.environ.get("WANDB_PROJECT", "tap-flower")
@@ -100,11 +97,11 @@ TRACKERS: Mapping[str, Callable[[Path, Config], Tracker]] = {
 """Name, which is also that of the extra that brings its package -> tracker."""
 
 
-def open_trackers(names: Sequence[str], run: Path, config: Config) -> list[Tracker]:
+def open_trackers(names: str, run: Path, config: Config) -> list[Tracker]:
     """The trackers of a run.
 
     Args:
-        names: some of `TRACKERS`.
+        names: some of `TRACKERS`, with commas between.
         run: the run folder.
         config: of the run.
 
@@ -112,7 +109,7 @@ def open_trackers(names: Sequence[str], run: Path, config: Config) -> list[Track
         ConfigError: a name is unknown, or a package is not installed.
     """
     found = []
-    for name in names:
+    for name in filter(None, (name.strip() for name in names.split(","))):
         if name not in TRACKERS:
             raise ConfigError(f"trackers has {name!r}: use some of {', '.join(TRACKERS)}")
         try:

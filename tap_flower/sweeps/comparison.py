@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.reporting.results import headline, read_results
 from tap_flower.sweeps.plan import Sweep
 from tap_flower.sweeps.statistics import Estimate, estimate, mean_ranks, paired
@@ -61,8 +62,7 @@ Values = dict[str, dict[int, float]]
 def compare(sweep: Sweep) -> Comparison:
     """Compares the finished runs of a sweep.
 
-    A task's score is its headline metric where higher is better, else 1 minus it: normalised pixels have a variance of about
-    1, so that 1 - squared error reads as a share of variance explained. Methods are ranked by score for each task and seed.
+    Methods are ranked by score (see `TaskKind.score`) for each task and seed.
 
     Raises:
         StorageError: the results of a run are damaged.
@@ -76,10 +76,9 @@ def compare(sweep: Sweep) -> Comparison:
     for (label, seed), results in found.items():
         of_run = []
         for task, by_model in results["tasks"].items():
-            metric, higher = headline(kinds[task])
-            value = by_model[sweep.result[label]][metric]
-            tasks[task].setdefault(label, {})[seed] = value
-            of_run.append(value if higher else 1 - value)
+            metrics = by_model[sweep.result[label]]
+            tasks[task].setdefault(label, {})[seed] = metrics[headline(kinds[task])[0]]
+            of_run.append(TASK_KINDS[kinds[task]].score(metrics))
             ranked.setdefault((task, seed), {})[label] = of_run[-1]
         scores.setdefault(label, {})[seed] = fmean(of_run)
     quality = [_row(task, *headline(kinds[task]), values, sweep.reference) for task, values in tasks.items()]

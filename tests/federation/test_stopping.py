@@ -1,0 +1,109 @@
+"""Early stopping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tap_flower.federation import strategy as strategy_module
+from tap_flower.federation.store import BEST, ClientStore
+from tap_flower.federation.stopping import Validation
+from tap_flower.reporting.events import read_events
+from tap_flower.storage import read_tensors
+
+from .conftest import Federation
+from .test_federation import sent
+
+
+def test_the_best_round_is_that_of_the_best_mean_over_all_clients_so_far() -> None:
+    validation = Validation()
+    assert validation.take(1, {"ann": {"a": 0.5, "b": 0.7}}) == pytest.approx(0.6)
+    assert validation.take(2, {"bob": {"a": 0.2}}) == pytest.approx(0.4)
+    assert validation.best_round == 2  # bob has come in: what was before cannot be compared
+    validation.take(3, {"bob": {"a": 0.1}})
+    assert (validation.best_round, validation.waited(3)) == (2, 1)
+    assert validation.take(4, {"ann": {"a": 0.9, "b": 0.9}}) == pytest.approx(0.5)
+    assert (validation.best_round, validation.best_score) == (4, pytest.approx(0.5))
+
+
+def test_without_scores_nothing_is_better() -> None:
+    validation = Validation()
+    assert [validation.take(n, {}) for n in (1, 2)] == [0.0, 0.0]
+    assert validation.waited(2) == 1
+
+
+@pytest.fixture
+def stopping(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> Federation:
+    """Scores that are best after round 2, and a patience of two rounds."""
+    federation.settings += ["rounds=9", "stopping.patience=2"]
+    take = Validation.take
+
+    def scripted(self: Validation, server_round: int, scores: Any) -> float:
+        return take(self, server_round, {name: {"t": {1: 0.1, 2: 0.9}.get(server_round, 0.5)} for name in scores})
+
+    monkeypatch.setattr(Validation, "take", scripted)
+    return federation
+
+
+def test_stage_1_ends_after_the_patience_and_stage_2_starts_from_the_best_round(stopping: Federation) -> None:
+    grid = stopping.grid()
+    results = stopping.strategy().start(grid)
+    events = list(read_events(stopping.out))
+    assert [e["round"] for e in events if e["event"] == "round"] == [1, 2, 3, 4]
+    assert [(e["best"], e["validation"]) for e in events if e["event"] == "best"] == [(2, 0.9)]
+    assert results["rounds"] == 4
+    # What the clients got for stage 2 is what round 3 began with.
+    after_2 = {node: tensors for number, node, tensors in sent(grid, "train") if number == 3}
+    for _, node, tensors in sent(grid, "train.distill"):
+        assert tensors.keys() >= after_2[node].keys()
+        assert all(tensors[name].equal(value) for name, value in after_2[node].items())
+    # And their personal models are those of round 2.
+    run = read_tensors(stopping.out / "server" / "server.safetensors")[1]["run"]
+    for name in ("ann", "bob", "cleo", "dan"):
+        store = ClientStore(stopping.out / "clients" / name, run)
+        best, last = store.load_best(2), store.load()
+        assert best is not None
+        assert last is not None
+        assert (best.server_round, last.server_round) == (2, 4)
+        assert (store.folder / BEST).exists()
+
+
+def test_a_resumed_run_stops_at_the_same_round(stopping: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = stopping.strategy().start(stopping.grid())
+
+    class Crash(Exception):
+        pass
+
+    again = Federation(stopping.folder / "again", stopping.config_file, stopping.settings)
+    again.folder.mkdir()
+    train = strategy_module.TapStrategy._train
+
+    def crashing(self: Any, grid: Any, server_round: int, names: list[str]) -> Any:
+        if server_round == 4:
+            raise Crash
+        return train(self, grid, server_round, names)
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(strategy_module.TapStrategy, "_train", crashing)
+        again.strategy().start(again.grid())
+    results = again.strategy(resume=True).start(again.grid())
+    assert results["clients"] == whole["clients"]
+    assert results["rounds"] == whole["rounds"]
+
+
+def test_scores_are_the_clients_own_models_on_validation_data(federation: Federation) -> None:
+    federation.settings += ["rounds=1", "stopping.patience=1"]
+    federation.strategy().start(federation.grid())
+    (event,) = [e for e in read_events(federation.out) if e["event"] == "round"]
+    assert 0.0 < event["validation"] < 1.0
+    (best,) = [e for e in read_events(federation.out) if e["event"] == "best"]
+    assert best["validation"] == event["validation"]
+
+
+def test_without_patience_nothing_is_scored(federation: Federation) -> None:
+    federation.settings += ["rounds=1"]
+    federation.strategy().start(federation.grid())
+    (event,) = [e for e in read_events(federation.out) if e["event"] == "round"]
+    assert "validation" not in event
+    assert not list(federation.out.glob(f"clients/*/{BEST}"))

@@ -1,0 +1,101 @@
+"""Sweeps that are really run, each run in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tap_flower.federation.server import prepare
+from tap_flower.reporting.results import read_results
+from tap_flower.resources import Machine
+from tap_flower.sweeps.execute import Outcome, _environments, execute
+from tap_flower.sweeps.plan import PlannedRun, read_sweep
+from tests.federation.grid import InProcessGrid
+
+
+def numbers(run: PlannedRun) -> dict[str, Any]:
+    return {key: value for key, value in read_results(run.folder).items() if key != "seconds"}
+
+
+def here(run: PlannedRun, folder: Path) -> dict[str, Any]:
+    """The same run in this process, as the tests of the federation do it."""
+    run_config = {"preset": run.preset, "config": run.config, "set": " ".join(run.settings), "out": str(folder)}
+    grid = InProcessGrid([{"partition-id": n} for n in range(2)], run_config)
+    found = prepare(run.resolved, folder).start(grid)
+    return {key: value for key, value in found.items() if key != "seconds"}
+
+
+def test_runs_give_the_numbers_of_any_other_runtime(write_sweep: Any, tmp_path: Path) -> None:
+    """`tests/test_end_to_end.py` shows that Flower's own processes give these numbers, too."""
+    sweep = read_sweep(write_sweep(seeds=[5], methods=["tap", "fedavg"]), tmp_path / "out")
+    outcomes: list[Outcome] = []
+    execute(sweep.runs, 2, Machine(2, 0), outcomes.append)
+    assert sorted(o.run.label for o in outcomes) == ["fedavg", "tap"]
+    assert not any(o.problem for o in outcomes)
+    for run in sweep.runs:
+        assert numbers(run) == here(run, tmp_path / "here" / run.label)
+    execute(sweep.runs, 2, Machine(2, 0), outcomes.append)
+    assert len(outcomes) == 2  # all were there
+
+
+def test_a_failed_run_leaves_the_others_alone(write_sweep: Any, tmp_path: Path) -> None:
+    broken, good = read_sweep(write_sweep(seeds=[5], methods=["tap", "fedavg"]), tmp_path / "out").runs
+    runs = [replace(broken, config=str(tmp_path / "gone.yaml")), good]
+    outcomes: dict[str, Outcome] = {}
+    execute(runs, 1, Machine(2, 0), lambda outcome: outcomes.__setitem__(outcome.run.label, outcome))
+    assert outcomes["fedavg"].problem == ""
+    assert outcomes["tap"].problem.startswith("exit status 1, see ")
+    log = Path(outcomes["tap"].problem.removeprefix("exit status 1, see "))
+    assert "gone.yaml" in log.read_text()
+
+
+def test_a_killed_sweep_loses_at_most_the_run_in_progress(write_sweep: Any, tmp_path: Path) -> None:
+    file, out = write_sweep(seeds=[5], methods=["fedavg", "tap"], set={"rounds": 4}), tmp_path / "out"
+    command = [sys.executable, "-c", "from tap_flower.cli import main; main()", "sweep", str(file), "--out", str(out)]
+    command += ["--jobs", "1"]
+    sweep = read_sweep(file, out)
+    first, second = sweep.runs
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ})
+    checkpoint = second.folder / "server" / "server.safetensors"
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists():
+        assert process.poll() is None, process.communicate()[0].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    psutil.wait_procs(children, 30)
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert first.done
+    assert not second.done
+    kept = (first.folder / "results.json").stat().st_mtime_ns
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (first.folder / "results.json").stat().st_mtime_ns == kept
+    assert numbers(second)["clients"] == here(second, tmp_path / "here")["clients"]
+    assert "2 runs, 1 of them finished" in done.stdout
+    assert {"table.md", "table.csv", "table.tex"} <= {path.name for path in out.iterdir()}
+    assert "languages" in (out / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("jobs", "machine", "expected"),
+    [
+        (2, Machine(8, 0), [("4", None), ("4", None)]),
+        (3, Machine(2, 0), [("1", None)] * 3),
+        (4, Machine(8, 2), [("2", "0"), ("2", "1"), ("2", "0"), ("2", "1")]),
+    ],
+)
+def test_runs_share_the_machine(jobs: int, machine: Machine, expected: list[tuple[str, str | None]]) -> None:
+    found = [(e["OMP_NUM_THREADS"], e.get("CUDA_VISIBLE_DEVICES")) for e in _environments(jobs, machine)]
+    assert found == expected
