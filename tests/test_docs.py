@@ -11,6 +11,7 @@ import yaml
 
 from tap_flower.config import options
 from tap_flower.data.spec import FORMATS, client_spec
+from tap_flower.sweeps.plan import read_sweep
 from tests.docs_tables import configuration_table
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,15 @@ def test_the_plug_in_example_runs() -> None:
     assert names["losses"][0]["triage"] < names["losses"][1]["triage"]
     for name, value in names["new_server_tensors"].items():
         assert (value - names["server_copy"].get_parameter(name)).abs().max() < 1e-6
+
+
+def test_the_example_of_a_sweep_is_right(tmp_path: Path) -> None:
+    block = (ROOT / "docs" / "sweeps.md").read_text().split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "sweep.yaml").write_text(block)
+    (tmp_path / "clients.yaml").write_text("rounds: 4\n")
+    sweep = read_sweep(tmp_path / "sweep.yaml", tmp_path / "out")
+    assert len(sweep.runs) == 9
+    assert {run.label for run in sweep.runs} == {"tap", "fedavg", "no-replacement"}
 
 
 def test_the_examples_of_client_specs_are_right() -> None:

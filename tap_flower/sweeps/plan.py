@@ -113,12 +113,10 @@ def read_sweep(file: Path, out: Path) -> Sweep:
 
 def _labelled(file: Path, methods: Any) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Label -> (method, settings)."""
-    if isinstance(methods, list):
-        methods = {str(name): {} for name in methods}
-    if not isinstance(methods, Mapping) or not methods:
+    if not isinstance(methods, Mapping | list) or not methods:
         raise ConfigError(f"{file}: methods is {methods!r}: list names of methods, or write `label: settings` lines")
     found = {}
-    for label, settings in methods.items():
+    for label, settings in ({name: {} for name in methods} if isinstance(methods, list) else methods).items():
         own = dict(settings or {}) if isinstance(settings, Mapping) or settings is None else None
         if own is None or Path(str(label)).name != str(label):
             raise ConfigError(

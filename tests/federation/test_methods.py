@@ -167,3 +167,16 @@ def test_ablations_of_tap(tmp_path: Path, settings: list[str], steps: tuple[int,
     assert (replaced == 0) == ("replacement.enabled=false" in settings)
     assert ("server+finetune" in results["tasks"]["languages"]) == ("replacement.enabled=false" in settings)
     assert "tap" in results["tasks"]["languages"]
+
+
+def test_the_documentations_own_method_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "add-a-method.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) < 80
+    names: dict[str, Any] = {}
+    exec(code, names)
+    monkeypatch.setitem(METHODS, names["NAME"], names["METHOD"])
+    _, results = finished(tmp_path, [f"method={names['NAME']}"])
+    assert set(results["tasks"]["languages"]) == {"personal", names["NAME"]}
+    assert results["bytes"]["per_component"]
+    assert not [component for component in results["bytes"]["per_component"] if component.startswith("encoder/")]

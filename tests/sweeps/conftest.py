@@ -26,7 +26,7 @@ def write_sweep(tmp_path: Path) -> Any:
         (tmp_path / "clients.yaml").write_text(yaml.safe_dump({"clients": clients}))
         file = tmp_path / "sweep.yaml"
         settings = {**SETTINGS, **values.pop("set", {})}
-        file.write_text(yaml.safe_dump({"config": "clients.yaml", "set": settings, **values}))
+        file.write_text(yaml.safe_dump({"config": "clients.yaml", "set": settings, **values}, sort_keys=False))
         return file
 
     return write

@@ -17,7 +17,7 @@ from tap_flower.sweeps.plan import Sweep, read_sweep
 def plan(tmp_path: Path) -> Any:
     def read(**values: Any) -> Sweep:
         file = tmp_path / "sweep.yaml"
-        file.write_text(yaml.safe_dump({"seeds": [1, 2], "methods": ["tap", "fedavg"], **values}))
+        file.write_text(yaml.safe_dump({"seeds": [1, 2], "methods": ["tap", "fedavg"], **values}, sort_keys=False))
         return read_sweep(file, tmp_path / "out")
 
     return read
