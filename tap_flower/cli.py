@@ -148,7 +148,9 @@ def margin_command(
     config: Annotated[str, typer.Option(help="A YAML file that overrides the preset.")] = "",
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value; may be repeated.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="May be repeated; 41, 42 and 43 without it.")] = None,
-    margin: Annotated[list[float] | None, typer.Option(help="May be repeated; 0, 0.01, 0.05 and 0.2 without it.")] = None,
+    margin: Annotated[
+        list[float] | None, typer.Option(help="May be repeated; 0, 0.01, 0.05 and 0.2 without it.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The study's folder.")] = Path("runs/study-margin"),
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; one a GPU or core without it.")] = None,
 ) -> None:
@@ -166,7 +168,9 @@ def _execute(console: Console, runs: Sequence[PlannedRun], jobs: int | None) -> 
     """Runs what is missing and says so; returns what failed."""
     machine, missing_runs = this_machine(), [run for run in runs if not run.done]
     jobs = max(1, min(jobs or machine.gpus or machine.cores, len(missing_runs)))
-    console.print(f"{len(runs)} runs, {len(runs) - len(missing_runs)} of them finished; {jobs} at once", highlight=False)
+    console.print(
+        f"{len(runs)} runs, {len(runs) - len(missing_runs)} of them finished; {jobs} at once", highlight=False
+    )
     failed: list[Outcome] = []
     ended = count(1)
 

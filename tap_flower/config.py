@@ -214,7 +214,9 @@ class Metrics:
 class Stopping:
     """Early stopping by the mean validation score of the clients' own models."""
 
-    patience: int = option(0, "rounds without a better one until stage 1 ends, and stage 2 starts from the best; 0: never", 0, 1_000_000)
+    patience: int = option(
+        0, "rounds without a better one until stage 1 ends, and stage 2 starts from the best; 0: never", 0, 1_000_000
+    )
 
 
 @dataclass

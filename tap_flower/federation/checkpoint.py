@@ -76,7 +76,9 @@ class Writer:
         """
         self.flush()
         record = {"schema": SCHEMA, **asdict(progress)}
-        self._pending = self._thread.submit(_write, self.folder, record, {**tensors, **{f"{_BEST}{n}": t for n, t in best.items()}})
+        self._pending = self._thread.submit(
+            _write, self.folder, record, {**tensors, **{f"{_BEST}{n}": t for n, t in best.items()}}
+        )
 
     def flush(self) -> None:
         """Waits until everything is on disk.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from flwr.app import Context, Error, Message, RecordDict
 
-from tap_flower.config import ConfigError, Encoding, HyperParameters, Metrics, ReplacementEvidence, hyper_parameters
+from tap_flower.config import ConfigError, Encoding, HyperParameters, Metrics, hyper_parameters
 from tap_flower.core.components import trainable_state
 from tap_flower.core.tasks import TEXT_GENERATION
 from tap_flower.core.training import DivergedError

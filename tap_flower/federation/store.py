@@ -11,7 +11,16 @@ from typing import Any
 
 from tap_flower.methods.method import Memory, State
 from tap_flower.recent import Recent
-from tap_flower.storage import Identity, StorageError, identity, keep_as, read_record, read_tensors, write_json, write_tensors
+from tap_flower.storage import (
+    Identity,
+    StorageError,
+    identity,
+    keep_as,
+    read_record,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 
 SCHEMA = 2
 PERSONAL, RECEIVED = "personal.safetensors", "received.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from tap_flower.federation.messages import Instruction, LackingError, MessageErr
 from tap_flower.federation.roster import Roster, RosterError
 from tap_flower.federation.updates import moved, restore
 from tap_flower.reporting.events import EventLog
-from tap_flower.reporting.trackers import open_trackers
 from tap_flower.reporting.results import RESULTS, results
+from tap_flower.reporting.trackers import open_trackers
 from tap_flower.storage import write_json
 
 _WAIT = 0.5

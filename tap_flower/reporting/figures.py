@@ -90,7 +90,12 @@ def loss_figures(run: RunRecord) -> Iterator[Figure]:
         rows = [[str(r), *(number(losses[n][r]) if r in losses[n] else "" for n in names)] for r in rounds]
         table = Table(f"{task}: training loss, {LOSS[kinds[task]]}", ["round", *names], rows)
         label = f"{task}: training loss of the server's copy by round, {len(series)} clients"
-        yield Figure(task, charts.line_chart(series, charts.rounds_axis(run.results["rounds"]), LOSS[kinds[task]], label), table, names)
+        yield Figure(
+            task,
+            charts.line_chart(series, charts.rounds_axis(run.results["rounds"]), LOSS[kinds[task]], label),
+            table,
+            names,
+        )
 
 
 def replacement_map(run: RunRecord) -> Figure | None:

@@ -38,7 +38,9 @@ class Outcome:
 
 
 def execute(runs: Sequence[PlannedRun], jobs: int, machine: Machine, finished: Callable[[Outcome], None]) -> None:
-    """Runs all that are not done yet. What was begun goes on from its last complete round; a failure leaves the others alone.
+    """Runs all that are not done yet.
+
+    What was begun goes on from its last complete round. A failure leaves the others alone.
 
     Args:
         runs: in the order in which they start.
@@ -98,7 +100,13 @@ class _Processes:
         if not resume and run.folder.exists():
             shutil.rmtree(run.folder)  # it ended before its first complete round
         command = [sys.executable, "-m", "tap_flower.sweeps.worker", "--preset", run.preset, "--config", run.config]
-        command += ["--set", " ".join(run.settings), "--out", str(run.folder.resolve()), *(["--resume"] if resume else [])]
+        command += [
+            "--set",
+            " ".join(run.settings),
+            "--out",
+            str(run.folder.resolve()),
+            *(["--resume"] if resume else []),
+        ]
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         with _log(run).open("ab") as output:
             with self._lock:

@@ -133,7 +133,9 @@ def _settings(file: Path, where: str, values: Any) -> tuple[str, ...]:
         raise ConfigError(f"{file}: {where} is {values!r}: write `key: value` lines, such as `train.steps: 10`")
     for key, value in values.items():
         if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
-            raise ConfigError(f"{file}: {where} has {key}: {value!r}; write one line for each number, with dots in its key")
+            raise ConfigError(
+                f"{file}: {where} has {key}: {value!r}; write one line for each number, with dots in its key"
+            )
         if " " in str(value):
             raise ConfigError(f"{file}: {where} has {key}: {value!r}; a value with spaces goes into the `config` file")
     return tuple(f"{key}={_plain(value)}" for key, value in values.items())

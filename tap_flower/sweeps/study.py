@@ -119,7 +119,9 @@ def pairs_study(preset: str, config: str, settings: Sequence[str], seeds: Sequen
         for model in ("server", "personal", "tap"):
             for size in sizes:
                 ratios = [
-                    fmean(by_model[model] / losses[seed, 1][task][model] for task, by_model in losses[seed, size].items())
+                    fmean(
+                        by_model[model] / losses[seed, 1][task][model] for task, by_model in losses[seed, size].items()
+                    )
                     for seed in seeds
                 ]
                 curves.setdefault(model, {})[size] = estimate(ratios)
@@ -128,9 +130,9 @@ def pairs_study(preset: str, config: str, settings: Sequence[str], seeds: Sequen
     return Study(
         "pairs",
         "Does one model for all serve each pair worse as their number grows?",
-        f"Preset {preset}; clients of one pair each, equal data and optimiser steps for a pair whatever their number; groups of "
-        f"{', '.join(map(str, sizes))} of {sizes[-1]} pairs, drawn anew for each seed. A pair's test loss is divided by its loss "
-        f"where it is trained alone; the mean over pairs, and its 95 % interval over seeds {', '.join(map(str, seeds))}.",
+        f"Preset {preset}; clients of one pair each, equal data and optimiser steps for a pair whatever their number; "
+        f"groups of {', '.join(map(str, sizes))} of {sizes[-1]} pairs, drawn anew for each seed. A pair's test loss is divided "
+        f"by its loss where it is trained alone; mean over pairs, 95 % interval over seeds {', '.join(map(str, seeds))}.",
         "pairs in the federation",
         tuple(run for of_size in runs.values() for run, _ in of_size),
         measure,
@@ -175,16 +177,14 @@ def margin_study(
                     margin: estimate([found[margin, seed]["tasks"][task][model][metric] for seed in seeds])
                     for margin in margins
                 }
-        counts = {
-            margin: estimate([_replaced(found[margin, seed]) for seed in seeds]) for margin in margins
-        }
+        counts = {margin: estimate([_replaced(found[margin, seed]) for seed in seeds]) for margin in margins}
         return {**figures, ("Replacements", "in a run, all clients and pairs"): {"replacements": counts}}
 
     return Study(
         "margin",
         "How much does the margin of the replacement matter?",
-        f"Preset {preset}, method tap; one margin for all kinds of task; test data, mean over clients and its 95 % interval over "
-        f"seeds {', '.join(map(str, seeds))}.",
+        f"Preset {preset}, method tap; one margin for all kinds of task; test data, mean over clients and its 95 % interval "
+        f"over seeds {', '.join(map(str, seeds))}.",
         "margin",
         tuple(runs.values()),
         measure,
@@ -198,7 +198,9 @@ def _replaced(results: Mapping[str, Any]) -> int:
 def _figure(title: str, unit: str, axis: str, curves: Curves) -> Figure:
     marks = sorted({x for by_x in curves.values() for x in by_x})
     series = [
-        Series(name, [Point(x, one.mean, f"{name}, {axis} {x:g}: {said(one)}", half=one.half) for x, one in by_x.items()])
+        Series(
+            name, [Point(x, one.mean, f"{name}, {axis} {x:g}: {said(one)}", half=one.half) for x, one in by_x.items()]
+        )
         for name, by_x in curves.items()
     ]
     rows = [[f"{x:g}", *(said(by_x[x]) for by_x in curves.values())] for x in marks]

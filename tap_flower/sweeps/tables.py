@@ -13,7 +13,9 @@ from rich.table import Table
 from tap_flower.sweeps.comparison import Comparison
 from tap_flower.sweeps.statistics import Estimate
 
-_ESCAPES = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"})
+_ESCAPES = str.maketrans(
+    {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def parts(found: Comparison) -> list[Part]:
     found_parts = [
         Part(f"Test data, mean ± 95 % interval over {seeds}", ["task", "metric", *labels], quality, frozenset(strong)),
         Part(
-            f"Paired difference to {found.reference}: positive is better than {found.reference}, * where the interval leaves out 0",
+            f"Paired difference to {found.reference}: positive is better, * where the interval leaves out 0",
             ["task", "metric", *others],
             differences,
             frozenset(),

@@ -23,6 +23,7 @@ def run(preset: str, config: str, settings: str, out: Path, resume: bool = False
         out: the run folder.
         resume: whether to go on with the run in that folder.
     """
+    run_config: dict[str, bool | float | int | str]
     run_config = {"preset": preset, "config": config, "set": settings, "out": str(out), "resume": resume}
     clients = len(client_specs(load_config(preset, config, settings.split())))
     grid = InProcessGrid(app, [{"partition-id": number} for number in range(clients)], run_config)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tap_flower.federation import strategy as strategy_module
-from tap_flower.federation.store import BEST, ClientStore
 from tap_flower.federation.stopping import Validation
+from tap_flower.federation.store import BEST, ClientStore
 from tap_flower.reporting.events import read_events
 from tap_flower.storage import read_tensors
 
@@ -84,9 +84,11 @@ def test_a_resumed_run_stops_at_the_same_round(stopping: Federation, monkeypatch
             raise Crash
         return train(self, grid, server_round, names)
 
-    with monkeypatch.context() as patch, pytest.raises(Crash):
+    crashes = again.strategy()
+    with monkeypatch.context() as patch:
         patch.setattr(strategy_module.TapStrategy, "_train", crashing)
-        again.strategy().start(again.grid())
+        with pytest.raises(Crash):
+            crashes.start(again.grid())
     results = again.strategy(resume=True).start(again.grid())
     assert results["clients"] == whole["clients"]
     assert results["rounds"] == whole["rounds"]

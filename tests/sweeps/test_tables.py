@@ -33,7 +33,9 @@ def results(method: str, model: str, accuracy: float, error: float, seed: int) -
 @pytest.fixture
 def found(tmp_path: Path) -> Comparison:
     model = {"tap": "tap", "fedavg": "server", "local": "local"}
-    runs = [PlannedRun(label, seed, "demo", "", (), tmp_path / label / str(seed)) for seed in (1, 2) for label in VALUES]
+    runs = [
+        PlannedRun(label, seed, "demo", "", (), tmp_path / label / str(seed)) for seed in (1, 2) for label in VALUES
+    ]
     for run in runs:
         if (run.label, run.seed) != ("local", 2):  # not finished yet
             accuracy, error = (value + 0.01 * (run.seed - 1) for value in VALUES[run.label])
