@@ -17,7 +17,7 @@ from tap_flower.storage import StorageError, read_tensors, write_json, write_ten
 
 SCHEMA = 2
 _BEST = "best/"
-"""Begins the names of the best round's tensors in the file."""
+"""Begins the names of the best round's tensors in the file, of those that have other values now."""
 log = logging.getLogger("tap_flower")
 
 
@@ -76,9 +76,9 @@ class Writer:
         """
         self.flush()
         record = {"schema": SCHEMA, **asdict(progress)}
-        self._pending = self._thread.submit(
-            _write, self.folder, record, {**tensors, **{f"{_BEST}{n}": t for n, t in best.items()}}
-        )
+        # What has not changed since the best round is in the file once.
+        earlier = {f"{_BEST}{name}": tensor for name, tensor in best.items() if tensors.get(name) is not tensor}
+        self._pending = self._thread.submit(_write, self.folder, record, {**tensors, **earlier})
 
     def flush(self) -> None:
         """Waits until everything is on disk.
@@ -124,5 +124,5 @@ def load(folder: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
         progress = Progress(**{**record, "validation": Validation(**record["validation"])})
     except (KeyError, TypeError) as error:
         raise StorageError(f"{folder} is damaged: {error}") from error
-    best = {name.removeprefix(_BEST): tensors.pop(name) for name in list(tensors) if name.startswith(_BEST)}
-    return progress, tensors, best
+    earlier = {name.removeprefix(_BEST): tensors.pop(name) for name in list(tensors) if name.startswith(_BEST)}
+    return progress, tensors, {**tensors, **earlier} if progress.validation.best_round else {}

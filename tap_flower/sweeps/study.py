@@ -131,8 +131,8 @@ def pairs_study(preset: str, config: str, settings: Sequence[str], seeds: Sequen
         "pairs",
         "Does one model for all serve each pair worse as their number grows?",
         f"Preset {preset}; clients of one pair each, equal data and optimiser steps for a pair whatever their number; "
-        f"groups of {', '.join(map(str, sizes))} of {sizes[-1]} pairs, drawn anew for each seed. A pair's test loss is divided "
-        f"by its loss where it is trained alone; mean over pairs, 95 % interval over seeds {', '.join(map(str, seeds))}.",
+        f"groups of {', '.join(map(str, sizes))} of {sizes[-1]} pairs, drawn anew for each seed. A pair's test loss is "
+        f"divided by its loss trained alone; mean over pairs, 95 % interval over seeds {', '.join(map(str, seeds))}.",
         "pairs in the federation",
         tuple(run for of_size in runs.values() for run, _ in of_size),
         measure,

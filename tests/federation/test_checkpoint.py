@@ -15,9 +15,10 @@ from flwr.app import Message
 
 from tap_flower.federation import checkpoint, messages
 from tap_flower.federation.checkpoint import Progress, Writer
+from tap_flower.federation.stopping import Validation
 from tap_flower.federation.store import PERSONAL
 from tap_flower.reporting.events import read_events
-from tap_flower.storage import StorageError, read_record
+from tap_flower.storage import StorageError, read_record, read_tensors
 
 from .conftest import CLIENTS, Federation
 
@@ -147,7 +148,7 @@ def test_a_failed_write_is_told_beside_the_failure_that_ended_the_run(tmp_path: 
 
     def run() -> None:
         with Writer(tmp_path / "server") as writer:
-            writer.save(Progress("r1", {}), {"a": torch.zeros(1)})
+            writer.save(Progress("r1", {}), {"a": torch.zeros(1)}, {})
             raise RuntimeError("no client is left")
 
     with pytest.raises(RuntimeError, match="no client") as raised:
@@ -166,12 +167,26 @@ def test_what_is_written_is_what_was_there_when_it_was_saved(tmp_path: Path, tri
     tried(write)
     progress, tensors = Progress("r1", {}, round=1, down={"c": 5}), {"a": torch.ones(2)}
     with Writer(tmp_path) as writer:
-        writer.save(progress, tensors)
+        writer.save(progress, tensors, {})
         progress.round = 2
         progress.down["c"] = 6
         tensors["a"], tensors["b"] = torch.zeros(2), torch.zeros(1)
         go.set()
-    found, values = checkpoint.load(tmp_path)
+    found, values, best = checkpoint.load(tmp_path)
+    assert best == {}
     assert (found.round, found.down) == (1, {"c": 5})
     assert values.keys() == {"a"}
     assert values["a"].tolist() == [1.0, 1.0]
+
+
+def test_the_best_rounds_tensors_come_back_and_are_written_once(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(2), "b": torch.zeros(2)}
+    best = {"a": torch.full((2,), 5.0), "b": tensors["b"]}
+    progress = Progress("r1", {}, round=3, validation=Validation({"ann": 0.5}, best_round=2, best_score=0.5))
+    with Writer(tmp_path) as writer:
+        writer.save(progress, tensors, best)
+    found, values, of_best = checkpoint.load(tmp_path)
+    assert found == progress
+    assert {name: value.tolist() for name, value in values.items()} == {"a": [1.0, 1.0], "b": [0.0, 0.0]}
+    assert {name: value.tolist() for name, value in of_best.items()} == {"a": [5.0, 5.0], "b": [0.0, 0.0]}
+    assert sorted(read_tensors(tmp_path / "server.safetensors")[0]) == ["a", "b", "best/a"]

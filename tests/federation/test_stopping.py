@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 import pytest
 
+from tap_flower.core.components import cpu_state
 from tap_flower.federation import strategy as strategy_module
 from tap_flower.federation.stopping import Validation
 from tap_flower.federation.store import BEST, ClientStore
+from tap_flower.methods.local import LocalClient
 from tap_flower.reporting.events import read_events
 from tap_flower.storage import read_tensors
 
@@ -94,13 +97,30 @@ def test_a_resumed_run_stops_at_the_same_round(stopping: Federation, monkeypatch
     assert results["rounds"] == whole["rounds"]
 
 
-def test_scores_are_the_clients_own_models_on_validation_data(federation: Federation) -> None:
+def test_scores_are_the_clients_own_models_on_validation_data(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     federation.settings += ["rounds=1", "stopping.patience=1"]
+    scores, seen = LocalClient.scores, dict[str, tuple[str, Any, dict[str, float]]]()
+
+    def watched(self: LocalClient, model: Any, split: str) -> dict[str, float]:
+        found = scores(self, model, split)
+        seen[self.spec.name] = split, cpu_state(model), found
+        return found
+
+    monkeypatch.setattr(LocalClient, "scores", watched)
     federation.strategy().start(federation.grid())
+    run = read_tensors(federation.out / "server" / "server.safetensors")[1]["run"]
+    for name, (split, state, _) in seen.items():
+        kept = ClientStore(federation.out / "clients" / name, run).load()
+        assert split == "validation"
+        assert kept is not None
+        assert all(state[tensor].equal(value) for tensor, value in kept.memory.models["personal"].items())
+    mean = fmean(fmean(found.values()) for _, _, found in seen.values())
     (event,) = [e for e in read_events(federation.out) if e["event"] == "round"]
-    assert 0.0 < event["validation"] < 1.0
     (best,) = [e for e in read_events(federation.out) if e["event"] == "best"]
-    assert best["validation"] == event["validation"]
+    assert len(seen) == 4
+    assert event["validation"] == best["validation"] == pytest.approx(mean)
 
 
 def test_without_patience_nothing_is_scored(federation: Federation) -> None:
