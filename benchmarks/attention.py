@@ -26,8 +26,8 @@ def main() -> None:
             def step(attention: Callable[..., Tensor], inputs: list[Tensor] = qkv, back: Tensor = gradient) -> None:
                 torch.autograd.grad(attention(*inputs), inputs, back)
 
-            ours = seconds(lambda: step(lambda q, k, v: experts.attention(q, k, v, None)), cpu, 9)  # noqa: B023
-            fused = seconds(lambda: step(F.scaled_dot_product_attention), cpu, 9)  # noqa: B023
+            ours = seconds(lambda: step(lambda q, k, v: experts.attention(q, k, v, None)), cpu, 9)
+            fused = seconds(lambda: step(F.scaled_dot_product_attention), cpu, 9)
             name = str(dtype).removeprefix("torch.")
             rows.append(
                 {"tokens": tokens, "dtype": name, "ours ms": ours * 1e3, "fused ms": fused * 1e3, "ratio": ours / fused}

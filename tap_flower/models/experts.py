@@ -87,7 +87,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1) @ v
+    mixed: Tensor = scores.softmax(-1) @ v
+    return mixed
 
 
 def _of_type(parent: nn.Module, name: str, kind: type[_M]) -> _M:
