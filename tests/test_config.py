@@ -100,7 +100,9 @@ def test_the_learning_rate_warms_up() -> None:
 
 def test_clients_receive_hyper_parameters_and_nothing_else() -> None:
     sent = sent_hyper_parameters(load_config("demo", "", ["train.steps=3"]))
-    assert set(sent) == {"method", "seed", "model", "compute", "train", "distill", "replacement", "baselines", "wire"}
+    assert set(sent) == {
+        "method", "seed", "model", "compute", "train", "distill", "replacement", "baselines", "stopping", "wire",
+    }  # fmt: skip
     assert hyper_parameters(sent).train.steps == 3
 
 

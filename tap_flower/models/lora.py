@@ -100,11 +100,11 @@ class _LoRALinear(torch.autograd.Function):
     them. Eight bits are drawn for an element, so that the probability is a multiple of 1/256; one byte of mask is kept for
     the backward pass in place of two float tensors; what is dropped out is written to a scratch block alone; and what is
     added is added in place (`python -m benchmarks.lora` compares). The large products are in the dtype of the frozen weight.
-    With bfloat16, blocks are still worked on in the adapters' float32, in which a CPU is several times as fast at thin products.
+    With bfloat16, blocks are still worked on in the adapters' float32: a CPU is several times as fast at its thin products.
     """
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, settings: LoRA, *adapters: Tensor
     ) -> tuple[Tensor, ...]:
@@ -131,7 +131,7 @@ class _LoRALinear(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x and of the adapters."""
         x, weight, *saved = ctx.saved_tensors

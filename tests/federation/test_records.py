@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from base64 import b64decode
 from io import BytesIO
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from tap_flower.federation import messages
+from tap_flower.federation.checkpoint import Writer
 from tap_flower.reporting.client_records import read_decisions, read_examples, read_gradients
 
 from .conftest import Federation
@@ -48,24 +50,22 @@ def test_a_run_leaves_decisions_examples_and_cosines_with_the_client(federation:
     assert read_gradients(clients / "ann") == []  # it has one pair
 
     for reply in grid.received:  # none of it travels
-        assert (
-            not {"margin", "personal_loss", "decisions", "examples", "cosine"} & messages.decode(reply.content).keys()
-        )
+        values = messages.decode(reply.content)
+        assert not {"margin", "personal_loss", "decisions", "items", "answers", "cosine"} & values.keys()
 
 
 def test_a_repeated_round_is_recorded_once(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tap_flower.federation import checkpoint
+    save, calls = Writer.save, list[int]()
 
-    save, calls = checkpoint.save, list[int]()
-
-    def crash(*arguments: object) -> None:
+    def crash(*arguments: Any) -> None:
         calls.append(1)
         if len(calls) == 2:
             raise RuntimeError("the server crashed in round 2")
-        save(*arguments)  # type: ignore[arg-type]
+        save(*arguments)
 
-    monkeypatch.setattr(checkpoint, "save", crash)
-    with pytest.raises(RuntimeError, match="crashed"):
-        federation.strategy().start(federation.grid())
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "save", crash)
+        with pytest.raises(RuntimeError, match="crashed"):
+            federation.strategy().start(federation.grid())
     federation.strategy(resume=True).start(federation.grid())
     assert [d["round"] for d in read_decisions(federation.out / "clients" / "ann")] == [1, 2]

@@ -110,9 +110,8 @@ def test_a_run_with_rounded_messages(make_federation: Make, starts: Spy, encodin
         store = ClientStore(federation.out / "clients" / name, strategy.progress.run)
         kept = store.load()
         assert kept is not None
-        assert kept.residual.keys() == kept.personal.state.keys() == manifest.tensors.keys()
+        assert kept.residual.keys() == kept.memory.models["personal"].keys() == manifest.tensors.keys()
         assert any(bool(t.any()) for t in kept.residual.values())
-        assert store.models()["personal"].keys() == manifest.tensors.keys()
         assert not {t.numpy().tobytes() for t in kept.residual.values() if t.any()} & wire
 
 
