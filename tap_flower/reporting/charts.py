@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from tap_flower.reporting.svg import SERIES, Scale, box, dot, drawing, group, line, number, text, ticks
+from tap_flower.reporting.svg import SERIES, Scale, box, cell, dot, drawing, group, lane, line, number, text, ticks
 
 _WIDTH = 340
 """Of a chart: that of a phone, so that its letters are not scaled down there."""
@@ -34,10 +34,19 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart."""
+    """A line of a chart.
+
+    Attributes:
+        name: of it.
+        points: in order.
+        tips: how the tips of its points begin.
+        marks: whether each point has a mark; without them there is the line alone.
+    """
 
     name: str
     points: Sequence[Point]
+    tips: str = ""
+    marks: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,8 +97,8 @@ def line_chart(series: Sequence[Series], axis: Axis, y_label: str, label: str) -
         intervals = "".join(
             line(x(p.x), y(p.y - p.half), x(p.x), y(p.y + p.half), "interval") for p in one.points if p.half is not None
         )
-        marks = "".join(dot(x(p.x), y(p.y), p.tip, filled=p.filled) for p in one.points)
-        parts.append(group(place, f'<polyline points="{path}"/>{intervals}{marks}'))
+        marks = "".join(dot(x(p.x), y(p.y), p.tip, filled=p.filled) for p in one.points if one.marks)
+        parts.append(group(place, f'<polyline points="{path}"/>{intervals}{marks}', one.tips))
     return drawing(_WIDTH, height, label, parts)
 
 
@@ -216,26 +225,28 @@ class Lane:
 
 def round_map(lanes: Sequence[Lane], rounds: int, label: str) -> tuple[Markup, Markup]:
     """(names of the rows, the map): a full square where a pair was replaced, a small one where it took part and was not."""
-    cell, row, top = max(5, min(18, 700 // max(rounds, 1))), 18, 4
-    width, height = cell * rounds + 24, top + row * len(lanes) + 36
+    width, row, top = max(5, min(18, 700 // max(rounds, 1))), 18, 4
+    across, height = width * rounds + 24, top + row * len(lanes) + 36
     names, parts = [], []
     for number_ in _round_ticks(rounds):
-        at = 8 + cell * (number_ - 0.5)
+        at = 8 + width * (number_ - 0.5)
         parts += [
             line(at, top, at, top + row * len(lanes), "rule"),
             text(at, height - 20, f"{number_}", "tick", "middle"),
         ]
     parts.append(text(8, height - 4, "round", "label"))
-    for place, lane in enumerate(lanes):
+    for place, each in enumerate(lanes):
         y = top + row * place
-        names.append(text(162, y + 13, lane.name if len(lane.name) < 27 else lane.name[:25] + "…", "tick", "end"))
-        parts.append(line(8, y + row / 2, 8 + cell * rounds, y + row / 2, "lane"))
-        for at_round, replaced in lane.replaced.items():
-            x = 8 + cell * (at_round - 1)
-            tip = f"{lane.name}, round {at_round}: {'replaced' if replaced else 'took part, kept its own'}"
+        names.append(text(162, y + 13, each.name if len(each.name) < 27 else each.name[:25] + "…", "tick", "end"))
+        parts.append(line(8, y + row / 2, 8 + width * rounds, y + row / 2, "lane"))
+        marks = []
+        for at_round, replaced in each.replaced.items():
+            x = 8 + width * (at_round - 1)
             if replaced:
-                parts.append(box(x + 0.5, y + 2, cell - 1, row - 4, tip, "replaced"))
+                marks.append(cell(x + 0.5, y + 2, f"{at_round}: replaced", "replaced"))
             else:
-                parts.append(box(x + cell / 2 - 2, y + row / 2 - 2, 4, 4, tip, "kept"))
+                marks.append(cell(x + width / 2 - 2, y + row / 2 - 2, f"{at_round}: kept its own", "kept"))
+        parts.append(lane("".join(marks), f"{each.name}, round "))
     opening = f'<svg class="names" aria-hidden="true" width="166" height="{height}" viewBox="0 0 166 {height}">'
-    return Markup(f"{opening}{''.join(names)}</svg>"), drawing(width, height, label, parts, "wide")
+    parts = [f'<g style="--width:{width - 1}px">', *parts, "</g>"]
+    return Markup(f"{opening}{''.join(names)}</svg>"), drawing(across, height, label, parts, "wide")

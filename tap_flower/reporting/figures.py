@@ -22,6 +22,10 @@ LOSS = {
     "image_generation": "squared error, normalised pixels (lower is better)",
 }
 """Kind of task -> what its loss is."""
+_FEW = 60
+"""Decisions up to which the compared losses have marks of their own."""
+_MANY = 1500
+"""Points of a chart up to which each has a mark; more of them would hide each other."""
 _BARS = 12
 """Components with a bar of their own."""
 
@@ -81,8 +85,9 @@ def loss_figures(run: RunRecord) -> Iterator[Figure]:
                     losses.setdefault(client, {})[event["round"]] = report["losses"][task]
         if not losses:
             continue
+        few = sum(map(len, losses.values())) <= _MANY
         series = [
-            Series(client, [Point(r, loss, f"{client}, round {r}: {number(loss)}") for r, loss in by_round.items()])
+            Series(client, [Point(r, v, f"{r}: {number(v)}") for r, v in by_round.items()], f"{client}, round ", few)
             for client, by_round in sorted(losses.items())
         ]
         names = [one.name for one in series]
@@ -136,16 +141,17 @@ def decision_figures(run: RunRecord, client: str) -> Iterator[Figure]:
     for task, decisions in by_task.items():
         teacher, personal, rows = [], [], []
         for d in decisions:
-            done = "replaced" if d["replaced"] else "kept its own"
-            losses = f"server's copy {number(d['teacher_loss'])}, personal {number(d['personal_loss'])}"
-            tip = f"round {d['round']}: {losses}, margin {d['margin']:g}: {done}"
+            done = "replaced" if d["replaced"] else "kept"
+            losses = f"{number(d['teacher_loss'])} against {number(d['personal_loss'])}"
+            tip = f"{d['round']}: {losses}, margin {d['margin']:g}: {done}"
             if d["teacher_loss"] is not None:
                 teacher.append(Point(d["round"], d["teacher_loss"], tip, filled=bool(d["replaced"])))
             if d["personal_loss"] is not None:
                 personal.append(Point(d["round"], d["personal_loss"], tip, filled=False))
             cells = (number(d["teacher_loss"]), number(d["personal_loss"]), f"{d['margin']:g}")
             rows.append([str(d["round"]), *cells, done])
-        series = [Series("server's copy", teacher), Series("personal model", personal)]
+        few = len(decisions) <= _FEW  # with more, the values are in the tips of the decisions alone
+        series = [Series("server's copy", teacher, "round "), Series("personal model", personal, "round ", few)]
         unit = LOSS.get(run.results["kinds"].get(task, ""), "loss (lower is better)")
         table = Table(
             f"{task}: losses at each decision, {unit}",

@@ -15,6 +15,8 @@ from tap_flower.reporting.svg import SERIES, number
 from tap_flower.storage import write_atomically
 
 REPORT = "report.html"
+ITEMS, FEWER_ITEMS, MANY_CLIENTS = 4, 2, 12
+"""Test items of a task that are shown, and fewer of them for more clients: pictures are a good part of the file."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         headlines=[(group, comparison.headline_table(group)) for group in grouped],
         side_by_side=comparison.side_by_side(grouped) if len(runs) > 1 else None,
         differences=comparison.differences(runs),
+        items=ITEMS if max(len(run.clients) for run in runs) <= MANY_CLIENTS else FEWER_ITEMS,
         series=SERIES,
     )
 

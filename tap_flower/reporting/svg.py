@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+RADIUS = 3
+"""Of a dot, as in the style sheet."""
 SERIES = 8
 """Colours that the style sheet has for series; further series begin again."""
 
@@ -66,9 +68,10 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" class="{kind}"/>'
 
 
-def dot(x: float, y: float, tip: str, *, filled: bool = True, radius: float = 3) -> str:
+def dot(x: float, y: float, tip: str, *, filled: bool = True, radius: float = RADIUS) -> str:
     """A mark with a tip."""
-    return f'<circle class="m{"" if filled else " o"}" cx="{x:g}" cy="{y:g}" r="{radius:g}">{_tip(tip)}</circle>'
+    size = "" if radius == RADIUS else f' style="r:{radius:g}px"'
+    return f'<circle class="m{"" if filled else " o"}" cx="{x:g}" cy="{y:g}"{size}>{_tip(tip)}</circle>'
 
 
 def box(x: float, y: float, width: float, height: float, tip: str, kind: str, style: str = "") -> str:
@@ -80,10 +83,24 @@ def box(x: float, y: float, width: float, height: float, tip: str, kind: str, st
     )
 
 
-def group(series: int, content: str) -> str:
-    """The marks of one series: its colour, its dashes, and what switches it off."""
+def group(series: int, content: str, tips: str = "") -> str:
+    """The marks of one series: its colour, its dashes, what switches it off, and how its tips begin."""
     kind = f"series s{series % SERIES} d{series // SERIES % 3}"
-    return f'<g class="{kind}" data-series="{series}">{content}</g>'
+    return f'<g class="{kind}" data-series="{series}"{_beginning(tips)}>{content}</g>'
+
+
+def lane(content: str, tips: str) -> str:
+    """The marks of one row, and how their tips begin: a page has thousands of them."""
+    return f"<g{_beginning(tips)}>{content}</g>"
+
+
+def cell(x: float, y: float, tip: str, kind: str) -> str:
+    """A rectangle with a tip, whose size is in the style sheet."""
+    return f'<rect class="m {kind}" x="{x:g}" y="{y:g}">{_tip(tip)}</rect>'
+
+
+def _beginning(tips: str) -> str:
+    return f' data-of="{escape(tips)}"' if tips else ""
 
 
 def _tip(words: str) -> str:

@@ -6,7 +6,8 @@ let on = null;
 function words(mark) {
   const title = mark.querySelector("title");
   if (title) { // else the browser would show its own tip as well
-    mark.dataset.tip = title.textContent;
+    const of = mark.closest("[data-of]");
+    mark.dataset.tip = (of ? of.dataset.of : "") + title.textContent;
     title.remove();
   }
   return mark.dataset.tip;
