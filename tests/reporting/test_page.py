@@ -94,7 +94,7 @@ def test_what_the_page_says(small_run: Path) -> None:
     assert "squared error, normalised pixels (lower is better)" in text
     assert "margin 0.01: replaced" in text
     assert 'data-of="round "' in text.replace("&#39;", "'")
-    assert "personal –, margin" in text  # there was no personal model before the first participation
+    assert "against –, margin" in text  # there was no personal model before the first participation
     assert "cosine -0.500" in text
     for tag, attributes in Elements(text).found:
         if tag == "svg" and "chart" in (attributes.get("class") or ""):
