@@ -133,6 +133,6 @@ def models_in(tasks: Metrics) -> list[str]:
 
 
 def best(kind: str, values: Sequence[float | None]) -> float | None:
-    """The best of some values of the headline metric; None where there are none."""
-    known = [value for value in values if value is not None]
-    return (max if headline(kind)[1] else min)(known, default=None)
+    """The best of some values of the headline metric; None where there are none, or no two that differ."""
+    known = {value for value in values if value is not None}
+    return (max if headline(kind)[1] else min)(known) if len(known) > 1 else None

@@ -113,6 +113,8 @@ def _row(name: str, metric: str, higher: bool, values: Values, reference: str) -
         if label != reference and (difference := paired(by_seed, oriented.get(reference, {}))) is not None
     }
     best = frozenset(label for label, one in means.items() if one.mean == top)
+    # Where all are equal, none stands out.
+    best = best if len(best) < len(means) else frozenset()
     return Row(name, f"{metric} {'↑' if higher else '↓'}", means, differences, best)
 
 
