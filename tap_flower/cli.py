@@ -20,6 +20,7 @@ from tap_flower.reporting.page import REPORT, write_report
 from tap_flower.reporting.progress import RunProgress
 from tap_flower.reporting.results import read_results
 from tap_flower.reporting.tables import mean_table, results_table
+from tap_flower.reporting.trackers import tracker_names
 from tap_flower.resources import CLUSTER, ResourcesError, shared, shared_cluster, this_machine
 from tap_flower.simulation import Launch, SimulationError, simulate
 from tap_flower.storage import StorageError, read_tensors, write_atomically
@@ -66,6 +67,7 @@ def simulate_command(
     settings += () if seed is None else (f"seed={seed}",)
     resolved = load_config(preset, config, settings)
     find_method(resolved.method)  # now, not after Flower's start
+    tracker_names(resolved.trackers)
     specs = client_specs(resolved)
     if not specs:
         raise ConfigError(f"preset {preset!r} has no clients: add client specs under `clients`")

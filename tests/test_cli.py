@@ -128,6 +128,8 @@ def test_an_unreadable_run_folder_is_an_error(
     [
         (["--preset", "nope"], "unknown preset 'nope': use one of"),
         (["--set", "train.stepz=1"], "did you mean 'train.steps'?"),
+        (["--set", "method=tapp"], "unknown method 'tapp' (did you mean 'tap'?)"),
+        (["--set", "trackers=tensorbord"], "trackers has 'tensorbord': use some of tensorboard, mlflow, wandb"),
         (["--rounds", "0"], "rounds = 0 is out of bounds"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--set", "clients=[]"], "has no clients"),

@@ -97,6 +97,19 @@ TRACKERS: Mapping[str, Callable[[Path, Config], Tracker]] = {
 """Name, which is also that of the extra that brings its package -> tracker."""
 
 
+def tracker_names(names: str) -> list[str]:
+    """The names in a text with commas between them.
+
+    Raises:
+        ConfigError: there is no tracker of a name.
+    """
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    for name in found:
+        if name not in TRACKERS:
+            raise ConfigError(f"trackers has {name!r}: use some of {', '.join(TRACKERS)}")
+    return found
+
+
 def open_trackers(names: str, run: Path, config: Config) -> list[Tracker]:
     """The trackers of a run.
 
@@ -109,9 +122,7 @@ def open_trackers(names: str, run: Path, config: Config) -> list[Tracker]:
         ConfigError: a name is unknown, or a package is not installed.
     """
     found = []
-    for name in filter(None, (name.strip() for name in names.split(","))):
-        if name not in TRACKERS:
-            raise ConfigError(f"trackers has {name!r}: use some of {', '.join(TRACKERS)}")
+    for name in tracker_names(names):
         try:
             found.append(TRACKERS[name](run, config))
         except ImportError as error:
