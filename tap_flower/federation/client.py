@@ -202,10 +202,8 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    samples, cosines = (
-        Samples(local, decode, tokenizer.sep_token_id, ("server", "personal", *method.results[-1:])),
-        list[dict[str, Any]](),
-    )
+    samples = Samples(local, decode, tokenizer.sep_token_id, {"server", "personal", method.result})
+    cosines: list[dict[str, Any]] = []
     for name, state in models.items():
         model = local.model(state)
         samples.add(name, model)

@@ -73,7 +73,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """`softmax(q kᵀ / √d) v`.
 
     A CPU is faster with the products themselves than with its fused kernel, whose backward pass is slow: in training, in
-    bfloat16 by a factor of 3 to 6, in float32 by a third for short texts (`python -m benchmarks.attention`).
+    bfloat16 by a factor of 3 to 8, in float32 by up to a quarter for short texts (`python -m benchmarks.attention`).
 
     Args:
         q: [N, H, T, d]; k and v likewise.
