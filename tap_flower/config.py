@@ -6,6 +6,7 @@ The order of precedence is: defaults < preset < file < `key=value` settings.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -20,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tap_flower.core.training import Optimisation
 from tap_flower.data.patterns import expand
 from tap_flower.data.spec import ClientSpec, SpecError, client_spec
+from tap_flower.plain import DEEPEST, PlainError, parse_yaml, shown
 
 
 class ConfigError(ValueError):
@@ -302,7 +304,12 @@ def load_config(preset: str = "demo", config: str = "", settings: Sequence[str] 
         key, separator, value = setting.partition("=")
         if not separator:
             raise ConfigError(f"setting {setting!r} has no '=': write key=value, such as train.steps=5")
-        layers.append((f"setting {setting!r}", _nested(key.strip(), yaml.safe_load(value))))
+        if key.count(".") > DEEPEST:
+            raise ConfigError(f"setting {shown(setting)} has a key of more than {DEEPEST} parts: shorten it")
+        try:
+            layers.append((f"setting {setting!r}", _nested(key.strip(), parse_yaml(value))))
+        except PlainError as error:
+            raise ConfigError(f"setting {shown(setting)}: {error}") from error
     resolved = cast(Config, _structured(Config, [*layers, ("preset name", {"preset": preset})]))
     if resolved.data.root and not Path(resolved.data.root).is_absolute():
         raise ConfigError(f"data.root = {resolved.data.root!r} is relative: give an absolute path in a setting")
@@ -341,7 +348,10 @@ def client_specs(config: Config) -> list[ClientSpec]:
     """
     try:
         own = {"backbone": config.backbone, "revision": config.backbone_revision}
-        specs = [client_spec(values if "backbone" in values else {**values, **own}) for values in config.clients]
+        specs = [
+            client_spec({**values, **own} if isinstance(values, Mapping) and "backbone" not in values else values)
+            for values in config.clients
+        ]
     except SpecError as error:
         raise ConfigError(str(error)) from error
     names = [spec.name for spec in specs]
@@ -378,20 +388,28 @@ def _structured(schema: type[Any], layers: Sequence[tuple[str, Mapping[str, Any]
         for key in _leaves(values, known):
             if key not in known:
                 raise ConfigError(f"{where}: unknown key {key!r}{_near(key, known)}")
-        try:
+        with _told(where):
             merged.merge_with(values)
-        except OmegaConfBaseException as error:
-            key = getattr(error, "full_key", None) or "?"
-            raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from error
+            found = {key: OmegaConf.select(merged, key) for key in known}
         for key, metadata in known.items():
-            low, high = metadata["low"], metadata["high"]
-            value = OmegaConf.select(merged, key)
+            low, high, value = metadata["low"], metadata["high"], found[key]
             if value is None:
                 if not metadata.get("optional"):
                     raise ConfigError(f"{where}: {key} has no value: give one")
             elif low is not None and not low <= value <= high:
                 raise ConfigError(f"{where}: {key} = {value} is out of bounds: choose between {low:g} and {high:g}")
-    return OmegaConf.to_object(merged)
+    with _told("the configuration"):
+        return OmegaConf.to_object(merged)
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Makes a ConfigError of what OmegaConf raises, and of what it lets through."""
+    try:
+        yield
+    except (OmegaConfBaseException, ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError(f"{where}: {key}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
 def _leaves(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -404,8 +422,9 @@ def _leaves(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
-    first, _, rest = key.partition(".")
-    return {first: _nested(rest, value) if rest else value}
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return cast(dict[str, Any], value)
 
 
 def read_yaml(path: Path, what: str = "file") -> Mapping[str, Any]:
@@ -419,8 +438,8 @@ def read_yaml(path: Path, what: str = "file") -> Mapping[str, Any]:
         ConfigError: the file cannot be read, or holds no keys.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{what} {str(path)!r} cannot be read: {error}") from error
     if not isinstance(values, Mapping):
         raise ConfigError(f"{what} {str(path)!r} holds no keys: write `key: value` lines")

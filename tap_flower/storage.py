@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from tap_flower.plain import check_type, parse_json
 
 _RECORD = "tap_flower"
 T = TypeVar("T")
@@ -93,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
         StorageError: the file is missing, unreadable or no JSON object.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -119,9 +122,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         The tensors (on the CPU) and the record.
 
     Raises:
-        StorageError: the file is missing, truncated or not one of ours.
+        StorageError: the file is missing, truncated or not one of ours, or a tensor is not float32.
     """
-    return _read(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return _read(path, lambda file: {name: _float32(name, file.get_tensor(name)) for name in file.keys()})  # noqa: SIM118
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -136,9 +139,16 @@ def read_record(path: Path) -> dict[str, Any]:
 def _read(path: Path, take: Callable[[Any], T]) -> tuple[T, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {})[_RECORD])
+            record = parse_json((file.metadata() or {})[_RECORD])
+            check_type(record, dict[str, Any], "its record")
             return take(file), record
     except FileNotFoundError as error:
         raise StorageError(f"{path} does not exist") from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise StorageError(f"{path} is damaged, or was not written by tap-flower: {error}") from error
+
+
+def _float32(name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.float32:
+        raise ValueError(f"tensor {name!r} is {tensor.dtype}, not torch.float32")
+    return tensor

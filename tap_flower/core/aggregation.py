@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -72,7 +72,7 @@ class Aggregator:
             BadUpdateError: a tensor is missing or unknown, has another shape or dtype, or holds a value that is not finite
                 or too large; a weight is negative, or with those before it above what the round expects.
         """
-        self._check_form(client, update, asked)
+        check_form(f"client {client!r}: the reply", update, asked, self._previous)
         parts: dict[str, list[str]] = {}
         for name in update:
             parts.setdefault(self._component_of[name], []).append(name)
@@ -123,22 +123,6 @@ class Aggregator:
     def changed(self) -> set[str]:
         """The components that somebody returned with new values."""
         return {self._component_of[name] for names, sum_ in self._sums.items() if sum_.weight for name in names}
-
-    def _check_form(self, client: str, update: Mapping[str, Tensor], asked: set[str]) -> None:
-        if missing := sorted(asked - update.keys()):
-            raise BadUpdateError(f"client {client!r}: the reply lacks {len(missing)} tensors, such as {missing[0]!r}")
-        if unknown := sorted(update.keys() - asked):
-            raise BadUpdateError(
-                f"client {client!r}: the reply holds {len(unknown)} tensors that were not sent, such as {unknown[0]!r}"
-            )
-        for name, tensor in update.items():
-            previous = self._previous[name]
-            if tensor.shape != previous.shape:
-                raise BadUpdateError(
-                    f"client {client!r}: tensor {name!r} has shape {tuple(tensor.shape)}, not {tuple(previous.shape)}"
-                )
-            if tensor.dtype != previous.dtype:
-                raise BadUpdateError(f"client {client!r}: tensor {name!r} is {tensor.dtype}, not {previous.dtype}")
 
     def _check_weight(self, client: str, component: str, weight: int) -> None:
         rest = self._expected.get(component, 0) - self._arrived.get(component, 0)
@@ -230,6 +214,31 @@ class _Sum:
                     (place.view(shape), name, None) if whole else (place, name, slice(first - begin, last - begin))
                 )
         return _Block(total, self.buffer[: len(total)], pieces)
+
+
+def check_form(message: str, tensors: Mapping[str, Tensor], asked: Collection[str], like: Mapping[str, Tensor]) -> None:
+    """Checks the names, shapes and dtypes of tensors that came.
+
+    Args:
+        message: begins the errors.
+        tensors: what came.
+        asked: the names that must be there.
+        like: name -> a tensor of the right shape and dtype, for all of these.
+
+    Raises:
+        BadUpdateError: a tensor is missing or unknown, or has another shape or dtype.
+    """
+    if missing := sorted(set(asked) - tensors.keys()):
+        raise BadUpdateError(f"{message} lacks {len(missing)} tensors, such as {missing[0]!r}")
+    if unknown := sorted(tensors.keys() - set(asked)):
+        raise BadUpdateError(f"{message} holds {len(unknown)} tensors that were not sent, such as {unknown[0][:300]!r}")
+    for name, tensor in tensors.items():
+        if tensor.shape != like[name].shape:
+            raise BadUpdateError(
+                f"{message}'s tensor {name!r} has shape {tuple(tensor.shape)}, not {tuple(like[name].shape)}"
+            )
+        if tensor.dtype != like[name].dtype:
+            raise BadUpdateError(f"{message}'s tensor {name!r} is {tensor.dtype}, not {like[name].dtype}")
 
 
 def _in_range(values: Tensor) -> bool:

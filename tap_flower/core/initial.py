@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 Distribution = Literal["constant", "identity", "normal", "uniform"]
+LARGEST_SCALE = 2.0**8
+"""Scale from which on an initial value is refused: no value of it is near `aggregation.LARGEST_VALUE`."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,19 @@ class Initial:
     def __post_init__(self) -> None:
         if self.distribution not in get_args(Distribution):
             raise ValueError(f"unknown distribution {self.distribution!r}: use one of {get_args(Distribution)}")
+        if not abs(self.scale) < LARGEST_SCALE:
+            raise ValueError(f"the scale is {self.scale}: values from {LARGEST_SCALE:g} on are refused")
+        if self.scale < 0 and self.distribution in ("normal", "uniform"):
+            raise ValueError(f"the scale of distribution {self.distribution!r} is {self.scale}: it is never negative")
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Checks that a tensor of this shape can start like this.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if self.distribution == "identity" and len(shape) not in (2, 3, 4, 5):
+            raise ValueError(f"an identity has 2 to 5 dimensions, not those of {shape}")
 
     def value(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         """The initial tensor (float32, on the CPU).

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tap_flower.data.spec import SpecError, check_keys
+from tap_flower.plain import shown
 
 _REST = "rest"
 _SOURCES = ("train", "validation", "test")
@@ -49,16 +50,23 @@ def expand(
     """
     sets = {}
     for key, values in data_sets.items():
-        check_keys(values, HubSet, f"data set {key!r}")
+        check_keys(values, HubSet, f"data set {shown(key)}")
         sets[key] = HubSet(**values)
+        if not isinstance(sets[key].rows, int) or sets[key].rows < 1:
+            raise SpecError(f"data set {shown(key)} has rows {shown(sets[key].rows)}: give their number")
     for group in range(groups):
         for number, pattern in enumerate(patterns):
+            if not isinstance(pattern, Mapping) or not isinstance(pattern.get("tasks"), list):
+                raise SpecError(f"pattern {number} has no tasks: list at least one under `tasks`")
             tasks = []
             for task in pattern["tasks"]:
-                where = f"pattern {number}: task {task.get('name', '?')!r}"
+                if not isinstance(task, Mapping):
+                    raise SpecError(f"pattern {number} has the task {shown(task)}: write `key: value` lines")
+                where = f"pattern {number}: task {shown(task.get('name', '?'))}"
                 sources = {
                     split: [
-                        _source(source, sets, group, groups, f"{where}: {split}") for source in _listed(task[split])
+                        _source(source, sets, group, groups, f"{where}: {split}")
+                        for source in _listed(task[split], f"{where}: {split}")
                     ]
                     for split in _SOURCES
                     if task.get(split)
@@ -67,15 +75,18 @@ def expand(
             yield {**pattern, "name": f"client-{group * len(patterns) + number}", "tasks": tasks}
 
 
-def _listed(sources: Any) -> Sequence[Mapping[str, Any]]:
-    return [sources] if isinstance(sources, Mapping) else sources
+def _listed(sources: Any, where: str) -> Sequence[Mapping[str, Any]]:
+    listed = [sources] if isinstance(sources, Mapping) else sources
+    if not isinstance(listed, list) or not all(isinstance(source, Mapping) for source in listed):
+        raise SpecError(f"{where} is {shown(sources)}: give a source or a list of them")
+    return listed
 
 
 def _source(
     values: Mapping[str, Any], sets: Mapping[str, HubSet], group: int, groups: int, where: str
 ) -> dict[str, Any]:
-    if values.get("data") not in sets:
-        raise SpecError(f"{where} has data {values.get('data')!r}: use one of {', '.join(sets)}")
+    if values.get("data") not in list(sets):
+        raise SpecError(f"{where} has data {shown(values.get('data'))}: use one of {', '.join(map(str, sets))}")
     data = sets[values["data"]]
     found = {key: value for key, value in values.items() if key not in ("data", "share")}
     found |= {"format": "hub", "name": data.name, "config": data.config, "revision": data.revision}
@@ -83,8 +94,16 @@ def _source(
     if share == _REST:
         found["rows"] = [data.rows, None]
     elif share is not None:
+        if not _is_part(share):
+            raise SpecError(f"{where} has share {shown(share)}: give [from, to], two fractions, or {_REST}")
         found["rows"] = list(_slice(data.rows, group, groups, *share))
     return found
+
+
+def _is_part(share: Any) -> bool:
+    if not isinstance(share, list) or len(share) != 2 or not all(isinstance(end, int | float) for end in share):
+        return False
+    return bool(0 <= share[0] < share[1] <= 1)
 
 
 def _slice(rows: int, group: int, groups: int, start: float, stop: float) -> tuple[int, int]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from datetime import date
 from difflib import get_close_matches
 from typing import Any
 
 from tap_flower.core.components import Pair
 from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.data import templates
+from tap_flower.plain import shown
 
 MODALITIES = ("image", "text")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+"""Names of clients, tasks and domains: a client's is also that of its folder."""
+MOST_CLASSES = 65_536
 _FILE = (("path",), ("path",))
 FORMATS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "packaged": (("name", "split"), ("name", "split")),
@@ -25,6 +30,23 @@ FORMATS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "disk": (("path",), ("path", "split")),
 }
 """Format -> (what a source of it must say about where it lies, what it may say)."""
+
+
+_TEXT, _LIST, _KEYS = ("a text: put it in quotes", str), ("a list", list, tuple), ("`key: value` lines", Mapping)
+_SOURCE, _MARK = ("a source or a list of them", list, tuple, Mapping), ("a text", str, int, float, date)
+_KINDS: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("name", "backbone", "kind", "domain", "format", "split", "path", "config", "data"), _TEXT),
+    **dict.fromkeys(("tasks", "modalities", "labels"), _LIST),
+    **dict.fromkeys(("columns", "templates"), _KEYS),
+    **dict.fromkeys(("train", "validation", "test"), _SOURCE),
+    "classes": ("a list of names, or their number", list, tuple, int),
+    "rows": ("numbers", list, tuple, int),
+    "margin": ("a number", int, float),
+    "batch_size": ("a whole number", int),
+    "shuffle": ("true or false", bool),
+    "revision": _MARK,
+}
+"""Key -> (what its value is, in words, and in types); `null` stands for a key that is not there."""
 
 
 class SpecError(ValueError):
@@ -181,11 +203,15 @@ def client_spec(values: Mapping[str, Any]) -> ClientSpec:
     names = [task.name for task in tasks]
     if double := {name for name in names if names.count(name) > 1}:
         raise SpecError(f"{where} names the task {sorted(double)[0]!r} twice: give each task of a client its own name")
-    return ClientSpec(values["name"], str(values["backbone"]), tasks, _text(values.get("revision")))
+    return ClientSpec(values["name"], values["backbone"], tasks, _text(values.get("revision")))
 
 
 def _client(values: Mapping[str, Any]) -> str:
-    return f"client {values.get('name', '?')!r}"
+    return f"client {_named(values)}"
+
+
+def _named(values: Any) -> str:
+    return shown(values.get("name", "?")) if isinstance(values, Mapping) else "'?'"
 
 
 def task_spec(values: Mapping[str, Any], client: Mapping[str, Any]) -> TaskSpec:
@@ -198,7 +224,7 @@ def task_spec(values: Mapping[str, Any], client: Mapping[str, Any]) -> TaskSpec:
     Raises:
         SpecError: a key is missing or unknown, or a value is wrong.
     """
-    where = f"{_client(client)}: task {values.get('name', '?')!r}"
+    where = f"{_client(client)}: task {_named(values)}"
     check_keys(values, TaskSpec, where)
     for key in ("name", "domain"):
         _check_name(values[key], where, key)
@@ -207,14 +233,17 @@ def task_spec(values: Mapping[str, Any], client: Mapping[str, Any]) -> TaskSpec:
         raise SpecError(f"{where} has kind {kind!r}: use one of {', '.join(TASK_KINDS)}")
     if not modalities or any(modality not in MODALITIES for modality in modalities):
         raise SpecError(f"{where} has modalities {list(modalities)}: use one or both of {', '.join(MODALITIES)}")
+    if len(set(modalities)) < len(modalities):
+        raise SpecError(f"{where} has modalities {list(modalities)}: name each once")
     margin = values.get("margin")
-    if margin is not None and not 0 <= float(margin) < float("inf"):
+    if margin is not None and not 0 <= margin < float("inf"):
         raise SpecError(f"{where} has margin {margin}: use a number of at least 0")
     batch_size = values.get("batch_size")
-    if batch_size is not None and not (isinstance(batch_size, int) and 1 <= batch_size <= 65_536):
+    if batch_size is not None and not 1 <= batch_size <= 65_536:
         raise SpecError(f"{where} has batch_size {batch_size!r}: use a whole number from 1 to 65536")
     classes = _classes(values.get("classes"), kind, where)
     labels = tuple(values.get("labels") or ())
+    _check_scalars(labels, f"{where} has label")
     if labels and len(labels) != len(classes):
         raise SpecError(f"{where} has {len(labels)} labels for {len(classes)} classes: list one label for each class")
     task = TaskSpec(
@@ -238,19 +267,34 @@ def task_spec(values: Mapping[str, Any], client: Mapping[str, Any]) -> TaskSpec:
 
 
 def _classes(value: Any, kind: str, where: str) -> tuple[str, ...]:
-    classes = tuple(str(name) for name in (range(value) if isinstance(value, int) else value or ()))
+    count = value if isinstance(value, int) else len(value or ())
+    if count > MOST_CLASSES:
+        raise SpecError(f"{where} has {count} classes: use at most {MOST_CLASSES}")
+    names = range(value) if isinstance(value, int) else value or ()
+    _check_scalars(names, f"{where} has class")
+    classes = tuple(str(name) for name in names)
+    if len(set(classes)) < len(classes):
+        ((double, _),) = Counter(classes).most_common(1)
+        raise SpecError(f"{where} names the class {shown(double)} twice: give each class its own name")
     if kind.endswith("_classification") and len(classes) < 2:
         raise SpecError(f"{where} has {len(classes)} classes: list the names of at least two under `classes`")
     return classes
 
 
 def _check_fields(task: TaskSpec, source: Source, where: str) -> None:
+    for role, names in (*task.columns.items(), *source.columns.items()):
+        listed = names if isinstance(names, list | tuple) else [names]
+        if not listed or not all(isinstance(name, str) for name in listed):
+            raise SpecError(f"{where} reads {shown(role)} from {shown(names)}: name a column, or list several")
+    for role, text in (*task.templates.items(), *source.templates.items()):
+        if not isinstance(text, str) or not text:
+            raise SpecError(f"{where} has the template {shown(text)} for {shown(role)}: write a text")
     found = task.fields(source)
     if missing := task.roles - found.keys():
         raise SpecError(f"{where} names no column for {', '.join(sorted(missing))}: add it under `columns`")
     for role, read in found.items():
         if role not in task.roles:
-            raise SpecError(f"{where} reads {role!r}, which it does not have: use {', '.join(sorted(task.roles))}")
+            raise SpecError(f"{where} reads {shown(role)}, which it does not have: use {', '.join(sorted(task.roles))}")
         if role in ("image", "label") and len(read.columns) != 1:
             raise SpecError(
                 f"{where} reads {role} from {read.template or list(read.columns)!r}: name one column for it"
@@ -276,14 +320,28 @@ def _source(values: Mapping[str, Any], where: str) -> Source:
             f"{where} has {extra[0]} = {values[extra[0]]!r}: format {form!r} takes {', '.join(allowed)} only"
         )
     rows = values.get("rows")
-    if rows is not None and not (len(rows) == 2 and rows[0] >= 0 and (rows[1] is None or rows[0] < rows[1])):
-        raise SpecError(f"{where} has rows {list(rows)}: give the first row and the row after the last")
+    if rows is not None and not _is_range(rows):
+        raise SpecError(f"{where} has rows {shown(rows)}: give the first row and the row after the last")
     if values.get("domain") is not None:
         _check_name(values["domain"], where, "domain")
     given = {key: value for key, value in values.items() if value is not None}
     return Source(
         **{**given, "rows": None if rows is None else (rows[0], rows[1]), "revision": _text(given.get("revision"))}
     )
+
+
+def _check_scalars(values: Iterable[Any], where: str) -> None:
+    for value in values:
+        if not isinstance(value, str | int | float | date):
+            raise SpecError(f"{where} {shown(value)}: use texts and numbers")
+
+
+def _is_range(rows: Any) -> bool:
+    """Whether it is [a row, a later row or null]."""
+    if not isinstance(rows, list | tuple) or len(rows) != 2 or any(isinstance(row, bool) for row in rows):
+        return False
+    first, last = rows
+    return isinstance(first, int) and first >= 0 and (last is None or (isinstance(last, int) and first < last))
 
 
 def _text(value: Any) -> str | None:
@@ -297,16 +355,27 @@ def check_keys(values: Mapping[str, Any], schema: type, where: str) -> None:
     Raises:
         SpecError: a key is unknown or missing; `where` begins the message.
     """
+    if not isinstance(values, Mapping):
+        raise SpecError(f"{where} is {shown(values)}: write `key: value` lines")
     known = {f.name: f for f in fields(schema)}
     for key in values:
         if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            raise SpecError(f"{where} has the unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+            near = get_close_matches(str(key)[:64], known, n=1)
+            raise SpecError(
+                f"{where} has the unknown key {shown(key)}" + (f": did you mean {near[0]!r}?" if near else "")
+            )
     required = [name for name, f in known.items() if f.default is f.default_factory]  # both MISSING
-    if missing := [name for name in required if name not in values]:
+    if missing := [name for name in required if values.get(name) is None]:
         raise SpecError(f"{where} lacks {', '.join(missing)}")
+    for key, value in values.items():
+        what, *kinds = _KINDS[key]
+        fits = value is None or isinstance(value, tuple(kinds))
+        if not fits or (isinstance(value, bool) and bool not in kinds):
+            raise SpecError(f"{where} has {key} {shown(value)}: give {what}")
+        if isinstance(value, str) and "\0" in value:
+            raise SpecError(f"{where} has {key} {shown(value)}: leave the zero byte out")
 
 
-def _check_name(value: Any, where: str, key: str) -> None:
-    if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise SpecError(f"{where} has {key} {value!r}: use 1 to 64 letters, digits, '-' and '_'")
+def _check_name(value: str, where: str, key: str) -> None:
+    if not NAME.fullmatch(value):
+        raise SpecError(f"{where} has {key} {shown(value)}: use 1 to 64 letters, digits, '-' and '_'")

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tap_flower.plain import shown
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
 
@@ -20,9 +22,11 @@ class PromptError(ValueError):
 def problem(template: str) -> str | None:
     """What is wrong with a template's syntax, or None."""
     try:
-        _ENVIRONMENT.parse(template)
+        _compiled(template)
     except TemplateSyntaxError as error:
         return f"{error.message} (line {error.lineno} of {template!r})"
+    except Exception as error:  # what Python's compiler raises where it is nested too deeply, or has endless numbers
+        return f"{type(error).__name__}: {error} (in {shown(template)})"
     return None
 
 
@@ -44,7 +48,7 @@ def render(template: str, row: Mapping[str, Any]) -> str:
     """
     try:
         return _compiled(template).render(row)
-    except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+    except Exception as error:  # a TemplateError, or what a filter raises on a value
         raise PromptError(f"{error} (template {template!r})") from error
 
 

@@ -8,11 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import Tensor
 
 from tap_flower.federation.stopping import Validation
+from tap_flower.plain import PlainError, check_fields
 from tap_flower.storage import StorageError, read_tensors, write_json, write_tensors
 
 SCHEMA = 2
@@ -121,8 +122,11 @@ def load(folder: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
     if record.pop("schema", None) != SCHEMA:
         raise StorageError(f"{folder} was written by another version of tap-flower: use that version to resume it")
     try:
-        progress = Progress(**{**record, "validation": Validation(**record["validation"])})
-    except (KeyError, TypeError) as error:
-        raise StorageError(f"{folder} is damaged: {error}") from error
+        kinds = {**get_type_hints(Progress), "validation": dict[str, Any]}
+        check_fields(record, kinds, "its record")
+        check_fields(record["validation"], get_type_hints(Validation), "validation")
+    except PlainError as error:
+        raise StorageError(f"{folder} is damaged: {error}; restore it, or start a new run") from error
+    progress = Progress(**{**record, "validation": Validation(**record["validation"])})
     earlier = {name.removeprefix(_BEST): tensors.pop(name) for name in list(tensors) if name.startswith(_BEST)}
     return progress, tensors, {**tensors, **earlier} if progress.validation.best_round else {}

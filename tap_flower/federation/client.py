@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from flwr.app import Context, Error, Message, RecordDict
 
 from tap_flower.config import ConfigError, Encoding, HyperParameters, Metrics, hyper_parameters
+from tap_flower.core.aggregation import BadUpdateError, check_form
 from tap_flower.core.components import trainable_state
 from tap_flower.core.tasks import TEXT_GENERATION
 from tap_flower.core.training import DivergedError
@@ -48,6 +50,21 @@ from tap_flower.text_metrics import TextMetrics
 
 REFUSED = 1001
 """Error code of a reply whose reason is meant for the person who runs the server or the node."""
+
+EXPECTED = (
+    BackboneError,
+    BadUpdateError,
+    ConfigError,
+    DivergedError,
+    EncodingError,
+    MessageError,
+    SpecError,
+    StorageError,
+)
+"""Errors whose text says what is wrong and what to do."""
+DEPLOYED = "client-spec"
+"""A setting that a deployed node has, and a simulated one has not."""
+log = logging.getLogger("tap_flower")
 
 
 @dataclass(frozen=True)
@@ -83,21 +100,29 @@ class Participant:
 
         Raises:
             LackingError: tensors were left out, and the client has no copy of them.
+            BadUpdateError: they are not the client's tensors, or not finite.
         """
         state, held = self.instruction.state, self.instruction.held
         exact = self.encoding is Encoding.float32
         sent = messages.decode_tensors(message.content, self.encoding)
         tensors = restore(sent, {} if exact or not sent else self.local.initial_values(), self.encoding)
+        kept = None if held is None else self.store.received()
         if held is not None:
-            kept = self.store.received()
             if kept is None or not held <= kept.state <= state:
                 has = "none" if kept is None else f"that of round {kept.state}"
                 raise LackingError(f"the client was to hold the server's tensors of round {held}, and has {has}")
-            if not tensors and kept.state == state:
-                return kept.tensors
             tensors = {**kept.tensors, **tensors}
-        self.store.save_received(Received(state, tensors))
+        self._check(tensors)
+        if kept is None or sent or kept.state != state:
+            self.store.save_received(Received(state, tensors))
         return tensors
+
+    def _check(self, tensors: State) -> None:
+        outline = self.local.outline
+        own, component_of = trainable_state(outline), outline.component_map.component_of
+        check_form("the server's message", tensors, [n for n in own if self.method.exchanges(component_of[n])], own)
+        if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+            raise BadUpdateError(f"the server's tensor {broken[0]!r} holds a value that is not finite")
 
 
 def manifest(message: Message, context: Context) -> Message:
@@ -121,18 +146,26 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context, handler: Callable[[Participant, Message], RecordDict]) -> Message:
-    """Runs a handler; what goes wrong in a way that somebody can mend is answered in plain words."""
+    """Runs a handler; what goes wrong in a way that somebody can mend is answered in plain words.
+
+    What may quote a node's spec or data goes to its own log alone; a simulation is one machine, and tells it.
+    """
     try:
         return Message(handler(_participant(message, context), message), reply_to=message)
     except LackingError as error:
         return Message(Error(LackingError.CODE, str(error)), reply_to=message)
-    except (BackboneError, ConfigError, DivergedError, EncodingError, MessageError, SpecError, StorageError) as error:
-        return Message(Error(REFUSED, str(error)), reply_to=message)
+    except EXPECTED as error:
+        reason = str(error)
+        if isinstance(error, SpecError) and DEPLOYED in context.node_config:
+            log.error("%s", error)
+            reason = "the node's client spec is wrong, or does not fit its data: the log of the node says where"
+        return Message(Error(REFUSED, reason), reply_to=message)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
         traceback.print_exc()
-        return Message(Error(REFUSED, f"unexpected {type(error).__name__} at {where}: {error}"), reply_to=message)
+        reason = "the log of its node says more" if DEPLOYED in context.node_config else str(error)
+        return Message(Error(REFUSED, f"unexpected {type(error).__name__} at {where}: {reason}"), reply_to=message)
 
 
 def _manifest(participant: Participant, _: Message) -> RecordDict:
@@ -235,7 +268,10 @@ def _memory(kept: Kept | None) -> Memory:
 
 def _participant(message: Message, context: Context) -> Participant:
     instruction = messages.instruction(message)
-    node = this_node(context)
+    try:
+        node = this_node(context)
+    except ConfigError as error:
+        raise SpecError(str(error)) from error
     settings = json.dumps(instruction.hyper_parameters, sort_keys=True)
     local = _local_client(node.spec, node.data_root, settings)
     return Participant(local, ClientStore(node.folder, instruction.run), instruction, node.metrics)

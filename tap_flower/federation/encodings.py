@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from io import BytesIO
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tap_flower.config import Encoding
+from tap_flower.plain import shown
 
 SHARED = 128
 """Fewest values that share a scale."""
@@ -34,6 +36,7 @@ _STYPES = {
 """What Flower calls the serialization of an array: its own, which has no bfloat16, or ours."""
 _LARGEST = 2.0**127
 """From here on a value might become infinite when it is rounded."""
+_DIMENSIONS = 8
 _LARGEST_SHAPE = 2**40
 """Product of a shape's sizes, each counted as 1 at least, from which on torch might not take it."""
 _TINY = torch.finfo(torch.float32).tiny
@@ -73,13 +76,16 @@ def from_array(array: Array, encoding: Encoding) -> Tensor:
         EncodingError: it is in another encoding, or its data are not what shape and encoding say.
     """
     if (array.stype, array.dtype) != (_STYPES[encoding], encoding.value):
-        raise EncodingError(f"is {array.dtype} in {array.stype}, not {encoding.value} in {_STYPES[encoding]}")
-    if encoding is Encoding.float32:
-        return _from_numpy(array)
+        found = f"{array.dtype[:40]} in {array.stype[:40]}"
+        raise EncodingError(f"is {found}, not {encoding.value} in {_STYPES[encoding]}")
     shape = tuple(array.shape)
-    if min(shape, default=0) < 0 or math.prod(max(size, 1) for size in shape) >= _LARGEST_SHAPE:
-        raise EncodingError(f"has the impossible shape {shape}")
+    if len(shape) > _DIMENSIONS or min(shape, default=0) < 0:
+        raise EncodingError(f"has the impossible shape {shown(shape)}")
+    if math.prod(max(size, 1) for size in shape) >= _LARGEST_SHAPE:
+        raise EncodingError(f"has the impossible shape {shown(shape)}")
     values = math.prod(shape)
+    if encoding is Encoding.float32:
+        return _from_numpy(array, values)
     expected = 2 * values if encoding is Encoding.bfloat16 else 4 * _scales(shape) + values
     if len(array.data) != expected:
         raise EncodingError(f"has {len(array.data)} bytes, not the {expected} of {shape} in {encoding.value}")
@@ -96,14 +102,25 @@ def rounded(tensor: Tensor, encoding: Encoding) -> Tensor:
     return tensor if encoding is Encoding.float32 else from_array(to_array(tensor, encoding), encoding)
 
 
-def _from_numpy(array: Array) -> Tensor:
+def _from_numpy(array: Array, values: int) -> Tensor:
+    """What `np.load` would make of it, but nothing is allocated on the word of a header."""
+    file = BytesIO(array.data)
     try:
-        values = array.numpy()
-    except (ValueError, TypeError, EOFError, OverflowError, MemoryError) as error:
-        raise EncodingError(f"cannot be read: {error}") from error
-    if values.dtype != np.float32:
-        raise EncodingError(f"is {values.dtype}, not float32")
-    return torch.from_numpy(np.array(values, order="C"))
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"it is of version {version} of NumPy's format")
+        shape, in_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # whatever NumPy's parser of headers raises
+        raise EncodingError(f"cannot be read: {str(error)[:200]}") from error
+    if dtype != np.float32:
+        raise EncodingError(f"is {dtype}, not float32")
+    if shape != array.shape:
+        raise EncodingError(f"has shape {shown(shape)} in its data, not {shown(array.shape)}")
+    rest = memoryview(array.data)[file.tell() :]
+    if len(rest) != 4 * values:
+        raise EncodingError(f"has {len(rest)} bytes of values, not the {4 * values} of {shape} in float32")
+    found = np.frombuffer(rest, dtype).reshape(shape, order="F" if in_columns else "C")
+    return torch.from_numpy(np.array(found, dtype=np.float32, order="C"))
 
 
 def _pack_bfloat16(tensor: Tensor) -> bytes:

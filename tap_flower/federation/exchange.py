@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
+FOREIGN = 1003
+"""Error code that stands for a reply which is none: not of the node that was asked, or not its first."""
 _POLL = 0.1
 """Seconds between looks for replies."""
 
@@ -31,9 +33,11 @@ def exchange(
         timeout: seconds until those that have not answered are given up.
 
     Yields:
-        (client name, its reply), and in the end (client name, None) for each that did not answer.
+        (client name, its reply), and in the end (client name, None) for each that did not answer. A second reply, and one of
+        another node, is replaced by an error that says so.
     """
     waiting: dict[str, str] = {}
+    answered: dict[str, str] = {}
     for name, node in nodes.items():
         # One at a time: only one client's payload is in memory.
         message = Message(content=content(name), dst_node_id=node, message_type=message_type, group_id=str(group))
@@ -43,10 +47,24 @@ def exchange(
     while waiting and time.monotonic() < deadline:
         arrived = list(grid.pull_messages(list(waiting)))
         for reply in arrived:
-            sender = waiting.pop(reply.metadata.reply_to_message_id or "", "")
-            if sender:
+            message_id = reply.metadata.reply_to_message_id or ""
+            sender = waiting.get(message_id) or answered.get(message_id)
+            if sender is not None:
+                problem = _problem(reply, nodes[sender], message_id in answered)
+                if problem:
+                    yield sender, Message(Error(FOREIGN, problem), reply_to=reply)
+                    continue
+                answered[message_id] = waiting.pop(message_id)
                 yield sender, reply
         if waiting and not arrived:
             time.sleep(_POLL)
-    for name in waiting.values():
-        yield name, None
+    for silent in waiting.values():
+        yield silent, None
+
+
+def _problem(reply: Message, asked: int, again: bool) -> str | None:
+    """Why a reply is not one of the node that was asked, or None. An error may be the server's own word about a node."""
+    sender = reply.metadata.src_node_id
+    if sender != asked and not reply.has_error():
+        return f"node {sender} answered for it; its own node is {asked}"
+    return "it answered a second time" if again else None

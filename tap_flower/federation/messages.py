@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
@@ -19,9 +20,22 @@ import tap_flower
 from tap_flower.config import Encoding
 from tap_flower.core.components import ComponentMap, Pair
 from tap_flower.core.initial import Initial
+from tap_flower.core.tasks import TASK_KINDS
+from tap_flower.data.spec import MODALITIES, NAME
 from tap_flower.federation.encodings import EncodingError, from_array, to_array
+from tap_flower.plain import PlainError, check_fields, check_type, parse_json, shown
 
 PROTOCOL = 3
+LARGEST_MANIFEST = 2**29
+"""Values of all tensors of a client, 2 GiB in float32; more are refused before anything is allocated for them."""
+LARGEST_NUMBER = 1e305
+"""Magnitude from which on a loss, score or metric is refused: a thousand smaller ones have a finite sum."""
+_DIMENSIONS = 8
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]{0,63}")
+"""Names of models and metrics."""
+_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*")
+"""Names of components, and of tensors."""
+_LONGEST_PATH = 256
 MANIFEST, TRAIN, DISTILL, EVALUATE = "query.manifest", "train", "train.distill", "evaluate"
 _PLAIN, _TENSORS = "tap", "tensors"
 _From = TypeVar("_From")
@@ -68,6 +82,15 @@ class TensorInfo:
     component: str
     shape: tuple[int, ...]
     initial: Initial
+
+    def __post_init__(self) -> None:
+        if not 0 < math.prod(self.shape) <= LARGEST_MANIFEST or min(self.shape, default=1) < 1:
+            raise MessageError(
+                f"the shape {shown(self.shape)} is impossible, or has more than {LARGEST_MANIFEST} values"
+            )
+        if len(self.shape) > _DIMENSIONS:
+            raise MessageError(f"the shape {shown(self.shape)} has more than {_DIMENSIONS} dimensions")
+        self.initial.check(self.shape)
 
 
 @dataclass(frozen=True)
@@ -181,13 +204,24 @@ def decode(content: RecordDict) -> dict[str, Any]:
     text = None if record is None else record.get("json")
     if not isinstance(text, str):
         raise MessageError(f"the message has no record {_PLAIN!r} with a text 'json': it is not one of tap-flower's")
+    if unknown := sorted(content.keys() - {_PLAIN, _TENSORS}):
+        raise MessageError(f"the message has the record {shown(unknown[0])}, which the protocol does not know")
     try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise MessageError(f"the message's plain values are no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise MessageError(f"the message's plain values are a {type(values).__name__}, not an object")
-    return values
+        values = parse_json(text)
+        check_type(values, dict[str, Any], "the whole")
+    except PlainError as error:
+        raise MessageError(f"the message's plain values cannot be read: {error}") from error
+    return cast(dict[str, Any], values)
+
+
+def refuse_tensors(content: RecordDict) -> None:
+    """Checks that a message carries plain values alone.
+
+    Raises:
+        MessageError: it has tensors.
+    """
+    if _TENSORS in content:
+        raise MessageError(f"the message has the record {_TENSORS!r}, which does not belong in it")
 
 
 def decode_tensors(content: RecordDict, encoding: Encoding = Encoding.float32) -> dict[str, Tensor]:
@@ -206,7 +240,7 @@ def _named(name: str, convert: Callable[[_From, Encoding], _To], value: _From, e
     try:
         return convert(value, encoding)
     except EncodingError as error:
-        raise MessageError(f"tensor {name!r} {error}") from error
+        raise MessageError(f"tensor {shown(name)} {error}") from error
 
 
 def payload_bytes(content: RecordDict) -> dict[str, int]:
@@ -223,11 +257,10 @@ def instruction(message: Message) -> Instruction:
     """
     values = decode(message.content)
     check_version(values, "the server")
+    _check_fields(values, _INSTRUCTION, "the instruction")
     server_round, state = _whole(values, "round", 0), _whole(values, "state", 0)
-    if not isinstance(values.get("run"), str) or not values["run"].isalnum():
-        raise MessageError(f"run is {values.get('run')!r}, not letters and digits")
-    if not isinstance(values.get("hyper_parameters"), dict):
-        raise MessageError("hyper_parameters is missing")
+    if not NAME.fullmatch(values["run"]):
+        raise MessageError(f"run is {shown(values['run'])}, not 1 to 64 letters and digits")
     held, best = (None if values.get(key) is None else _whole(values, key, 0) for key in ("held", "best"))
     return Instruction(values["run"], server_round, values["hyper_parameters"], state, held, best)
 
@@ -262,34 +295,64 @@ def decode_manifest(content: RecordDict) -> Manifest:
         MessageError: another version, or a malformed manifest.
     """
     values = decode(content)
-    who = f"client {values.get('client')!r}"
+    who = f"client {shown(values.get('client'))}"
     check_version(values, who)
     try:
+        refuse_tensors(content)
+        _check_fields(values, _MANIFEST, "the manifest")
+        for key in ("client", "fingerprint"):
+            _check_name(values[key], key)
         manifest = Manifest(
-            client=str(values["client"]),
-            fingerprint=str(values["fingerprint"]),
-            tasks=tuple(
-                TaskInfo(
-                    Pair(str(task["pair"]["task"]), tuple(task["pair"]["modalities"])),
-                    str(task["kind"]),
-                    tuple(str(domain) for domain in task["domains"]),
-                    int(task["head_size"]),
-                    _whole(task, "examples", 1),
-                )
-                for task in values["tasks"]
-            ),
-            tensors={
-                str(name): TensorInfo(str(component), tuple(int(n) for n in shape), Initial(distribution, float(scale)))
-                for name, (component, shape, distribution, scale) in values["tensors"].items()
-            },
-            reach={str(task): frozenset(components) for task, components in values["reach"].items()},
+            client=values["client"],
+            fingerprint=values["fingerprint"],
+            tasks=tuple(_task(task) for task in values["tasks"]),
+            tensors={name: _tensor(name, info) for name, info in values["tensors"].items()},
+            reach={task: frozenset(components) for task, components in values["reach"].items()},
         )
+        names = [task.pair.task for task in manifest.tasks]
+        if not names or sorted(names) != sorted(manifest.reach):
+            raise MessageError(f"tasks are {shown(names)}, reach is about {shown(sorted(manifest.reach))}")
+        if (total := sum(math.prod(info.shape) for info in manifest.tensors.values())) > LARGEST_MANIFEST:
+            raise MessageError(f"the tensors have {total} values, more than {LARGEST_MANIFEST}")
         _ = manifest.component_map  # its own checks
-    except MessageError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise MessageError(f"{who}: the manifest is malformed: {error!r}") from error
+    except ValueError as error:
+        raise MessageError(f"{who}: the manifest is malformed: {error}") from error
     return manifest
+
+
+def _task(values: Mapping[str, Any]) -> TaskInfo:
+    """A task of a manifest, in the words of a client spec."""
+    _check_fields(values, _TASK, "a task")
+    _check_fields(values["pair"], {"task": str, "modalities": list[str]}, "a pair")
+    name, modalities, domains = values["pair"]["task"], values["pair"]["modalities"], values["domains"]
+    for word in (name, *domains):
+        _check_name(word, "a task or domain")
+    if values["kind"] not in TASK_KINDS:
+        raise MessageError(f"task {name!r} has kind {shown(values['kind'])}, not one of {', '.join(TASK_KINDS)}")
+    if not modalities or not set(modalities) <= set(MODALITIES) or len(set(modalities)) < len(modalities):
+        raise MessageError(
+            f"task {name!r} has modalities {shown(modalities)}, not one or both of {', '.join(MODALITIES)}"
+        )
+    pair = Pair(name, tuple(modalities))
+    return TaskInfo(pair, values["kind"], tuple(domains), _whole(values, "head_size", 0), _whole(values, "examples", 1))
+
+
+def _tensor(name: str, values: Any) -> TensorInfo:
+    """A tensor of a manifest: component, shape, distribution, scale."""
+    if len(values) != 4:
+        raise MessageError(
+            f"tensor {shown(name)} is {shown(values)}, not a component, a shape, a distribution and a scale"
+        )
+    try:
+        for value, kind, what in zip(values, (str, list[int], str, float), _TENSOR, strict=True):
+            check_type(value, kind, what)
+        component, shape, distribution, scale = values
+        for path in (name, component):
+            if len(path) > _LONGEST_PATH or not _PATH.fullmatch(path):
+                raise MessageError(f"{shown(path)} is no name of a tensor or component")
+        return TensorInfo(component, tuple(shape), Initial(distribution, float(scale)))
+    except ValueError as error:
+        raise MessageError(f"tensor {shown(name)}: {error}") from error
 
 
 def encode_report(
@@ -310,16 +373,14 @@ def decode_report(content: RecordDict, tasks: Iterable[str]) -> Report:
         MessageError: a field is missing, is about another task, or is no number of the right kind.
     """
     values, names = decode(content), set(tasks)
+    _check_fields(values, _REPORT, "the report")
     for key in ("examples", "losses", "replacements", "validation"):
-        if not isinstance(values.get(key), dict) or not values[key].keys() <= names:
-            raise MessageError(f"{key} is {values.get(key)!r}, not an object about the tasks {sorted(names)}")
+        if not values[key].keys() <= names:
+            raise MessageError(f"{key} is {shown(values[key])}, not an object about the tasks {sorted(names)}")
     for what, key in (("loss", "losses"), ("validation score", "validation")):
         for task, value in values[key].items():
-            if not isinstance(value, float) or not math.isfinite(value):
-                raise MessageError(f"the {what} of task {task!r} is {value!r}, not a finite number")
-    unchanged = values.get("unchanged")
-    if not isinstance(unchanged, list) or not all(isinstance(component, str) for component in unchanged):
-        raise MessageError(f"unchanged is {unchanged!r}, not a list of components")
+            _check_number(value, f"the {what} of task {task!r}")
+    unchanged = values["unchanged"]
     return Report(
         server_round=_whole(values, "server_round", 0),
         examples={task: _whole(values["examples"], task, 1) for task in values["examples"]},
@@ -337,18 +398,19 @@ def decode_metrics(content: RecordDict, tasks: Iterable[str]) -> Metrics:
     Raises:
         MessageError: it is anything else.
     """
-    metrics, names = decode(content).get("metrics", {}), set(tasks)
-    try:
-        return {
-            task: {
-                str(model): {str(metric): float(value) for metric, value in by_metric.items()}
-                for model, by_metric in by_model.items()
-            }
-            for task, by_model in metrics.items()
-            if task in names
-        }
-    except (AttributeError, TypeError, ValueError) as error:
-        raise MessageError(f"the metrics are malformed: {error}") from error
+    refuse_tensors(content)
+    values, names = decode(content), set(tasks)
+    _check_fields(values, {"metrics": dict[str, dict[str, dict[str, float]]]}, "the evaluation")
+    metrics: Metrics = values["metrics"]
+    if metrics.keys() != names:
+        raise MessageError(f"the metrics are about {shown(sorted(metrics))}, not about the tasks {sorted(names)}")
+    for task, by_model in metrics.items():
+        for model, by_metric in by_model.items():
+            for metric, value in by_metric.items():
+                if not _WORD.fullmatch(model) or not _WORD.fullmatch(metric):
+                    raise MessageError(f"{shown(model)}, {shown(metric)} are no names of a model and its metric")
+                _check_number(value, f"{metric} of task {task!r}, model {model!r},")
+    return metrics
 
 
 def check_version(values: Mapping[str, Any], sender: str) -> None:
@@ -359,9 +421,10 @@ def check_version(values: Mapping[str, Any], sender: str) -> None:
     """
     theirs, ours = (values.get("protocol"), values.get("version")), tuple(_version().values())
     if theirs != ours:
+        found = f"protocol {str(theirs[0])[:40]} of tap-flower {str(theirs[1])[:40]}"
         raise MessageError(
-            f"{sender} speaks protocol {theirs[0]} of tap-flower {theirs[1]}, here is protocol {ours[0]} of tap-flower "
-            f"{ours[1]}: install the same version on the server and on every node"
+            f"{sender} speaks {found}, here is protocol {ours[0]} of tap-flower {ours[1]}: install the same version on the "
+            f"server and on every node"
         )
 
 
@@ -372,5 +435,54 @@ def _version() -> dict[str, Any]:
 def _whole(values: Mapping[str, Any], key: str, low: int) -> int:
     value = values.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**53:
-        raise MessageError(f"{key} is {value!r}, not a whole number from {low} on")
+        raise MessageError(f"{key} is {shown(value)}, not a whole number from {low} on")
     return value
+
+
+def _check_number(value: float, what: str) -> None:
+    if not abs(value) < LARGEST_NUMBER:
+        raise MessageError(f"{what} is {value!r}, not a finite number below {LARGEST_NUMBER:g}")
+
+
+def _check_name(value: str, what: str) -> None:
+    if not NAME.fullmatch(value):
+        raise MessageError(f"{what} is {shown(value)}, not 1 to 64 letters, digits, '-' and '_'")
+
+
+def _check_fields(values: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
+    try:
+        check_fields(values, kinds, where)
+    except PlainError as error:
+        raise MessageError(str(error)) from error
+
+
+_VERSION = {"protocol": int, "version": str}
+_INSTRUCTION = {
+    **_VERSION,
+    "run": str,
+    "round": int,
+    "hyper_parameters": dict[str, Any],
+    "state": int,
+    "held": int | None,
+    "best": int | None,
+}
+_MANIFEST = {
+    **_VERSION,
+    "client": str,
+    "fingerprint": str,
+    "tasks": list[dict[str, Any]],
+    "tensors": dict[str, list[Any]],
+    "reach": dict[str, list[str]],
+}
+_TASK = {"pair": dict[str, Any], "kind": str, "domains": list[str], "head_size": int, "examples": int}
+_TENSOR = ("its component", "its shape", "its distribution", "its scale")
+_REPORT = {
+    "server_round": int,
+    "examples": dict[str, Any],
+    "losses": dict[str, float],
+    "steps": int,
+    "replacements": dict[str, Any],
+    "unchanged": list[str],
+    "validation": dict[str, float],
+}
+"""Field -> its type, of the plain values of each message."""

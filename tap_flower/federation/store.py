@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tap_flower.methods.method import Memory, State
+from tap_flower.plain import PlainError, check_fields
 from tap_flower.recent import Recent
 from tap_flower.storage import (
     Identity,
@@ -31,6 +32,8 @@ BEST = "personal.best.safetensors"
 """The state of the best round so far, where a run may stop early; a second name of one of the others, or what it was."""
 _RESIDUAL = "residual/"
 """Begins the names of the residual's tensors, in the file of the personal model."""
+_STATE = {"round": int, "models": list[str], "record": dict[str, Any], "replacements": dict[str, int]}
+"""What the record of a state says beside schema and run."""
 STATE_BYTES = 256 << 20
 """Of states that a process remembers: those of fifteen two-task clients at full size."""
 _states: Recent[Path, tuple[Identity, State, dict[str, Any]]] = Recent(STATE_BYTES)
@@ -152,7 +155,7 @@ class ClientStore:
         """The server's tensors, or None where there is no readable copy of this run's: the server can send them again."""
         try:
             tensors, record = read_tensors(self.folder / RECEIVED)
-            self._check(RECEIVED, record)
+            self._check(RECEIVED, record, {"state": int})
         except StorageError:
             return None
         return Received(record["state"], tensors)
@@ -163,7 +166,7 @@ class ClientStore:
         for model in names:
             if (file := self._file(model)).exists():
                 tensors, record = read_tensors(file)
-                self._check(file.name, record)
+                self._check(file.name, record, {})
                 found[model] = tensors
         return found
 
@@ -176,8 +179,8 @@ class ClientStore:
         for name in STATES:
             if (self.folder / name).exists():
                 record = read_record(self.folder / name)
-                self._check(name, record)
-                found[name] = int(record["round"])
+                self._check(name, record, _STATE)
+                found[name] = record["round"]
         return found
 
     def _record(self, kept: Kept) -> dict[str, Any]:
@@ -198,7 +201,7 @@ class ClientStore:
             tensors, record = read_tensors(self.folder / name)
             if on_disk is not None and identity(self.folder / name) == on_disk:  # else it was replaced meanwhile
                 self._remember(name, on_disk, tensors, record)
-        self._check(name, record)
+        self._check(name, record, _STATE)
         tensors = dict(tensors)
         residual = _taken(tensors, _RESIDUAL)
         # Those under their own names, the personal model's, are what is left at the end.
@@ -211,7 +214,7 @@ class ClientStore:
     def _remember(self, name: str, content: Identity, tensors: State, record: dict[str, Any]) -> None:
         _states.put(self.folder / name, (content, dict(tensors), record), sum(t.nbytes for t in tensors.values()))
 
-    def _check(self, name: str, record: dict[str, Any]) -> None:
+    def _check(self, name: str, record: dict[str, Any], fields: Mapping[str, Any]) -> None:
         if record.get("schema") != SCHEMA:
             raise StorageError(
                 f"{self.folder / name} has schema {record.get('schema')}, not {SCHEMA}: use the same version"
@@ -220,6 +223,10 @@ class ClientStore:
             raise StorageError(
                 f"{self.folder / name} belongs to run {record.get('run')}, not {self.run}: use another state folder"
             )
+        try:
+            check_fields(record, {"schema": int, "run": str, **fields}, "its record")
+        except PlainError as error:
+            raise StorageError(f"{self.folder / name} is damaged: {error}; restore it, or start a new run") from error
 
 
 def _prefix(model: str) -> str:

@@ -214,6 +214,7 @@ class TapStrategy:
 
     def _second_stage(self, grid: Grid) -> None:
         def done(name: str, reply: Message) -> None:
+            messages.refuse_tensors(reply.content)
             report = messages.decode_report(reply.content, self.roster.manifests[name].reach)
             self._count_steps(name, report)
             self.events.write("distilled", round=self.progress.round, client=name, losses=report.losses)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import has_file
 
 from tap_flower.models.experts import FrozenLayer
@@ -250,7 +251,7 @@ def outline(name: str, layers: int, image_size: int | None = None, revision: str
     except OSError as error:
         raise _missing(name, revision, error) from error
     if not held:
-        raise _missing(name, revision, "it has no weights")
+        raise _missing(name, revision, f"it has no {SAFE_WEIGHTS_NAME}")
     with torch.device("meta"):
         return from_config(config, layers, image_size)
 
@@ -283,14 +284,16 @@ def load_backbone(
 
     _checkpoint_config(name, revision)
     try:
-        model = AutoModel.from_pretrained(locate(name), revision=revision, trust_remote_code=False, dtype=torch.float32)
-    except OSError as error:
+        model = AutoModel.from_pretrained(
+            locate(name), revision=revision, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        )
+    except (OSError, SafetensorError) as error:
         raise _missing(name, revision, error) from error
     return from_model(model, layers, image_size).computing(dtype, recompute, compiled)
 
 
-_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-"""Files of which a checkpoint has one."""
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+"""Files of which a checkpoint has one; pytorch_model.bin is a pickle, and is never read."""
 
 
 def _checkpoint_config(name: str, revision: str | None) -> PreTrainedConfig:
@@ -307,5 +310,6 @@ def _missing(name: str, revision: str | None, reason: object) -> BackboneError:
     command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
     return BackboneError(
         f"backbone {name!r} cannot be loaded: {str(reason).splitlines()[0]} "
-        f"(a local folder must hold config.json and model.safetensors; a hub id is fetched with `{command}`)"
+        f"(a local folder must hold config.json and {SAFE_WEIGHTS_NAME}; a hub id is fetched with `{command}`; "
+        f"pytorch_model.bin is a pickle and never read: AutoModel.from_pretrained(...).save_pretrained(FOLDER) converts it)"
     )

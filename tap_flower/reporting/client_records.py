@@ -9,13 +9,23 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tap_flower.core.replacement import Decision
+from tap_flower.plain import PlainError, check_fields, check_type, parse_json
 from tap_flower.storage import StorageError, read_json, write_atomically, write_json
 
 SCHEMA = 1
 DECISIONS, EXAMPLES, GRADIENTS = "decisions.jsonl", "examples.json", "gradients.json"
+_DECISION = {
+    "run": str,
+    "round": int,
+    "task": str,
+    "teacher_loss": float | None,
+    "personal_loss": float | None,
+    "margin": float,
+    "replaced": bool,
+}
 
 
 def record_decisions(folder: Path, run: str, server_round: int, decisions: Iterable[Decision]) -> None:
@@ -52,11 +62,13 @@ def read_decisions(folder: Path) -> list[dict[str, Any]]:
     path = folder / DECISIONS
     if not path.exists():
         return []
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
         try:
-            found.append(dict(json.loads(line)))
-        except ValueError as error:
+            found.append(parse_json(line))
+            check_type(found[-1], dict[str, Any], "it")
+            check_fields(found[-1], _DECISION, "it")
+        except PlainError as error:
             raise StorageError(f"{path} is damaged in line {number}: {error}; remove the file to go on") from error
     return found
 
@@ -69,13 +81,27 @@ def record_evaluation(folder: Path, run: str, tasks: Mapping[str, Any], cosines:
 
 def read_examples(folder: Path) -> dict[str, Any]:
     """Task name -> `kind` and `items`, see `methods.samples`; nothing where there is no record."""
-    return dict(_read(folder / EXAMPLES).get("tasks", {}))
+    return cast(dict[str, Any], _read(folder / EXAMPLES, "tasks", dict[str, Any]) or {})
 
 
 def read_gradients(folder: Path) -> list[dict[str, Any]]:
     """Gradient cosines, see `methods.interference`; none where there is no record."""
-    return list(_read(folder / GRADIENTS).get("pairs", []))
+    return cast(list[dict[str, Any]], _read(folder / GRADIENTS, "pairs", list[dict[str, Any]]) or [])
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+def _read(path: Path, key: str, kind: Any) -> Any:
+    if not path.exists():
+        return None
+    value = read_json(path).get(key)
+    try:
+        check_type(value, kind | None, key)
+    except PlainError as error:
+        raise StorageError(f"{path} is damaged: {error}; remove the file to go on") from error
+    return value
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error

@@ -487,9 +487,11 @@ def test_a_deployed_node_is_configured_on_the_node(federation: Federation, tmp_p
     ],
 )
 def test_a_badly_configured_node_says_what_to_do(
-    federation: Federation, node_config: dict[str, Any], problem: str
+    federation: Federation, node_config: dict[str, Any], problem: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     grid = federation.grid()
     grid.contexts[100].node_config = node_config
-    with pytest.raises(RunError, match=problem):
+    told = "client spec is wrong, or does not fit its data: the log of the node says where" if node_config else problem
+    with pytest.raises(RunError, match=told):
         federation.strategy().start(grid)
+    assert not node_config or problem in caplog.text

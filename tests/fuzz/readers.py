@@ -1,0 +1,297 @@
+"""Everything that reads what others wrote: each with valid inputs to start from, and the errors that it may raise.
+
+An input is bytes: the JSON of a message, the content of a file, or an array with a line of JSON before its data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import patch
+
+import torch
+import yaml
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as Proto
+
+from tap_flower.config import (
+    ConfigError,
+    Encoding,
+    HyperParameters,
+    client_specs,
+    hyper_parameters,
+    load_config,
+    plain,
+    read_yaml,
+)
+from tap_flower.core.components import Pair
+from tap_flower.core.initial import Initial
+from tap_flower.data.spec import SpecError, client_spec
+from tap_flower.federation import checkpoint, messages, store
+from tap_flower.federation.checkpoint import Progress, Writer
+from tap_flower.federation.encodings import from_array, to_array
+from tap_flower.federation.messages import Instruction, Manifest, MessageError, Report, TaskInfo, TensorInfo
+from tap_flower.federation.roster import Roster, RosterError
+from tap_flower.federation.stopping import Validation
+from tap_flower.federation.store import ClientStore, Kept, Received
+from tap_flower.methods.method import Memory
+from tap_flower.plain import PlainError, parse_json
+from tap_flower.recent import Recent
+from tap_flower.reporting.client_records import read_decisions
+from tap_flower.storage import StorageError, read_json, read_record, read_tensors, write_tensors
+
+RUN, TASK = "r1", "triage"
+SMALL = 10_000
+"""Values of a manifest's tensors up to which the server is asked to make them."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A reader.
+
+    Attributes:
+        read: it; takes an input.
+        valid: inputs that it takes without an error.
+        errors: that it may raise.
+        form: `json`, `lines` of it, `yaml`, `binary` (JSON after 8 bytes, as in safetensors), `array` or `bytes`.
+    """
+
+    read: Callable[[bytes], object]
+    valid: tuple[bytes, ...]
+    errors: tuple[type[Exception], ...]
+    form: str
+
+    def attempt(self, data: bytes) -> bool:
+        """Whether the reader takes the input; an error that it may not raise goes on."""
+        try:
+            self.read(data)
+        except self.errors as error:
+            if not str(error):  # an error without words is no answer
+                raise
+            return False
+        return True
+
+
+def readers(folder: Path) -> dict[str, Reader]:
+    """All readers, by name; `folder` is theirs alone."""
+    folder.mkdir(exist_ok=True)
+    store._states = Recent(0)  # a file that is written twice within a tick of the clock would not be read again
+    return _of_messages() | _of_arrays() | _of_files(folder) | _of_specs(folder)
+
+
+def text_of(content: RecordDict) -> bytes:
+    """The JSON in a message."""
+    return cast(str, cast(ConfigRecord, content["tap"])["json"]).encode()
+
+
+def content_of(data: bytes) -> RecordDict:
+    """A message with this JSON."""
+    return RecordDict({"tap": ConfigRecord({"json": data.decode("utf-8", "replace")})})
+
+
+def manifest() -> Manifest:
+    tensors = {
+        "components.encoder/text.weight": TensorInfo("encoder/text", (4, 4), Initial("identity", 1.0)),
+        "components.encoder/text.bias": TensorInfo("encoder/text", (4,), Initial("constant", 0.0)),
+        "components.head/triage.weight": TensorInfo("head/triage", (2, 4), Initial("uniform", 0.5)),
+        "components.head/triage.scale": TensorInfo("head/triage", (), Initial("normal", 0.02)),
+    }
+    task = TaskInfo(Pair(TASK, ("text",)), "text_classification", ("notes",), 2, 30)
+    return Manifest("ann", "7fa8b4c276937338", (task,), tensors, {TASK: frozenset({"encoder/text", "head/triage"})})
+
+
+def _admit(content: RecordDict) -> None:
+    found = messages.decode_manifest(content)
+    if sum(torch.Size(info.shape).numel() for info in found.tensors.values()) <= SMALL:
+        Roster(41).admit(1, found)
+
+
+def _of_messages() -> dict[str, Reader]:
+    instruction = Instruction(RUN, 3, plain(HyperParameters()), 2, 1, 0)
+    report = Report(3, {TASK: 30}, {TASK: 0.5}, 4, {TASK: 1}, ("encoder/text",), {TASK: 0.25})
+    metrics = {"metrics": {TASK: {"server": {"loss": 0.5, "accuracy": 0.75}, "tap": {"loss": 0.25}}}}
+
+    def instruct(content: RecordDict) -> None:
+        messages.instruction(cast(Message, SimpleNamespace(content=content)))
+
+    known: dict[str, tuple[Callable[[RecordDict], object], RecordDict]] = {
+        "instruction": (instruct, messages.encode_instruction(instruction)),
+        "manifest": (_admit, messages.encode_manifest(manifest())),
+        "report": (lambda content: messages.decode_report(content, [TASK]), messages.encode_report(report)),
+        "metrics": (lambda content: messages.decode_metrics(content, [TASK]), messages.encode(metrics)),
+    }
+
+    def reader(decode: Callable[[RecordDict], object], content: RecordDict) -> Reader:
+        return Reader(lambda data: decode(content_of(data)), (text_of(content),), (MessageError, RosterError), "json")
+
+    def every(data: bytes) -> None:
+        """A whole message as it travels; what Flower does not take is not ours."""
+        try:
+            content = recorddict_from_proto(Proto.FromString(data))
+        except Exception:
+            return
+        for decode, _ in known.values():
+            decode(content)
+        messages.payload_bytes(content)
+        messages.decode_tensors(content)
+
+    tensors = {"a": torch.ones(2, 3), "b": torch.zeros(4)}
+    whole = tuple(
+        recorddict_to_proto(content).SerializeToString()
+        for content in (messages.encode_report(report, tensors), known["manifest"][1], known["metrics"][1])
+    )
+    hyper = Reader(
+        lambda data: hyper_parameters(parse_json(data.decode("utf-8", "replace"))),
+        (json.dumps(plain(HyperParameters())).encode(),),
+        (ConfigError, PlainError),
+        "json",
+    )
+    found = {name: reader(*parts) for name, parts in known.items()}
+    return found | {"hyper_parameters": hyper, "record": Reader(every, whole, (MessageError, RosterError), "bytes")}
+
+
+def array_input(array: Array) -> bytes:
+    """An array as an input."""
+    return json.dumps([array.dtype, array.shape, array.stype]).encode() + b"\n" + array.data
+
+
+def _of_arrays() -> dict[str, Reader]:
+    tensor = torch.linspace(-1, 1, 600).view(3, 200)
+
+    def reader(encoding: Encoding) -> Reader:
+        def read(data: bytes) -> None:
+            line, _, rest = data.partition(b"\n")
+            try:
+                dtype, shape, stype = json.loads(line)
+                array = Array(dtype, tuple(shape), stype, rest)
+            except (ValueError, TypeError, RecursionError):
+                return  # what Flower does not make an array of
+            found = messages.decode_tensors(RecordDict({"tensors": ArrayRecord({"x": array})}), encoding)["x"]
+            assert (found.dtype, found.shape) == (torch.float32, array.shape)
+
+        assert torch.allclose(from_array(to_array(tensor, encoding), encoding), tensor, atol=0.01)
+        return Reader(read, (array_input(to_array(tensor, encoding)),), (MessageError,), "array")
+
+    return {f"array {encoding.value}": reader(encoding) for encoding in Encoding}
+
+
+def _of_files(folder: Path) -> dict[str, Reader]:
+    example, broken = folder / "example", folder / "broken"
+
+    def copies() -> dict[str, torch.Tensor]:
+        return {"w": torch.ones(2, 3), "b": torch.zeros(4)}
+
+    tensors = copies()
+    own = ClientStore(example, RUN)
+    memory = Memory({"personal": copies(), "anchor": copies()}, {"personal_losses": {TASK: 0.5}})
+    own.save(Kept(3, memory, residual=copies()))
+    own.save_received(Received(2, tensors))
+    own.save_second_stage({"tap": tensors})
+    progress = Progress(
+        RUN, {"seed": 41}, 3, {"ann": {TASK: 1}}, {"c": 5}, {"c": 4}, {"ann": 7}, 1, Validation({"ann": 0.5}, 2, 0.5)
+    )
+    with Writer(example) as writer:
+        writer.save(progress, tensors, {"w": torch.zeros(2, 3), "b": tensors["b"]})
+    write_tensors(example / "tensors", tensors, {"record": [1, None]})
+    decision = {
+        "run": RUN,
+        "round": 1,
+        "task": TASK,
+        "teacher_loss": 0.5,
+        "personal_loss": None,
+        "margin": 0.01,
+        "replaced": True,
+    }
+    (example / "decisions.jsonl").write_text(json.dumps(decision) + "\n" + json.dumps(decision) + "\n")
+
+    def reader(name: str, read: Callable[[], object], form: str = "binary") -> Reader:
+        def written(data: bytes) -> None:
+            broken.mkdir(exist_ok=True)
+            (broken / name).write_bytes(data)
+            read()
+
+        return Reader(written, ((example / name).read_bytes(),), (StorageError,), form)
+
+    def received() -> None:
+        ClientStore(broken, RUN).received()  # what is damaged is None, never an error
+
+    return {
+        "personal": reader(store.PERSONAL, lambda: ClientStore(broken, RUN).load()),
+        "received": reader(store.RECEIVED, received),
+        "second stage": reader("tap.safetensors", lambda: ClientStore(broken, RUN).second_stage(["tap"])),
+        "checkpoint": reader("server.safetensors", lambda: checkpoint.load(broken)),
+        "tensors": reader("tensors", lambda: (read_record(broken / "tensors"), read_tensors(broken / "tensors"))),
+        "json": reader("state.json", lambda: read_json(broken / "state.json"), "json"),
+        "decisions": reader("decisions.jsonl", lambda: read_decisions(broken), "lines"),
+    }
+
+
+def _of_specs(folder: Path) -> dict[str, Reader]:
+    file = folder / "spec.yaml"
+    source: dict[str, Any] = {
+        "format": "csv",
+        "path": "train.csv",
+        "rows": [0, None],
+        "shuffle": True,
+        "domain": "letters",
+    }
+    task = {
+        "name": TASK, "kind": "text_classification", "modalities": ["text"], "domain": "notes", "classes": ["a", "b"],
+        "labels": [1, 2], "margin": 0.5, "batch_size": 4, "columns": {"text": ["x", "y"], "label": "z"},
+        "train": [source, {**source, "templates": {"text": "{{ x | upper }}"}}],
+        "test": {"format": "hub", "name": "o/n", "split": "test", "config": "c", "revision": "main"},
+    }  # fmt: skip
+    spec = {"name": "ann", "backbone": "demo", "revision": "main", "tasks": [task]}
+    pattern = {
+        "tasks": [
+            {
+                **task,
+                "train": {"data": "d", "split": "train", "share": [0, 0.5]},
+                "test": {"data": "d", "split": "test", "share": "rest"},
+            }
+        ]
+    }
+    config = {
+        "rounds": 2, "train": {"steps": 3, "learning_rate": 1.0e-3}, "replacement": {"source": "received"},
+        "patterns": [pattern], "groups": 2, "datasets": {"d": {"name": "o/n", "rows": 20}},
+    }  # fmt: skip
+
+    def read_spec(data: bytes) -> None:
+        file.write_bytes(data)
+        spec = client_spec(read_yaml(file, "client spec"))
+        assert hash(spec) == hash(spec)
+        for task in spec.tasks:
+            for source in (*task.train, *task.validation, *task.test):
+                assert all(field.reads is not None for field in task.fields(source).values())
+
+    preset = folder / "preset.yaml"
+    preset.write_text("rounds: 3\n")  # the demo's own takes long to read
+
+    def loaded(file: str, settings: list[str]) -> None:
+        with patch("tap_flower.config.presets", lambda: {"demo": preset}):
+            client_specs(load_config("demo", file, settings))
+
+    def read_config(data: bytes) -> None:
+        file.write_bytes(data)
+        loaded(str(file), [])
+
+    def setting(data: bytes) -> None:
+        loaded("", [data.decode("utf-8", "replace")])
+
+    specs = tuple(
+        yaml.safe_dump(values).encode()
+        for values in (spec, {**spec, "tasks": [task, {**task, "name": "b", "classes": 2}]})
+    )
+    configs = tuple(yaml.safe_dump(values).encode() for values in (config, {"clients": [spec], "seed": 5}))
+    return {
+        "spec": Reader(read_spec, specs, (ConfigError, SpecError), "yaml"),
+        "config": Reader(read_config, configs, (ConfigError,), "yaml"),
+        "setting": Reader(
+            setting, (b"train.steps=5", b"wire.encoding=int8", b"data={root: /a}"), (ConfigError,), "bytes"
+        ),
+    }

@@ -1,0 +1,80 @@
+"""Whatever comes, a reader takes it or says what is wrong: 20,000 inputs and more, valid ones made wrong and raw bytes."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from . import coverage_guided
+from .corruption import corrupted
+from .readers import Reader, readers
+
+INPUTS = {
+    "instruction": 1500, "manifest": 3000, "report": 2000, "metrics": 1500, "hyper_parameters": 150, "record": 1000,
+    "array float32": 1500, "array bfloat16": 1000, "array int8": 1000,
+    "personal": 1000, "received": 500, "second stage": 500, "checkpoint": 1000, "tensors": 500, "json": 500,
+    "decisions": 500, "spec": 1200, "config": 75, "setting": 75,
+}  # fmt: skip
+"""Reader -> how many inputs it is given."""
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
+    return readers(tmp_path_factory.mktemp("readers"))
+
+
+def test_every_reader_has_inputs(every: dict[str, Reader]) -> None:
+    assert INPUTS.keys() == every.keys()
+    assert sum(INPUTS.values()) + coverage_guided.RUNS >= 20_000
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_reader_takes_what_is_valid(every: dict[str, Reader], name: str) -> None:
+    if name != "record":  # each of its messages is for one of the decoders only
+        assert all(every[name].attempt(data) for data in every[name].valid)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_whatever_comes_is_read_or_refused(
+    every: dict[str, Reader], name: str, record_property: pytest.RecordProperty
+) -> None:
+    reader, taken, refused = every[name], 0, 0
+
+    @settings(
+        max_examples=INPUTS[name],
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.one_of(*[st.integers(0, 2**64).map(lambda seed: corrupted(reader, seed))] * 9, st.binary(max_size=100)))
+    def attempt(data: bytes) -> None:
+        nonlocal taken, refused
+        if reader.attempt(data):
+            taken += 1
+        else:
+            refused += 1
+
+    attempt()
+    record_property("inputs", taken + refused)
+    print(f"{name}: {taken + refused} inputs, {refused} refused")
+    assert taken + refused >= INPUTS[name]
+    assert name in ("received", "record") or refused > INPUTS[name] // 10  # the inputs are wrong, and seen to be
+
+
+@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris has no wheel for this platform")
+def test_inputs_that_reach_new_code_are_read_or_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", coverage_guided.__name__, str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert f"Done {coverage_guided.RUNS} runs" in done.stderr
