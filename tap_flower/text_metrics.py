@@ -154,7 +154,7 @@ def load_bertscore(model: str) -> Score:
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         scorer = BERTScorer(model_type=model, num_layers=known[0] if known else config.num_hidden_layers)
-    except (AssertionError, OSError, ValueError) as error:
+    except Exception as error:  # whatever transformers and bert-score raise on what is no model of texts
         reason = f"model {model!r} cannot be loaded ({str(error).partition(chr(10))[0]})"
         is_name = len(parts) <= 2 and not PurePath(model).is_absolute()
         command = f"hf download {model if is_name else 'NAME'}, or give the folder of a model and its tokenizer"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -45,11 +46,18 @@ def test_precedence(tmp_path: Path) -> None:
         (["rounds"], "setting 'rounds' has no '='"),
         (["rounds="], "rounds"),
         (["train=3"], "unknown key 'train'"),
+        (["rounds=["], "setting 'rounds=\\[': it is no YAML"),
+        (["rounds=2020-13-45"], "it is no YAML: month must be"),
+        (["train.learning_rate=0x" + "f" * 300], "a whole number of 1200 bits"),
+        (["train." + "a." * 10_000 + "b=1"], "has a key of more than 32 parts"),
+        (["seed=???"], "seed has no value"),
+        (["trackers=${nowhere}"], "trackers.*nowhere"),
+        (["clients=[3]"], r"client '\?' is 3"),
     ],
 )
 def test_a_wrong_setting_names_key_value_and_remedy(settings: list[str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
-        load_config("demo", "", settings)
+        client_specs(load_config("demo", "", settings))
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:
@@ -127,3 +135,36 @@ def test_two_clients_of_one_name_are_an_error() -> None:
     double = Config(**{**vars(config), "clients": [config.clients[0], config.clients[0]]})
     with pytest.raises(ConfigError, match="two clients are named 'client-0'"):
         client_specs(double)
+
+
+TASK = {"name": "t", "train": {"data": "d", "split": "train", "share": [0, 1]}}
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"patterns": [3]}, "pattern 0 has no tasks"),
+        ({"patterns": [{"tasks": 3}]}, "pattern 0 has no tasks"),
+        ({"patterns": [{"tasks": ["t"]}]}, "pattern 0 has the task 't': write"),
+        ({"patterns": [{"tasks": [{**TASK, "train": 3}]}]}, "pattern 0: task 't': train is 3: give a source"),
+        ({"patterns": [{"tasks": [{**TASK, "train": {"data": ["d"]}}]}]}, r"has data \['d'\]: use one of d"),
+        (
+            {"patterns": [{"tasks": [{**TASK, "train": {"data": "d", "share": [0]}}]}]},
+            r"has share \[0\]: give \[from, to\]",
+        ),
+        ({"patterns": [{"tasks": [{**TASK, "train": {"data": "d", "share": ["a", "b"]}}]}]}, "has share"),
+        ({"patterns": [{"tasks": [{**TASK, "train": {"data": "d", "share": [0, 1e308]}}]}]}, "has share"),
+        ({"datasets": {"d": 3}}, "data set 'd' is 3: write"),
+        ({"datasets": {"d": {"name": "o/n", "rows": [1]}}}, r"data set 'd' has rows \[1\]: give their number"),
+    ],
+)
+def test_wrong_patterns_are_refused_by_name(tmp_path: Path, values: dict[str, Any], problem: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"datasets": {"d": {"name": "o/n", "rows": 20}}, **values}))
+    with pytest.raises(ConfigError, match=problem):
+        load_config("flava", str(file), ["clients=[]"])
+
+
+def test_a_path_that_cannot_be_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"file .* cannot be read: embedded null byte"):
+        load_config("demo", "a\0b")

@@ -34,8 +34,8 @@ _DIMENSIONS = 8
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]{0,63}")
 """Names of models and metrics."""
 _PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*")
-"""Names of components, and of tensors."""
-_LONGEST_PATH = 256
+"""Names of components; a tensor's is one after `components.`: a file may hold other names beside them."""
+_COMPONENTS, _LONGEST_PATH = "components.", 256
 MANIFEST, TRAIN, DISTILL, EVALUATE = "query.manifest", "train", "train.distill", "evaluate"
 _PLAIN, _TENSORS = "tap", "tensors"
 _From = TypeVar("_From")
@@ -348,8 +348,10 @@ def _tensor(name: str, values: Any) -> TensorInfo:
             check_type(value, kind, what)
         component, shape, distribution, scale = values
         for path in (name, component):
-            if len(path) > _LONGEST_PATH or not _PATH.fullmatch(path):
+            if len(path) > _LONGEST_PATH or not _PATH.fullmatch(path.removeprefix(_COMPONENTS)):
                 raise MessageError(f"{shown(path)} is no name of a tensor or component")
+        if not name.startswith(_COMPONENTS):
+            raise MessageError(f"its name does not begin with {_COMPONENTS!r}")
         return TensorInfo(component, tuple(shape), Initial(distribution, float(scale)))
     except ValueError as error:
         raise MessageError(f"tensor {shown(name)}: {error}") from error

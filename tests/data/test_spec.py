@@ -103,3 +103,68 @@ def test_a_number_of_classes_and_a_hash() -> None:
     assert found.tasks[0].classes == ("0", "1", "2")
     assert found in {client_spec(spec(classes=3))}
     assert found != client_spec(spec(classes=3, columns={"text": "title", "label": "label"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"kind": ["text_classification"]}, r"has kind \['text_classification'\]: give a text"),
+        ({"modalities": "text"}, "has modalities 'text': give a list"),
+        ({"modalities": [["text"]]}, r"has modalities \[\['text'\]\]: use one or both"),
+        ({"modalities": ["text", "text"]}, "name each once"),
+        ({"domain": 7}, "has domain 7: give a text"),
+        ({"domain": "a\0b"}, "leave the zero byte out"),
+        ({"margin": "0.1"}, "has margin '0.1': give a number"),
+        ({"margin": True}, "has margin True: give a number"),
+        ({"margin": float("nan")}, "has margin nan: use a number of at least 0"),
+        ({"margin": 10**400}, "has margin 1"),
+        ({"batch_size": True}, "has batch_size True: give a whole number"),
+        ({"classes": "ab"}, "has classes 'ab': give a list of names, or their number"),
+        ({"classes": True}, "has classes True"),
+        ({"classes": -1}, "has -1 classes"),
+        ({"classes": 10**12}, "has 1000000000000 classes: use at most 65536"),
+        ({"classes": ["a", "a"]}, "names the class 'a' twice"),
+        ({"classes": ["a", {}]}, "has class {}: use texts and numbers"),
+        ({"labels": [[1], [2]]}, r"has label \[1\]: use texts and numbers"),
+        ({"columns": ["text", "label"]}, "has columns .*: give `key: value` lines"),
+        ({"columns": {"text": 5, "label": "l"}}, "reads 'text' from 5: name a column, or list several"),
+        ({"columns": {"text": [], "label": "l"}}, r"reads 'text' from \[\]"),
+        ({"columns": {"text": "t", "label": "l", 3: "x"}}, "reads 3, which it does not have"),
+        ({"templates": {"text": 5}}, "has the template 5 for 'text': write a text"),
+        (
+            {"templates": {"text": "{{ x | nonsense }}"}},
+            "has a template for text that is wrong: No filter named 'nonsense'",
+        ),
+        ({"templates": {"text": "{{ " + "(" * 300 + "x" + ")" * 300 + " }}"}}, "has a template for text that is wrong"),
+        ({"templates": {"text": "{{ " + "9" * 5000 + " }}"}}, "has a template for text that is wrong: ValueError"),
+        ({"train": "names"}, "has train 'names': give a source or a list of them"),
+        ({"train": ["names"]}, "train is 'names': write `key: value` lines"),
+        ({"train": {**SOURCE, "rows": 5}}, "train has rows 5: give the first row"),
+        ({"train": {**SOURCE, "rows": "ab"}}, "train has rows 'ab'"),
+        ({"train": {**SOURCE, "rows": [0.5, 2]}}, r"train has rows \[0.5, 2\]"),
+        ({"train": {**SOURCE, "shuffle": "no"}}, "train has shuffle 'no': give true or false"),
+        ({"train": {**SOURCE, "format": ["csv"]}}, r"train has format \['csv'\]: give a text"),
+        ({"train": {"format": "csv", "path": ["a"]}}, r"train has path \['a'\]: give a text"),
+        ({"train": {**SOURCE, "columns": {"text": None}}}, "reads 'text' from None"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SpecError, match=f"client 'hospital-a': task 'triage'.*{problem}"):
+        client_spec(spec(**changes))
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ([], r"client '\?' is \[\]: write `key: value` lines"),
+        ({**spec(), "name": 5}, "client 5 has name 5: give a text"),
+        ({**spec(), "name": "a\n"}, "use 1 to 64 letters"),
+        ({**spec(), "backbone": {"a": 1}}, "has backbone {'a': 1}: give a text"),
+        ({**spec(), "tasks": "triage"}, "has tasks 'triage': give a list"),
+        ({**spec(), "tasks": ["triage"]}, r"task '\?' is 'triage': write `key: value` lines"),
+        ({**spec(), "tasks": None}, "lacks tasks"),
+    ],
+)
+def test_a_spec_of_other_types_is_refused(values: Any, problem: str) -> None:
+    with pytest.raises(SpecError, match=problem):
+        client_spec(values)

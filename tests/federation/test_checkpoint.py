@@ -18,7 +18,7 @@ from tap_flower.federation.checkpoint import Progress, Writer
 from tap_flower.federation.stopping import Validation
 from tap_flower.federation.store import PERSONAL
 from tap_flower.reporting.events import read_events
-from tap_flower.storage import StorageError, read_record, read_tensors
+from tap_flower.storage import StorageError, read_record, read_tensors, write_tensors
 
 from .conftest import CLIENTS, Federation
 
@@ -190,3 +190,23 @@ def test_the_best_rounds_tensors_come_back_and_are_written_once(tmp_path: Path) 
     assert {name: value.tolist() for name, value in values.items()} == {"a": [1.0, 1.0], "b": [0.0, 0.0]}
     assert {name: value.tolist() for name, value in of_best.items()} == {"a": [5.0, 5.0], "b": [0.0, 0.0]}
     assert sorted(read_tensors(tmp_path / "server.safetensors")[0]) == ["a", "b", "best/a"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"round": "3"}, "round is '3', not a whole number"),
+        ({"run": 5}, "run is 5, not a text"),
+        ({"down": {"c": 0.5}}, r"down\['c'\] is 0.5, not a whole number"),
+        ({"validation": None}, "validation is None, not an object"),
+        ({"validation": {"latest": {}, "best_round": 0}}, "validation lacks best_score"),
+        ({"more": 1}, "has the unknown field 'more'"),
+    ],
+)
+def test_a_checkpoint_with_another_record_is_named(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
+    with Writer(tmp_path) as writer:
+        writer.save(Progress("r1", {}), {"a": torch.ones(1)}, {})
+    file = tmp_path / "server.safetensors"
+    write_tensors(file, {"a": torch.ones(1)}, {**read_record(file), **change})
+    with pytest.raises(StorageError, match=f"is damaged: .*{problem}"):
+        checkpoint.load(tmp_path)

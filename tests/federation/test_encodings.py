@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +88,7 @@ def test_what_is_not_finite_is_not_encoded(encoding: Encoding, value: float) -> 
         to_array(tensor, encoding)
 
 
+NPY: dict[str, Any] = {k: getattr(Array(np.zeros(3, np.float32)), k) for k in ("dtype", "shape", "stype", "data")}
 INT8 = ("int8", (2, 200), "tap-flower.int8", struct.pack("<2f", 1.0, 1.0) + bytes(400))
 
 
@@ -107,6 +109,17 @@ INT8 = ("int8", (2, 200), "tap-flower.int8", struct.pack("<2f", 1.0, 1.0) + byte
         (Encoding.bfloat16, {"dtype": "bfloat16", "stype": "tap-flower.bfloat16"}, "has 408 bytes, not the 800"),
         (Encoding.float32, {}, "is int8 in tap-flower.int8, not float32 in numpy.ndarray"),
         (Encoding.float32, {"dtype": "float32", "stype": "numpy.ndarray"}, "cannot be read"),
+        (Encoding.float32, NPY | {"data": b"PK\x03\x04" + bytes(60)}, "cannot be read"),
+        (
+            Encoding.float32,
+            NPY | {"data": Array(np.zeros(2, np.float32)).data},
+            r"has shape \(2,\) in its data, not \(3,\)",
+        ),
+        (Encoding.float32, NPY | {"data": NPY["data"].replace(b"(3,)", b"(((,")}, "cannot be read"),
+        (Encoding.float32, NPY | {"data": NPY["data"][:-1]}, r"has 11 bytes of values, not the 12 of \(3,\)"),
+        (Encoding.float32, NPY | {"data": NPY["data"] + b"x"}, "has 13 bytes of values, not the 12"),
+        (Encoding.float32, NPY | {"shape": (2**20, 2**20)}, "impossible shape"),
+        (Encoding.float32, NPY | {"shape": (1,) * 9}, "impossible shape"),
     ],
 )
 def test_an_array_that_is_not_what_it_says_is_refused(
@@ -132,3 +145,8 @@ def test_whatever_comes_it_is_a_tensor_or_refused(data: bytes, shape: list[int],
     except EncodingError:
         return
     assert found.dtype == torch.float32
+
+
+def test_an_array_in_columns_is_read() -> None:
+    values = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
+    assert from_array(Array(values), Encoding.float32).tolist() == values.tolist()

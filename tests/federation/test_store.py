@@ -12,6 +12,7 @@ from tap_flower.federation import store as store_module
 from tap_flower.federation.store import PERSONAL, RECEIVED, STATE_BYTES, STATES, ClientStore, Kept, Received
 from tap_flower.methods.method import Memory
 from tap_flower.recent import Recent
+from tap_flower.reporting.client_records import DECISIONS, read_decisions
 from tap_flower.storage import StorageError, read_json, read_tensors, write_atomically, write_tensors
 
 
@@ -266,3 +267,45 @@ def test_a_remembered_state_cannot_be_changed_from_outside(tmp_path: Path) -> No
     assert losses(again) == 0.1
     assert again is not None
     assert again.replacements == Counter({"t": 1})
+
+
+RECORD = {"schema": 2, "run": "r1", "round": 1, "models": [], "record": {}, "replacements": {}}
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ([], r"is damaged.*its record is \[\], not an object"),
+        ({}, "has schema None, not 2"),
+        ({"schema": 2, "run": "r1"}, "is damaged: its record lacks models"),
+        ({**RECORD, "round": "x"}, "is damaged: round is 'x', not a whole number"),
+        ({**RECORD, "round": True}, "round is True"),
+        ({**RECORD, "models": [1]}, r"models\[0\] is 1, not a text"),
+        ({**RECORD, "record": []}, r"record is \[\], not an object"),
+        ({**RECORD, "replacements": {"t": "1"}}, r"replacements\['t'\] is '1'"),
+        ({**RECORD, "more": 1}, "has the unknown field 'more'"),
+    ],
+)
+def test_a_state_with_another_record_is_named(tmp_path: Path, record: dict[str, object], problem: str) -> None:
+    write_tensors(tmp_path / PERSONAL, {"w": torch.zeros(1)}, record)
+    with pytest.raises(StorageError, match=f"personal.safetensors {problem}"):
+        ClientStore(tmp_path, "r1").load()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.bfloat16, torch.bool])
+def test_a_state_of_another_dtype_is_named(tmp_path: Path, dtype: torch.dtype) -> None:
+    write_tensors(tmp_path / PERSONAL, {"w": torch.zeros(3).to(dtype)}, RECORD)
+    with pytest.raises(StorageError, match=f"is damaged.*tensor 'w' is {dtype}, not torch.float32"):
+        ClientStore(tmp_path, "r1").load()
+
+
+def test_a_copy_of_the_servers_tensors_without_its_round_is_none(tmp_path: Path) -> None:
+    write_tensors(tmp_path / RECEIVED, {"w": torch.zeros(1)}, {"schema": 2, "run": "r1", "state": "4"})
+    assert ClientStore(tmp_path, "r1").received() is None
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"run": "r1"}', "{", '{"run": 1}', "\xff"])
+def test_damaged_decisions_are_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / DECISIONS).write_text(text + "\n", encoding="latin-1")
+    with pytest.raises(StorageError, match=r"decisions.jsonl (is damaged in line 1|cannot be read)"):
+        read_decisions(tmp_path)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .readers import Reader
 
-RUNS = 6_000
+RUNS = 12_000
 SLOW = ("config", "setting", "hyper_parameters", "spec")
 """Readers that are left to the other tests: OmegaConf and PyYAML take ten to a hundred milliseconds an input."""
 OURS = ["tap_flower.plain", "tap_flower.storage", "tap_flower.core", "tap_flower.federation", "tap_flower.reporting"]
@@ -45,7 +45,14 @@ def main(folder: Path, runs: int) -> None:
     for number, reader in enumerate(every):
         for other, valid in enumerate(reader.valid):
             (corpus / f"{number}-{other}").write_bytes(bytes([number]) + valid)
-    arguments = [sys.argv[0], f"-runs={runs}", "-seed=1", "-max_len=65536", "-timeout=60", f"-artifact_prefix={folder}/"]
+    arguments = [
+        sys.argv[0],
+        f"-runs={runs}",
+        "-seed=1",
+        "-max_len=65536",
+        "-timeout=60",
+        f"-artifact_prefix={folder}/",
+    ]
     atheris.Setup([*arguments, str(corpus)], attempt, custom_mutator=mutate)
     atheris.Fuzz()
 

@@ -16,10 +16,10 @@ from .corruption import corrupted
 from .readers import Reader, readers
 
 INPUTS = {
-    "instruction": 1500, "manifest": 3000, "report": 2000, "metrics": 1500, "hyper_parameters": 150, "record": 1000,
-    "array float32": 1500, "array bfloat16": 1000, "array int8": 1000,
-    "personal": 1000, "received": 500, "second stage": 500, "checkpoint": 1000, "tensors": 500, "json": 500,
-    "decisions": 500, "spec": 1200, "config": 75, "setting": 75,
+    "instruction": 800, "manifest": 1600, "report": 800, "metrics": 600, "hyper_parameters": 100, "record": 800,
+    "array float32": 800, "array bfloat16": 500, "array int8": 500,
+    "personal": 500, "received": 300, "second stage": 300, "checkpoint": 500, "tensors": 300, "json": 300,
+    "decisions": 300, "spec": 600, "config": 50, "setting": 50,
 }  # fmt: skip
 """Reader -> how many inputs it is given."""
 
