@@ -113,7 +113,7 @@ def _bounded(values: Any) -> Any:
     while waiting:
         value, depth = waiting.pop()
         seen += 1
-        if depth > DEEPEST:
+        if depth >= DEEPEST and isinstance(value, dict | list | tuple | set):
             raise PlainError(f"it has more than {DEEPEST} levels: write it flatter")
         if isinstance(value, dict):
             waiting += [(part, depth + 1) for pair in value.items() for part in pair]

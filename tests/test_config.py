@@ -50,7 +50,7 @@ def test_precedence(tmp_path: Path) -> None:
         (["rounds=2020-13-45"], "it is no YAML: month must be"),
         (["train.learning_rate=0x" + "f" * 300], "a whole number of 1200 bits"),
         (["train." + "a." * 10_000 + "b=1"], "has a key of more than 32 parts"),
-        (["seed=???"], "seed has no value"),
+        (["datasets.d=???"], "the configuration: datasets.d"),
         (["trackers=${nowhere}"], "trackers.*nowhere"),
         (["clients=[3]"], r"client '\?' is 3"),
     ],
@@ -147,7 +147,10 @@ TASK = {"name": "t", "train": {"data": "d", "split": "train", "share": [0, 1]}}
         ({"patterns": [{"tasks": 3}]}, "pattern 0 has no tasks"),
         ({"patterns": [{"tasks": ["t"]}]}, "pattern 0 has the task 't': write"),
         ({"patterns": [{"tasks": [{**TASK, "train": 3}]}]}, "pattern 0: task 't': train is 3: give a source"),
-        ({"patterns": [{"tasks": [{**TASK, "train": {"data": ["d"]}}]}]}, r"has data \['d'\]: use one of d"),
+        (
+            {"patterns": [{"tasks": [{**TASK, "train": {"data": ["d"]}}]}]},
+            r"has data \['d'\]: use one of tiny_imagenet, .*, d",
+        ),
         (
             {"patterns": [{"tasks": [{**TASK, "train": {"data": "d", "share": [0]}}]}]},
             r"has share \[0\]: give \[from, to\]",

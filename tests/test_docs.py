@@ -36,6 +36,15 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == {path.name for path in (ROOT / "docs").glob("*.md")}
 
 
+def test_the_tests_that_the_security_page_names_are_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "security.md").read_text()))
+    defined = {
+        name for path in ROOT.glob("tests/**/test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert len(named) > 20
+    assert named - defined == set()
+
+
 def test_the_plug_in_example_runs() -> None:
     page = (ROOT / "docs" / "plug-in.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]

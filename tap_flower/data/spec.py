@@ -236,7 +236,7 @@ def task_spec(values: Mapping[str, Any], client: Mapping[str, Any]) -> TaskSpec:
     if len(set(modalities)) < len(modalities):
         raise SpecError(f"{where} has modalities {list(modalities)}: name each once")
     margin = values.get("margin")
-    if margin is not None and not 0 <= margin < float("inf"):
+    if margin is not None and not 0 <= margin < 1e300:
         raise SpecError(f"{where} has margin {margin}: use a number of at least 0")
     batch_size = values.get("batch_size")
     if batch_size is not None and not 1 <= batch_size <= 65_536:

@@ -121,7 +121,7 @@ def test_a_number_of_classes_and_a_hash() -> None:
         ({"batch_size": True}, "has batch_size True: give a whole number"),
         ({"classes": "ab"}, "has classes 'ab': give a list of names, or their number"),
         ({"classes": True}, "has classes True"),
-        ({"classes": -1}, "has -1 classes"),
+        ({"classes": -1}, "has 0 classes"),
         ({"classes": 10**12}, "has 1000000000000 classes: use at most 65536"),
         ({"classes": ["a", "a"]}, "names the class 'a' twice"),
         ({"classes": ["a", {}]}, "has class {}: use texts and numbers"),

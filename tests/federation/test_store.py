@@ -275,7 +275,7 @@ RECORD = {"schema": 2, "run": "r1", "round": 1, "models": [], "record": {}, "rep
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
-        ([], r"is damaged.*its record is \[\], not an object"),
+        ([], r"its record is \[\], not an object"),
         ({}, "has schema None, not 2"),
         ({"schema": 2, "run": "r1"}, "is damaged: its record lacks models"),
         ({**RECORD, "round": "x"}, "is damaged: round is 'x', not a whole number"),
@@ -288,7 +288,7 @@ RECORD = {"schema": 2, "run": "r1", "round": 1, "models": [], "record": {}, "rep
 )
 def test_a_state_with_another_record_is_named(tmp_path: Path, record: dict[str, object], problem: str) -> None:
     write_tensors(tmp_path / PERSONAL, {"w": torch.zeros(1)}, record)
-    with pytest.raises(StorageError, match=f"personal.safetensors {problem}"):
+    with pytest.raises(StorageError, match=f"personal.safetensors .*{problem}"):
         ClientStore(tmp_path, "r1").load()
 
 
