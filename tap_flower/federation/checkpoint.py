@@ -15,7 +15,7 @@ from torch import Tensor
 from tap_flower.federation.stopping import Validation
 from tap_flower.storage import StorageError, read_tensors, write_json, write_tensors
 
-SCHEMA = 2
+SCHEMA = 3
 _BEST = "best/"
 """Begins the names of the best round's tensors in the file, of those that have other values now."""
 log = logging.getLogger("tap_flower")
@@ -34,6 +34,8 @@ class Progress:
         up: component -> bytes received from clients.
         steps: client -> optimiser steps that it made, both stages.
         dropped: replies that could not be used.
+        holds: client -> the number of complete rounds as of which it holds all of its tensors.
+        changed: component -> the round in which it got its values.
         validation: where the run may stop early.
     """
 
@@ -45,6 +47,8 @@ class Progress:
     up: dict[str, int] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
     dropped: int = 0
+    holds: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)
     validation: Validation = field(default_factory=Validation)
 
 

@@ -78,11 +78,18 @@ class Participant:
         best = self.instruction.best
         return self.store.load() if best is None else self.store.load_best(best)
 
+    @property
+    def exchanged(self) -> dict[str, str]:
+        """Tensor -> component, of what the client and the server send each other."""
+        component_of = self.local.outline.component_map.component_of
+        return {name: component for name, component in component_of.items() if self.method.exchanges(component)}
+
     def receive(self, message: Message) -> State:
         """The server's values of all of the client's tensors: those in the message, and those that it left out.
 
         Raises:
-            LackingError: tensors were left out, and the client has no copy of them.
+            LackingError: tensors were left out, and the client has no copy of them: its folder is lost, or it has other tasks
+                than before.
         """
         state, held = self.instruction.state, self.instruction.held
         exact = self.encoding is Encoding.float32
@@ -93,9 +100,12 @@ class Participant:
             if kept is None or not held <= kept.state <= state:
                 has = "none" if kept is None else f"that of round {kept.state}"
                 raise LackingError(f"the client was to hold the server's tensors of round {held}, and has {has}")
-            if not tensors and kept.state == state:
+            if not tensors and kept.state == state and kept.tensors.keys() == self.exchanged.keys():
                 return kept.tensors
             tensors = {**kept.tensors, **tensors}
+        if missing := sorted(self.exchanged.keys() - tensors.keys()):
+            raise LackingError(f"the client was not sent {len(missing)} of its tensors, such as {missing[0]!r}")
+        tensors = {name: tensors[name] for name in self.exchanged}
         self.store.save_received(Received(state, tensors))
         return tensors
 
@@ -123,7 +133,9 @@ def evaluate(message: Message, context: Context) -> Message:
 def _answer(message: Message, context: Context, handler: Callable[[Participant, Message], RecordDict]) -> Message:
     """Runs a handler; what goes wrong in a way that somebody can mend is answered in plain words."""
     try:
-        return Message(handler(_participant(message, context), message), reply_to=message)
+        participant = _participant(message, context)
+        with participant.store.locked():
+            return Message(handler(participant, message), reply_to=message)
     except LackingError as error:
         return Message(Error(LackingError.CODE, str(error)), reply_to=message)
     except (BackboneError, ConfigError, DivergedError, EncodingError, MessageError, SpecError, StorageError) as error:
@@ -137,9 +149,8 @@ def _answer(message: Message, context: Context, handler: Callable[[Participant, 
 
 def _manifest(participant: Participant, _: Message) -> RecordDict:
     local = participant.local
-    model, exchanges = local.outline, participant.method.exchanges
+    model, exchanges, component_of = local.outline, participant.method.exchanges, participant.exchanged
     component_map = model.component_map
-    component_of = {n: c for n, c in component_map.component_of.items() if exchanges(c)}
     shapes = {name: tuple(tensor.shape) for name, tensor in trainable_state(model).items() if name in component_of}
     examples = local.data.sizes("train")
     return messages.encode_manifest(
@@ -235,7 +246,7 @@ def _memory(kept: Kept | None) -> Memory:
 
 def _participant(message: Message, context: Context) -> Participant:
     instruction = messages.instruction(message)
-    node = this_node(context)
+    node = this_node(context, instruction.run)
     settings = json.dumps(instruction.hyper_parameters, sort_keys=True)
     local = _local_client(node.spec, node.data_root, settings)
     return Participant(local, ClientStore(node.folder, instruction.run), instruction, node.metrics)

@@ -35,8 +35,10 @@ def exchange(
     """
     waiting: dict[str, str] = {}
     for name, node in nodes.items():
-        # One at a time: only one client's payload is in memory.
-        message = Message(content=content(name), dst_node_id=node, message_type=message_type, group_id=str(group))
+        # One at a time: only one client's payload is in memory. A node that comes back later does not find it any more.
+        message = Message(
+            content=content(name), dst_node_id=node, message_type=message_type, group_id=str(group), ttl=timeout
+        )
         for message_id in grid.push_messages([message]):
             waiting[message_id] = name
     deadline = time.monotonic() + timeout

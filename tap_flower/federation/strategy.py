@@ -62,8 +62,7 @@ class TapStrategy:
         """Runs to the end and returns what `results.json` then holds.
 
         Raises:
-            RunError: clients are missing at the start, or none is left.
-            RosterError: two clients cannot take part in one run.
+            RunError: clients are missing at the start, since they are not there or cannot take part; or none is left.
             StorageError: a checkpoint cannot be written.
         """
         try:
@@ -114,17 +113,26 @@ class TapStrategy:
         deadline = time.monotonic() + self.config.start_timeout
         while len(list(grid.get_node_ids())) < expected and time.monotonic() < deadline:
             time.sleep(_WAIT)
-        self._welcome(grid, strict=True)
+        refused = self._welcome(grid)
         missing = sorted({spec.name for spec in client_specs(self.config)} - set(self.roster.names))
-        if missing or len(self.roster.names) < expected:
-            raise RunError(
-                f"{len(self.roster.names)} of {expected} clients are there after {self.config.start_timeout:g} s"
-                + (f", without {', '.join(missing)}" if missing else "")
-                + f": start more nodes (`num-supernodes={expected}` in a simulation) or lower clients_per_round"
-            )
+        if not missing and len(self.roster.names) >= expected:
+            return
+        if refused:
+            raise RunError("; ".join(refused))
+        raise RunError(
+            f"{len(self.roster.names)} of {expected} clients are there after {self.config.start_timeout:g} s"
+            + (f", without {', '.join(missing)}" if missing else "")
+            + f": start more nodes (`num-supernodes={expected}` in a simulation) or lower clients_per_round"
+        )
 
-    def _welcome(self, grid: Grid, strict: bool) -> None:
-        """Admits the nodes that are not known yet; one that cannot take part ends a run only at its start (`strict`)."""
+    def _welcome(self, grid: Grid) -> list[str]:
+        """Admits the nodes that are not known yet; says which of them cannot take part, and why."""
+        refused: list[str] = []
+
+        def refuse(node: str, problem: str) -> None:
+            refused.append(f"node {node} cannot take part: {problem}")
+            self._drop(f"node {node}", problem)
+
         alive = set(grid.get_node_ids())
         self.roster.keep_only(alive)
         unknown = {str(node): node for node in sorted(alive - set(self.roster.nodes.values()))}
@@ -134,17 +142,14 @@ class TapStrategy:
             problem = _problem(reply)
             if problem is None and reply is not None:
                 admitted.append((node, unknown[node], reply.content))
-            elif strict:
-                raise RunError(f"node {node} cannot take part: {problem}")
             else:
-                self._drop(f"node {node}", problem or "")
+                refuse(node, problem or "")
         for node, node_id, content in sorted(admitted):
             try:
                 self.roster.admit(node_id, messages.decode_manifest(content))
             except (RosterError, MessageError) as error:
-                if strict:
-                    raise RosterError(str(error)) from error
-                self._drop(f"node {node}", str(error))
+                refuse(node, str(error))
+        return refused
 
     def _rounds(self, grid: Grid) -> None:
         patience, validation = self.config.stopping.patience, self.progress.validation
@@ -152,13 +157,14 @@ class TapStrategy:
             if patience and validation.waited(self.progress.round) >= patience:
                 break
             server_round, began = self.progress.round + 1, time.monotonic()
-            self._welcome(grid, strict=False)
+            self._welcome(grid)
             names = self.roster.sample(server_round, self.config.clients_per_round)
             if not names:
                 raise RunError(f"round {server_round}: no client is there; start the nodes again, then `--resume`")
             self.events.write("round_start", round=server_round, clients=names)
             reports = self._train(grid, server_round, names)
             self.progress.round = server_round
+            self.progress.holds, self.progress.changed = dict(self.roster.holds), dict(self.roster.changed)
             score = self._validated(server_round, reports)
             self._writer.save(self.progress, self.roster.tensors, self.roster.best)
             if server_round == 1:  # from here on there is a checkpoint to go on from
@@ -218,7 +224,7 @@ class TapStrategy:
             self._count_steps(name, report)
             self.events.write("distilled", round=self.progress.round, client=name, losses=report.losses)
 
-        self._welcome(grid, strict=False)
+        self._welcome(grid)
         self.events.write("distill_start", round=self.progress.round, clients=self.roster.names)
         self._for_each(grid, messages.DISTILL, self.progress.round, self.roster.names, done)
 
