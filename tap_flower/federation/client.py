@@ -88,8 +88,8 @@ class Participant:
         """The server's values of all of the client's tensors: those in the message, and those that it left out.
 
         Raises:
-            LackingError: tensors were left out, and the client has no copy of them: its folder is lost, or it has other tasks
-                than before.
+            LackingError: tensors were left out, and the client has no copy of them: its folder is lost, or it has other
+                tasks than before.
         """
         state, held = self.instruction.state, self.instruction.held
         exact = self.encoding is Encoding.float32
