@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
+import httpx
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 _POLL = 0.1
 """Seconds between looks for replies."""
+_PATIENCE, _AGAIN = 60.0, 2.0
+"""Seconds for which a SuperLink that answers with an error of its own is asked again, and between two times."""
+log = logging.getLogger("tap_flower")
+T = TypeVar("T")
 
 
 def exchange(
@@ -39,11 +46,11 @@ def exchange(
         message = Message(
             content=content(name), dst_node_id=node, message_type=message_type, group_id=str(group), ttl=timeout
         )
-        for message_id in grid.push_messages([message]):
+        for message_id in patiently(lambda: grid.push_messages([message])):  # noqa: B023
             waiting[message_id] = name
     deadline = time.monotonic() + timeout
     while waiting and time.monotonic() < deadline:
-        arrived = list(grid.pull_messages(list(waiting)))
+        arrived = list(patiently(lambda: grid.pull_messages(list(waiting))))
         for reply in arrived:
             sender = waiting.pop(reply.metadata.reply_to_message_id or "", "")
             if sender:
@@ -52,3 +59,25 @@ def exchange(
             time.sleep(_POLL)
     for name in waiting.values():
         yield name, None
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """Asks the SuperLink again while it answers with an error of its own (5xx), such as that its database is busy.
+
+    A message that was pushed twice is one message, since its identity comes from its content.
+
+    Args:
+        ask: a call of the grid.
+
+    Raises:
+        httpx.HTTPStatusError: it still does so after a minute, or refuses.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return ask()
+        except httpx.HTTPStatusError as error:
+            if not error.response.is_server_error or time.monotonic() > deadline:
+                raise
+            log.warning("the SuperLink answers with %d: asking again", error.response.status_code)
+            time.sleep(_AGAIN)

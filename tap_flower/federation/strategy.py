@@ -16,7 +16,7 @@ from tap_flower.config import Config, Encoding, client_specs, sent_hyper_paramet
 from tap_flower.core.aggregation import Aggregator, BadUpdateError
 from tap_flower.federation import checkpoint, messages
 from tap_flower.federation.checkpoint import Progress
-from tap_flower.federation.exchange import exchange
+from tap_flower.federation.exchange import exchange, patiently
 from tap_flower.federation.messages import Instruction, LackingError, MessageError, Metrics, Report
 from tap_flower.federation.roster import Roster, RosterError
 from tap_flower.federation.updates import moved, restore
@@ -111,7 +111,7 @@ class TapStrategy:
         """Waits for the clients and asks each for its manifest."""
         expected = len(self.config.clients) or self.config.clients_per_round
         deadline = time.monotonic() + self.config.start_timeout
-        while len(list(grid.get_node_ids())) < expected and time.monotonic() < deadline:
+        while len(list(patiently(grid.get_node_ids))) < expected and time.monotonic() < deadline:
             time.sleep(_WAIT)
         refused = self._welcome(grid)
         missing = sorted({spec.name for spec in client_specs(self.config)} - set(self.roster.names))
@@ -133,7 +133,7 @@ class TapStrategy:
             refused.append(f"node {node} cannot take part: {problem}")
             self._drop(f"node {node}", problem)
 
-        alive = set(grid.get_node_ids())
+        alive = set(patiently(grid.get_node_ids))
         self.roster.keep_only(alive)
         unknown = {str(node): node for node in sorted(alive - set(self.roster.nodes.values()))}
         ask = messages.encode_instruction(self._instruction(0))
@@ -219,14 +219,20 @@ class TapStrategy:
         return dict(sorted(reports.items()))
 
     def _second_stage(self, grid: Grid) -> None:
+        """Stage 2 of every client; those that fail, and are there again when the others have ended, are asked once more."""
+        ready: set[str] = set()
+
         def done(name: str, reply: Message) -> None:
             report = messages.decode_report(reply.content, self.roster.manifests[name].reach)
             self._count_steps(name, report)
             self.events.write("distilled", round=self.progress.round, client=name, losses=report.losses)
+            ready.add(name)
 
-        self._welcome(grid)
-        self.events.write("distill_start", round=self.progress.round, clients=self.roster.names)
-        self._for_each(grid, messages.DISTILL, self.progress.round, self.roster.names, done)
+        for _ in range(2):
+            self._welcome(grid)
+            if names := sorted(set(self.roster.names) - ready):
+                self.events.write("distill_start", round=self.progress.round, clients=names)
+                self._for_each(grid, messages.DISTILL, self.progress.round, names, done)
 
     def _evaluation(self, grid: Grid) -> dict[str, Metrics]:
         found: dict[str, Metrics] = {}

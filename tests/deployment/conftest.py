@@ -8,8 +8,15 @@ from typing import Any
 
 import datasets
 import pytest
+import yaml
 
+from client_app.app import app
+from tap_flower.config import load_config
 from tap_flower.data import packaged
+from tap_flower.federation.in_process import InProcessGrid
+from tap_flower.federation.server import prepare
+
+from .cluster import SETTINGS
 
 SHAPES = ["blue circle", "red circle"]
 LANGUAGES = ["en", "es", "pt", "it", "fr", "de", "id", "tr"]
@@ -71,3 +78,17 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         folder = tmp_path_factory.mktemp(name)
         made.append(make(folder))
     return made
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, hospitals: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the same run gives in one process, without its seconds."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    nodes = []
+    for spec in hospitals:
+        file = folder / f"{spec['name']}.yaml"
+        file.write_text(yaml.safe_dump(spec))
+        nodes.append({"client-spec": str(file), "state-dir": str(folder / "state")})
+    config = load_config("demo", "", SETTINGS.split())
+    results = prepare(config, folder / "run").start(InProcessGrid(app, nodes, {}))
+    return {key: value for key, value in results.items() if key != "seconds"}
