@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
+from tap_flower.federation.accounting import Ledger
 from tap_flower.federation.stopping import Validation
 from tap_flower.storage import StorageError, read_tensors, write_json, write_tensors
 
-SCHEMA = 2
+SCHEMA = 3
 _BEST = "best/"
 """Begins the names of the best round's tensors in the file, of those that have other values now."""
 log = logging.getLogger("tap_flower")
@@ -35,6 +36,7 @@ class Progress:
         steps: client -> optimiser steps that it made, both stages.
         dropped: replies that could not be used.
         validation: where the run may stop early.
+        privacy: what a private run has released.
     """
 
     run: str
@@ -46,6 +48,7 @@ class Progress:
     steps: dict[str, int] = field(default_factory=dict)
     dropped: int = 0
     validation: Validation = field(default_factory=Validation)
+    privacy: Ledger = field(default_factory=Ledger)
 
 
 class Writer:
@@ -121,7 +124,8 @@ def load(folder: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
     if record.pop("schema", None) != SCHEMA:
         raise StorageError(f"{folder} was written by another version of tap-flower: use that version to resume it")
     try:
-        progress = Progress(**{**record, "validation": Validation(**record["validation"])})
+        parts = {"validation": Validation(**record["validation"]), "privacy": Ledger(**record["privacy"])}
+        progress = Progress(**{**record, **parts})
     except (KeyError, TypeError) as error:
         raise StorageError(f"{folder} is damaged: {error}") from error
     earlier = {name.removeprefix(_BEST): tensors.pop(name) for name in list(tensors) if name.startswith(_BEST)}
