@@ -121,19 +121,23 @@ class PrivateAverage:
     def finish(self) -> tuple[dict[str, Tensor], set[str]]:
         """See `averaging.Average`. What is released goes into the ledger."""
         privacy, budget, roster = self._privacy, self._privacy.budget, self._roster
-        for name in self._held.keys() - self._norms.keys():
-            self._aggregator.add(name, {}, set(), dict.fromkeys(self._held[name], 1))
         released = {c: count for c, count in self._holders.items() if count >= budget.holders_needed}
         withheld = {c: count for c, count in self._holders.items() if c not in released}
         values = sum(tensor.numel() for tensor in roster.tensors.values())
         moved = sensitivity(budget.clip_norm, max(self._holders.values(), default=0), values)
-        noise, means = budget.noise_multiplier * moved, self._aggregator.result()
+        noise, means = budget.noise_multiplier * moved, self._means()
         tensors = release(roster.tensors, means, roster.component_of, released, noise, privacy.random_bytes)
         privacy.ledger.take(self._held, released)
         if withheld:
             log.warning("%d components keep their values: %s", len(withheld), _few(withheld, budget.holders_needed))
         self._tell("privacy_round", norms=self._norms, withheld=withheld, holders_needed=budget.holders_needed)
         return tensors, set(released)
+
+    def _means(self) -> dict[str, Tensor]:
+        """The mean changes, without noise; whoever has not answered counts as a change of zero."""
+        for name in self._held.keys() - self._norms.keys():
+            self._aggregator.add(name, {}, set(), dict.fromkeys(self._held[name], 1))
+        return self._aggregator.result()
 
 
 def _holders(roster: Roster, names: Iterable[str]) -> dict[str, int]:
