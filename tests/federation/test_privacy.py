@@ -51,7 +51,12 @@ def averaged(
     average = privacy.average(made, list(updates), lambda event, **values: told.update(values, event=event))
     for name, returned in updates.items():
         if returned is not None:
-            average.add(name, returned, [])
+            held = made.manifests[name].component_of
+            changed = {
+                held[tensor] for tensor, value in returned.items() if not torch.equal(value, made.tensors[tensor])
+            }
+            sent = {tensor: value for tensor, value in returned.items() if held[tensor] in changed}
+            average.add(name, sent, set(held.values()) - changed)
     return *average.finish(), told
 
 
