@@ -93,8 +93,9 @@ class RunProgress(AbstractContextManager["RunProgress"]):
             f"private: ε {event['epsilon']:g} at δ {event['delta']:g}, noise multiplier {event['noise_multiplier']:.3g}"
         )
         self._console.print(f"{plan}; a component needs {event['holders_needed']} clients in a round", highlight=False)
-        for component, count in event["never"].items():
-            self._console.print(f"[yellow]not averaged: {component}, which {count} clients hold", highlight=False)
+        for count in sorted(set(event["never"].values())):
+            names = ", ".join(component for component, holders in event["never"].items() if holders == count)
+            self._console.print(f"[yellow]not averaged, having {count} clients: {names}", highlight=False)
 
     def _end(self, event: dict[str, Any]) -> None:
         if "privacy" in event:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from scipy.optimize import brentq
@@ -112,3 +114,26 @@ def test_the_ledger_counts_what_was_released_to_whom_it_concerns() -> None:
     assert ledger.clients == {"ann": 2, "bob": 1, "cleo": 0}
     assert ledger.holders == {"x": {"ann": 2, "bob": 1}, "y": {"ann": 1}}
     assert ledger.rounds == {"x": 2, "y": 1}
+
+
+def test_the_table_of_the_page_on_privacy() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
+    header, _, *rows = [line for line in page.splitlines() if line.startswith("| ") or line.startswith("|-")]
+    rounds = [int(n) for n in re.findall(r"(\d+) rounds", header)]
+    assert rounds == [4, 20, 50, 200]
+    for row in rows:
+        epsilon, *cells = row.strip("| ").split(" | ")
+        for number, cell in zip(rounds, cells, strict=True):
+            needed, multiplier = re.findall(r"[\d.]+", cell)
+            found = calibrate(float(epsilon), 1e-5, number)
+            assert (int(needed), float(multiplier)) == (math.ceil(found / 0.1), round(found, 2))
+
+
+def test_the_command_of_the_page_on_privacy_has_enough_clients() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
+    settings = [*re.findall(r"--set (\S+=\S+)", page), "rounds=4"]
+    assert "--rounds 4" in page
+    assert len(settings) == 5
+    found = budget_of(load_config("demo", "", settings))
+    assert found is not None
+    assert found.holders_needed == 7
