@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from tap_flower.config import ConfigError, Model, client_specs, load_config, presets, read_yaml
 from tap_flower.data.spec import SpecError
+from tap_flower.federation.accounting import budget_of
 from tap_flower.methods.registry import find_method
 from tap_flower.reporting.needs import needs
 from tap_flower.reporting.page import REPORT, write_report
@@ -70,6 +71,7 @@ def simulate_command(
     resolved = load_config(preset, config, settings)
     find_method(resolved.method)  # now, not after Flower's start
     tracker_names(resolved.trackers)
+    budget_of(resolved)
     specs = client_specs(resolved)
     if not specs:
         raise ConfigError(f"preset {preset!r} has no clients: add client specs under `clients`")

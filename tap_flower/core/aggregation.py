@@ -72,7 +72,7 @@ class Aggregator:
             BadUpdateError: a tensor is missing or unknown, has another shape or dtype, or holds a value that is not finite
                 or too large; a weight is negative, or with those before it above what the round expects.
         """
-        self._check_form(client, update, asked)
+        self.check_form(client, update, asked)
         parts: dict[str, list[str]] = {}
         for name in update:
             parts.setdefault(self._component_of[name], []).append(name)
@@ -124,7 +124,12 @@ class Aggregator:
         """The components that somebody returned with new values."""
         return {self._component_of[name] for names, sum_ in self._sums.items() if sum_.weight for name in names}
 
-    def _check_form(self, client: str, update: Mapping[str, Tensor], asked: set[str]) -> None:
+    def check_form(self, client: str, update: Mapping[str, Tensor], asked: set[str]) -> None:
+        """Refuses an update that has not the tensors, shapes and dtypes that were asked for; `add` does so, too.
+
+        Raises:
+            BadUpdateError: with what is wrong.
+        """
         if missing := sorted(asked - update.keys()):
             raise BadUpdateError(f"client {client!r}: the reply lacks {len(missing)} tensors, such as {missing[0]!r}")
         if unknown := sorted(update.keys() - asked):

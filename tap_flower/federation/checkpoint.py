@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tap_flower.federation.accounting import Ledger
 from tap_flower.federation.stopping import Validation
 from tap_flower.storage import StorageError, read_tensors, write_json, write_tensors
 
@@ -37,6 +38,7 @@ class Progress:
         holds: client -> the number of complete rounds as of which it holds all of its tensors.
         changed: component -> the round in which it got its values.
         validation: where the run may stop early.
+        privacy: what a private run has released.
     """
 
     run: str
@@ -50,6 +52,7 @@ class Progress:
     holds: dict[str, int] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
     validation: Validation = field(default_factory=Validation)
+    privacy: Ledger = field(default_factory=Ledger)
 
 
 class Writer:
@@ -125,7 +128,8 @@ def load(folder: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
     if record.pop("schema", None) != SCHEMA:
         raise StorageError(f"{folder} was written by another version of tap-flower: use that version to resume it")
     try:
-        progress = Progress(**{**record, "validation": Validation(**record["validation"])})
+        parts = {"validation": Validation(**record["validation"]), "privacy": Ledger(**record["privacy"])}
+        progress = Progress(**{**record, **parts})
     except (KeyError, TypeError) as error:
         raise StorageError(f"{folder} is damaged: {error}") from error
     earlier = {name.removeprefix(_BEST): tensors.pop(name) for name in list(tensors) if name.startswith(_BEST)}

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from tap_flower.config import Config, Encoding, client_specs, sent_hyper_parameters
-from tap_flower.core.aggregation import Aggregator, BadUpdateError
+from tap_flower.core.aggregation import BadUpdateError
 from tap_flower.federation import checkpoint, messages
+from tap_flower.federation.accounting import budget_of
+from tap_flower.federation.averaging import Average, WeightedAverage
 from tap_flower.federation.checkpoint import Progress
 from tap_flower.federation.exchange import exchange, patiently
 from tap_flower.federation.messages import Instruction, LackingError, MessageError, Metrics, Report
+from tap_flower.federation.privacy import Privacy
 from tap_flower.federation.roster import Roster, RosterError
 from tap_flower.federation.updates import moved, restore
 from tap_flower.reporting.events import EventLog
@@ -45,6 +49,9 @@ class TapStrategy:
         folder: the run folder.
         progress: a new run's, or that of the checkpoint that is resumed.
         roster: likewise.
+
+    Raises:
+        ConfigError: a tracker or differential privacy cannot be had.
     """
 
     def __init__(self, config: Config, folder: Path, progress: Progress, roster: Roster) -> None:
@@ -52,6 +59,8 @@ class TapStrategy:
         self.folder = folder
         self.progress = progress
         self.roster = roster
+        budget = budget_of(config)
+        self.privacy = None if budget is None else Privacy(budget, progress.privacy)
         trackers = open_trackers(config.trackers, folder, config)
         self.events = EventLog(folder, progress.round or None, trackers)
         self._writer = checkpoint.Writer(folder / "server")
@@ -80,6 +89,8 @@ class TapStrategy:
             rounds=config.rounds,
             clients={name: sorted(self.roster.manifests[name].reach) for name in self.roster.names},
         )
+        if self.privacy is not None:
+            self.privacy.announce(self.roster, config.clients_per_round, self.events.write)
         self._phase("rounds", lambda: self._rounds(grid))
         self._phase("distillation", lambda: self._second_stage(grid))
         metrics = self._phase("evaluation", lambda: self._evaluation(grid))
@@ -102,9 +113,13 @@ class TapStrategy:
             },
             steps=self.progress.steps,
             seconds=self._seconds,
+            privacy=None if self.privacy is None else self.privacy.spent(self.roster),
         )
         write_json(self.folder / RESULTS, found)
-        self.events.write("end", round=self.progress.round, seconds=self._seconds["total"], tasks=found["tasks"])
+        private = {key: found[key] for key in ("privacy",) if key in found}
+        self.events.write(
+            "end", round=self.progress.round, seconds=self._seconds["total"], tasks=found["tasks"], **private
+        )
         return found
 
     def _gather(self, grid: Grid) -> None:
@@ -167,7 +182,9 @@ class TapStrategy:
             self.progress.holds, self.progress.changed = dict(self.roster.holds), dict(self.roster.changed)
             score = self._validated(server_round, reports)
             self._writer.save(self.progress, self.roster.tensors, self.roster.best)
-            if server_round == 1:  # from here on there is a checkpoint to go on from
+            # From round 1 on there is a checkpoint to go on from. A private round must be on disk before anything of it is
+            # sent: a run that went on from an earlier one would release the round again, and spend more than it counts.
+            if server_round == 1 or self.privacy is not None:
                 self._writer.flush()
             self.events.write(
                 "round",
@@ -176,6 +193,7 @@ class TapStrategy:
                 dropped=sorted(set(names) - reports.keys()),
                 seconds=time.monotonic() - began,
                 **score,
+                **({} if self.privacy is None else {"epsilon": self.privacy.epsilon}),
             )
         self._writer.flush()
         if patience:
@@ -196,7 +214,7 @@ class TapStrategy:
     def _train(self, grid: Grid, server_round: int, names: list[str]) -> dict[str, Report]:
         """One round: replies are folded in as they arrive and released."""
         roster, encoding, reports = self.roster, self.config.wire.encoding, dict[str, Report]()
-        aggregator = Aggregator(roster.tensors, roster.component_of, roster.expected_examples(names))
+        average = self._average(server_round, names)
 
         def fold(name: str, reply: Message) -> None:
             manifest = roster.manifests[name]
@@ -204,19 +222,24 @@ class TapStrategy:
             if report.server_round != server_round:
                 raise MessageError(f"the reply is for round {report.server_round}, not {server_round}")
             roster.check_examples(name, report.examples)
-            sent, weights = messages.decode_tensors(reply.content, encoding), manifest.examples_per_component
-            update = restore(sent, roster.tensors, encoding)
-            aggregator.add(name, update, manifest.tensors_without(report.unchanged), weights)
+            sent = messages.decode_tensors(reply.content, encoding)
+            average.add(name, restore(sent, roster.tensors, encoding), report.unchanged)
             reports[name] = report
 
         self._for_each(grid, messages.TRAIN, server_round, names, fold)
-        roster.update(aggregator.result(), aggregator.changed, server_round)
+        roster.update(*average.finish(), server_round)
         for name, report in sorted(reports.items()):
             self._count_steps(name, report)
             counts = Counter(self.progress.replacements.get(name, {}))
             counts.update(report.replacements)
             self.progress.replacements[name] = dict(counts)
         return dict(sorted(reports.items()))
+
+    def _average(self, server_round: int, names: list[str]) -> Average:
+        tell = partial(self.events.write, round=server_round)
+        if self.privacy is not None:
+            return self.privacy.average(self.roster, names, tell)
+        return WeightedAverage(self.roster, names, self.config.aggregation.clip_norm, tell)
 
     def _second_stage(self, grid: Grid) -> None:
         """Stage 2 of every client; those that fail, and are there again when the others have ended, are asked once more."""
