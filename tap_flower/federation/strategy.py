@@ -128,7 +128,7 @@ class TapStrategy:
         deadline = time.monotonic() + self.config.start_timeout
         while len(list(patiently(grid.get_node_ids))) < expected and time.monotonic() < deadline:
             time.sleep(_WAIT)
-        refused = self._welcome(grid)
+        refused = self._welcome(grid, self.progress.round)
         missing = sorted({spec.name for spec in client_specs(self.config)} - set(self.roster.names))
         if not missing and len(self.roster.names) >= expected:
             return
@@ -140,13 +140,13 @@ class TapStrategy:
             + f": start more nodes (`num-supernodes={expected}` in a simulation) or lower clients_per_round"
         )
 
-    def _welcome(self, grid: Grid) -> list[str]:
+    def _welcome(self, grid: Grid, server_round: int) -> list[str]:
         """Admits the nodes that are not known yet; says which of them cannot take part, and why."""
         refused: list[str] = []
 
         def refuse(node: str, problem: str) -> None:
             refused.append(f"node {node} cannot take part: {problem}")
-            self._drop(f"node {node}", problem)
+            self._drop(server_round, f"node {node}", problem)
 
         alive = set(patiently(grid.get_node_ids))
         self.roster.keep_only(alive)
@@ -172,7 +172,7 @@ class TapStrategy:
             if patience and validation.waited(self.progress.round) >= patience:
                 break
             server_round, began = self.progress.round + 1, time.monotonic()
-            self._welcome(grid)
+            self._welcome(grid, server_round)
             names = self.roster.sample(server_round, self.config.clients_per_round)
             if not names:
                 raise RunError(f"round {server_round}: no client is there; start the nodes again, then `--resume`")
@@ -252,7 +252,7 @@ class TapStrategy:
             ready.add(name)
 
         for _ in range(2):
-            self._welcome(grid)
+            self._welcome(grid, self.progress.round)
             if names := sorted(set(self.roster.names) - ready):
                 self.events.write("distill_start", round=self.progress.round, clients=names)
                 self._for_each(grid, messages.DISTILL, self.progress.round, names, done)
@@ -310,7 +310,7 @@ class TapStrategy:
                 except (MessageError, BadUpdateError) as error:
                     problem = str(error)
             if problem is not None:
-                self._drop(f"client {name!r}", problem)
+                self._drop(server_round, f"client {name!r}", problem)
         if lacking:  # nothing is left out for them now
             self._for_each(grid, message_type, server_round, lacking, use)
 
@@ -326,10 +326,10 @@ class TapStrategy:
     def _count_steps(self, name: str, report: Report) -> None:
         self.progress.steps[name] = self.progress.steps.get(name, 0) + report.steps
 
-    def _drop(self, who: str, problem: str) -> None:
+    def _drop(self, server_round: int, who: str, problem: str) -> None:
         self.progress.dropped += 1
         log.warning("dropped the reply of %s: %s", who, problem)
-        self.events.write("dropped", round=self.progress.round, who=who, problem=problem)
+        self.events.write("dropped", round=server_round, who=who, problem=problem)
 
     def _phase(self, name: str, run: Callable[[], Any]) -> Any:
         began = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def test_nodes_that_die(tmp_path: Path, hospitals: list[dict[str, Any]]) -> None
     """A ClientApp in training, a node in training, a node while it writes its state, a node between the stages."""
     slow = tmp_path / "slow"
     with running(tmp_path, "rounds=4") as cluster:
-        cluster.environment |= {"PYTHONPATH": str(Path(__file__).parent / "slow_disk"), "SLOW_DISK": str(slow)}
+        paths = [str(Path(__file__).parent / "slow_disk"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        cluster.environment |= {"PYTHONPATH": os.pathsep.join(paths), "SLOW_DISK": str(slow)}
         for spec in hospitals:
             cluster.start_node(spec)
         cluster.submit()
