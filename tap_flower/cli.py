@@ -12,8 +12,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tap_flower.config import ConfigError, client_specs, load_config, presets, read_yaml
+from tap_flower.config import ConfigError, Model, client_specs, load_config, presets, read_yaml
 from tap_flower.data.spec import SpecError
+from tap_flower.federation.accounting import budget_of
 from tap_flower.methods.registry import find_method
 from tap_flower.reporting.needs import needs
 from tap_flower.reporting.page import REPORT, write_report
@@ -24,6 +25,8 @@ from tap_flower.reporting.trackers import tracker_names
 from tap_flower.resources import CLUSTER, ResourcesError, shared, shared_cluster, this_machine
 from tap_flower.simulation import Launch, SimulationError, simulate
 from tap_flower.storage import StorageError, read_tensors, write_atomically
+from tap_flower.supernode import NodeLaunch
+from tap_flower.supernode import start as start_node
 from tap_flower.sweeps.comparison import compare
 from tap_flower.sweeps.execute import Outcome, execute
 from tap_flower.sweeps.plan import PlannedRun, read_sweep
@@ -68,6 +71,7 @@ def simulate_command(
     resolved = load_config(preset, config, settings)
     find_method(resolved.method)  # now, not after Flower's start
     tracker_names(resolved.trackers)
+    budget_of(resolved)
     specs = client_specs(resolved)
     if not specs:
         raise ConfigError(f"preset {preset!r} has no clients: add client specs under `clients`")
@@ -222,10 +226,54 @@ def check_command(
             console.print(exchange_line(exchanged(client, run.model)), highlight=False, soft_wrap=True)
         except BackboneError as error:
             problems.append(Problem(str(error)))
+    _tell(console, problems)
+    console.print("no problems found")
+
+
+@app.command("node")
+def node_command(
+    spec: Annotated[Path, typer.Argument(help="The client spec.")],
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Of the server's SuperLink.")],
+    state_dir: Annotated[Path, typer.Option(help="Where the client's models lie; they never leave it.")],
+    root_certificates: Annotated[
+        Path | None,
+        typer.Option(help="Who signed the SuperLink's certificate, PEM; the system's authorities without it."),
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="This node's private key, where the SuperLink knows its nodes.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS: for trying out on one machine.")] = False,
+    port: Annotated[int | None, typer.Option(help="For the node's own processes; a free one without it.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="The node's mirror of hub data sets.")] = None,
+    meteor: Annotated[bool, typer.Option("--meteor", help="METEOR of generated texts.")] = False,
+    bertscore: Annotated[str, typer.Option(metavar="MODEL", help="BERTScore of generated texts.")] = "",
+) -> None:
+    """Checks a client spec with all its data, then becomes a Flower SuperNode for it."""
+    from tap_flower.data.checking import check_data, check_spec
+    from tap_flower.models.backbones import locate
+
+    console, launch = (
+        Console(),
+        NodeLaunch(spec, superlink, state_dir, root_certificates, key, insecure, port, data_root, meteor, bertscore),
+    )
+    launch.command()  # what is wrong with it is said before all data are read
+    client, problems = check_spec(read_yaml(spec, "client spec"))
+    if client is not None:
+        with console.status("reading the data"):
+            root = "" if data_root is None else str(data_root.resolve())
+            problems += check_data(client, locate(client.backbone), Model().text_length, seed=0, root=root)[1]
+    for problem in missing(meteor=meteor, bertscore=bertscore):
+        console.print(f"[yellow]{escape(problem)}", highlight=False, soft_wrap=True)
+    _tell(console, problems)
+    start_node(launch)
+
+
+def _tell(console: Console, problems: Sequence[object]) -> None:
+    """Prints the problems of a client spec; ends the command where there are any."""
     for problem in problems:
         console.print(f"[bold red]problem:[/] {escape(str(problem))}", highlight=False, soft_wrap=True)
-    console.print(f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)} found", highlight=False)
     if problems:
+        console.print(f"{len(problems)} problem{'s' * (len(problems) > 1)} found", highlight=False)
         raise typer.Exit(1)
 
 

@@ -213,6 +213,37 @@ class Metrics:
 
 
 @dataclass
+class Aggregation:
+    """The server's averaging."""
+
+    clip_norm: float | None = option(
+        None,
+        "largest L2 norm of a client's update (returned minus sent, all tensors together); a longer one is scaled down; "
+        "null: any",
+        1e-6,
+        1e6,
+    )
+
+
+@dataclass
+class Privacy:
+    """Differential privacy of clients towards each other, see the page on privacy."""
+
+    epsilon: float | None = option(None, "ε of the whole run; null: no differential privacy", 0.1, 100.0)
+    delta: float = option(1e-5, "δ: choose it well below 1 / number of clients", 1e-12, 1e-2)
+    clip_norm: float = option(
+        1.0, "C: largest L2 norm of a client's update, all tensors together; longer ones are scaled down", 1e-3, 1e3
+    )
+    max_noise: float = option(
+        0.1,
+        "largest standard deviation of the noise on a component's mean, in units of C; a component with too few clients in "
+        "a round for it is not updated in that round",
+        1e-6,
+        1e3,
+    )
+
+
+@dataclass
 class Stopping:
     """Early stopping by the mean validation score of the clients' own models."""
 
@@ -261,6 +292,8 @@ class Config(HyperParameters):
     round_timeout: float = option(3600.0, "seconds until a client that has not answered is left out", 1.0, 1e7)
     start_timeout: float = option(120.0, "seconds to wait for the clients before the first round", 1.0, 1e7)
     trackers: str = option("", "where else events go, with commas between: tensorboard, mlflow, wandb")
+    aggregation: Aggregation = field(default_factory=Aggregation)
+    privacy: Privacy = field(default_factory=Privacy)
     data: Data = field(default_factory=Data)
     metrics: Metrics = field(default_factory=Metrics)
     backbone: str = option(
@@ -313,8 +346,25 @@ def load_config(preset: str = "demo", config: str = "", settings: Sequence[str] 
     resolved = cast(Config, _structured(Config, [*layers, ("preset name", {"preset": preset})]))
     if resolved.data.root and not Path(resolved.data.root).is_absolute():
         raise ConfigError(f"data.root = {resolved.data.root!r} is relative: give an absolute path in a setting")
+    _check_privacy(resolved)
     resolved.clients = resolved.clients or _expanded(resolved)
     return resolved
+
+
+def _check_privacy(config: Config) -> None:
+    """What does not go together with differential privacy."""
+    if config.privacy.epsilon is None:
+        return
+    if config.stopping.patience:
+        raise ConfigError(
+            f"privacy.epsilon = {config.privacy.epsilon:g} and stopping.patience = {config.stopping.patience}: which round "
+            f"is best is told to all clients, comes from validation scores, and is not covered by ε; set stopping.patience=0"
+        )
+    if config.aggregation.clip_norm is not None:
+        raise ConfigError(
+            f"privacy.epsilon = {config.privacy.epsilon:g} and aggregation.clip_norm = {config.aggregation.clip_norm:g}: a "
+            f"private run clips to privacy.clip_norm = {config.privacy.clip_norm:g}; leave aggregation.clip_norm null"
+        )
 
 
 def _expanded(config: Config) -> list[Any]:

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,17 +24,11 @@ from typing import Any
 import httpx
 import psutil
 
+from tap_flower.flower_commands import QUIET, flower_program, free_port
 from tap_flower.reporting.events import METRICS, read_events
 from tap_flower.reporting.results import read_results
 from tap_flower.resources import Resources
 
-_QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 _CONNECTION = "tap-flower"
 _START_SECONDS = 60.0
 _STATUS_SECONDS = 30.0
@@ -148,21 +139,18 @@ class _Flower:
 @contextmanager
 def _superlink(folder: Path) -> Iterator[_Flower]:
     """A SuperLink for one run, ended with everything that it started."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    home = folder / "flwr"
+    port, home = free_port(), folder / "flwr"
     home.mkdir()
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n'
         f'address = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    environment = {**os.environ, **_QUIET, "FLWR_HOME": str(home)}
+    environment = {**os.environ, **QUIET, "FLWR_HOME": str(home)}
     flower = _Flower(folder, environment, folder / "flower.log")
     with flower.log.open("wb") as log:
         process = subprocess.Popen(
             [
-                *(_program("flower-superlink"), "--insecure", "--simulation"),
+                *(flower_program("flower-superlink"), "--insecure", "--simulation"),
                 *("--isolation", "subprocess", "--disable-runtime-dependency-installation"),
                 *("--host", "127.0.0.1", "--port", str(port)),
             ],
@@ -236,7 +224,7 @@ def _status(flower: _Flower, run_id: int) -> str:
 
 def _flwr(flower: _Flower, *arguments: str) -> dict[str, Any]:
     done = subprocess.run(
-        [_program("flwr"), *arguments, "--format", "json"],
+        [flower_program("flwr"), *arguments, "--format", "json"],
         cwd=flower.folder,
         env=flower.environment,
         stdin=subprocess.DEVNULL,
@@ -250,15 +238,6 @@ def _flwr(flower: _Flower, *arguments: str) -> dict[str, Any]:
     except ValueError as error:
         raise SimulationError(f"flwr {arguments[0]} failed: {(done.stderr or done.stdout).strip()}") from error
     return dict(answer)
-
-
-def _program(name: str) -> str:
-    """Flower's command from this Python's environment, whether or not that is on PATH."""
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        raise SimulationError(f"the command {name!r} is not installed: install tap-flower again")
-    return found
 
 
 def _answers(port: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tap_flower.plain import check_type, parse_json
 
-_RECORD = "tap_flower"
+_RECORD, _CHECKSUM = "tap_flower", "sha256"
 T = TypeVar("T")
 Identity = tuple[int, int, int, int]
 """Of a file's content: device, inode, time of writing in nanoseconds, size."""
@@ -44,11 +45,22 @@ def write_atomically(path: Path, content: bytes) -> Identity:
             os.fsync(file.fileno())
             written = _identity(os.fstat(file.fileno()))
         temporary.replace(path)
+        _keep_names(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise StorageError(f"{path} cannot be written: {error.strerror}; what was there before is intact") from error
     return written
+
+
+def _keep_names(folder: Path) -> None:
+    """Has the system write a folder's names to disk, where it can: else a power failure may undo a renaming."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def identity(path: Path) -> Identity | None:
@@ -107,12 +119,28 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Identity:
-    """Writes tensors and a record of plain values in one safetensors file, so that the two can never disagree.
+    """Writes tensors and a record of plain values in one safetensors file, with a checksum over both.
+
+    Args:
+        path: of the file.
+        tensors: name -> value, on the CPU.
+        record: nested plain values.
 
     Returns:
         See `write_atomically`.
     """
-    return write_atomically(path, save(dict(tensors), metadata={_RECORD: json.dumps(record)}))
+    text = json.dumps(record)
+    metadata = {_RECORD: text, _CHECKSUM: _checksum(text, tensors)}
+    return write_atomically(path, save(dict(tensors), metadata=metadata))
+
+
+def _checksum(record: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the record, and every tensor's name, dtype, shape and bytes."""
+    found = hashlib.sha256(record.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -122,30 +150,39 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         The tensors (on the CPU) and the record.
 
     Raises:
-        StorageError: the file is missing, truncated or not one of ours, or a tensor is not float32.
+        StorageError: the file is missing, truncated, changed since it was written, or not one of ours, or a tensor
+            is not float32.
     """
-    return _read(path, lambda file: {name: _float32(name, file.get_tensor(name)) for name in file.keys()})  # noqa: SIM118
+
+    def take(file: Any, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+        tensors = {name: _float32(name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        if _checksum(metadata[_RECORD], tensors) != metadata[_CHECKSUM]:
+            raise ValueError("its checksum is not that of its content")
+        return tensors
+
+    return _read(path, take)
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record alone of what `write_tensors` wrote.
+    """The record alone of what `write_tensors` wrote; the checksum, which needs the tensors, is not looked at.
 
     Raises:
-        StorageError: as `read_tensors`.
+        StorageError: the file is missing, truncated or not one of ours.
     """
-    return _read(path, lambda _: None)[1]
+    return _read(path, lambda _, __: None)[1]
 
 
-def _read(path: Path, take: Callable[[Any], T]) -> tuple[T, dict[str, Any]]:
+def _read(path: Path, take: Callable[[Any, Mapping[str, str]], T]) -> tuple[T, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            record = parse_json((file.metadata() or {})[_RECORD])
+            metadata = file.metadata() or {}
+            record = parse_json(metadata[_RECORD])
             check_type(record, dict[str, Any], "its record")
-            return take(file), record
+            return take(file, metadata), record
     except FileNotFoundError as error:
         raise StorageError(f"{path} does not exist") from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise StorageError(f"{path} is damaged, or was not written by tap-flower: {error}") from error
+        raise StorageError(f"{path} is damaged, or was not written by this version of tap-flower: {error}") from error
 
 
 def _float32(name: str, tensor: Tensor) -> Tensor:

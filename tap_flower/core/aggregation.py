@@ -72,7 +72,7 @@ class Aggregator:
             BadUpdateError: a tensor is missing or unknown, has another shape or dtype, or holds a value that is not finite
                 or too large; a weight is negative, or with those before it above what the round expects.
         """
-        check_form(f"client {client!r}: the reply", update, asked, self._previous)
+        self.check_form(client, update, asked)
         parts: dict[str, list[str]] = {}
         for name in update:
             parts.setdefault(self._component_of[name], []).append(name)
@@ -123,6 +123,14 @@ class Aggregator:
     def changed(self) -> set[str]:
         """The components that somebody returned with new values."""
         return {self._component_of[name] for names, sum_ in self._sums.items() if sum_.weight for name in names}
+
+    def check_form(self, client: str, update: Mapping[str, Tensor], asked: set[str]) -> None:
+        """Refuses an update that has not the tensors, shapes and dtypes that were asked for; `add` does so, too.
+
+        Raises:
+            BadUpdateError: with what is wrong.
+        """
+        check_form(f"client {client!r}: the reply", update, asked, self._previous)
 
     def _check_weight(self, client: str, component: str, weight: int) -> None:
         rest = self._expected.get(component, 0) - self._arrived.get(component, 0)

@@ -12,11 +12,12 @@ from typing import Any, get_type_hints
 
 from torch import Tensor
 
+from tap_flower.federation.accounting import Ledger
 from tap_flower.federation.stopping import Validation
 from tap_flower.plain import PlainError, check_fields
 from tap_flower.storage import StorageError, read_tensors, write_json, write_tensors
 
-SCHEMA = 2
+SCHEMA = 3
 _BEST = "best/"
 """Begins the names of the best round's tensors in the file, of those that have other values now."""
 log = logging.getLogger("tap_flower")
@@ -35,7 +36,10 @@ class Progress:
         up: component -> bytes received from clients.
         steps: client -> optimiser steps that it made, both stages.
         dropped: replies that could not be used.
+        holds: client -> the number of complete rounds as of which it holds all of its tensors.
+        changed: component -> the round in which it got its values.
         validation: where the run may stop early.
+        privacy: what a private run has released.
     """
 
     run: str
@@ -46,7 +50,10 @@ class Progress:
     up: dict[str, int] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
     dropped: int = 0
+    holds: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)
     validation: Validation = field(default_factory=Validation)
+    privacy: Ledger = field(default_factory=Ledger)
 
 
 class Writer:
@@ -122,11 +129,12 @@ def load(folder: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
     if record.pop("schema", None) != SCHEMA:
         raise StorageError(f"{folder} was written by another version of tap-flower: use that version to resume it")
     try:
-        kinds = {**get_type_hints(Progress), "validation": dict[str, Any]}
-        check_fields(record, kinds, "its record")
-        check_fields(record["validation"], get_type_hints(Validation), "validation")
+        parts = {"validation": Validation, "privacy": Ledger}
+        check_fields(record, get_type_hints(Progress) | dict.fromkeys(parts, dict[str, Any]), "its record")
+        for key, part in parts.items():
+            check_fields(record[key], get_type_hints(part), key)
     except PlainError as error:
         raise StorageError(f"{folder} is damaged: {error}; restore it, or start a new run") from error
-    progress = Progress(**{**record, "validation": Validation(**record["validation"])})
+    progress = Progress(**{**record, **{key: part(**record[key]) for key, part in parts.items()}})
     earlier = {name.removeprefix(_BEST): tensors.pop(name) for name in list(tensors) if name.startswith(_BEST)}
     return progress, tensors, {**tensors, **earlier} if progress.validation.best_round else {}

@@ -95,34 +95,40 @@ class Participant:
         best = self.instruction.best
         return self.store.load() if best is None else self.store.load_best(best)
 
+    @property
+    def exchanged(self) -> dict[str, str]:
+        """Tensor -> component, of what the client and the server send each other."""
+        component_of = self.local.outline.component_map.component_of
+        return {name: component for name, component in component_of.items() if self.method.exchanges(component)}
+
     def receive(self, message: Message) -> State:
         """The server's values of all of the client's tensors: those in the message, and those that it left out.
 
         Raises:
-            LackingError: tensors were left out, and the client has no copy of them.
-            BadUpdateError: they are not the client's tensors, or not finite.
+            LackingError: tensors were left out, and the client has no copy of them: its folder is lost, or it has other
+                tasks than before.
+            BadUpdateError: the server sent others than the client's tensors, or values that are not finite.
         """
         state, held = self.instruction.state, self.instruction.held
         exact = self.encoding is Encoding.float32
         sent = messages.decode_tensors(message.content, self.encoding)
         tensors = restore(sent, {} if exact or not sent else self.local.initial_values(), self.encoding)
-        kept = None if held is None else self.store.received()
         if held is not None:
+            kept = self.store.received()
             if kept is None or not held <= kept.state <= state:
                 has = "none" if kept is None else f"that of round {kept.state}"
                 raise LackingError(f"the client was to hold the server's tensors of round {held}, and has {has}")
-            tensors = {**kept.tensors, **tensors}
-        self._check(tensors)
-        if kept is None or sent or kept.state != state:
-            self.store.save_received(Received(state, tensors))
-        return tensors
-
-    def _check(self, tensors: State) -> None:
-        outline = self.local.outline
-        own, component_of = trainable_state(outline), outline.component_map.component_of
-        check_form("the server's message", tensors, [n for n in own if self.method.exchanges(component_of[n])], own)
+            own = {name: tensor for name, tensor in kept.tensors.items() if name in self.exchanged}
+            if not tensors and kept.state == state and own.keys() == self.exchanged.keys():
+                return own
+            tensors = {**own, **tensors}
+        if missing := sorted(self.exchanged.keys() - tensors.keys()):
+            raise LackingError(f"the client was not sent {len(missing)} of its tensors, such as {missing[0]!r}")
+        check_form("the server's message", tensors, self.exchanged, trainable_state(self.local.outline))
         if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
             raise BadUpdateError(f"the server's tensor {broken[0]!r} holds a value that is not finite")
+        self.store.save_received(Received(state, tensors))
+        return tensors
 
 
 def manifest(message: Message, context: Context) -> Message:
@@ -151,7 +157,9 @@ def _answer(message: Message, context: Context, handler: Callable[[Participant, 
     What may quote a node's spec or data goes to its own log alone; a simulation is one machine, and tells it.
     """
     try:
-        return Message(handler(_participant(message, context), message), reply_to=message)
+        participant = _participant(message, context)
+        with participant.store.locked():
+            return Message(handler(participant, message), reply_to=message)
     except LackingError as error:
         return Message(Error(LackingError.CODE, str(error)), reply_to=message)
     except EXPECTED as error:
@@ -170,9 +178,8 @@ def _answer(message: Message, context: Context, handler: Callable[[Participant, 
 
 def _manifest(participant: Participant, _: Message) -> RecordDict:
     local = participant.local
-    model, exchanges = local.outline, participant.method.exchanges
+    model, exchanges, component_of = local.outline, participant.method.exchanges, participant.exchanged
     component_map = model.component_map
-    component_of = {n: c for n, c in component_map.component_of.items() if exchanges(c)}
     shapes = {name: tuple(tensor.shape) for name, tensor in trainable_state(model).items() if name in component_of}
     examples = local.data.sizes("train")
     return messages.encode_manifest(
@@ -269,7 +276,7 @@ def _memory(kept: Kept | None) -> Memory:
 def _participant(message: Message, context: Context) -> Participant:
     instruction = messages.instruction(message)
     try:
-        node = this_node(context)
+        node = this_node(context, instruction.run)
     except ConfigError as error:
         raise SpecError(str(error)) from error
     settings = json.dumps(instruction.hyper_parameters, sort_keys=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
+import httpx
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
@@ -12,6 +15,10 @@ FOREIGN = 1003
 """Error code that stands for a reply which is none: not of the node that was asked, or not its first."""
 _POLL = 0.1
 """Seconds between looks for replies."""
+_PATIENCE, _AGAIN = 60.0, 2.0
+"""Seconds for which a SuperLink that answers with an error of its own is asked again, and between two times."""
+log = logging.getLogger("tap_flower")
+T = TypeVar("T")
 
 
 def exchange(
@@ -39,13 +46,15 @@ def exchange(
     waiting: dict[str, str] = {}
     answered: dict[str, str] = {}
     for name, node in nodes.items():
-        # One at a time: only one client's payload is in memory.
-        message = Message(content=content(name), dst_node_id=node, message_type=message_type, group_id=str(group))
-        for message_id in grid.push_messages([message]):
+        # One at a time: only one client's payload is in memory. A node that comes back later does not find it any more.
+        message = Message(
+            content=content(name), dst_node_id=node, message_type=message_type, group_id=str(group), ttl=timeout
+        )
+        for message_id in patiently(lambda: grid.push_messages([message])):  # noqa: B023
             waiting[message_id] = name
     deadline = time.monotonic() + timeout
     while waiting and time.monotonic() < deadline:
-        arrived = list(grid.pull_messages(list(waiting)))
+        arrived = list(patiently(lambda: grid.pull_messages(list(waiting))))
         for reply in arrived:
             message_id = reply.metadata.reply_to_message_id or ""
             sender = waiting.get(message_id) or answered.get(message_id)
@@ -68,3 +77,25 @@ def _problem(reply: Message, asked: int, again: bool) -> str | None:
     if sender != asked and not reply.has_error():
         return f"node {sender} answered for it; its own node is {asked}"
     return "it answered a second time" if again else None
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """Asks the SuperLink again while it answers with an error of its own (5xx), such as that its database is busy.
+
+    A message that was pushed twice is one message, since its identity comes from its content.
+
+    Args:
+        ask: a call of the grid.
+
+    Raises:
+        httpx.HTTPStatusError: it still does so after a minute, or refuses.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return ask()
+        except httpx.HTTPStatusError as error:
+            if not error.response.is_server_error or time.monotonic() > deadline:
+                raise
+            log.warning("the SuperLink answers with %d: asking again", error.response.status_code)
+            time.sleep(_AGAIN)

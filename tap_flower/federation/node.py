@@ -19,7 +19,7 @@ class Node:
 
     Attributes:
         spec: of its client.
-        folder: of the client's state.
+        folder: of the client's state in this run.
         data_root: folder with a mirror of the hub's data sets, or nothing.
         metrics: which further metrics it computes.
     """
@@ -30,8 +30,12 @@ class Node:
     metrics: Metrics
 
 
-def this_node(context: Context) -> Node:
+def this_node(context: Context, run: str) -> Node:
     """The settings of the node that runs this: from its `--node-config`, or in a simulation from the run's configuration.
+
+    Args:
+        context: Flower's.
+        run: identity of the run. A node keeps the states of its runs apart, as STATE-DIR/CLIENT/RUN.
 
     Raises:
         ConfigError: a simulation has more nodes than clients.
@@ -42,7 +46,8 @@ def this_node(context: Context) -> Node:
         if "state-dir" not in node:
             raise SpecError('the node has a client-spec but no state-dir: add state-dir="FOLDER" to its --node-config')
         spec = client_spec(read_yaml(Path(str(node["client-spec"])), "client spec"))
-        return Node(spec, Path(str(node["state-dir"])) / spec.name, str(node.get("data-root", "")), _metrics(node))
+        folder = Path(str(node["state-dir"])) / spec.name / run
+        return Node(spec, folder, str(node.get("data-root", "")), _metrics(node))
     if "partition-id" not in node:
         raise SpecError(
             'the node has no client-spec: start it with --node-config \'client-spec="FILE" state-dir="FOLDER"\''

@@ -23,21 +23,31 @@ class Roster:
         seed: of the run; it decides initial values and sampling.
         tensors: values of a checkpoint, or nothing.
         best: likewise, those of the best round so far.
+        holds: likewise, see the attribute.
+        changed: likewise.
+
+    Attributes:
+        best: values of the best round, where the run may stop early.
+        holds: client -> the number of complete rounds as of which it holds all of its tensors, as far as the server knows.
+        changed: component -> the round in which it got its values; the initial ones are of round 0.
     """
 
     def __init__(
-        self, seed: int, tensors: Mapping[str, Tensor] | None = None, best: Mapping[str, Tensor] | None = None
+        self,
+        seed: int,
+        tensors: Mapping[str, Tensor] | None = None,
+        best: Mapping[str, Tensor] | None = None,
+        holds: Mapping[str, int] | None = None,
+        changed: Mapping[str, int] | None = None,
     ) -> None:
         self.seed = seed
-        self.tensors: dict[str, Tensor] = dict(tensors or {})
-        self.best: dict[str, Tensor] = dict(best or {})
-        """Values of the best round, where the run may stop early."""
+        self.tensors = dict(tensors or {})
+        self.best = dict(best or {})
+        self.holds = dict(holds or {})
+        self.changed = dict(changed or {})
         self.manifests: dict[str, Manifest] = {}
         self.nodes: dict[str, int] = {}
         self.component_of: dict[str, str] = {}
-        self.holds: dict[str, int] = {}
-        """Client -> the number of complete rounds as of which it holds all of its tensors."""
-        self._changed: dict[str, int] = {}
         self._first_holder: dict[str, str] = {}
 
     def admit(self, node: int, manifest: Manifest) -> None:
@@ -51,6 +61,12 @@ class Roster:
             raise RosterError(
                 f"client {name!r} is already there on node {self.nodes[name]}: node {node} is refused; give every node "
                 f"a client spec with a name of its own"
+            )
+        before = self.manifests.get(name)
+        if before is not None and before.tensors.keys() != manifest.tensors.keys():
+            raise RosterError(
+                f"client {name!r} has come back with the tasks {sorted(manifest.reach)}, and had {sorted(before.reach)} "
+                f"before: give it its client spec again, or another name"
             )
         for other in self.manifests.values():
             if other.client != name and other.fingerprint != manifest.fingerprint:
@@ -75,7 +91,6 @@ class Roster:
         for tensor, info in manifest.tensors.items():
             self.component_of[tensor] = info.component
             self._first_holder.setdefault(tensor, name)
-        self.holds.pop(name, None)  # it may have come back without its folder, or with other tasks
         self.manifests[name] = manifest
         self.nodes[name] = node
 
@@ -98,7 +113,7 @@ class Roster:
     def update(self, tensors: Mapping[str, Tensor], changed: set[str], server_round: int) -> None:
         """Takes the values after a round, in which the components `changed` got new ones."""
         self.tensors = dict(tensors)
-        self._changed |= dict.fromkeys(changed, server_round)
+        self.changed |= dict.fromkeys(changed, server_round)
 
     def go_back(self) -> None:
         """Takes the values of the best round again; what clients hold of later ones is void."""
@@ -114,7 +129,7 @@ class Roster:
         """
         held, component_of = self.holds.get(name), self.manifests[name].component_of
         if held is not None:
-            component_of = {t: c for t, c in component_of.items() if self._changed.get(c, 0) > held}
+            component_of = {t: c for t, c in component_of.items() if self.changed.get(c, 0) > held}
         complete = len(component_of) == len(self.manifests[name].tensors)
         return {tensor: self.tensors[tensor] for tensor in component_of}, None if complete else held
 

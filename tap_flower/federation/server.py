@@ -54,7 +54,8 @@ def prepare(config: Config, folder: Path, resume: bool = False) -> TapStrategy:
                 f"{folder} was started with another configuration ({', '.join(different)} differ): resume it with the "
                 f"same preset, file and settings"
             )
-        return TapStrategy(config, folder, progress, Roster(config.seed, tensors, best))
+        roster = Roster(config.seed, tensors, best, progress.holds, progress.changed)
+        return TapStrategy(config, folder, progress, roster)
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: give another folder with `--out`, or go on with `--resume`")
     write_atomically(folder / "config.yaml", to_yaml(config).encode())

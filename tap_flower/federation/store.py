@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from tap_flower.methods.method import Memory, State
 from tap_flower.plain import PlainError, check_fields
@@ -23,7 +26,7 @@ from tap_flower.storage import (
     write_tensors,
 )
 
-SCHEMA = 2
+SCHEMA = 3
 PERSONAL, RECEIVED = "personal.safetensors", "received.safetensors"
 STATES = (PERSONAL, "personal.previous.safetensors", "personal.earlier.safetensors")
 """The latest state and the two before it. A server that crashes in round r has the checkpoint of r - 1 or, where that was
@@ -88,6 +91,29 @@ class ClientStore:
     def __init__(self, folder: Path, run: str) -> None:
         self.folder = folder
         self.run = run
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Waits until no other process works on this folder, and keeps others out meanwhile.
+
+        A node that was started twice, or that answers a message which it had been thought too slow for, works on one after
+        the other. The lock ends with the process, however that ends.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        lock = FileLock(self.folder / ".lock")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except OSError as error:
+            raise StorageError(
+                f"state folder {self.folder} cannot be written: {error.strerror}; make it writable, or give another one"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def load(self, before_round: int | None = None) -> Kept | None:
         """The latest state, or None before the first participation.

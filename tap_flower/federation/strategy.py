@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from tap_flower.config import Config, Encoding, client_specs, sent_hyper_parameters
-from tap_flower.core.aggregation import Aggregator, BadUpdateError
+from tap_flower.core.aggregation import BadUpdateError
 from tap_flower.federation import checkpoint, messages
+from tap_flower.federation.accounting import budget_of
+from tap_flower.federation.averaging import Average, WeightedAverage
 from tap_flower.federation.checkpoint import Progress
-from tap_flower.federation.exchange import exchange
+from tap_flower.federation.exchange import exchange, patiently
 from tap_flower.federation.messages import Instruction, LackingError, MessageError, Metrics, Report
+from tap_flower.federation.privacy import Privacy
 from tap_flower.federation.roster import Roster, RosterError
 from tap_flower.federation.updates import moved, restore
 from tap_flower.reporting.events import EventLog
@@ -45,6 +49,9 @@ class TapStrategy:
         folder: the run folder.
         progress: a new run's, or that of the checkpoint that is resumed.
         roster: likewise.
+
+    Raises:
+        ConfigError: a tracker or differential privacy cannot be had.
     """
 
     def __init__(self, config: Config, folder: Path, progress: Progress, roster: Roster) -> None:
@@ -52,6 +59,8 @@ class TapStrategy:
         self.folder = folder
         self.progress = progress
         self.roster = roster
+        budget = budget_of(config)
+        self.privacy = None if budget is None else Privacy(budget, progress.privacy)
         trackers = open_trackers(config.trackers, folder, config)
         self.events = EventLog(folder, progress.round or None, trackers)
         self._writer = checkpoint.Writer(folder / "server")
@@ -62,8 +71,7 @@ class TapStrategy:
         """Runs to the end and returns what `results.json` then holds.
 
         Raises:
-            RunError: clients are missing at the start, or none is left.
-            RosterError: two clients cannot take part in one run.
+            RunError: clients are missing at the start, since they are not there or cannot take part; or none is left.
             StorageError: a checkpoint cannot be written.
         """
         try:
@@ -81,6 +89,8 @@ class TapStrategy:
             rounds=config.rounds,
             clients={name: sorted(self.roster.manifests[name].reach) for name in self.roster.names},
         )
+        if self.privacy is not None:
+            self.privacy.announce(self.roster, config.clients_per_round, self.events.write)
         self._phase("rounds", lambda: self._rounds(grid))
         self._phase("distillation", lambda: self._second_stage(grid))
         metrics = self._phase("evaluation", lambda: self._evaluation(grid))
@@ -103,29 +113,42 @@ class TapStrategy:
             },
             steps=self.progress.steps,
             seconds=self._seconds,
+            privacy=None if self.privacy is None else self.privacy.spent(self.roster),
         )
         write_json(self.folder / RESULTS, found)
-        self.events.write("end", round=self.progress.round, seconds=self._seconds["total"], tasks=found["tasks"])
+        private = {key: found[key] for key in ("privacy",) if key in found}
+        self.events.write(
+            "end", round=self.progress.round, seconds=self._seconds["total"], tasks=found["tasks"], **private
+        )
         return found
 
     def _gather(self, grid: Grid) -> None:
         """Waits for the clients and asks each for its manifest."""
         expected = len(self.config.clients) or self.config.clients_per_round
         deadline = time.monotonic() + self.config.start_timeout
-        while len(list(grid.get_node_ids())) < expected and time.monotonic() < deadline:
+        while len(list(patiently(grid.get_node_ids))) < expected and time.monotonic() < deadline:
             time.sleep(_WAIT)
-        self._welcome(grid, strict=True)
+        refused = self._welcome(grid, self.progress.round)
         missing = sorted({spec.name for spec in client_specs(self.config)} - set(self.roster.names))
-        if missing or len(self.roster.names) < expected:
-            raise RunError(
-                f"{len(self.roster.names)} of {expected} clients are there after {self.config.start_timeout:g} s"
-                + (f", without {', '.join(missing)}" if missing else "")
-                + f": start more nodes (`num-supernodes={expected}` in a simulation) or lower clients_per_round"
-            )
+        if not missing and len(self.roster.names) >= expected:
+            return
+        if refused:
+            raise RunError("; ".join(refused))
+        raise RunError(
+            f"{len(self.roster.names)} of {expected} clients are there after {self.config.start_timeout:g} s"
+            + (f", without {', '.join(missing)}" if missing else "")
+            + f": start more nodes (`num-supernodes={expected}` in a simulation) or lower clients_per_round"
+        )
 
-    def _welcome(self, grid: Grid, strict: bool) -> None:
-        """Admits the nodes that are not known yet; one that cannot take part ends a run only at its start (`strict`)."""
-        alive = set(grid.get_node_ids())
+    def _welcome(self, grid: Grid, server_round: int) -> list[str]:
+        """Admits the nodes that are not known yet; says which of them cannot take part, and why."""
+        refused: list[str] = []
+
+        def refuse(node: str, problem: str) -> None:
+            refused.append(f"node {node} cannot take part: {problem}")
+            self._drop(server_round, f"node {node}", problem)
+
+        alive = set(patiently(grid.get_node_ids))
         self.roster.keep_only(alive)
         unknown = {str(node): node for node in sorted(alive - set(self.roster.nodes.values()))}
         ask = messages.encode_instruction(self._instruction(0))
@@ -134,17 +157,14 @@ class TapStrategy:
             problem = _problem(reply)
             if problem is None and reply is not None:
                 admitted.append((node, unknown[node], reply.content))
-            elif strict:
-                raise RunError(f"node {node} cannot take part: {problem}")
             else:
-                self._drop(f"node {node}", problem or "")
+                refuse(node, problem or "")
         for node, node_id, content in sorted(admitted):
             try:
                 self.roster.admit(node_id, messages.decode_manifest(content))
             except (RosterError, MessageError) as error:
-                if strict:
-                    raise RosterError(str(error)) from error
-                self._drop(f"node {node}", str(error))
+                refuse(node, str(error))
+        return refused
 
     def _rounds(self, grid: Grid) -> None:
         patience, validation = self.config.stopping.patience, self.progress.validation
@@ -152,16 +172,19 @@ class TapStrategy:
             if patience and validation.waited(self.progress.round) >= patience:
                 break
             server_round, began = self.progress.round + 1, time.monotonic()
-            self._welcome(grid, strict=False)
+            self._welcome(grid, server_round)
             names = self.roster.sample(server_round, self.config.clients_per_round)
             if not names:
                 raise RunError(f"round {server_round}: no client is there; start the nodes again, then `--resume`")
             self.events.write("round_start", round=server_round, clients=names)
             reports = self._train(grid, server_round, names)
             self.progress.round = server_round
+            self.progress.holds, self.progress.changed = dict(self.roster.holds), dict(self.roster.changed)
             score = self._validated(server_round, reports)
             self._writer.save(self.progress, self.roster.tensors, self.roster.best)
-            if server_round == 1:  # from here on there is a checkpoint to go on from
+            # From round 1 on there is a checkpoint to go on from. A private round must be on disk before anything of it is
+            # sent: a run that went on from an earlier one would release the round again, and spend more than it counts.
+            if server_round == 1 or self.privacy is not None:
                 self._writer.flush()
             self.events.write(
                 "round",
@@ -170,6 +193,7 @@ class TapStrategy:
                 dropped=sorted(set(names) - reports.keys()),
                 seconds=time.monotonic() - began,
                 **score,
+                **({} if self.privacy is None else {"epsilon": self.privacy.epsilon}),
             )
         self._writer.flush()
         if patience:
@@ -190,7 +214,7 @@ class TapStrategy:
     def _train(self, grid: Grid, server_round: int, names: list[str]) -> dict[str, Report]:
         """One round: replies are folded in as they arrive and released."""
         roster, encoding, reports = self.roster, self.config.wire.encoding, dict[str, Report]()
-        aggregator = Aggregator(roster.tensors, roster.component_of, roster.expected_examples(names))
+        average = self._average(server_round, names)
 
         def fold(name: str, reply: Message) -> None:
             manifest = roster.manifests[name]
@@ -198,13 +222,12 @@ class TapStrategy:
             if report.server_round != server_round:
                 raise MessageError(f"the reply is for round {report.server_round}, not {server_round}")
             roster.check_examples(name, report.examples)
-            sent, weights = messages.decode_tensors(reply.content, encoding), manifest.examples_per_component
-            update = restore(sent, roster.tensors, encoding)
-            aggregator.add(name, update, manifest.tensors_without(report.unchanged), weights)
+            sent = messages.decode_tensors(reply.content, encoding)
+            average.add(name, restore(sent, roster.tensors, encoding), report.unchanged)
             reports[name] = report
 
         self._for_each(grid, messages.TRAIN, server_round, names, fold)
-        roster.update(aggregator.result(), aggregator.changed, server_round)
+        roster.update(*average.finish(), server_round)
         for name, report in sorted(reports.items()):
             self._count_steps(name, report)
             counts = Counter(self.progress.replacements.get(name, {}))
@@ -212,16 +235,28 @@ class TapStrategy:
             self.progress.replacements[name] = dict(counts)
         return dict(sorted(reports.items()))
 
+    def _average(self, server_round: int, names: list[str]) -> Average:
+        tell = partial(self.events.write, round=server_round)
+        if self.privacy is not None:
+            return self.privacy.average(self.roster, names, tell)
+        return WeightedAverage(self.roster, names, self.config.aggregation.clip_norm, tell)
+
     def _second_stage(self, grid: Grid) -> None:
+        """Stage 2 of every client; those that fail, and are there again when the others have ended, are asked once more."""
+        ready: set[str] = set()
+
         def done(name: str, reply: Message) -> None:
             messages.refuse_tensors(reply.content)
             report = messages.decode_report(reply.content, self.roster.manifests[name].reach)
             self._count_steps(name, report)
             self.events.write("distilled", round=self.progress.round, client=name, losses=report.losses)
+            ready.add(name)
 
-        self._welcome(grid, strict=False)
-        self.events.write("distill_start", round=self.progress.round, clients=self.roster.names)
-        self._for_each(grid, messages.DISTILL, self.progress.round, self.roster.names, done)
+        for _ in range(2):
+            self._welcome(grid, self.progress.round)
+            if names := sorted(set(self.roster.names) - ready):
+                self.events.write("distill_start", round=self.progress.round, clients=names)
+                self._for_each(grid, messages.DISTILL, self.progress.round, names, done)
 
     def _evaluation(self, grid: Grid) -> dict[str, Metrics]:
         found: dict[str, Metrics] = {}
@@ -276,7 +311,7 @@ class TapStrategy:
                 except (MessageError, BadUpdateError) as error:
                     problem = str(error)
             if problem is not None:
-                self._drop(f"client {name!r}", problem)
+                self._drop(server_round, f"client {name!r}", problem)
         if lacking:  # nothing is left out for them now
             self._for_each(grid, message_type, server_round, lacking, use)
 
@@ -292,10 +327,10 @@ class TapStrategy:
     def _count_steps(self, name: str, report: Report) -> None:
         self.progress.steps[name] = self.progress.steps.get(name, 0) + report.steps
 
-    def _drop(self, who: str, problem: str) -> None:
+    def _drop(self, server_round: int, who: str, problem: str) -> None:
         self.progress.dropped += 1
         log.warning("dropped the reply of %s: %s", who, problem)
-        self.events.write("dropped", round=self.progress.round, who=who, problem=problem)
+        self.events.write("dropped", round=server_round, who=who, problem=problem)
 
     def _phase(self, name: str, run: Callable[[], Any]) -> Any:
         began = time.monotonic()

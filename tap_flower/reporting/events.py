@@ -52,7 +52,7 @@ class EventLog:
 
 
 def _is_of_rounds(event: dict[str, Any], last: int) -> bool:
-    return event["event"] in ("round_start", "round", "dropped") and event["round"] <= last
+    return event["event"] in ("round_start", "round", "dropped", "clipped", "privacy_round") and event["round"] <= last
 
 
 def read_events(run: Path, start: int = 0) -> Iterator[dict[str, Any]]:

@@ -37,6 +37,9 @@ class RunProgress(AbstractContextManager["RunProgress"]):
             "round_start": self._round_start,
             "round": self._round,
             "dropped": self._dropped,
+            "clipped": self._clipped,
+            "privacy": self._privacy,
+            "end": self._end,
             "distill_start": lambda e: self._next_bar("distilling", len(e["clients"])),
             "distilled": lambda e: self._advance(f"{e['client']} {_losses(e['losses'])}"),
             "evaluate_start": lambda e: self._next_bar("evaluating", len(e["clients"])),
@@ -80,6 +83,27 @@ class RunProgress(AbstractContextManager["RunProgress"]):
 
     def _dropped(self, event: dict[str, Any]) -> None:
         self._console.print(f"[yellow]dropped the reply of {event['who']}: {event['problem']}", highlight=False)
+
+    def _clipped(self, event: dict[str, Any]) -> None:
+        note = f"scaled down the update of client {event['client']!r}: its norm {event['norm']:g} is above "
+        self._console.print(f"[yellow]{note}{event['clip_norm']:g}", highlight=False)
+
+    def _privacy(self, event: dict[str, Any]) -> None:
+        plan = (
+            f"private: ε {event['epsilon']:g} at δ {event['delta']:g}, noise multiplier {event['noise_multiplier']:.3g}"
+        )
+        self._console.print(f"{plan}; a component needs {event['holders_needed']} clients in a round", highlight=False)
+        for count in sorted(set(event["never"].values())):
+            names = ", ".join(component for component, holders in event["never"].items() if holders == count)
+            self._console.print(f"[yellow]not averaged, having {count} clients: {names}", highlight=False)
+
+    def _end(self, event: dict[str, Any]) -> None:
+        if "privacy" in event:
+            spent, parts = event["privacy"], event["privacy"]["components"].values()
+            released = f"{sum(part['rounds'] > 0 for part in parts)} of {len(parts)} components were released"
+            self._console.print(
+                f"privacy: ε {spent['epsilon']:.3f} at δ {spent['delta']:g}; {released}", highlight=False
+            )
 
     def _next_bar(self, name: str, total: int | None, done: int = 0) -> None:
         if self._bar is not None:

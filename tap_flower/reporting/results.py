@@ -30,6 +30,7 @@ def results(
     bytes_: Mapping[str, Any],
     steps: Mapping[str, int],
     seconds: Mapping[str, float],
+    privacy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of `results.json`.
 
@@ -44,6 +45,7 @@ def results(
         bytes_: `down`, `up` and `per_component`.
         steps: client -> optimiser steps that it made, both stages.
         seconds: of each phase.
+        privacy: what a private run has spent; None leaves the key out.
     """
     collected: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
@@ -69,6 +71,7 @@ def results(
         "bytes": dict(bytes_),
         "steps": {name: steps[name] for name in sorted(steps)},
         "seconds": dict(seconds),
+        **({} if privacy is None else {"privacy": dict(privacy)}),
     }
 
 

@@ -142,6 +142,8 @@ def scalars(event: Mapping[str, Any]) -> dict[str, float]:
             for task, replaced in report["replacements"].items():
                 values[f"replaced/{task}"].append(replaced)
         values["seconds"].append(event["seconds"])
+        if "epsilon" in event:
+            values["epsilon"].append(event["epsilon"])
     if event["event"] == "end":
         for task, by_model in event["tasks"].items():
             for model, by_metric in by_model.items():

@@ -20,7 +20,6 @@ from torch import Tensor
 from tap_flower.config import Config
 from tap_flower.federation import messages
 from tap_flower.federation.messages import DISTILL, EVALUATE, MANIFEST, TRAIN
-from tap_flower.federation.roster import RosterError
 from tap_flower.federation.server import prepare
 from tap_flower.federation.strategy import RunError, TapStrategy
 from tap_flower.reporting.events import read_events
@@ -334,10 +333,10 @@ BAD_MANIFESTS: list[Any] = [
 
 @pytest.mark.parametrize(("change", "problem"), BAD_MANIFESTS)
 def test_a_bad_manifest_is_refused_by_name_before_anything_is_allocated(play: Play, change: Any, problem: str) -> None:
-    with pytest.raises(RosterError) as refused:
+    with pytest.raises(RunError) as refused:
         play(MANIFEST, with_values(change))
     assert problem in str(refused.value)
-    assert "client " in str(refused.value)
+    assert "node 101 cannot take part: client " in str(refused.value)
 
 
 def test_an_impostor_cannot_introduce_another_node(play: Play) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from tap_flower.federation import store as store_module
-from tap_flower.federation.store import PERSONAL, RECEIVED, STATE_BYTES, STATES, ClientStore, Kept, Received
+from tap_flower.federation.store import PERSONAL, RECEIVED, SCHEMA, STATE_BYTES, STATES, ClientStore, Kept, Received
 from tap_flower.methods.method import Memory
 from tap_flower.recent import Recent
 from tap_flower.reporting.client_records import DECISIONS, read_decisions
@@ -184,9 +186,46 @@ def test_a_truncated_state_is_named_and_not_used(tmp_path: Path, size: int) -> N
         store.load()
 
 
+@pytest.mark.parametrize("place", ["tensor", "record"])
+def test_a_tampered_state_is_named_and_not_used(tmp_path: Path, place: str) -> None:
+    store = ClientStore(tmp_path, "r1")
+    store.save(kept(1, 0.1))
+    content = bytearray((tmp_path / PERSONAL).read_bytes())
+    if place == "tensor":
+        content[-1] ^= 1
+    else:
+        start = content.index(b"replacements")
+        content[start + content[start:].index(b"1")] = ord("9")
+    (tmp_path / PERSONAL).write_bytes(content)
+    with pytest.raises(StorageError, match="personal.safetensors is damaged.*its checksum is not that of its content"):
+        store.load()
+
+
+def test_two_processes_work_on_a_folder_one_after_the_other(tmp_path: Path) -> None:
+    store, code = (
+        ClientStore(tmp_path / "ann", "r1"),
+        """
+import sys
+from pathlib import Path
+from tap_flower.federation.store import ClientStore
+print("waits", flush=True)
+with ClientStore(Path(sys.argv[1]), "r1").locked():
+    print("works", flush=True)
+""",
+    )
+    with store.locked():
+        other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "ann")], stdout=subprocess.PIPE, text=True)
+        assert other.stdout is not None
+        assert other.stdout.readline() == "waits\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(1)
+    assert other.communicate()[0] == "works\n"
+    assert other.returncode == 0
+
+
 def test_a_foreign_file_is_named(tmp_path: Path) -> None:
     write_tensors(tmp_path / PERSONAL, {"w": torch.zeros(1)}, {"schema": 99, "run": "r1"})
-    with pytest.raises(StorageError, match="has schema 99, not 2"):
+    with pytest.raises(StorageError, match="has schema 99, not 3"):
         ClientStore(tmp_path, "r1").load()
 
 
@@ -269,15 +308,15 @@ def test_a_remembered_state_cannot_be_changed_from_outside(tmp_path: Path) -> No
     assert again.replacements == Counter({"t": 1})
 
 
-RECORD = {"schema": 2, "run": "r1", "round": 1, "models": [], "record": {}, "replacements": {}}
+RECORD = {"schema": SCHEMA, "run": "r1", "round": 1, "models": [], "record": {}, "replacements": {}}
 
 
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
         ([], r"its record is \[\], not an object"),
-        ({}, "has schema None, not 2"),
-        ({"schema": 2, "run": "r1"}, "is damaged: its record lacks models"),
+        ({}, f"has schema None, not {SCHEMA}"),
+        ({"schema": SCHEMA, "run": "r1"}, "is damaged: its record lacks models"),
         ({**RECORD, "round": "x"}, "is damaged: round is 'x', not a whole number"),
         ({**RECORD, "round": True}, "round is True"),
         ({**RECORD, "models": [1]}, r"models\[0\] is 1, not a text"),
@@ -300,7 +339,7 @@ def test_a_state_of_another_dtype_is_named(tmp_path: Path, dtype: torch.dtype) -
 
 
 def test_a_copy_of_the_servers_tensors_without_its_round_is_none(tmp_path: Path) -> None:
-    write_tensors(tmp_path / RECEIVED, {"w": torch.zeros(1)}, {"schema": 2, "run": "r1", "state": "4"})
+    write_tensors(tmp_path / RECEIVED, {"w": torch.zeros(1)}, {"schema": SCHEMA, "run": "r1", "state": "4"})
     assert ClientStore(tmp_path, "r1").received() is None
 
 

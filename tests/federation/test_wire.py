@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from torch import Tensor
 
 from tap_flower.config import Encoding
 from tap_flower.core.components import cpu_state
-from tap_flower.federation import messages
+from tap_flower.federation import messages, run_config
 from tap_flower.federation.encodings import rounded
 from tap_flower.federation.messages import LackingError
 from tap_flower.federation.store import RECEIVED, ClientStore
@@ -27,7 +28,7 @@ from tap_flower.methods.method import Memory, Participation
 from tap_flower.methods.registry import METHODS
 from tap_flower.reporting.events import read_events
 
-from .conftest import CLIENTS, Federation
+from .conftest import CLIENTS, TRANSLATION, Federation, sources
 
 Make = Callable[..., Federation]
 Spy = list[tuple[str, dict[str, Tensor]]]
@@ -255,10 +256,27 @@ def test_the_server_knows_a_number_for_each_client_and_no_more(make_federation: 
     grid, strategy = federation.grid(), federation.strategy()
     strategy.start(grid)
     assert strategy.roster.holds == {"ann": 1, "bob": 1}
-    # One that comes back on another node may have lost its folder: all is sent again.
-    strategy.roster.keep_only(set())
-    strategy.roster.admit(555, strategy.roster.manifests["ann"])
-    assert strategy.roster.holds == {"bob": 1}
-    tensors, held = strategy.roster.tensors_for("ann")
-    assert (tensors.keys(), held) == (strategy.roster.manifests["ann"].tensors.keys(), None)
     assert strategy.roster.tensors_for("bob") == ({}, 1)
+
+
+def test_a_client_that_comes_back_with_another_task_is_refused(make_federation: Make) -> None:
+    federation = make_federation(CLIENTS[:2])
+    federation.settings += ["clients_per_round=2"]
+    more = {**CLIENTS[0], "tasks": [*CLIENTS[0]["tasks"], {**TRANSLATION, **sources("translation", 0, 8)}]}
+
+    def change(message: Message, reply: Message) -> Message:
+        trained = message.metadata.message_type == messages.TRAIN and message.metadata.dst_node_id == 100
+        if trained and messages.decode(message.content)["round"] == 1:
+            federation.config_file.write_text(yaml.safe_dump({"clients": [more, CLIENTS[1]]}))
+            run_config._config.cache_clear()
+            run_config._specs.cache_clear()
+            strategy.roster.keep_only({101})  # ann is gone for a while
+        return reply
+
+    grid, strategy = federation.grid(tamper=change), federation.strategy()
+    assert set(strategy.start(grid)["clients"]) == {"bob"}
+    problems = {e["problem"] for e in read_events(federation.out) if e["event"] == "dropped"}
+    assert problems == {
+        "client 'ann' has come back with the tasks ['languages', 'translation'], and had ['languages'] before: "
+        "give it its client spec again, or another name"
+    }

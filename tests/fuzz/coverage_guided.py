@@ -23,12 +23,15 @@ OURS = ["tap_flower.plain", "tap_flower.storage", "tap_flower.core", "tap_flower
 def main(folder: Path, runs: int) -> None:
     """Fuzzes all readers."""
     import atheris
+    import pytest
 
     with atheris.instrument_imports(include=OURS):
         from .readers import readers
     from .corruption import corrupted
 
-    every: list[Reader] = [reader for name, reader in readers(folder / "files").items() if name not in SLOW]
+    every: list[Reader] = [
+        reader for name, reader in readers(folder / "files", pytest.MonkeyPatch()).items() if name not in SLOW
+    ]
 
     def attempt(data: bytes) -> None:
         if data:

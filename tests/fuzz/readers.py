@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
-from unittest.mock import patch
+from unittest import mock
 
+import pytest
 import torch
 import yaml
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
+from tap_flower import storage
 from tap_flower.config import (
     ConfigError,
     Encoding,
@@ -77,10 +79,13 @@ class Reader:
         return True
 
 
-def readers(folder: Path) -> dict[str, Reader]:
-    """All readers, by name; `folder` is theirs alone."""
+def readers(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Reader]:
+    """All readers, by name; `folder` is theirs alone, and what they patch holds until `patch` is undone."""
     folder.mkdir(exist_ok=True)
-    store._states = Recent(0)  # a file that is written twice within a tick of the clock would not be read again
+    # A file that is written twice within a tick of the clock would not be read again; and what is behind the checksum is to
+    # be reached, too.
+    patch.setattr(store, "_states", Recent(0))
+    patch.setattr(storage, "_checksum", lambda *_: "0")
     return _of_messages() | _of_arrays() | _of_files(folder) | _of_specs(folder)
 
 
@@ -273,7 +278,7 @@ def _of_specs(folder: Path) -> dict[str, Reader]:
     preset.write_text("rounds: 3\n")  # the demo's own takes long to read
 
     def loaded(file: str, settings: list[str]) -> None:
-        with patch("tap_flower.config.presets", lambda: {"demo": preset}):
+        with mock.patch("tap_flower.config.presets", lambda: {"demo": preset}):
             client_specs(load_config("demo", file, settings))
 
     def read_config(data: bytes) -> None:

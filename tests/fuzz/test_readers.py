@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,9 @@ INPUTS = {
 
 
 @pytest.fixture(scope="module")
-def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
-    return readers(tmp_path_factory.mktemp("readers"))
+def every(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Reader]]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield readers(tmp_path_factory.mktemp("readers"), patch)
 
 
 def test_every_reader_has_inputs(every: dict[str, Reader]) -> None:
