@@ -278,7 +278,7 @@ def _of_specs(folder: Path) -> dict[str, Reader]:
     preset.write_text("rounds: 3\n")  # the demo's own takes long to read
 
     def loaded(file: str, settings: list[str]) -> None:
-        with mock.patch("tap_flower.config.presets", lambda: {"demo": preset}):
+        with mock.patch("tap_flower.config.presets", return_value={"demo": preset}):
             client_specs(load_config("demo", file, settings))
 
     def read_config(data: bytes) -> None:
