@@ -35,6 +35,7 @@ from tap_flower.core.components import Pair
 from tap_flower.core.initial import Initial
 from tap_flower.data.spec import SpecError, client_spec
 from tap_flower.federation import checkpoint, messages, store
+from tap_flower.federation.accounting import Ledger
 from tap_flower.federation.checkpoint import Progress, Writer
 from tap_flower.federation.encodings import from_array, to_array
 from tap_flower.federation.messages import Instruction, Manifest, MessageError, Report, TaskInfo, TensorInfo
@@ -198,7 +199,14 @@ def _of_files(folder: Path) -> dict[str, Reader]:
     own.save_received(Received(2, tensors))
     own.save_second_stage({"tap": tensors})
     progress = Progress(
-        RUN, {"seed": 41}, 3, {"ann": {TASK: 1}}, {"c": 5}, {"c": 4}, {"ann": 7}, 1, Validation({"ann": 0.5}, 2, 0.5)
+        run=RUN,
+        config={"seed": 41},
+        round=3,
+        replacements={"ann": {TASK: 1}},
+        **dict.fromkeys(("down", "up", "changed"), {"head/triage": 2}),
+        **dict.fromkeys(("steps", "holds"), {"ann": 2}),
+        validation=Validation({"ann": 0.5}, 2, 0.5),
+        privacy=Ledger({"ann": 1}, {"head/triage": {"ann": 1}}, {"head/triage": 1}),
     )
     with Writer(example) as writer:
         writer.save(progress, tensors, {"w": torch.zeros(2, 3), "b": tensors["b"]})
