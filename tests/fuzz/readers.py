@@ -203,8 +203,8 @@ def _of_files(folder: Path) -> dict[str, Reader]:
         config={"seed": 41},
         round=3,
         replacements={"ann": {TASK: 1}},
-        **dict.fromkeys(("down", "up", "changed"), {"head/triage": 2}),
-        **dict.fromkeys(("steps", "holds"), {"ann": 2}),
+        **{key: {"head/triage": 2} for key in ("down", "up", "changed")},
+        **{key: {"ann": 2} for key in ("steps", "holds")},
         validation=Validation({"ann": 0.5}, 2, 0.5),
         privacy=Ledger({"ann": 1}, {"head/triage": {"ann": 1}}, {"head/triage": 1}),
     )
