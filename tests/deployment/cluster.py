@@ -184,7 +184,8 @@ class Cluster:
             for each in [process, *process.children(recursive=True)]:
                 with suppress(psutil.NoSuchProcess):
                     each.send_signal(signal.SIGKILL)
-            process.wait(30)
+            if isinstance(process, psutil.Popen):
+                process.wait(30)
 
     def stop(self) -> None:
         """Ends everything, by pid."""
