@@ -72,7 +72,7 @@ def test_nodes_that_die(tmp_path: Path, hospitals: list[dict[str, Any]]) -> None
 def test_nodes_that_are_late_or_gone(tmp_path: Path, hospitals: list[dict[str, Any]]) -> None:
     """A straggler, one that joins in round 3 with a pair that nobody had, and a component without a holder for a while."""
     ann, bob, cleo = hospitals
-    with running(tmp_path, "rounds=6 train.steps=10 clients_per_round=2 round_timeout=90") as cluster:
+    with running(tmp_path, "rounds=6 train.steps=10 clients_per_round=2 round_timeout=120") as cluster:
         for spec in (ann, bob):
             cluster.start_node(spec)
         cluster.submit()
