@@ -181,7 +181,7 @@ class Cluster:
         """Waits until a client trains in a round; the process that does so."""
 
         def received() -> bool:
-            with suppress(StorageError):
+            with suppress(StorageError, OSError, ValueError):  # not yet there
                 return int(read_record(self.state(name) / RECEIVED)["state"]) == server_round - 1
             return False
 
