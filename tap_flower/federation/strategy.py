@@ -125,9 +125,7 @@ class TapStrategy:
     def _gather(self, grid: Grid) -> None:
         """Waits for the clients and asks each for its manifest."""
         expected = len(self.config.clients) or self.config.clients_per_round
-        deadline = time.monotonic() + self.config.start_timeout
-        while len(list(patiently(grid.get_node_ids))) < expected and time.monotonic() < deadline:
-            time.sleep(_WAIT)
+        self._wait_for_nodes(grid, expected)
         refused = self._welcome(grid, self.progress.round)
         missing = sorted({spec.name for spec in client_specs(self.config)} - set(self.roster.names))
         if not missing and len(self.roster.names) >= expected:
@@ -139,6 +137,12 @@ class TapStrategy:
             + (f", without {', '.join(missing)}" if missing else "")
             + f": start more nodes (`num-supernodes={expected}` in a simulation) or lower clients_per_round"
         )
+
+    def _wait_for_nodes(self, grid: Grid, count: int) -> None:
+        """Waits until so many nodes are there, at most `start_timeout` seconds."""
+        deadline = time.monotonic() + self.config.start_timeout
+        while len(list(patiently(grid.get_node_ids))) < count and time.monotonic() < deadline:
+            time.sleep(_WAIT)
 
     def _welcome(self, grid: Grid, server_round: int) -> list[str]:
         """Admits the nodes that are not known yet; says which of them cannot take part, and why."""
@@ -242,7 +246,7 @@ class TapStrategy:
         return WeightedAverage(self.roster, names, self.config.aggregation.clip_norm, tell)
 
     def _second_stage(self, grid: Grid) -> None:
-        """Stage 2 of every client; those that fail, and are there again when the others have ended, are asked once more."""
+        """Stage 2 of every client; those that fail, or have gone, are waited for and asked once more."""
         ready: set[str] = set()
 
         def done(name: str, reply: Message) -> None:
@@ -252,7 +256,9 @@ class TapStrategy:
             self.events.write("distilled", round=self.progress.round, client=name, losses=report.losses)
             ready.add(name)
 
-        for _ in range(2):
+        for again in (False, True):
+            if again and self.roster.manifests.keys() - ready:
+                self._wait_for_nodes(grid, len(self.roster.manifests))
             self._welcome(grid, self.progress.round)
             if names := sorted(set(self.roster.names) - ready):
                 self.events.write("distill_start", round=self.progress.round, clients=names)

@@ -20,8 +20,10 @@ import httpx
 import psutil
 import yaml
 
+from tap_flower.federation.store import RECEIVED
 from tap_flower.flower_commands import QUIET, free_port
 from tap_flower.reporting.events import METRICS, read_events
+from tap_flower.storage import StorageError, read_record
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -170,13 +172,22 @@ class Cluster:
         self.wait_for_event("end")
         return dict(json.loads((self.out / "results.json").read_text()))
 
-    def client_app(self, name: str) -> psutil.Process | None:
-        """The process in which a node answers a message now."""
-        with suppress(psutil.Error):
-            for child in self.nodes[name].children(recursive=True):
-                if "clientapp" in " ".join(child.cmdline()):
-                    return child
-        return None
+    def state(self, name: str) -> Path:
+        """A client's folder of the run."""
+        (run,) = (self.folder / "state" / name).iterdir()
+        return run
+
+    def in_training(self, name: str, server_round: int) -> psutil.Process:
+        """Waits until a client trains in a round; the process that does so."""
+
+        def received() -> bool:
+            with suppress(StorageError, OSError, ValueError):  # not yet there
+                return int(read_record(self.state(name) / RECEIVED)["state"]) == server_round - 1
+            return False
+
+        self.wait_for(received, f"{name}'s training in round {server_round}")
+        apps = [p for p in self.nodes[name].children(recursive=True) if "clientapp" in " ".join(p.cmdline())]
+        return max(apps, key=psutil.Process.create_time)
 
     def kill(self, process: psutil.Process) -> None:
         """SIGKILL, to it and to what it started, as when a machine loses its power."""
@@ -184,7 +195,8 @@ class Cluster:
             for each in [process, *process.children(recursive=True)]:
                 with suppress(psutil.NoSuchProcess):
                     each.send_signal(signal.SIGKILL)
-            process.wait(30)
+            if isinstance(process, psutil.Popen):
+                process.wait(30)
 
     def stop(self) -> None:
         """Ends everything, by pid."""

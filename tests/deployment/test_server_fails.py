@@ -26,8 +26,7 @@ def test_a_server_that_dies(tmp_path: Path, hospitals: list[dict[str, Any]], und
             cluster.start_node(spec)
         cluster.submit()
 
-        cluster.wait_for_event("round_start", round=2)
-        cluster.wait_for(lambda: cluster.client_app("ann"), "ann's training")
+        cluster.in_training("ann", 2)
         cluster.kill(server_app(cluster))
         cluster.wait_for(lambda: cluster.status.startswith("finished"), "Flower's notice of the death")
         cluster.submit(resume=True)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from tap_flower.config import ConfigError, client_specs
 from tap_flower.core.aggregation import Aggregator
 from tap_flower.core.tasks import TASK_KINDS
-from tap_flower.federation import messages
+from tap_flower.federation import exchange, messages
 from tap_flower.federation.strategy import RunError
 from tap_flower.methods.local import exchanged
 from tap_flower.reporting.checks import exchange_line
@@ -506,3 +507,36 @@ def test_a_badly_configured_node_says_what_to_do(
     with pytest.raises(RunError, match=told):
         federation.strategy().start(grid)
     assert not node_config or problem in caplog.text
+
+
+def test_a_busy_superlink_is_asked_again(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation.settings.append("rounds=1")
+    monkeypatch.setattr(exchange, "_AGAIN", 0.0)
+    grid, failures = federation.grid(), {"get_node_ids": 2, "push_messages": 1, "pull_messages": 3}
+    for name in list(failures):
+        real = getattr(grid, name)
+
+        def busy(*arguments: Any, real: Any = real, name: str = name) -> Any:
+            failures[name] -= 1
+            if failures[name] >= 0:
+                request = httpx.Request("POST", "https://superlink")
+                raise httpx.HTTPStatusError("busy", request=request, response=httpx.Response(500, request=request))
+            return real(*arguments)
+
+        monkeypatch.setattr(grid, name, busy)
+    assert set(federation.strategy().start(grid)["clients"]) == {"ann", "bob", "cleo", "dan"}
+    assert all(count < 0 for count in failures.values())
+
+
+@pytest.mark.parametrize(("status", "patience"), [(403, 60.0), (500, 0.0)])
+def test_a_superlink_that_refuses_or_stays_busy_ends_the_run(
+    status: int, patience: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "_PATIENCE", patience)
+    request = httpx.Request("POST", "https://superlink")
+
+    def refuse() -> None:
+        raise httpx.HTTPStatusError("no", request=request, response=httpx.Response(status, request=request))
+
+    with pytest.raises(httpx.HTTPStatusError):
+        exchange.patiently(refuse)

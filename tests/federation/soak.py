@@ -1,0 +1,86 @@
+"""`python -m tests.federation.soak FOLDER`: 50 rounds of 100 clients without models, and the server's memory on the way."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from tap_flower.config import load_config
+from tap_flower.core.components import Pair
+from tap_flower.core.initial import Initial
+from tap_flower.federation import messages
+from tap_flower.federation.in_process import InProcessGrid
+from tap_flower.federation.messages import Manifest, Report, TaskInfo, TensorInfo
+from tap_flower.federation.server import prepare
+
+CLIENTS, ROUNDS = 100, 50
+COMPONENTS = ("encoder", "fusion", "head")
+SHAPES = {f"components.{component}.{name}": (64, 64) for component in COMPONENTS for name in "abc"}
+app = ClientApp()
+
+
+def examples(context: Context) -> int:
+    return 10 + int(context.node_config["number"])
+
+
+@app.query("manifest")
+def manifest(message: Message, context: Context) -> Message:
+    tensors = {n: TensorInfo(n.split(".")[1], shape, Initial("normal", 0.02)) for n, shape in SHAPES.items()}
+    task = TaskInfo(Pair("t", ("text",)), "text_classification", ("d",), 2, examples(context))
+    told = Manifest(f"client-{examples(context)}", "f", (task,), tensors, {"t": frozenset(COMPONENTS)})
+    return Message(messages.encode_manifest(told), reply_to=message)
+
+
+def report(message: Message, context: Context, tensors: dict[str, Tensor] | None = None) -> Message:
+    server_round = messages.instruction(message).server_round
+    told = Report(server_round, {"t": examples(context)}, {"t": 1.0}, 1, {"t": 0})
+    return Message(messages.encode_report(told, tensors), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    return report(message, context, {name: torch.randn(shape) for name, shape in SHAPES.items()})
+
+
+@app.train("distill")
+def distill(message: Message, context: Context) -> Message:
+    return report(message, context)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    return Message(messages.encode({"metrics": {"t": {"tap": {"loss": 1.0}}}}), reply_to=message)
+
+
+class WatchedGrid(InProcessGrid):
+    """Notes the resident pages of the process whenever the strategy asks who is there: before each round, among others."""
+
+    pages: list[int] = []  # noqa: RUF012
+
+    def get_node_ids(self) -> Iterable[int]:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        self.pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+        return super().get_node_ids()
+
+
+def main() -> None:
+    """Prints the dropped replies, and the pages after 10 rounds and after 50."""
+    settings = ["clients=[]", f"rounds={ROUNDS}", f"clients_per_round={CLIENTS}", "start_timeout=1"]
+    grid = WatchedGrid(app, [{"number": number} for number in range(CLIENTS)], {})
+    strategy = prepare(load_config("demo", "", settings), Path(sys.argv[1]))
+    strategy.start(grid)
+    before_round_1 = 2  # asked twice at the start
+    print(strategy.progress.dropped, grid.pages[before_round_1 + 10], grid.pages[before_round_1 + ROUNDS])
+
+
+if __name__ == "__main__":
+    main()
