@@ -247,7 +247,7 @@ def test_a_client_that_always_lacks_something_is_dropped(make_federation: Make) 
 
     grid, strategy = federation.grid(tamper=tamper), federation.strategy()
     assert set(strategy.start(grid)["clients"]) == {"bob"}
-    assert strategy.progress.dropped == 3  # a round, stage 2, the evaluation
+    assert strategy.progress.dropped == 4  # a round, stage 2 twice, the evaluation
 
 
 def test_the_server_knows_a_number_for_each_client_and_no_more(make_federation: Make) -> None:
