@@ -160,12 +160,24 @@ class Cluster:
         self.wait_for(there, f"event {event!r} {values or ''}")
         return found[0]
 
-    def wait_for(self, condition: Callable[[], object], what: str) -> None:
-        """Waits until something holds."""
+    def wait_for(self, condition: Callable[[], object], what: str, every: float = 0.1) -> None:
+        """Waits until something holds; looks after so many seconds again."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
             assert time.monotonic() < deadline, f"{what} has not come\n{self.log}"
-            time.sleep(0.05)
+            time.sleep(every)
+
+    def wait_for_the_end(self) -> str:
+        """Waits until Flower says that the run has finished, and how; a look is a process of its own."""
+        self.wait_for(lambda: self.status.startswith("finished"), "the end of the run", every=5.0)
+        return self.status
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Prints how long something took, for docs/reliability.md: `pytest -rP tests/deployment`."""
+        began = time.monotonic()
+        yield
+        print(f"{what}: {time.monotonic() - began:.0f} s")
 
     def results(self) -> dict[str, Any]:
         """Waits for the end of the run."""

@@ -21,7 +21,7 @@ def test_a_deployment(tmp_path: Path, hospitals: list[dict[str, Any]], undisturb
         cluster.start_node({**hospitals[0], "name": "intruder"}, registered=False)
         cluster.submit()
         results = cluster.results()
-        cluster.wait_for(lambda: cluster.status == "finished:completed", "the end of the run")
+        assert cluster.wait_for_the_end() == "finished:completed"
         assert {key: value for key, value in results.items() if key != "seconds"} == undisturbed
         assert set(results["clients"]) == {"ann", "bob", "cleo"}
         for name, task in (("ann", "languages"), ("bob", "shapes"), ("cleo", "translation")):

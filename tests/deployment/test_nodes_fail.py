@@ -38,11 +38,13 @@ def test_nodes_that_die(tmp_path: Path, hospitals: list[dict[str, Any]]) -> None
         cluster.submit()
 
         cluster.kill(cluster.in_training("ann", 1))
-        assert dropped(cluster, 1) == ["ann"]
+        with cluster.timed("from a ClientApp's death until the round goes on"):
+            assert dropped(cluster, 1) == ["ann"]
 
         cluster.in_training("bob", 2)
         cluster.kill(cluster.nodes["bob"])
-        assert dropped(cluster, 2) == ["bob"]
+        with cluster.timed("from a SuperNode's death until the round goes on"):
+            assert dropped(cluster, 2) == ["bob"]
         assert saved_round(cluster, "bob") == 1
         cluster.start_node(hospitals[1])
 
@@ -58,7 +60,9 @@ def test_nodes_that_die(tmp_path: Path, hospitals: list[dict[str, Any]]) -> None
         cluster.wait_for_event("distill_start")
         cluster.kill(cluster.nodes["ann"])
         personal, _ = read_tensors(cluster.state("ann") / PERSONAL)
-        cluster.start_node(hospitals[0])
+        with cluster.timed("from a SuperNode's new start until its stage 2 is done"):
+            cluster.start_node(hospitals[0])
+            cluster.wait_for_event("distilled", client="ann")
         results = cluster.results()
 
         after, _ = read_tensors(cluster.state("ann") / PERSONAL)

@@ -28,13 +28,17 @@ def test_a_server_that_dies(tmp_path: Path, hospitals: list[dict[str, Any]], und
 
         cluster.in_training("ann", 2)
         cluster.kill(server_app(cluster))
-        cluster.wait_for(lambda: cluster.status.startswith("finished"), "Flower's notice of the death")
-        cluster.submit(resume=True)
+        with cluster.timed("from the ServerApp's death until Flower says so"):
+            assert cluster.wait_for_the_end() == "finished:failed"
+        with cluster.timed("from the resumed run's submission until round 2 is complete"):
+            cluster.submit(resume=True)
+            cluster.wait_for_event("round_start", round=3)
 
-        cluster.wait_for_event("round_start", round=3)
         assert cluster.superlink is not None
         cluster.kill(cluster.superlink)
-        cluster.start_superlink()
-        cluster.submit(resume=True)
+        with cluster.timed("from the SuperLink's new start until round 3 is complete"):
+            cluster.start_superlink()
+            cluster.submit(resume=True)
+            cluster.wait_for_event("round", round=3)
         results = cluster.results()
         assert {key: value for key, value in results.items() if key != "seconds"} == undisturbed
