@@ -212,9 +212,12 @@ class Cluster:
 
     def stop(self) -> None:
         """Ends everything, by pid."""
-        running = [*self.nodes.values(), *([self.superlink] if self.superlink else [])]
-        for process in running:
+        for process in [*self.nodes.values(), *([self.superlink] if self.superlink else [])]:
             self.kill(process)
+        for process in psutil.process_iter():  # what these had left behind when they were killed
+            with suppress(psutil.Error):
+                if process.environ().get("FLWR_HOME") == self.environment["FLWR_HOME"]:
+                    process.kill()
 
     def _start(self, name: str, *command: object) -> psutil.Popen:
         with (self.folder / f"{name}.log").open("ab") as log:
