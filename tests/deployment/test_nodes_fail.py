@@ -63,7 +63,7 @@ def test_nodes_that_die(tmp_path: Path, hospitals: list[dict[str, Any]]) -> None
         cluster.wait_for_event("distill_start")
         cluster.kill(cluster.nodes["ann"])
         personal, _ = read_tensors(cluster.state("ann") / PERSONAL)
-        # Flower takes a node back only when it has seen that it was gone; one that tries before is never let in.
+        # Flower takes a node back only when it has seen that it was gone; one that tries before is refused, and ends.
         cluster.wait_for_event("dropped", round=4, who="client 'ann'")
         with cluster.timed("from a SuperNode's new start until its stage 2 is done"):
             cluster.start_node(hospitals[0])
