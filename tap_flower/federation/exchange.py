@@ -14,8 +14,8 @@ from flwr.serverapp import Grid
 FOREIGN = 1003
 """Error code that stands for a reply which is none: not of the node that was asked, or not its first."""
 _POLL, _LONGEST_POLL = 0.1, 1.0
-"""Seconds between looks for replies: half as long again after each look in vain. Ten looks a second took a SuperLink with TLS
-and a database 44 % of a core."""
+"""Seconds between looks for replies: half as long again after each look in vain. Ten looks a second took a SuperLink with
+TLS and a database 44 % of a core."""
 _PATIENCE, _AGAIN = 60.0, 2.0
 """Seconds for which a SuperLink that answers with an error of its own is asked again, and between two times."""
 log = logging.getLogger("tap_flower")
