@@ -16,8 +16,7 @@ import pytest
 
 from tests.federation.conftest import CLIENTS, SETTINGS, Federation
 
-# One after the other: each looks for processes that the other may have.
-pytestmark = [pytest.mark.flwr, pytest.mark.xdist_group("flwr")]
+pytestmark = pytest.mark.flwr
 TAP_FLOWER = str(Path(sys.executable).with_name("tap-flower"))
 ONE_CORE = ["--cpus-per-client", "1", "--gpus-per-client", "0"]
 """As in this process: the last bits of a sum depend on the number of threads, and on the device."""

@@ -27,7 +27,7 @@ from tap_flower.storage import StorageError, read_record
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-PATIENCE = 600.0
+PATIENCE = 1200.0
 """Seconds to wait for anything: a message takes a new process on the node, and these machines are slow."""
 SETTINGS = (
     "clients=[] rounds=3 clients_per_round=3 train.steps=1 train.batch_size=4 train.accumulation=1 "

@@ -33,7 +33,6 @@ MODELS = {
 """Method -> models in its results."""
 STEPS = {"tap": (4, 4), "local": (2, 2), "fedavg": (2, 0), "ditto": (4, 2)}
 """Method -> optimiser steps of a participation and of stage 2, where the settings say 2 and 2; (2, 2) for the others."""
-pytestmark = pytest.mark.xdist_group("methods")  # they share the runs
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
