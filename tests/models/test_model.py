@@ -172,7 +172,7 @@ def test_an_outline_has_the_backbones_shapes_without_its_weights(tmp_path: Any) 
     }
     assert all(t.is_meta for t in shape.state_dict().values())
     (tmp_path / "config.json").write_bytes((demo_folder() / "config.json").read_bytes())
-    with pytest.raises(ValueError, match="cannot be loaded: it has no weights"):
+    with pytest.raises(ValueError, match="cannot be loaded: it has no model.safetensors"):
         outline(str(tmp_path), 1)
 
 
