@@ -103,13 +103,13 @@ class Cluster:
             return httpx.get(f"https://localhost:{self.port}/health", verify=authority, timeout=1.0).is_success
         return False
 
-    def start_node(self, spec: dict[str, Any], key: str | None = None, registered: bool = True) -> None:
+    def start_node(self, spec: dict[str, Any], registered: bool = True) -> None:
         """`tap-flower node` for a client; a second start of one name is the same node."""
         name = str(spec["name"])
         (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(spec))
-        key = key or f"{name}-key"
+        key = f"{name}-key"
         if not (self.folder / key).exists():
-            self._shell(script("deploy.md", "ssh-keygen").replace("hospital-a", key.removesuffix("-key")))
+            self._shell(script("deploy.md", "ssh-keygen").replace("hospital-a", name))
             if registered:
                 answer = self.flwr("supernode", "register", f"{key}.pub", "dep")
                 assert answer["success"], answer
@@ -120,9 +120,9 @@ class Cluster:
             *("--key", key, "--state-dir", "state"),
         )
 
-    def submit(self, resume: bool = False, settings: str = "") -> None:
+    def submit(self, resume: bool = False) -> None:
         """Starts the run, or goes on with it."""
-        values = {"preset": "demo", "set": f"{self.settings} {settings}".strip(), "out": str(self.out)}
+        values = {"preset": "demo", "set": self.settings, "out": str(self.out)}
         lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()] + [f"resume = {str(resume).lower()}"]
         (self.folder / "run.toml").write_text("\n".join(lines))
         answer = self.flwr("run", str(ROOT), "dep", "--run-config", str(self.folder / "run.toml"))
