@@ -41,6 +41,16 @@ def script(page: str, first_words: str) -> str:
     return str(found)
 
 
+def processes_within(parent: psutil.Process, word: str) -> list[psutil.Process]:
+    """The living processes that `parent` started, at any depth, with this word in their command line."""
+    found = []
+    for process in parent.children(recursive=True):
+        with suppress(psutil.Error):  # ended since it was listed
+            if word in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 @dataclass
 class Cluster:
     """Everything lies in one folder: certificates and keys, the SuperLink's database, specs, states, the run, logs.
@@ -198,8 +208,7 @@ class Cluster:
             return False
 
         self.wait_for(received, f"{name}'s training in round {server_round}")
-        apps = [p for p in self.nodes[name].children(recursive=True) if "clientapp" in " ".join(p.cmdline())]
-        return max(apps, key=psutil.Process.create_time)
+        return max(processes_within(self.nodes[name], "clientapp"), key=psutil.Process.create_time)
 
     def kill(self, process: psutil.Process) -> None:
         """SIGKILL, to it and to what it started, as when a machine loses its power."""

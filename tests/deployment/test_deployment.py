@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from tap_flower.federation.store import PERSONAL, ClientStore
 from tap_flower.storage import read_tensors
 
-from .cluster import Cluster, running
+from .cluster import Cluster, processes_within, running
 
 pytestmark = pytest.mark.flwr
 
@@ -118,7 +119,8 @@ def test_nodes_that_are_late_or_gone(tmp_path: Path, hospitals: list[dict[str, A
             process.send_signal(signal.SIGSTOP)
         assert dropped(cluster, 1) == ["bob"]
         for process in stopped:
-            process.send_signal(signal.SIGCONT)
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
 
         cluster.wait_for_event("round", round=2)
         cluster.start_node(cleo)
@@ -133,8 +135,7 @@ def test_nodes_that_are_late_or_gone(tmp_path: Path, hospitals: list[dict[str, A
 def server_app(cluster: Cluster) -> psutil.Process:
     """The process of the run."""
     assert cluster.superlink is not None
-    found = [p for p in cluster.superlink.children(recursive=True) if "serverapp" in " ".join(p.cmdline())]
-    return found[-1]
+    return processes_within(cluster.superlink, "serverapp")[-1]
 
 
 def test_a_server_that_dies(tmp_path: Path, hospitals: list[dict[str, Any]], undisturbed: dict[str, Any]) -> None:

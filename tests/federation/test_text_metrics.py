@@ -72,7 +72,8 @@ def test_a_node_asks_in_its_own_settings(federation: Federation, asked: list[tup
     assert set(asked) == {("load_bertscore", "mine/own")}
 
 
-def test_a_wrong_setting_of_a_node(federation: Federation, tmp_path: Path) -> None:
+def test_a_wrong_setting_of_a_node(federation: Federation, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     grid = deploy(federation, tmp_path, ann={"meteor": "yes"})
-    with pytest.raises(RunError, match="the node's meteor is 'yes': write meteor=true or meteor=false"):
+    with pytest.raises(RunError, match="node 100 cannot take part: the node's client spec is wrong"):
         federation.strategy().start(grid)
+    assert "the node's meteor is 'yes': write meteor=true or meteor=false in its --node-config" in caplog.text
