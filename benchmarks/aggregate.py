@@ -18,7 +18,6 @@ from torch import Tensor
 from benchmarks.measure import parser, peak_bytes, reset_peak, show
 from benchmarks.workload import client
 from tap_flower.core.aggregation import Aggregator
-from tap_flower.methods.local import client_model
 
 EXAMPLES = 1000
 """Of each client."""
@@ -31,7 +30,7 @@ def main() -> None:
     given = options.parse_args()
     with torch.device("meta"):
         local = client("flava", "base", 7, 1, 1)
-        model = client_model(local.backbone, local.spec, local.settings.model.text_length)
+        model = local.holdings.outline()
     component_of = model.component_map.component_of
     shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name in component_of}
     updates = [{name: torch.randn(shape) / 10 for name, shape in shapes.items()} for _ in range(2)]

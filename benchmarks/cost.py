@@ -31,9 +31,9 @@ def main() -> None:
         local = client(given.preset, "base", pattern, 1, config.model.text_length)
         model = local.model()
         forward = both = 0.0
-        for task in local.spec.tasks:
+        for task in local.holdings.spec.tasks:
             batch = local.data.batch(task, 1, torch.Generator().manual_seed(0), cpu)
-            share = config.train.batch_size / len(local.spec.tasks)
+            share = config.train.batch_size / len(local.holdings.spec.tasks)
             forward += share * count_flop(partial(model, batch.task, batch.inputs))
             both += share * count_flop(partial(_there_and_back, model, batch))
         first = 2 * both * config.train.steps * config.train.accumulation
@@ -43,7 +43,7 @@ def main() -> None:
         rows.append(
             {
                 "pattern": pattern,
-                "tasks": ", ".join(task.name for task in local.spec.tasks),
+                "tasks": ", ".join(task.name for task in local.holdings.spec.tasks),
                 "TFLOP a batch": both / 1e12,
                 "TFLOP a participation": first / 1e12,
                 "PFLOP a run": whole / 1e15,

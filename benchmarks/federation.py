@@ -26,11 +26,12 @@ from benchmarks.measure import parser, show
 from client_app.app import app as tap_app
 from tap_flower.config import Config, client_specs, load_config
 from tap_flower.core.components import cpu_state
-from tap_flower.data.loading import ClientData
+from tap_flower.data.loading import load_client_data
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.federation.in_process import InProcessGrid
 from tap_flower.federation.server import prepare
 from tap_flower.methods.local import LocalClient
+from tap_flower.methods.spec_client import SpecHoldings
 from tap_flower.models.backbones import load_backbone, locate
 from tap_flower.reporting.events import EventLog
 
@@ -150,7 +151,8 @@ def _local(config: Config, number: int) -> LocalClient:
     spec = client_specs(config)[number]
     backbone = load_backbone(spec.backbone, config.model.layers, config.model.image_size, spec.revision)
     tokenizer = load_tokenizer(locate(spec.backbone), spec.revision)
-    return LocalClient(spec, ClientData(spec, tokenizer, config.model.text_length, config.seed), backbone, config)
+    data = load_client_data(spec, tokenizer, config.model.text_length, config.seed)
+    return LocalClient(SpecHoldings(spec, backbone, config.model.text_length), data, config)
 
 
 def _now() -> Stamp:

@@ -11,7 +11,7 @@ import torch
 
 from tap_flower.config import client_specs, load_config
 from tap_flower.core.tasks import IMAGE_GENERATION
-from tap_flower.data.loading import ClientData
+from tap_flower.data.loading import load_client_data
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.models.backbones import locate
 
@@ -23,7 +23,7 @@ def main() -> None:
     seed = parser.parse_args().seed
     config, cpu = load_config("demo"), torch.device("cpu")
     for spec in client_specs(config):
-        data = ClientData(spec, load_tokenizer(locate(spec.backbone)), config.model.text_length, seed)
+        data = load_client_data(spec, load_tokenizer(locate(spec.backbone)), config.model.text_length, seed)
         for task in spec.tasks:
             if task.kind == IMAGE_GENERATION.name:
                 train, test = (data.splits[split][task.name][0] for split in ("train", "test"))

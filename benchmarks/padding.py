@@ -18,7 +18,8 @@ from benchmarks.measure import parser, seconds, show
 from benchmarks.step import one_step
 from benchmarks.workload import client
 from tap_flower.core.training import Batch
-from tap_flower.data.loading import Examples, batches_of
+from tap_flower.data.batching import batches_of
+from tap_flower.data.loading import TaskExamples
 from tap_flower.data.texts import Tokens
 
 MEAN, DEVIATION, SHORTEST, LONGEST = 53, 18, 10, 256
@@ -36,10 +37,10 @@ def main() -> None:
     drawn = random.lognormal(math.log(MEAN) - variance / 2, math.sqrt(variance), TEXTS)
     lengths = drawn.round().clip(SHORTEST, LONGEST).astype(int)
     local = client("flava", "base", 1, given.batch, LONGEST)  # pattern 1: AG News alone
-    model, (task,) = local.model(), local.spec.tasks
+    model, (task,) = local.model(), local.holdings.spec.tasks
     ids = random.integers(1000, 30_000, lengths.sum()).astype(np.int32)
     texts, order = Tokens(ids, lengths.cumsum()), list(range(TEXTS))
-    examples = Examples(task, task.domains[0], order, None, texts, [0] * TEXTS, None, order, 0)
+    examples = TaskExamples(task, task.domains[0], order, None, texts, [0] * TEXTS, None, order, 0)
     chosen = random.permutation(TEXTS // given.batch)[: given.batches]
     rows = []
     for title, grouped in (

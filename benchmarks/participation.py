@@ -24,12 +24,14 @@ from benchmarks.workload import client, configuration
 from tap_flower.config import client_specs, load_config
 from tap_flower.core.components import cpu_state
 from tap_flower.core.training import Batch
-from tap_flower.data.loading import ClientData
+from tap_flower.data.batching import ClientData
+from tap_flower.data.loading import load_client_data
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.federation.store import ClientStore, Kept
 from tap_flower.methods import tap
 from tap_flower.methods.local import LocalClient
 from tap_flower.methods.method import Memory
+from tap_flower.methods.spec_client import SpecHoldings
 from tap_flower.models.backbones import from_config, locate
 from tap_flower.models.model import TapModel
 
@@ -106,20 +108,21 @@ def timed_client(given: Any, clock: Clock) -> TimedClient:
     dtype = getattr(torch, given.dtype)
     if given.made_up:
         made = client(given.model, "base", CLIENT, given.batch, given.length, dtype, given.recompute)
-        spec, backbone, data, settings = made.spec, made.backbone, made.data, made.settings
+        spec, backbone, data, settings = made.holdings.spec, made.holdings.backbone, made.data, made.settings
     else:
         settings = load_config(given.model, settings=[f"train.batch_size={given.batch}"])
         spec = client_specs(load_config("demo"))[CLIENT]
         spec = replace(spec, tasks=tuple(replace(task, batch_size=None) for task in spec.tasks))
         backbone = from_config(configuration(given.model, "base"), settings.model.layers, settings.model.image_size)
         backbone.computing(dtype, given.recompute)
-        data = ClientData(
+        data = load_client_data(
             spec, load_tokenizer(locate("demo")), settings.model.text_length, settings.seed, hold_out=False
         )
     settings.train.steps, settings.train.accumulation = given.steps, given.accumulation
     backbone.to(clock.device)
     timed = cast(ClientData, TimedData(data, clock))
-    return TimedClient(spec, timed, backbone, settings, clock.device, clock)
+    holdings = SpecHoldings(spec, backbone, settings.model.text_length)
+    return TimedClient(holdings, timed, settings, clock.device, clock)
 
 
 def main() -> None:
@@ -138,7 +141,7 @@ def main() -> None:
     device = torch.device(given.device)
     clocks = [Clock(device), Clock(device)]
     local = clocks[0].run("load", lambda: timed_client(given, clocks[0]))
-    received = cpu_state(local.new_model().initialise(local.settings.seed))
+    received = cpu_state(local.holdings.new_model().initialise(local.settings.seed))
     reset_peak(device)
     with tempfile.TemporaryDirectory() as folder:
         store = ClientStore(Path(folder), "benchmark")

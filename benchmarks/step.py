@@ -60,8 +60,8 @@ def main() -> None:
     given = options.parse_args()
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
     local = client(given.model, given.size, given.pattern, given.batch, given.length, dtype, given.recompute)
-    local.device, local.backbone.compiled = device, given.compile
-    local.backbone.to(device)
+    local.device, local.holdings.backbone.compiled = device, given.compile
+    local.holdings.backbone.to(device)
     model = local.model()
 
     def step(tasks: slice = slice(None)) -> None:
@@ -69,8 +69,8 @@ def main() -> None:
             one_step(local, model, batch)
 
     random = torch.Generator().manual_seed(0)
-    batches = [local.data.batch(task, given.batch, random, device) for task in local.spec.tasks]
-    parts = [(task.name, slice(i, i + 1)) for i, task in enumerate(local.spec.tasks)]
+    batches = [local.data.batch(task, given.batch, random, device) for task in local.holdings.spec.tasks]
+    parts = [(task.name, slice(i, i + 1)) for i, task in enumerate(local.holdings.spec.tasks)]
     parts += [("all", slice(None))] if len(parts) > 1 else []
     show([{"task": n} | measured(partial(step, part), dtype, device, given.repeats) for n, part in parts], given.json)
 

@@ -29,7 +29,7 @@ from tap_flower.federation import messages
 from tap_flower.federation.encodings import rounded
 from tap_flower.federation.messages import Instruction, Report
 from tap_flower.federation.updates import make_update, moved
-from tap_flower.methods.local import client_model
+from tap_flower.methods.spec_client import client_model
 from tap_flower.models.backbones import from_config
 from tap_flower.models.model import TapModel
 

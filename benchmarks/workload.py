@@ -11,9 +11,10 @@ from transformers import FlavaConfig, PreTrainedConfig, ViltConfig
 
 from tap_flower.config import client_specs, load_config
 from tap_flower.core.training import Batch
-from tap_flower.data.loading import ClientData
+from tap_flower.data.batching import ClientData
 from tap_flower.data.spec import ClientSpec, TaskSpec
 from tap_flower.methods.local import LocalClient
+from tap_flower.methods.spec_client import SpecHoldings
 from tap_flower.models.backbones import Backbone, from_config
 from tap_flower.models.heads import IMAGE_SIZE
 
@@ -55,7 +56,7 @@ def client(
     backbone = from_config(configuration(model, size), config.model.layers, config.model.image_size)
     backbone.computing(dtype, recompute)
     data = cast(ClientData, MadeUpData(spec, backbone, min(length, backbone.text_length)))
-    return LocalClient(spec, data, backbone, config)
+    return LocalClient(SpecHoldings(spec, backbone, config.model.text_length), data, config)
 
 
 class MadeUpData:

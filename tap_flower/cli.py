@@ -206,8 +206,9 @@ def check_command(
     """Whether a client spec can be trained on: reads all its data and lists every problem."""
     # Imported here: they bring transformers and datasets, which the other commands do without.
     from tap_flower.data.checking import Problem, check_data, check_spec
-    from tap_flower.methods.local import exchanged
-    from tap_flower.models.backbones import BackboneError, locate
+    from tap_flower.methods.spec_client import exchanged
+    from tap_flower.models.backbones import locate
+    from tap_flower.models.errors import BackboneError
     from tap_flower.reporting.checks import data_table, example_table, exchange_line
 
     console, run = Console(), load_config(preset, config, tuple(set_ or ()))

@@ -15,7 +15,8 @@ from transformers import BertConfig
 
 from tap_flower.federation import checkpoint
 from tap_flower.federation.store import STATES, ClientStore
-from tap_flower.models.backbones import BackboneError, demo_folder, load_backbone, outline
+from tap_flower.models.backbones import demo_folder, load_backbone, outline
+from tap_flower.models.errors import BackboneError
 from tap_flower.storage import StorageError, read_json
 from tap_flower.text_metrics import MissingError, load_bertscore
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+
+from tap_flower.core.initial import Initial, initialise
 
 
 @dataclass(frozen=True, order=True)
@@ -75,6 +78,27 @@ class ComponentMap:
             for component in components:
                 weights[component] += examples[pair]
         return weights
+
+
+class ComponentModel(nn.Module):
+    """A client's model: it runs one pair at a time, and knows its components.
+
+    Attributes:
+        component_map: which trainable tensor belongs to which component, and what each pair reaches.
+        initials: name of a trainable tensor -> how it starts.
+    """
+
+    component_map: ComponentMap
+    initials: Mapping[str, Initial]
+
+    def forward(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
+        """The output of a task for a batch of inputs."""
+        raise NotImplementedError
+
+    def initialise(self, seed: int) -> Self:
+        """Sets every trainable tensor to the value that `seed` and its name give; returns the model itself."""
+        initialise(self, self.initials, seed)
+        return self
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:

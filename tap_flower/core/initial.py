@@ -6,6 +6,8 @@ The server and every client compute the same values on their own, whatever other
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -73,7 +75,7 @@ def named_seed(seed: int, *names: object) -> int:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, initials: dict[str, Initial], seed: int) -> None:
+def initialise(model: nn.Module, initials: Mapping[str, Initial], seed: int) -> None:
     """Sets every trainable parameter of `model` to its initial value.
 
     Args:
@@ -84,3 +86,63 @@ def initialise(model: nn.Module, initials: dict[str, Initial], seed: int) -> Non
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.copy_(initials[name].value(name, tuple(parameter.shape), seed))
+
+
+def initial_values(
+    module: nn.Module, special: Callable[[nn.Module, str], Initial | None] | None = None
+) -> dict[str, Initial]:
+    """Parameter name -> how it starts, by the type of the module that owns it; as PyTorch's own where nothing else is said.
+
+    Linear and convolution: uniform ± 1/√fan_in. Norms: 1 and 0. Embedding: normal, deviation 1. GRU, LSTM, RNN: uniform
+    ± 1/√hidden. MultiheadAttention: Glorot's uniform, and 0. PReLU: 0.25. A module whose class has a dictionary `INITIALS`
+    (name of a parameter of its own, or of a part's as `part.name` -> Initial) says for these itself.
+
+    Args:
+        module: with any parameters; what is frozen is looked at as well.
+        special: (a part of the module, name of one of its own parameters) -> how that starts, or None where this function
+            is to say.
+
+    Raises:
+        TypeError: no initial value is defined for a type; the message says how to give one.
+    """
+    initials: dict[str, Initial] = {}
+    for path, part in module.named_modules():
+        prefix = f"{path}." if path else ""
+        stated: Mapping[str, Initial] = getattr(part, "INITIALS", {})
+        for name, initial in stated.items():
+            initials.setdefault(f"{prefix}{name}", initial)
+        for name, parameter in part.named_parameters(recurse=False):
+            if f"{prefix}{name}" in initials:
+                continue
+            found = (special and special(part, name)) or _by_type(part, name)
+            if found is None:
+                kind = type(part).__name__
+                raise TypeError(
+                    f"no initial value is defined for {kind}.{name} {tuple(parameter.shape)}: give class {kind} an "
+                    f"INITIALS = {{{name!r}: Initial(...)}}"
+                )
+            initials[f"{prefix}{name}"] = found
+    return initials
+
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm)
+_CONVOLUTIONS = nn.modules.conv._ConvNd
+
+
+def _by_type(part: nn.Module, name: str) -> Initial | None:
+    """How a parameter of one of PyTorch's own modules starts."""
+    zero, bias = Initial("constant", 0.0), name == "bias"
+    if isinstance(part, nn.Linear | _CONVOLUTIONS):
+        return Initial("uniform", 1 / math.sqrt(part.weight[0].numel()))
+    if isinstance(part, _NORMS):
+        return zero if bias else Initial("constant", 1.0)
+    if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+        return Initial("normal", 1.0)
+    if isinstance(part, nn.RNNBase):
+        return Initial("uniform", 1 / math.sqrt(part.hidden_size))
+    if isinstance(part, nn.MultiheadAttention):
+        weight = getattr(part, name)
+        return Initial("uniform", math.sqrt(6 / sum(weight.shape))) if weight.ndim == 2 else zero
+    if isinstance(part, nn.PReLU):
+        return Initial("constant", 0.25)
+    return None

@@ -35,8 +35,11 @@ class TaskKind:
         losses: (output, target) -> loss of each unit, shape [units].
         divergences: (student, teacher, target, temperature) -> distillation loss of each unit, shape [units].
         statistics: (output, target) -> sums over the batch; they add up over batches.
-        metrics: summed statistics -> metric name -> value.
-        higher_is_better: name and direction of the metric that the kind is judged by.
+        metrics: summed statistics -> metric name -> value; `loss` must be among them.
+        headline: name of the metric that the kind is judged by.
+        higher_is_better: its direction.
+        margin: replacement margin, where the run's configuration has none for the kind.
+        distillation: weight of the distillation loss, likewise.
     """
 
     name: str
@@ -46,6 +49,8 @@ class TaskKind:
     metrics: Callable[[Mapping[str, Tensor]], dict[str, float]]
     headline: str
     higher_is_better: bool
+    margin: float = 0.0
+    distillation: float = 1.0
 
     def score(self, metrics: Mapping[str, float]) -> float:
         """The headline metric, or 1 minus it where lower is better: higher is always better.

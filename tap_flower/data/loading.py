@@ -14,21 +14,17 @@ from transformers import PreTrainedTokenizerBase
 
 from tap_flower.core.initial import named_seed
 from tap_flower.core.training import Batch
+from tap_flower.data.batching import ClientData, Examples, set_aside
 from tap_flower.data.collate import normalise, pad_inputs, pad_targets
 from tap_flower.data.images import LazyImages, images_of
 from tap_flower.data.labels import Labels
-from tap_flower.data.sources import SourceError, missing_columns, open_source, permutation, rows_of, values_of
+from tap_flower.data.sources import SourceError, missing_columns, open_source, rows_of, values_of
 from tap_flower.data.spec import ClientSpec, Field, Source, SpecError, TaskSpec
 from tap_flower.data.texts import Tokens, tokenised
 
-HELD_OUT = 5
-"""Without validation rows of its own, a task sets every fifth training example aside."""
-WINDOW = 16
-"""Batches of shuffled training examples that are ordered by length together."""
-
 
 @dataclass(frozen=True)
-class Examples:
+class TaskExamples:
     """Examples of one task from one source, ready for batches.
 
     Attributes:
@@ -52,6 +48,11 @@ class Examples:
     targets: Tokens | None
     places: Sequence[int]
     pad: int
+
+    @property
+    def batch_size(self) -> int | None:
+        """The task's own number of training examples in a batch."""
+        return self.task.batch_size
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,18 +84,20 @@ class Examples:
         lengths = np.sum([tokens.lengths[places] for tokens in read], axis=0)
         return [order[i] for i in np.argsort(-lengths, kind="stable")]
 
-    def split(self, seed: int) -> tuple[Examples, Examples]:
-        """(the rest, one in `HELD_OUT` set aside), drawn with `seed`."""
-        order = permutation(len(self), seed)
-        held_out = max(1, len(self) // HELD_OUT)
-        return self._subset(sorted(order[held_out:])), self._subset(sorted(order[:held_out]))
-
-    def _subset(self, positions: list[int]) -> Examples:
+    def subset(self, positions: list[int]) -> TaskExamples:
+        """The examples at some positions."""
         return replace(self, rows=[self.rows[p] for p in positions], places=[self.places[p] for p in positions])
 
 
-class ClientData:
-    """The data of one client: for every split and task its examples, those of each source apart.
+def load_client_data(
+    spec: ClientSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    text_length: int,
+    seed: int,
+    root: str = "",
+    hold_out: bool = True,
+) -> ClientData:
+    """The data of one client.
 
     Args:
         spec: of the client.
@@ -107,105 +110,30 @@ class ClientData:
     Raises:
         SpecError: the spec does not fit the data.
     """
-
-    def __init__(
-        self,
-        spec: ClientSpec,
-        tokenizer: PreTrainedTokenizerBase,
-        text_length: int,
-        seed: int,
-        root: str = "",
-        hold_out: bool = True,
-    ) -> None:
-        self.splits: dict[str, dict[str, list[Examples]]] = {"train": {}, "validation": {}, "test": {}}
-        for task in spec.tasks:
-            reader = _Reader(f"client {spec.name!r}: task {task.name!r}", task, tokenizer, text_length, seed, root)
-            found = {
-                "train": [reader.read("train", source) for source in task.train],
-                "validation": [reader.read("validation", source) for source in task.validation],
-                "test": [reader.read("test", source) for source in task.test],
-            }
-            for split, parts in found.items():
-                for problem in too_few_rows(task, split, [len(part) for part in parts], hold_out):
-                    raise SpecError(f"{reader.where}: {problem}")
-            if hold_out and not task.validation:
-                halves = [
-                    part.split(named_seed(seed, spec.name, task.name, "held out", number))
-                    for number, part in enumerate(found["train"])
-                ]
-                found["train"], found["validation"] = [a for a, _ in halves], [b for _, b in halves]
-            for split, parts in found.items():
-                self.splits[split][task.name] = parts
-
-    def sizes(self, split: str) -> dict[str, int]:
-        """Task name -> number of examples in a split."""
-        return {task: sum(len(part) for part in parts) for task, parts in self.splits[split].items()}
-
-    def training_batches(
-        self, batch_size: int, seed: int, device: torch.device, group_by_length: bool = False
-    ) -> Iterator[Batch]:
-        """Endless shuffled batches of the training examples, the tasks taking turns.
-
-        Args:
-            batch_size: examples in a batch, where the task has no batch size of its own; a source that has fewer gives all.
-            seed: decides the order.
-            device: of the batches.
-            group_by_length: whether texts of about one length share a batch.
-        """
-        streams = [
-            _shuffled(parts, parts[0].task.batch_size or batch_size, named_seed(seed, task), device, group_by_length)
-            for task, parts in sorted(self.splits["train"].items())
-        ]
-        while True:
-            for stream in streams:
-                yield next(stream)
-
-    def batches(self, split: str, batch_size: int, device: torch.device) -> Iterator[Batch]:
-        """All examples of a split once, texts of about one length in a batch."""
-        for parts in self.splits[split].values():
-            for examples in parts:
-                order = examples.by_length(range(len(examples)))
-                for start in range(0, len(order), batch_size):
-                    yield examples.batch(order[start : start + batch_size], device)
-
-
-def _shuffled(
-    parts: Sequence[Examples], batch_size: int, seed: int, device: torch.device, group_by_length: bool
-) -> Iterator[Batch]:
-    """Endless epochs over all sources of a task; a batch is from one source, and so of one domain."""
-    epoch = 0
-    while True:
-        batches: list[tuple[Examples, Sequence[int]]] = []
-        for number, examples in enumerate(parts):
-            size = min(batch_size, len(examples))
-            order = permutation(len(examples), named_seed(seed, epoch, number))
-            batches += [(examples, positions) for positions in batches_of(examples, order, size, group_by_length)]
-        mixed = len(parts) > 1 or group_by_length
-        for turn in permutation(len(batches), named_seed(seed, epoch)) if mixed else range(len(batches)):
-            examples, positions = batches[turn]
-            yield examples.batch(positions, device)
-        epoch += 1
-
-
-def batches_of(examples: Examples, order: Sequence[int], size: int, group_by_length: bool) -> Iterator[Sequence[int]]:
-    """Positions of whole batches; a rest is left out.
-
-    Args:
-        examples: of one source.
-        order: shuffled positions.
-        size: examples in a batch.
-        group_by_length: whether `WINDOW` batches at a time are ordered by length, so that little is padded.
-    """
-    whole = len(order) // size * size
-    for start in range(0, whole, size * WINDOW):
-        window = order[start : min(start + size * WINDOW, whole)]
-        ordered = examples.by_length(window) if group_by_length else window
-        for at in range(0, len(ordered), size):
-            yield ordered[at : at + size]
+    splits: dict[str, dict[str, Sequence[Examples]]] = {"train": {}, "validation": {}, "test": {}}
+    for task in spec.tasks:
+        reader = _Reader(f"client {spec.name!r}: task {task.name!r}", task, tokenizer, text_length, seed, root)
+        found: dict[str, Sequence[Examples]] = {
+            "train": [reader.read("train", source) for source in task.train],
+            "validation": [reader.read("validation", source) for source in task.validation],
+            "test": [reader.read("test", source) for source in task.test],
+        }
+        for split, parts in found.items():
+            for problem in too_few_rows(task, split, [len(part) for part in parts], hold_out):
+                raise SpecError(f"{reader.where}: {problem}")
+        if hold_out and not task.validation:
+            halves = [
+                set_aside(part, named_seed(seed, spec.name, task.name, "held out", number))
+                for number, part in enumerate(found["train"])
+            ]
+            found["train"], found["validation"] = [a for a, _ in halves], [b for _, b in halves]
+        for split, parts in found.items():
+            splits[split][task.name] = parts
+    return ClientData(splits)
 
 
 def too_few_rows(task: TaskSpec, split: str, sizes: Sequence[int], hold_out: bool) -> Iterator[str]:
-    """What is wrong with the number of rows of a split's sources; see `ClientData` for `hold_out`."""
+    """What is wrong with the number of rows of a split's sources; see `load_client_data` for `hold_out`."""
     fewest = 2 if split == "train" and hold_out and not task.validation else 1
     if not sizes and split != "validation":
         yield f"{split} has no source: name one"
@@ -226,7 +154,7 @@ class _Reader:
     seed: int
     root: str
 
-    def read(self, split: str, source: Source) -> Examples:
+    def read(self, split: str, source: Source) -> TaskExamples:
         """The examples of one source; `split` is for messages.
 
         Raises:
@@ -237,13 +165,13 @@ class _Reader:
         except SourceError as error:
             raise SpecError(f"{self.where}: {split} {error}") from error
 
-    def _read(self, source: Source) -> Examples:
+    def _read(self, source: Source) -> TaskExamples:
         data = open_source(source, self.root)
         read = self.task.fields(source)
         for _, problem in missing_columns(data, read):
             raise SourceError(problem)
         rows = rows_of(source, self.root, self.seed)
-        return Examples(
+        return TaskExamples(
             task=self.task,
             domain=source.domain or self.task.domain,
             rows=rows,

@@ -11,10 +11,10 @@ from typing import cast
 import datasets
 import huggingface_hub
 import numpy as np
-import torch
 
 from tap_flower.core.initial import named_seed
 from tap_flower.data import packaged
+from tap_flower.data.batching import permutation
 from tap_flower.data.catalogue import fetch_command
 from tap_flower.data.spec import Field, Source
 
@@ -98,12 +98,6 @@ def values_of(data: datasets.Dataset, rows: Sequence[int], columns: Sequence[str
         part = list(rows[start : start + AT_ONCE])
         values = chosen[part] if columns else {}  # a template may be the same text for all rows
         yield [(row, {name: values[name][at] for name in columns}) for at, row in enumerate(part)]
-
-
-def permutation(count: int, seed: int) -> list[int]:
-    """The numbers below `count` in a random order."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return cast(list[int], order.tolist())
 
 
 @cache

@@ -1,28 +1,22 @@
-"""The client's handlers: one for each message of the protocol."""
+"""The client's handlers: one for each message of the protocol, whatever the client's models are made of."""
 
 from __future__ import annotations
 
-import json
 import logging
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from flwr.app import Context, Error, Message, RecordDict
 
-from tap_flower.config import ConfigError, Encoding, HyperParameters, Metrics, hyper_parameters
+from tap_flower.config import ConfigError, Encoding
 from tap_flower.core.aggregation import BadUpdateError, check_form
-from tap_flower.core.components import trainable_state
-from tap_flower.core.tasks import TEXT_GENERATION
-from tap_flower.core.training import DivergedError
-from tap_flower.data.loading import ClientData
-from tap_flower.data.spec import ClientSpec, SpecError
-from tap_flower.data.texts import load_tokenizer
+from tap_flower.core.components import ComponentModel, trainable_state
+from tap_flower.core.training import DivergedError, Observer
+from tap_flower.data.spec import SpecError
 from tap_flower.federation import messages
 from tap_flower.federation.encodings import EncodingError
 from tap_flower.federation.messages import (
@@ -34,19 +28,15 @@ from tap_flower.federation.messages import (
     TaskInfo,
     TensorInfo,
 )
-from tap_flower.federation.node import this_node
 from tap_flower.federation.store import ClientStore, Kept, Received
 from tap_flower.federation.updates import make_update, restore
 from tap_flower.methods.interference import gradient_cosines
 from tap_flower.methods.local import LocalClient
 from tap_flower.methods.method import Memory, Method, State
 from tap_flower.methods.registry import find_method
-from tap_flower.methods.samples import Samples
-from tap_flower.models.allocation import prepare_allocation
-from tap_flower.models.backbones import BackboneError, load_backbone, locate
+from tap_flower.models.errors import BackboneError
 from tap_flower.reporting.client_records import record_decisions, record_evaluation
 from tap_flower.storage import StorageError
-from tap_flower.text_metrics import TextMetrics
 
 REFUSED = 1001
 """Error code of a reply whose reason is meant for the person who runs the server or the node."""
@@ -62,19 +52,53 @@ EXPECTED = (
     StorageError,
 )
 """Errors whose text says what is wrong and what to do."""
-DEPLOYED = "client-spec"
-"""A setting that a deployed node has, and a simulated one has not."""
 log = logging.getLogger("tap_flower")
+
+
+class Witness(Protocol):
+    """Sees what the models under evaluation make of the test data."""
+
+    @property
+    def samples(self) -> dict[str, Any]:
+        """What they made of a few test items; see `methods.samples`."""
+        ...
+
+    def begin(self, name: str, model: ComponentModel) -> Observer:
+        """What is to be shown the batches of the next model's evaluation."""
+        ...
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Task name -> further metrics of the model whose evaluation has ended."""
+        ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A client as its node knows it.
+
+    Attributes:
+        local: with its data, and the run's hyper-parameters.
+        folder: of its state in this run.
+        witness: makes what sees the evaluation of the run's method; None where the metrics of the kinds are all.
+    """
+
+    local: LocalClient
+    folder: Path
+    witness: Callable[[Method], Witness] | None = None
 
 
 @dataclass(frozen=True)
 class Participant:
     """A client that has received an instruction."""
 
-    local: LocalClient
+    opened: Opened
     store: ClientStore
     instruction: Instruction
-    metrics: Metrics
+
+    @property
+    def local(self) -> LocalClient:
+        """With its data, and the run's hyper-parameters."""
+        return self.opened.local
 
     @property
     def method(self) -> Method:
@@ -131,49 +155,59 @@ class Participant:
         return tensors
 
 
-def manifest(message: Message, context: Context) -> Message:
-    """`query.manifest`: who the client is, what it has, which tensors it holds."""
-    return _answer(message, context, _manifest)
+@dataclass(frozen=True)
+class Handlers:
+    """Answers the server's messages, as a ClientApp's functions.
 
-
-def train(message: Message, context: Context) -> Message:
-    """`train`: one participation in stage 1."""
-    return _answer(message, context, _train)
-
-
-def distill(message: Message, context: Context) -> Message:
-    """`train.distill`: stage 2."""
-    return _answer(message, context, _distill)
-
-
-def evaluate(message: Message, context: Context) -> Message:
-    """`evaluate`: the metrics of every model that the client has, on its test data."""
-    return _answer(message, context, _evaluate)
-
-
-def _answer(message: Message, context: Context, handler: Callable[[Participant, Message], RecordDict]) -> Message:
-    """Runs a handler; what goes wrong in a way that somebody can mend is answered in plain words.
-
-    What may quote a node's spec or data goes to its own log alone; a simulation is one machine, and tells it.
+    Attributes:
+        open: (context, instruction) -> the client. It raises one of `EXPECTED` with what is wrong.
+        quotes: whether the server may be told what went wrong where the words may quote the node's own: a simulation is one
+            machine. Elsewhere they go to the node's log alone.
     """
-    try:
-        participant = _participant(message, context)
-        with participant.store.locked():
-            return Message(handler(participant, message), reply_to=message)
-    except LackingError as error:
-        return Message(Error(LackingError.CODE, str(error)), reply_to=message)
-    except EXPECTED as error:
-        reason = str(error)
-        if isinstance(error, SpecError) and DEPLOYED in context.node_config:
-            log.error("%s", error)
-            reason = "the node's client spec is wrong, or does not fit its data: the log of the node says where"
-        return Message(Error(REFUSED, reason), reply_to=message)
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(last.filename).name}:{last.lineno}"
-        traceback.print_exc()
-        reason = "the log of its node says more" if DEPLOYED in context.node_config else str(error)
-        return Message(Error(REFUSED, f"unexpected {type(error).__name__} at {where}: {reason}"), reply_to=message)
+
+    open: Callable[[Context, Instruction], Opened]
+    quotes: Callable[[Context], bool]
+
+    def manifest(self, message: Message, context: Context) -> Message:
+        """`query.manifest`: who the client is, what it has, which tensors it holds."""
+        return self._answer(message, context, _manifest)
+
+    def train(self, message: Message, context: Context) -> Message:
+        """`train`: one participation in stage 1."""
+        return self._answer(message, context, _train)
+
+    def distill(self, message: Message, context: Context) -> Message:
+        """`train.distill`: stage 2."""
+        return self._answer(message, context, _distill)
+
+    def evaluate(self, message: Message, context: Context) -> Message:
+        """`evaluate`: the metrics of every model that the client has, on its test data."""
+        return self._answer(message, context, _evaluate)
+
+    def _answer(
+        self, message: Message, context: Context, handler: Callable[[Participant, Message], RecordDict]
+    ) -> Message:
+        """Runs a handler; what goes wrong in a way that somebody can mend is answered in plain words."""
+        try:
+            instruction = messages.instruction(message)
+            opened = self.open(context, instruction)
+            participant = Participant(opened, ClientStore(opened.folder, instruction.run), instruction)
+            with participant.store.locked():
+                return Message(handler(participant, message), reply_to=message)
+        except LackingError as error:
+            return Message(Error(LackingError.CODE, str(error)), reply_to=message)
+        except EXPECTED as error:
+            reason = str(error)
+            if isinstance(error, SpecError) and not self.quotes(context):
+                log.error("%s", error)
+                reason = "the node's client spec is wrong, or does not fit its data: the log of the node says where"
+            return Message(Error(REFUSED, reason), reply_to=message)
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(last.filename).name}:{last.lineno}"
+            traceback.print_exc()
+            reason = str(error) if self.quotes(context) else "the log of its node says more"
+            return Message(Error(REFUSED, f"unexpected {type(error).__name__} at {where}: {reason}"), reply_to=message)
 
 
 def _manifest(participant: Participant, _: Message) -> RecordDict:
@@ -184,11 +218,11 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
     examples = local.data.sizes("train")
     return messages.encode_manifest(
         Manifest(
-            client=local.spec.name,
-            fingerprint=local.backbone.fingerprint,
+            client=local.holdings.name,
+            fingerprint=local.holdings.fingerprint,
             tasks=tuple(
-                TaskInfo(task.pair, task.kind, task.domains, len(task.classes), examples[task.name])
-                for task in local.spec.tasks
+                TaskInfo(task.pair, task.kind.name, task.domains, task.head_size, examples[task.pair.task])
+                for task in local.holdings.tasks
             ),
             tensors={
                 name: TensorInfo(component_of[name], shape, model.initials[name]) for name, shape in shapes.items()
@@ -236,30 +270,19 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
     method, memory = participant.method, _memory(participant.at_the_end())
     models = method.models(local, participant.receive(message), memory)
     models |= participant.store.second_stage(method.results)
-    metrics: messages.Metrics = {task.name: {} for task in local.spec.tasks}
-    tokenizer = load_tokenizer(locate(local.spec.backbone), local.spec.revision)
-
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-    samples = Samples(local, decode, tokenizer.sep_token_id, {"server", "personal", method.result})
+    metrics: messages.Metrics = {task: {} for task in local.kinds}
+    witness = None if participant.opened.witness is None else participant.opened.witness(method)
     cosines: list[dict[str, Any]] = []
     for name, state in models.items():
         model = local.model(state)
-        samples.add(name, model)
         if name == "server":
             cosines = gradient_cosines(local, model)
-        texts = TextMetrics(
-            [task.name for task in local.spec.tasks if task.kind == TEXT_GENERATION.name],
-            decode,
-            tokenizer.sep_token_id,
-            meteor=participant.metrics.meteor,
-            bertscore=participant.metrics.bertscore,
-        )
-        found, of_texts = local.evaluate(model, "test", texts.observe), texts.metrics()
+        found = local.evaluate(model, "test", None if witness is None else witness.begin(name, model))
+        further = {} if witness is None else witness.metrics()
         for task, values in found.items():
-            metrics[task][name] = values | of_texts.get(task, {})
-    record_evaluation(participant.store.folder, participant.instruction.run, samples.tasks, cosines)
+            metrics[task][name] = values | further.get(task, {})
+    samples = {} if witness is None else witness.samples
+    record_evaluation(participant.store.folder, participant.instruction.run, samples, cosines)
     return messages.encode({"metrics": metrics})
 
 
@@ -271,40 +294,3 @@ def _scores(participant: Participant, received: State, memory: Memory) -> dict[s
 
 def _memory(kept: Kept | None) -> Memory:
     return Memory() if kept is None else kept.memory
-
-
-def _participant(message: Message, context: Context) -> Participant:
-    instruction = messages.instruction(message)
-    try:
-        node = this_node(context, instruction.run)
-    except ConfigError as error:
-        raise SpecError(str(error)) from error
-    settings = json.dumps(instruction.hyper_parameters, sort_keys=True)
-    local = _local_client(node.spec, node.data_root, settings)
-    return Participant(local, ClientStore(node.folder, instruction.run), instruction, node.metrics)
-
-
-@cache
-def _local_client(spec: ClientSpec, data_root: str, settings: str) -> LocalClient:
-    """A client with its data and backbone, once a process: in a simulation an actor serves many messages."""
-    prepare_allocation()
-    parameters: HyperParameters = hyper_parameters(json.loads(settings))
-    model = parameters.model
-    backbone = load_backbone(
-        spec.backbone,
-        model.layers,
-        model.image_size,
-        spec.revision,
-        getattr(torch, parameters.compute.precision.value),
-        parameters.compute.recompute,
-        parameters.compute.compile,
-    )
-    data = ClientData(
-        spec,
-        load_tokenizer(locate(spec.backbone), spec.revision),
-        model.text_length,
-        parameters.seed,
-        data_root,
-        hold_out=parameters.needs_validation,
-    )
-    return LocalClient(spec, data, backbone, parameters)

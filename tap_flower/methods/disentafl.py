@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tap_flower.config import ConfigError
 from tap_flower.core.training import Batch
 from tap_flower.methods.method import Memory, Method, Participation, SecondStage, State
 from tap_flower.methods.steps import finetune, train_round
 
 if TYPE_CHECKING:
+    from tap_flower.core.components import ComponentModel
     from tap_flower.methods.local import LocalClient
-    from tap_flower.models.model import TapModel
 
 NAME, WEIGHT = "disentafl", 0.5
 Latents = Mapping[tuple[str, str], Tensor]
@@ -39,12 +40,19 @@ def disentanglement(new: Latents, old: Latents) -> Tensor:
 
 
 class Disentanglement:
-    """The objective of a model's training; it watches the model's latents."""
+    """The objective of a model's training; it watches the model's latents.
 
-    def __init__(self, model: TapModel) -> None:
+    Raises:
+        ConfigError: the model is not over one of the backbones, and has no latents by modality and kind of task.
+    """
+
+    def __init__(self, model: ComponentModel) -> None:
         self.new: dict[tuple[str, str], Tensor] = {}
         self.old: dict[tuple[str, str], Tensor] = {}
-        model.fusion.observe = self.new.__setitem__
+        fusion = getattr(model, "fusion", None)
+        if fusion is None:
+            raise ConfigError(f"method={NAME} needs the fusion of tap-flower's own models: use another method")
+        fusion.observe = self.new.__setitem__
 
     def __call__(self, batch: Batch, output: Tensor) -> Tensor:
         """The loss of the latents that came up since the last call."""

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tap_flower.core.components import ComponentModel
 from tap_flower.methods.local import LocalClient
-from tap_flower.models.model import TapModel
 
 
-def gradient_cosines(client: LocalClient, model: TapModel) -> list[dict[str, Any]]:
+def gradient_cosines(client: LocalClient, model: ComponentModel) -> list[dict[str, Any]]:
     """Cosines between the gradients of every two pairs of a client, on the components that both reach.
 
     The gradient of a pair is that of its mean loss on one batch of its training examples, without dropout; no step is made.
@@ -36,9 +36,8 @@ def gradient_cosines(client: LocalClient, model: TapModel) -> list[dict[str, Any
         names = [n for n in component_map.tensors_of(pair) if held[component_map.component_of[n]] > 1]
         if not names:
             continue
-        examples = client.data.splits["train"][pair.task][0]
-        size = min(examples.task.batch_size or client.settings.train.batch_size, len(examples))
-        batch = examples.batch(range(size), client.device)
+        size = client.data.splits["train"][pair.task][0].batch_size or client.settings.train.batch_size
+        batch = client.data.first("train", pair.task, size, client.device)
         loss = client.kinds[pair.task].losses(model(pair.task, batch.inputs), batch.target).mean()
         found = torch.autograd.grad(loss, [parameters[n] for n in names])
         gradients[pair.task] = {name: value.double() for name, value in zip(names, found, strict=True)}

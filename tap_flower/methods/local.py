@@ -2,26 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tap_flower.config import HyperParameters, Model
-from tap_flower.core.components import load_trainable_state, trainable_state
+from tap_flower.config import HyperParameters
+from tap_flower.core.components import ComponentModel, Pair, load_trainable_state, trainable_state
 from tap_flower.core.initial import named_seed
-from tap_flower.core.tasks import TASK_KINDS, TaskKind
+from tap_flower.core.tasks import TaskKind
 from tap_flower.core.training import Batch, Objective, Observer, Optimisation, Update, evaluate, train
-from tap_flower.data.loading import ClientData
-from tap_flower.data.spec import ClientSpec
+from tap_flower.data.batching import ClientData
 from tap_flower.methods.method import State
-from tap_flower.models.backbones import Backbone, BackboneError, outline
-from tap_flower.models.model import ModelTask, TapModel
 
 EVALUATION_BATCH = 64
 """Examples in a batch of an evaluation; no result depends on it."""
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """A task of a client.
+
+    Attributes:
+        pair: its name and modalities.
+        kind: of task.
+        domains: of its data.
+        head_size: what clients that share the task's head must agree on, the number of classes; 0 where it says nothing.
+        margin: the client's own replacement margin; None takes the run's for the kind of task.
+    """
+
+    pair: Pair
+    kind: TaskKind
+    domains: tuple[str, ...] = ()
+    head_size: int = 0
+    margin: float | None = None
+
+
+class Holdings(Protocol):
+    """What a client has beside its data, whatever its model is made of."""
+
+    @property
+    def name(self) -> str:
+        """Of the client."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what is frozen in its models: clients of one run must agree on it."""
+        ...
+
+    @property
+    def tasks(self) -> Sequence[LocalTask]:
+        """Its tasks."""
+        ...
+
+    def new_model(self) -> ComponentModel:
+        """A model of the client's components; its trainable tensors have no values yet."""
+        ...
+
+    def outline(self) -> ComponentModel:
+        """The same, to be looked at only: its tensors may be without memory."""
+        ...
 
 
 @dataclass
@@ -29,17 +73,15 @@ class LocalClient:
     """A client in one process.
 
     Attributes:
-        spec: name and tasks.
+        holdings: name, tasks and model.
         data: its examples.
-        backbone: shared by all clients of the process.
         settings: the run's hyper-parameters, as the server sent them.
         device: where it computes.
         steps: optimiser steps that it has made in this process, of all models.
     """
 
-    spec: ClientSpec
+    holdings: Holdings
     data: ClientData
-    backbone: Backbone
     settings: HyperParameters
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     steps: int = field(default=0, init=False)
@@ -47,34 +89,36 @@ class LocalClient:
     @cached_property
     def kinds(self) -> Mapping[str, TaskKind]:
         """Task name -> kind."""
-        return {task.name: TASK_KINDS[task.kind] for task in self.spec.tasks}
+        return {task.pair.task: task.kind for task in self.holdings.tasks}
 
     @cached_property
     def margins(self) -> Mapping[str, float]:
-        """Task name -> the client's own margin, or the run's for the kind of task."""
-        by_kind = self.settings.replacement.margin
+        """Task name -> the client's own margin, or the run's for the kind of task, or the kind's."""
+        by_kind = vars(self.settings.replacement.margin)
         return {
-            task.name: getattr(by_kind, task.kind) if task.margin is None else task.margin for task in self.spec.tasks
+            task.pair.task: by_kind.get(task.kind.name, task.kind.margin) if task.margin is None else task.margin
+            for task in self.holdings.tasks
         }
 
     @cached_property
-    def outline(self) -> TapModel:
-        """The client's model without values: what it consists of."""
-        with torch.device("meta"):
-            return self.new_model()
+    def distillation_weights(self) -> Mapping[str, float]:
+        """Name of a kind of task -> the run's weight of its distillation, or the kind's."""
+        by_kind = vars(self.settings.distill.weight)
+        return {kind.name: by_kind.get(kind.name, kind.distillation) for kind in self.kinds.values()}
+
+    @cached_property
+    def outline(self) -> ComponentModel:
+        """The client's model, to be looked at only."""
+        return self.holdings.outline()
 
     def initial_values(self) -> State:
         """The run's initial values of the client's tensors."""
         initials, seed = self.outline.initials, self.settings.seed
         return {n: initials[n].value(n, tuple(t.shape), seed) for n, t in trainable_state(self.outline).items()}
 
-    def new_model(self) -> TapModel:
-        """A model of the client's components; its trainable tensors have no values yet."""
-        return client_model(self.backbone, self.spec, self.settings.model.text_length)
-
-    def model(self, state: Mapping[str, Tensor] | None = None) -> TapModel:
+    def model(self, state: Mapping[str, Tensor] | None = None) -> ComponentModel:
         """A model with the trainable tensors of `state`, or with the run's initial values, on the client's device."""
-        model = self.new_model()
+        model = self.holdings.new_model()
         if state is None:
             model.initialise(self.settings.seed)
         else:
@@ -83,7 +127,7 @@ class LocalClient:
 
     def train(
         self,
-        model: TapModel,
+        model: ComponentModel,
         optimisation: Optimisation,
         *,
         order: tuple[object, ...],
@@ -104,7 +148,7 @@ class LocalClient:
         Returns:
             Task name -> mean training loss.
         """
-        name, seed = self.spec.name, self.settings.seed
+        name, seed = self.holdings.name, self.settings.seed
         batches = self.data.training_batches(
             self.settings.train.batch_size,
             named_seed(seed, name, "order", *order),
@@ -117,64 +161,21 @@ class LocalClient:
         self.steps += optimisation.steps
         return train(model, self.kinds, batches, optimisation, objective, update)
 
-    def evaluate(self, model: TapModel, split: str, observe: Observer | None = None) -> dict[str, dict[str, float]]:
+    def evaluate(
+        self, model: ComponentModel, split: str, observe: Observer | None = None
+    ) -> dict[str, dict[str, float]]:
         """Task name -> metric -> value over all examples of a split; `observe` is shown every batch."""
         return evaluate(model, self.kinds, self.batches(split), observe)
 
-    def scores(self, model: TapModel, split: str) -> dict[str, float]:
+    def scores(self, model: ComponentModel, split: str) -> dict[str, float]:
         """Task name -> score over all examples of a split: the headline metric, or 1 minus it where lower is better."""
         found = self.evaluate(model, split)
         return {task: self.kinds[task].score(metrics) for task, metrics in found.items()}
 
-    def losses(self, model: TapModel, split: str) -> dict[str, float]:
+    def losses(self, model: ComponentModel, split: str) -> dict[str, float]:
         """Task name -> loss over all examples of a split."""
         return {task: metrics["loss"] for task, metrics in self.evaluate(model, split).items()}
 
     def batches(self, split: str) -> Iterator[Batch]:
         """All examples of a split once."""
         return self.data.batches(split, EVALUATION_BATCH, self.device)
-
-
-def client_model(backbone: Backbone, spec: ClientSpec, text_length: int) -> TapModel:
-    """A model of a client's components; its trainable tensors have no values yet.
-
-    Args:
-        backbone: of the client.
-        spec: of the client.
-        text_length: longest text and longest target, in tokens.
-
-    Raises:
-        BackboneError: the backbone has no positions for texts of this length.
-    """
-    reads_text = any("text" in task.modalities for task in spec.tasks)
-    if reads_text and text_length > backbone.text_length:
-        raise BackboneError(
-            f"model.text_length = {text_length} is too long for backbone {spec.backbone!r}, which has positions for "
-            f"{backbone.text_length} tokens: choose at most {backbone.text_length}"
-        )
-    tasks = [
-        ModelTask(
-            pair=task.pair,
-            kind=task.kind,
-            domains=task.domains,
-            classes=len(task.classes),
-            target_length=text_length if task.kind == "text_generation" else 0,
-        )
-        for task in spec.tasks
-    ]
-    return TapModel(backbone, tasks)
-
-
-def exchanged(spec: ClientSpec, model: Model) -> dict[str, Tensor]:
-    """The tensors that a client and the server send each other, without values; no weights are read for it.
-
-    Args:
-        spec: of the client.
-        model: the run's.
-
-    Raises:
-        BackboneError: the client's backbone cannot be used.
-    """
-    backbone = outline(spec.backbone, model.layers, model.image_size, spec.revision)
-    with torch.device("meta"):
-        return trainable_state(client_model(backbone, spec, model.text_length))

@@ -17,8 +17,8 @@ from tap_flower.methods.method import Memory, Method, Participation, SecondStage
 from tap_flower.methods.steps import finetune, near, train_round
 
 if TYPE_CHECKING:
+    from tap_flower.core.components import ComponentModel
     from tap_flower.methods.local import LocalClient
-    from tap_flower.models.model import TapModel
 
 NAME = "pfedme"
 
@@ -52,7 +52,7 @@ def participate(client: LocalClient, server_round: int, received: State, memory:
     settings = client.settings.baselines
     w = {name: value.to(client.device, copy=True) for name, value in received.items()}
 
-    def follow(model: TapModel) -> Envelope:
+    def follow(model: ComponentModel) -> Envelope:
         rate, steps = settings.pfedme_rate * settings.pfedme_lambda, client.settings.train.steps
         return Envelope(w, trainable_state(model), rate, settings.pfedme_inner_steps, steps)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tap_flower.core.components import ComponentModel
 from tap_flower.core.training import Batch
 from tap_flower.data.collate import denormalise
+from tap_flower.data.spec import TaskSpec
 from tap_flower.methods.local import LocalClient
-from tap_flower.models.model import TapModel
 from tap_flower.text_metrics import generated
 
 ITEMS = 4
@@ -28,6 +29,7 @@ class Samples:
 
     Attributes:
         client: whose items.
+        specs: its tasks.
         decode: token ids -> text, without special tokens.
         end: id of the separator that closes a text.
         shown: names of the models whose answers are kept.
@@ -37,20 +39,20 @@ class Samples:
     """
 
     client: LocalClient
+    specs: Sequence[TaskSpec]
     decode: Callable[[list[int]], str]
     end: int
     shown: Collection[str]
     tasks: dict[str, Any] = field(default_factory=dict)
 
     @torch.no_grad()
-    def add(self, name: str, model: TapModel) -> None:
+    def add(self, name: str, model: ComponentModel) -> None:
         """Adds the answers of a model, if it is one of those that are shown."""
         if name not in self.shown:
             return
         model.eval()
-        for task in self.client.spec.tasks:
-            examples = self.client.data.splits["test"][task.name][0]
-            batch = examples.batch(range(min(ITEMS, len(examples))), self.client.device)
+        for task in self.specs:
+            batch = self.client.data.first("test", task.name, ITEMS, self.client.device)
             found = self.tasks.setdefault(task.name, {"kind": task.kind, "items": self._inputs(batch)})
             answers = self._answers(task.kind, task.classes, batch, model(batch.task, batch.inputs))
             for item, (target, answer) in zip(found["items"], answers, strict=True):

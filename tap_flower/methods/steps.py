@@ -14,12 +14,12 @@ from tap_flower.core.training import Objective, Update
 from tap_flower.methods.method import State
 
 if TYPE_CHECKING:
+    from tap_flower.core.components import ComponentModel
     from tap_flower.methods.local import LocalClient
-    from tap_flower.models.model import TapModel
 
-MakeObjective = Callable[["TapModel"], Objective]
+MakeObjective = Callable[["ComponentModel"], Objective]
 """The model that is about to be trained -> the further loss of its training."""
-MakeUpdate = Callable[["TapModel"], Update]
+MakeUpdate = Callable[["ComponentModel"], Update]
 """Likewise -> what happens with the gradients of a step; see `core.training.train`."""
 
 

@@ -79,7 +79,7 @@ def second_stage(client: LocalClient, received: State, memory: Memory) -> Second
         client,
         personal,
         "personal",
-        lambda _: Distillation(teacher, client.kinds, vars(settings.weight), settings.temperature),
+        lambda _: Distillation(teacher, client.kinds, client.distillation_weights, settings.temperature),
     )
     return SecondStage({"server+finetune": finetuned, "tap": tap}, losses)
 

@@ -19,14 +19,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import has_file
 
+from tap_flower.models.errors import BackboneError
 from tap_flower.models.experts import FrozenLayer
 from tap_flower.models.lora import LoraSettings
 
 DEMO = "demo"
-
-
-class BackboneError(ValueError):
-    """A backbone cannot be used; the message names it and the remedy."""
 
 
 class Encoder(ABC, nn.Module):

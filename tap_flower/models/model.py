@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tap_flower.core.components import ComponentMap, Pair
-from tap_flower.core.initial import Initial, initialise
+from tap_flower.core.components import ComponentMap, ComponentModel, Pair
+from tap_flower.core.initial import Initial, initial_values
 from tap_flower.models import fusion
 from tap_flower.models.backbones import Backbone
 from tap_flower.models.heads import ImageHead, TextHead
@@ -38,7 +38,7 @@ class ModelTask:
     target_length: int = 0
 
 
-class TapModel(nn.Module):
+class TapModel(ComponentModel):
     """Encoders, fusion with four paths, heads. A flat set of named components makes up everything trainable.
 
     The inputs of a batch are `image` [B, 3, 64, 64] (normalised), `input_ids` [B, T] (int64), `attention_mask` [B, T]
@@ -76,13 +76,8 @@ class TapModel(nn.Module):
         self.initials = {
             f"components.{component}.{name}": initial
             for component, module in self.components.items()
-            for name, initial in initial_values(module).items()
+            for name, initial in initial_values(module, _initial).items()
         }
-
-    def initialise(self, seed: int) -> TapModel:
-        """Sets every trainable tensor to the value that `seed` and its name give; returns the model itself."""
-        initialise(self, self.initials, seed)
-        return self
 
     def features(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
         """Pooled features [B, D]: the mean over tokens that are not padding, over the paths and over the streams."""
@@ -146,33 +141,13 @@ def _head(backbone: Backbone, task: ModelTask) -> nn.Module:
     return backbone.classification_head(task.classes)
 
 
-def initial_values(module: nn.Module) -> dict[str, Initial]:
-    """Parameter name -> how it starts, by the type of the module that owns it.
+def _initial(part: nn.Module, name: str) -> Initial | None:
+    """How a parameter starts where it differs from PyTorch's own.
 
-    LoRA: A uniform ± 1/√in, B zero. Linear and convolution: uniform ± 1/√fan_in (PyTorch's own). LayerNorm: 1 and 0.
-    Embedding: normal, deviation .02. GPT-2's Conv1D: normal, deviation .02, and 0. A module with `INITIALS` states its own.
+    LoRA: A uniform ± 1/√in, B zero. Embedding and GPT-2's Conv1D: normal, deviation .02, and 0.
     """
-    initials: dict[str, Initial] = {}
-    own: dict[str, Initial] = {}
-    zero, small = Initial("constant", 0.0), Initial("normal", 0.02)
-    for path, part in module.named_modules():
-        stated: Mapping[str, Initial] = getattr(part, "INITIALS", {})
-        own |= {f"{path}.{name}" if path else name: initial for name, initial in stated.items()}
-        for name, parameter in part.named_parameters(recurse=False):
-            if name in stated:
-                continue
-            bias = name == "bias"
-            if isinstance(part, LoRA):
-                initial = zero if name == "B" else Initial("uniform", 1 / math.sqrt(part.A.shape[1]))
-            elif isinstance(part, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-                initial = Initial("uniform", 1 / math.sqrt(part.weight[0].numel()))
-            elif isinstance(part, nn.LayerNorm):
-                initial = zero if bias else Initial("constant", 1.0)
-            elif isinstance(part, nn.Embedding | Conv1D):
-                initial = zero if bias else small
-            else:
-                raise TypeError(
-                    f"no initial value is defined for {type(part).__name__}.{name} {tuple(parameter.shape)}"
-                )
-            initials[f"{path}.{name}" if path else name] = initial
-    return initials | own
+    if isinstance(part, LoRA):
+        return Initial("constant", 0.0) if name == "B" else Initial("uniform", 1 / math.sqrt(part.A.shape[1]))
+    if isinstance(part, nn.Embedding | Conv1D):
+        return Initial("constant", 0.0) if name == "bias" else Initial("normal", 0.02)
+    return None

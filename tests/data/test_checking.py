@@ -11,7 +11,7 @@ from PIL import Image
 
 from tap_flower.config import client_specs, load_config
 from tap_flower.data.checking import Problem, check_data, check_spec
-from tap_flower.data.loading import ClientData
+from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec, SpecError, client_spec
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.models.backbones import locate
@@ -151,7 +151,7 @@ def test_the_examples_are_what_the_client_trains_on() -> None:
     spec, *_ = client_specs(load_config("demo"))
     summaries, problems = checked(spec, text_length=40)
     assert problems == []
-    loaded = ClientData(spec, load_tokenizer(locate("demo")), 40, 41, hold_out=False)
+    loaded = load_client_data(spec, load_tokenizer(locate("demo")), 40, 41, hold_out=False)
     for split in ("train", "test"):
         for task, size in loaded.sizes(split).items():
             found, (part, *_) = summaries[task, split], loaded.splits[split][task]
@@ -172,7 +172,7 @@ def test_too_few_rows(tmp_path: Path) -> None:
     ):
         assert f"client 'hospital-a': task 'triage': {problem}" in checked(one, hold_out=True)[1]
         with pytest.raises(SpecError, match=problem):
-            ClientData(one, load_tokenizer(locate("demo")), 8, 41, hold_out=True)
+            load_client_data(one, load_tokenizer(locate("demo")), 8, 41, hold_out=True)
 
 
 def test_a_template_may_be_the_same_for_all_rows(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_template_may_be_the_same_for_all_rows(tmp_path: Path) -> None:
     summaries, problems = checked(client_spec(spec_of(task)))
     assert problems == []
     assert summaries["triage", "train"].examples[2].shown["text"] == "[CLS] what is it? [SEP]"
-    loaded = ClientData(client_spec(spec_of(task)), load_tokenizer(locate("demo")), 8, 41, hold_out=False)
+    loaded = load_client_data(client_spec(spec_of(task)), load_tokenizer(locate("demo")), 8, 41, hold_out=False)
     assert len(loaded.splits["train"]["triage"][0].texts or []) == 3
 
 

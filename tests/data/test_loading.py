@@ -11,9 +11,10 @@ import torch
 from tap_flower.config import client_specs, load_config
 from tap_flower.core.tasks import IGNORE, IMAGE_STD
 from tap_flower.data import images, packaged
+from tap_flower.data.batching import ClientData
 from tap_flower.data.collate import IMAGE_MEAN, normalise, pad_inputs, pad_targets
 from tap_flower.data.images import LazyImages
-from tap_flower.data.loading import ClientData
+from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec, Source, SpecError
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.models.backbones import locate
@@ -24,7 +25,7 @@ CLIENTS = client_specs(load_config("demo"))
 
 
 def data(spec: ClientSpec, seed: int = 1) -> ClientData:
-    return ClientData(spec, load_tokenizer(locate("demo")), 40, seed)
+    return load_client_data(spec, load_tokenizer(locate("demo")), 40, seed)
 
 
 def changed(index: int, **changes: Any) -> ClientSpec:

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from tap_flower.config import client_specs, load_config, read_yaml
-from tap_flower.data.loading import ClientData
+from tap_flower.data.batching import ClientData
+from tap_flower.data.loading import load_client_data
 from tap_flower.data.sources import SourceError, open_source, rows_of
 from tap_flower.data.spec import ClientSpec, Source, SpecError, client_spec
 from tap_flower.data.texts import load_tokenizer
@@ -44,7 +45,7 @@ def triage(source: dict[str, Any], **changes: Any) -> ClientSpec:
 
 
 def data(spec: ClientSpec, root: str = "", **options: Any) -> ClientData:
-    return ClientData(spec, load_tokenizer(locate("demo")), 40, 41, root, **{"hold_out": False} | options)
+    return load_client_data(spec, load_tokenizer(locate("demo")), 40, 41, root, **{"hold_out": False} | options)
 
 
 def words(client: ClientData, split: str = "train", role: str = "texts") -> list[str]:
@@ -228,7 +229,7 @@ def test_labels_1_to_4_of_ag_news_are_classes_0_to_3(root: Path, clients: list[C
 def test_prompts_of_mmlu_vqa_and_common_gen(root: Path, clients: list[ClientSpec]) -> None:
     settings = {"text_length": 200}
     tokenizer = load_tokenizer(locate("demo"))
-    law = ClientData(clients[6], tokenizer, settings["text_length"], 41, str(root), hold_out=False)
+    law = load_client_data(clients[6], tokenizer, settings["text_length"], 41, str(root), hold_out=False)
     (part, *_) = law.splits["train"]["text_generation"]
     raw = mirror.table("cais/mmlu", "test", "professional_law")[part.rows[0]]
     options = " ".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", raw["choices"], strict=True))

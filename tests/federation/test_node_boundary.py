@@ -156,7 +156,7 @@ def test_what_is_wrong_with_a_nodes_data_is_told_on_the_node_alone(
 def test_an_unexpected_error_of_a_node_is_told_without_its_text(
     federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tap_flower.data.loading import ClientData
+    from tap_flower.data.batching import ClientData
 
     def fail(self: ClientData, split: str) -> dict[str, int]:
         raise KeyError(SECRET)

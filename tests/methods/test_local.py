@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tap_flower.config import Model, client_specs, load_config
-from tap_flower.methods.local import client_model, exchanged
-from tap_flower.models.backbones import BackboneError, load_backbone
+from tap_flower.methods.spec_client import client_model, exchanged
+from tap_flower.models.backbones import load_backbone
+from tap_flower.models.errors import BackboneError
 
 
 def test_texts_longer_than_the_backbone_has_positions_for_are_refused() -> None:

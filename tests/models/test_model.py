@@ -14,7 +14,7 @@ from transformers import FlavaConfig
 from tap_flower.config import Config, client_specs, load_config
 from tap_flower.core.components import Pair, trainable_state
 from tap_flower.core.tasks import TASK_KINDS
-from tap_flower.data.loading import ClientData
+from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.methods.local import client_model
@@ -36,7 +36,7 @@ def randomise(model: TapModel) -> TapModel:
 
 
 def assert_reach_is_what_autograd_finds(config: Config, spec: ClientSpec) -> None:
-    data = ClientData(
+    data = load_client_data(
         spec, load_tokenizer(locate(spec.backbone)), config.model.text_length, config.seed, config.data.root
     )
     backbone = load_backbone(spec.backbone, config.model.layers, config.model.image_size)
