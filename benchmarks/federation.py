@@ -29,7 +29,7 @@ from tap_flower.core.components import cpu_state
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.federation.in_process import InProcessGrid
-from tap_flower.federation.server import prepare
+from tap_flower.federation.strategy import TapStrategy
 from tap_flower.methods.local import LocalClient
 from tap_flower.methods.spec_client import SpecHoldings
 from tap_flower.models.backbones import load_backbone, locate
@@ -114,7 +114,7 @@ class _Stopwatch(EventLog):
 def tap(config: Config, run_config: dict[str, Any]) -> tuple[Stamp, int]:
     """Seconds of a round, and bytes of tensors in both directions in all rounds."""
     grid = InProcessGrid(tap_app, [{"partition-id": i} for i in range(config.clients_per_round)], run_config)
-    strategy = prepare(config, Path(run_config["out"]))
+    strategy = TapStrategy(config, Path(run_config["out"]))
     watch = strategy.events = _Stopwatch(Path(run_config["out"]))
     with contextlib.suppress(_Enough):
         strategy.start(grid)

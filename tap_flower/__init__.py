@@ -1,3 +1,57 @@
-"""TAP (Two-Stage Adaptive Personalization, arXiv 2509.26524) for federated learning with Flower."""
+"""TAP (Two-Stage Adaptive Personalization, arXiv 2509.26524) for federated learning with Flower.
+
+The names below are the public interface. Each is imported when it is first used, so that `import tap_flower` costs nothing,
+and none of them imports transformers or datasets.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tap_flower.config import Config as Config
+    from tap_flower.config import load_config as load_config
+    from tap_flower.core.components import ComponentMap as ComponentMap
+    from tap_flower.core.components import Pair as Pair
+    from tap_flower.core.initial import Initial as Initial
+    from tap_flower.core.tasks import IMAGE_CLASSIFICATION as IMAGE_CLASSIFICATION
+    from tap_flower.core.tasks import IMAGE_GENERATION as IMAGE_GENERATION
+    from tap_flower.core.tasks import TEXT_CLASSIFICATION as TEXT_CLASSIFICATION
+    from tap_flower.core.tasks import TEXT_GENERATION as TEXT_GENERATION
+    from tap_flower.core.tasks import TaskKind as TaskKind
+    from tap_flower.federation.plugin_client import client_app as client_app
+    from tap_flower.federation.strategy import TapStrategy as TapStrategy
+    from tap_flower.plugin.client import Client as Client
+    from tap_flower.plugin.client import Task as Task
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "tap_flower.config": ("Config", "load_config"),
+    "tap_flower.core.components": ("ComponentMap", "Pair"),
+    "tap_flower.core.initial": ("Initial",),
+    "tap_flower.core.tasks": (
+        "IMAGE_CLASSIFICATION",
+        "IMAGE_GENERATION",
+        "TEXT_CLASSIFICATION",
+        "TEXT_GENERATION",
+        "TaskKind",
+    ),
+    "tap_flower.federation.plugin_client": ("client_app",),
+    "tap_flower.federation.strategy": ("TapStrategy",),
+    "tap_flower.plugin.client": ("Client", "Task"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name from where it is defined."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

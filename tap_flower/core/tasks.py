@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,39 @@ class TaskKind:
     higher_is_better: bool
     margin: float = 0.0
     distillation: float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        losses: Callable[[Tensor, Tensor], Tensor],
+        divergences: Callable[[Tensor, Tensor, Tensor, float], Tensor],
+        **own: Any,
+    ) -> TaskKind:
+        """A kind of one's own that is judged by its mean loss, unless `own` says more.
+
+        Regression of vectors, for example, has the losses `(output - target).square().mean(-1)` and the divergences
+        `(student - teacher).square().mean(-1)`.
+
+        Args:
+            name: letters, digits, `-` and `_`.
+            losses: see the attributes.
+            divergences: likewise.
+            own: other attributes.
+        """
+
+        def statistics(output: Tensor, target: Tensor) -> Statistics:
+            found = losses(output, target).double()
+            return {
+                "loss": found.sum(),
+                "units": torch.tensor(float(len(found)), dtype=torch.float64, device=output.device),
+            }
+
+        def metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
+            return {"loss": float(sums["loss"]) / float(sums["units"])}
+
+        said = {"statistics": statistics, "metrics": metrics, "headline": "loss", "higher_is_better": False, **own}
+        return cls(name, losses, divergences, **said)
 
     def score(self, metrics: Mapping[str, float]) -> float:
         """The headline metric, or 1 minus it where lower is better: higher is always better.

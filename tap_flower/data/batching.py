@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, Self, cast
+from typing import Protocol, Self, TypeVar, cast
 
 import torch
 
@@ -86,7 +86,10 @@ class ClientData:
         return examples.batch(range(min(count, len(examples))), device)
 
 
-def set_aside(examples: Examples, seed: int) -> tuple[Examples, Examples]:
+_Some = TypeVar("_Some", bound=Examples)
+
+
+def set_aside(examples: _Some, seed: int) -> tuple[_Some, _Some]:
     """(the rest, one in `HELD_OUT` set aside), drawn with `seed`."""
     order = permutation(len(examples), seed)
     held_out = max(1, len(examples) // HELD_OUT)

@@ -35,6 +35,7 @@ from tap_flower.methods.local import LocalClient
 from tap_flower.methods.method import Memory, Method, State
 from tap_flower.methods.registry import find_method
 from tap_flower.models.errors import BackboneError
+from tap_flower.plugin.errors import ClientError
 from tap_flower.reporting.client_records import record_decisions, record_evaluation
 from tap_flower.storage import StorageError
 
@@ -44,6 +45,7 @@ REFUSED = 1001
 EXPECTED = (
     BackboneError,
     BadUpdateError,
+    ClientError,
     ConfigError,
     DivergedError,
     EncodingError,
@@ -213,6 +215,7 @@ class Handlers:
 def _manifest(participant: Participant, _: Message) -> RecordDict:
     local = participant.local
     model, exchanges, component_of = local.outline, participant.method.exchanges, participant.exchanged
+    participant.method.suits(model)
     component_map = model.component_map
     shapes = {name: tuple(tensor.shape) for name, tensor in trainable_state(model).items() if name in component_of}
     examples = local.data.sizes("train")

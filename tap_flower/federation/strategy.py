@@ -18,11 +18,11 @@ from tap_flower.core.aggregation import BadUpdateError
 from tap_flower.federation import checkpoint, messages
 from tap_flower.federation.accounting import budget_of
 from tap_flower.federation.averaging import Average, WeightedAverage
-from tap_flower.federation.checkpoint import Progress
+from tap_flower.federation.beginning import new_run, resumed_run
 from tap_flower.federation.exchange import exchange, patiently
 from tap_flower.federation.messages import Instruction, LackingError, MessageError, Metrics, Report
 from tap_flower.federation.privacy import Privacy
-from tap_flower.federation.roster import Roster, RosterError
+from tap_flower.federation.roster import RosterError
 from tap_flower.federation.updates import moved, restore
 from tap_flower.reporting.events import EventLog
 from tap_flower.reporting.results import RESULTS, results
@@ -45,18 +45,21 @@ class TapStrategy:
     the clients that return it, as replies arrive, and keeps its value where none does.
 
     Args:
-        config: the run.
-        folder: the run folder.
-        progress: a new run's, or that of the checkpoint that is resumed.
-        roster: likewise.
+        config: the run; a resumed run must have been started with the same one.
+        folder: the run folder; a new run's must not hold another run.
+        resume: whether to go on from the last complete round.
 
     Raises:
-        ConfigError: a tracker or differential privacy cannot be had.
+        ConfigError: the folder holds another run, the configuration differs from the one to be resumed, there is no such
+            method, or a tracker or differential privacy cannot be had.
+        StorageError: the run folder cannot be read or written.
     """
 
-    def __init__(self, config: Config, folder: Path, progress: Progress, roster: Roster) -> None:
+    def __init__(self, config: Config, folder: str | Path, resume: bool = False) -> None:
+        folder = Path(folder)
         self.config = config
         self.folder = folder
+        progress, roster = (resumed_run if resume else new_run)(config, folder)
         self.progress = progress
         self.roster = roster
         budget = budget_of(config)

@@ -9,7 +9,7 @@ those that the groups of the client's other tasks had in their last mini-batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,19 +40,12 @@ def disentanglement(new: Latents, old: Latents) -> Tensor:
 
 
 class Disentanglement:
-    """The objective of a model's training; it watches the model's latents.
+    """The objective of a model's training; it watches the model's latents."""
 
-    Raises:
-        ConfigError: the model is not over one of the backbones, and has no latents by modality and kind of task.
-    """
-
-    def __init__(self, model: ComponentModel) -> None:
+    def __init__(self, model: Any) -> None:
         self.new: dict[tuple[str, str], Tensor] = {}
         self.old: dict[tuple[str, str], Tensor] = {}
-        fusion = getattr(model, "fusion", None)
-        if fusion is None:
-            raise ConfigError(f"method={NAME} needs the fusion of tap-flower's own models: use another method")
-        fusion.observe = self.new.__setitem__
+        model.fusion.observe = self.new.__setitem__
 
     def __call__(self, batch: Batch, output: Tensor) -> Tensor:
         """The loss of the latents that came up since the last call."""
@@ -76,4 +69,14 @@ def second_stage(client: LocalClient, received: State, memory: Memory) -> Second
     return SecondStage({NAME: finetuned}, losses)
 
 
-METHOD = Method(NAME, participate, second_stage, (NAME,))
+def has_latents(model: ComponentModel) -> None:
+    """Refuses a model without latents by modality and kind of task.
+
+    Raises:
+        ConfigError: it is not over one of the backbones.
+    """
+    if not hasattr(model, "fusion"):
+        raise ConfigError(f"method={NAME} needs the fusion of tap-flower's own models: use another method")
+
+
+METHOD = Method(NAME, participate, second_stage, (NAME,), suits=has_latents)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from tap_flower.core.components import ComponentModel
 from tap_flower.core.replacement import Decision
 
 if TYPE_CHECKING:
@@ -72,6 +73,11 @@ def every_component(component: str) -> bool:
     return True
 
 
+def any_model(model: ComponentModel) -> None:
+    """Whether the method can work with a client's model: it can with all."""
+    del model
+
+
 @dataclass(frozen=True)
 class Method:
     """A method, as a client runs it; the server averages what comes back, whatever the method.
@@ -87,6 +93,7 @@ class Method:
         models: (client, received, memory) -> name -> tensors of the models to evaluate as stage 1 left them; None is the
             run's initial values.
         exchanges: name of a component -> whether server and clients send it each other.
+        suits: raises a ConfigError where the method cannot work with a client's model.
     """
 
     name: str
@@ -95,6 +102,7 @@ class Method:
     results: tuple[str, ...]
     models: Callable[[LocalClient, State, Memory], dict[str, State | None]] = server_copy
     exchanges: Callable[[str], bool] = every_component
+    suits: Callable[[ComponentModel], None] = any_model
 
     @property
     def result(self) -> str:

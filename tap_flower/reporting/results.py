@@ -125,8 +125,9 @@ def mean_of_runs(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict
 
 
 def headline(kind: str) -> tuple[str, bool]:
-    """(metric that a kind of task is judged by, whether higher is better)."""
-    return TASK_KINDS[kind].headline, TASK_KINDS[kind].higher_is_better
+    """(metric that a kind of task is judged by, whether higher is better); a user's own kind is judged by its loss."""
+    found = TASK_KINDS.get(kind)
+    return ("loss", False) if found is None else (found.headline, found.higher_is_better)
 
 
 def models_in(tasks: Metrics) -> list[str]:

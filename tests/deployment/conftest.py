@@ -14,7 +14,7 @@ from client_app.app import app
 from tap_flower.config import load_config
 from tap_flower.data import packaged
 from tap_flower.federation.in_process import InProcessGrid
-from tap_flower.federation.server import prepare
+from tap_flower.federation.strategy import TapStrategy
 
 from .cluster import SETTINGS
 
@@ -90,5 +90,5 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, hospitals: list[dict[s
         file.write_text(yaml.safe_dump(spec))
         nodes.append({"client-spec": str(file), "state-dir": str(folder / "state")})
     config = load_config("demo", "", SETTINGS.split())
-    results = prepare(config, folder / "run").start(InProcessGrid(app, nodes, {}))
+    results = TapStrategy(config, folder / "run").start(InProcessGrid(app, nodes, {}))
     return {key: value for key, value in results.items() if key != "seconds"}

@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from tap_flower.config import load_config
-from tap_flower.federation.server import prepare
 from tap_flower.federation.strategy import TapStrategy
 
 from .grid import InProcessGrid
@@ -98,7 +97,7 @@ class Federation:
 
     def strategy(self, resume: bool = False) -> TapStrategy:
         config = load_config("demo", str(self.config_file), self.settings)
-        return prepare(config, self.out, resume)
+        return TapStrategy(config, self.out, resume)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tap_flower.core.initial import Initial
 from tap_flower.federation import messages
 from tap_flower.federation.in_process import InProcessGrid
 from tap_flower.federation.messages import Manifest, Report, TaskInfo, TensorInfo
-from tap_flower.federation.server import prepare
+from tap_flower.federation.strategy import TapStrategy
 
 CLIENTS, ROUNDS = 100, 50
 COMPONENTS = ("encoder", "fusion", "head")
@@ -76,7 +76,7 @@ def main() -> None:
     """Prints the dropped replies, and the pages after 10 rounds and after 50."""
     settings = ["clients=[]", f"rounds={ROUNDS}", f"clients_per_round={CLIENTS}", "start_timeout=1"]
     grid = WatchedGrid(app, [{"number": number} for number in range(CLIENTS)], {})
-    strategy = prepare(load_config("demo", "", settings), Path(sys.argv[1]))
+    strategy = TapStrategy(load_config("demo", "", settings), Path(sys.argv[1]))
     strategy.start(grid)
     before_round_1 = 2  # asked twice at the start
     print(strategy.progress.dropped, grid.pages[before_round_1 + 10], grid.pages[before_round_1 + ROUNDS])

@@ -20,7 +20,6 @@ from torch import Tensor
 from tap_flower.config import Config
 from tap_flower.federation import messages
 from tap_flower.federation.messages import DISTILL, EVALUATE, MANIFEST, TRAIN
-from tap_flower.federation.server import prepare
 from tap_flower.federation.strategy import RunError, TapStrategy
 from tap_flower.reporting.events import read_events
 
@@ -81,7 +80,7 @@ def play(recorded: tuple[Config, Replies], tmp_path_factory: pytest.TempPathFact
             return [Message(content, reply_to=message)]
 
         out = tmp_path_factory.mktemp("run")
-        strategy = prepare(config, out)
+        strategy = TapStrategy(config, out)
         strategy.start(Playback(replies, changed))
         return strategy, list(read_events(out))
 

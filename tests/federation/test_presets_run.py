@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from tap_flower.config import load_config
 from tap_flower.data import sources
-from tap_flower.federation.server import prepare
+from tap_flower.federation.strategy import TapStrategy
 from tests.checkpoints import tiny_flava, tiny_vilt
 from tests.mirror import KEYS, ROWS, write_mirror
 
@@ -59,7 +59,7 @@ def test_all_thirty_clients(
     out = tmp_path / "run"
     run_config = {"preset": preset, "config": "", "set": " ".join(settings), "out": str(out)}
     grid = InProcessGrid([{"partition-id": number} for number in range(CLIENTS)], run_config)
-    strategy = prepare(load_config(preset, "", settings), out)
+    strategy = TapStrategy(load_config(preset, "", settings), out)
     results = strategy.start(grid)
 
     assert strategy.progress.dropped == 0

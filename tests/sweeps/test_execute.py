@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tap_flower.federation.server import prepare
+from tap_flower.federation.strategy import TapStrategy
 from tap_flower.reporting.results import read_results
 from tap_flower.resources import Machine
 from tap_flower.sweeps.execute import Outcome, _environments, execute
@@ -38,7 +38,7 @@ def here(run: PlannedRun, folder: Path) -> dict[str, Any]:
     """The same run in this process, as the tests of the federation do it."""
     run_config = {"preset": run.preset, "config": run.config, "set": " ".join(run.settings), "out": str(folder)}
     grid = InProcessGrid([{"partition-id": n} for n in range(2)], run_config)
-    found = prepare(run.resolved, folder).start(grid)
+    found = TapStrategy(run.resolved, folder).start(grid)
     return {key: value for key, value in found.items() if key != "seconds"}
 
 

@@ -1,0 +1,1 @@
+"""Clients with a model and data of their own: torch only."""
