@@ -80,7 +80,7 @@ class Roster:
                 holder = self._first_holder.get(tensor, "the checkpoint")
                 raise RosterError(
                     f"tensor {tensor!r} has shape {info.shape} on client {name!r} but {tuple(known.shape)} on "
-                    f"{holder!r}: what has one name needs one shape: the same classes, backbone or layer on both; rename one of them"
+                    f"{holder!r}: what has one name needs one shape, the same classes, backbone or layer on both: rename one"
                 )
             if self.component_of.get(tensor, info.component) != info.component:
                 raise RosterError(

@@ -15,6 +15,7 @@ class Images(nn.Module):
         self.out = nn.Linear(32 * 2 * 2, WIDTH)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Features of the images."""
         x = torch.max_pool2d(torch.relu(self.near(pixels)), 2)
         x = torch.max_pool2d(torch.relu(self.far(x)), 2)
         return self.out(x.flatten(1))
@@ -29,6 +30,7 @@ class Texts(nn.Module):
         self.gru = nn.GRU(32, WIDTH, batch_first=True)
 
     def forward(self, characters: Tensor) -> Tensor:
+        """Features of the texts: the mean over their characters."""
         states, _ = self.gru(self.embedding(characters))
         written = (characters != 0).unsqueeze(-1)
         return (states * written).sum(1) / written.sum(1)

@@ -1,0 +1,21 @@
+"""The server: TAP with the settings of the preset `plug-in`."""
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from tap_flower import TapStrategy, load_config
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """A whole run."""
+    rounds = context.run_config["num-server-rounds"]
+    few = ["train.steps=20", "distill.iterations=20", "train.learning_rate=5e-3", "distill.learning_rate=5e-3"]
+    config = load_config("plug-in", settings=["clients_per_round=3", f"rounds={rounds}", *few])
+    results = TapStrategy(config, Path(str(context.run_config["out"])).absolute()).start(grid)
+    for task, models in results["tasks"].items():
+        print(task, {name: round(metrics["perplexity"], 3) for name, metrics in models.items()})
