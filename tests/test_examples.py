@@ -41,6 +41,7 @@ def run(project: Path, nodes: int, folder: Path, server: str, client: str, **mor
     [
         ("two_modalities", {"camera": {"digits"}, "reader": {"languages"}, "both": {"digits", "languages"}}),
         ("regression", {"clinic-0": {"progression"}, "clinic-1": {"progression", "bmi"}}),
+        ("backbones", {"ann": {"digits"}, "bob": {"digits", "languages"}}),
         ("language_model", {"ann": {"spanish"}, "bob": {"german"}, "cleo": {"spanish", "german"}}),
     ],
 )

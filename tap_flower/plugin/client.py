@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tap_flower.core.components import ComponentMap, Pair
+from tap_flower.core.components import ComponentMap, ComponentModel, Pair
 from tap_flower.core.initial import Initial, named_seed
 from tap_flower.core.tasks import TaskKind
 from tap_flower.data.batching import ClientData, set_aside
@@ -21,7 +21,7 @@ from tap_flower.data.spec import NAME
 from tap_flower.methods.local import LocalTask
 from tap_flower.plugin.errors import ClientError
 from tap_flower.plugin.examples import OWN, DatasetExamples, examples_of
-from tap_flower.plugin.model import Forward, OwnModel, Patterns, component_map, initials, reached_by
+from tap_flower.plugin.model import Forward, OwnModel, Patterns, component_map, initials, prefixed, reached_by
 
 _TRACED = 2
 """Examples in the batch that a forward pass is traced with."""
@@ -93,6 +93,7 @@ class Client:
     Attributes:
         name: stable, and of this client alone: its personal model is found by it.
         model: builds the module; called for every model that a round needs. All calls must give the same names and shapes.
+            A `ComponentModel`, such as `models.model.TapModel`, knows its components and initial values itself.
             Tensors with `requires_grad` are trained and averaged with those of the same name on other clients; the others
             are yours to load, and never leave the client.
         tasks: with their data.
@@ -184,6 +185,8 @@ class ClientHoldings:
         """
         with _told(f"client {self.client.name!r}"):
             module, cpu = self.client.model().train(), torch.device("cpu")
+            if isinstance(module, ComponentModel):
+                return prefixed(module)
             reached = {}
             for task in self.client.tasks:
                 batch = self.data.first("train", task.name, _TRACED, cpu)

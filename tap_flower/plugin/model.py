@@ -140,6 +140,13 @@ def initials(module: nn.Module) -> dict[str, Initial]:
     return {PREFIX + name: found[name] for name in names}
 
 
+def prefixed(model: ComponentModel) -> tuple[ComponentMap, dict[str, Initial]]:
+    """Components and initial values of a model that knows them, as those of the module in an `OwnModel`."""
+    component_of = {PREFIX + name: component for name, component in model.component_map.component_of.items()}
+    found = {PREFIX + name: initial for name, initial in model.initials.items()}
+    return ComponentMap(component_of, model.component_map.reach), found
+
+
 def _layer(name: str) -> str:
     """The path of the module that owns a tensor; a tensor of the outermost module is a component of its own."""
     return name.rpartition(".")[0] or name

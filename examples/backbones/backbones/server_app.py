@@ -1,0 +1,20 @@
+"""The server: TAP with the settings of the preset `plug-in`."""
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from tap_flower import TapStrategy, load_config
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """A whole run."""
+    rounds = context.run_config["num-server-rounds"]
+    config = load_config("plug-in", settings=["train.steps=30", "distill.iterations=30", f"rounds={rounds}"])
+    results = TapStrategy(config, Path(str(context.run_config["out"])).absolute()).start(grid)
+    for task, models in results["tasks"].items():
+        print(task, {name: round(metrics["accuracy"], 3) for name, metrics in models.items()})
