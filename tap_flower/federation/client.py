@@ -24,6 +24,7 @@ from tap_flower.data.loading import ClientData
 from tap_flower.data.spec import ClientSpec, SpecError
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.federation import messages
+from tap_flower.federation.description import describe
 from tap_flower.federation.encodings import EncodingError
 from tap_flower.federation.messages import (
     Instruction,
@@ -159,6 +160,9 @@ def _answer(message: Message, context: Context, handler: Callable[[Participant, 
     try:
         participant = _participant(message, context)
         with participant.store.locked():
+            describe(
+                participant.store.folder, participant.local, participant.instruction.run, participant.instruction.best
+            )
             return Message(handler(participant, message), reply_to=message)
     except LackingError as error:
         return Message(Error(LackingError.CODE, str(error)), reply_to=message)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tap_flower.config import HyperParameters, Model
-from tap_flower.core.components import load_trainable_state, trainable_state
+from tap_flower.core.components import Pair, load_trainable_state, trainable_state
 from tap_flower.core.initial import named_seed
 from tap_flower.core.tasks import TASK_KINDS, TaskKind
 from tap_flower.core.training import Batch, Objective, Observer, Optimisation, Update, evaluate, train
@@ -135,18 +136,40 @@ class LocalClient:
         return self.data.batches(split, EVALUATION_BATCH, self.device)
 
 
-def client_model(backbone: Backbone, spec: ClientSpec, text_length: int) -> TapModel:
+class TaskOutline(Protocol):
+    """What of a task its model depends on; see `TaskSpec`."""
+
+    @property
+    def pair(self) -> Pair: ...  # noqa: D102
+    @property
+    def kind(self) -> str: ...  # noqa: D102
+    @property
+    def domains(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def classes(self) -> tuple[str, ...]: ...  # noqa: D102
+
+
+class ClientOutline(Protocol):
+    """What of a client its model depends on; see `ClientSpec`."""
+
+    @property
+    def backbone(self) -> str: ...  # noqa: D102
+    @property
+    def tasks(self) -> Sequence[TaskOutline]: ...  # noqa: D102
+
+
+def client_model(backbone: Backbone, spec: ClientOutline, text_length: int) -> TapModel:
     """A model of a client's components; its trainable tensors have no values yet.
 
     Args:
         backbone: of the client.
-        spec: of the client.
+        spec: of the client, or what its folder says of it.
         text_length: longest text and longest target, in tokens.
 
     Raises:
         BackboneError: the backbone has no positions for texts of this length.
     """
-    reads_text = any("text" in task.modalities for task in spec.tasks)
+    reads_text = any("text" in task.pair.modalities for task in spec.tasks)
     if reads_text and text_length > backbone.text_length:
         raise BackboneError(
             f"model.text_length = {text_length} is too long for backbone {spec.backbone!r}, which has positions for "
