@@ -173,4 +173,5 @@ def _task(values: dict[str, Any], client: str) -> TaskDescription:
     for domain in values["domains"]:
         check_name(domain, where, "domain")
     class_names(values["classes"], values["kind"], where)
-    return TaskDescription(**{k: v if isinstance(v, str) else tuple(v) for k, v in values.items()})
+    modalities, domains, classes = (tuple(values[key]) for key in ("modalities", "domains", "classes"))
+    return TaskDescription(values["name"], values["kind"], modalities, domains, classes)

@@ -175,7 +175,12 @@ def client_model(backbone: Backbone, spec: ClientOutline, text_length: int) -> T
             f"model.text_length = {text_length} is too long for backbone {spec.backbone!r}, which has positions for "
             f"{backbone.text_length} tokens: choose at most {backbone.text_length}"
         )
-    tasks = [
+    return TapModel(backbone, model_tasks(spec, text_length))
+
+
+def model_tasks(spec: ClientOutline, text_length: int) -> list[ModelTask]:
+    """A client's tasks, as its model knows them; see `client_model`."""
+    return [
         ModelTask(
             pair=task.pair,
             kind=task.kind,
@@ -185,7 +190,6 @@ def client_model(backbone: Backbone, spec: ClientOutline, text_length: int) -> T
         )
         for task in spec.tasks
     ]
-    return TapModel(backbone, tasks)
 
 
 def exchanged(spec: ClientSpec, model: Model) -> dict[str, Tensor]:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from tap_flower.federation.description import DESCRIPTION
+from tap_flower.federation.description import DESCRIPTION, TaskDescription, read_description
 from tap_flower.storage import StorageError
-
-if TYPE_CHECKING:
-    from tap_flower.federation.description import TaskDescription
 
 
 class PersonalError(ValueError):
@@ -33,7 +29,7 @@ def client_folder(place: Path, client: str | None = None) -> Path:
         StorageError: there are no models.
     """
     if (place / DESCRIPTION).exists():
-        if client is not None and client not in place.resolve().parts:
+        if client not in (None, read_description(place).client):
             raise PersonalError(f"{place} is one client's folder, not that of {client!r}: leave --client out")
         return place
     names = clients_in(place)

@@ -135,7 +135,7 @@ class PersonalModel:
         Raises:
             PersonalError: there is no such task or domain, or an input is missing, is too many or cannot be read.
         """
-        wanted = self._task(task)
+        wanted = self.task(task)
         given = {"image": image, "text": text}
         for modality, value in given.items():
             if (value is None) == (modality in wanted.modalities):
@@ -181,7 +181,12 @@ class PersonalModel:
             )
         return model_inputs(domain, pixels, texts, cast(int, self.tokenizer.pad_token_id), self.device)
 
-    def _task(self, name: str) -> TaskDescription:
+    def task(self, name: str) -> TaskDescription:
+        """The task of a name.
+
+        Raises:
+            PersonalError: there is none.
+        """
         if name not in self.tasks:
             raise PersonalError(
                 f"client {self.description.client!r} has no task {name!r}: use one of {', '.join(self.tasks)}"
