@@ -137,9 +137,7 @@ def load_export(folder: Path | str, device: Device = None) -> PersonalModel:
             f"{folder / CONFIG} is damaged, or was not written by `tap-flower export`: {error}"
         ) from error
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise StorageError(
-            f"{folder} does not hold the model of its {CONFIG}: {shown(str(error))}; export it again"
-        ) from error
+        raise StorageError(f"{folder} is not what its {CONFIG} says: {shown(str(error))}; export it again") from error
 
 
 def card(described: Description, task: str, which: str, metrics: Mapping[str, float]) -> str:

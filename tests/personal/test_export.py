@@ -84,7 +84,7 @@ def test_what_cannot_be_exported_or_loaded_is_told(run: Path, tmp_path: Path) ->
         load_export(folder)
     export(folder, tmp_path / "out", "shapes")
     shutil.copy(folder / "tap.safetensors", tmp_path / "out" / "model.safetensors")
-    with pytest.raises(StorageError, match=r"does not hold the model of its config.json: .* tensors are missing or"):
+    with pytest.raises(StorageError, match=r"is not what its config.json says: .* tensors are missing or"):
         load_export(tmp_path / "out")
     (tmp_path / "out" / "config.json").write_text('{"model": "tap"}')
     with pytest.raises(StorageError, match=r"config.json is damaged, or was not written by `tap-flower export`"):
