@@ -100,11 +100,10 @@ def export(folder: Path, out: Path, task: str, which: str | None = None, run: Pa
     description["tasks"] = [t for t in description["tasks"] if t["name"] == task]
     architecture = AutoConfig.from_pretrained(
         locate(described.backbone), revision=described.revision, trust_remote_code=False
-    )
+    ).to_dict()
+    architecture.pop("_name_or_path", None)  # where the checkpoint lies on this machine
     write_atomically(out / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    write_json(
-        out / CONFIG, {"tap_flower": description, "model": model.which, "backbone_config": architecture.to_dict()}
-    )
+    write_json(out / CONFIG, {"tap_flower": description, "model": model.which, "backbone_config": architecture})
     model.tokenizer.save_pretrained(out)
     results = {} if run is None else read_json(run / "results.json").get("clients", {})
     found = results.get(described.client, {}).get(task, {}).get(model.which, {})

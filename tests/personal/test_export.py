@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from tap_flower.models import backbones
+from tap_flower.models.backbones import demo_folder
 from tap_flower.personal.export import export, load_export
 from tap_flower.personal.folders import PersonalError
 from tap_flower.storage import StorageError
@@ -83,6 +84,7 @@ def test_what_cannot_be_exported_or_loaded_is_told(run: Path, tmp_path: Path) ->
     with pytest.raises(StorageError, match=r"config.json cannot be read"):
         load_export(folder)
     export(folder, tmp_path / "out", "shapes")
+    assert str(demo_folder()) not in (tmp_path / "out" / "config.json").read_text()
     shutil.copy(folder / "tap.safetensors", tmp_path / "out" / "model.safetensors")
     with pytest.raises(StorageError, match=r"is not what its config.json says: .* tensors are missing or"):
         load_export(tmp_path / "out")
