@@ -37,7 +37,7 @@ def main() -> None:
     given, cpu, rows = options.parse_args(), torch.device("cpu"), []
     for stack, tokens, size, features in SHAPES:
         linear = nn.Linear(size, features).requires_grad_(False)
-        loras = [LoRA.on(linear, LoraSettings(8, 16)) for _ in range(stack)]
+        loras = [LoRA(linear, LoraSettings(8, 16)) for _ in range(stack)]
         for lora in loras:
             nn.init.normal_(lora.A)
             nn.init.normal_(lora.B)

@@ -16,6 +16,8 @@ from tap_flower.config import ConfigError, Model, client_specs, load_config, pre
 from tap_flower.data.spec import SpecError
 from tap_flower.federation.accounting import budget_of
 from tap_flower.methods.registry import find_method
+from tap_flower.personal import commands as personal_commands
+from tap_flower.personal.folders import PersonalError
 from tap_flower.reporting.needs import needs
 from tap_flower.reporting.page import REPORT, write_report
 from tap_flower.reporting.progress import RunProgress
@@ -42,8 +44,10 @@ app = typer.Typer(
 )
 study_app = typer.Typer(help="What changes as one thing changes.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
+for command in (personal_commands.predict, personal_commands.export, personal_commands.demo):
+    app.command()(command)
 _SEEDS, _MARGINS = (41, 42, 43), (0.0, 0.01, 0.05, 0.2)
-EXPECTED = (ConfigError, ResourcesError, SpecError, StorageError, SimulationError)
+EXPECTED = (ConfigError, PersonalError, ResourcesError, SpecError, StorageError, SimulationError)
 """Errors that are told in one line, without a traceback."""
 
 

@@ -94,11 +94,13 @@ def generated(batch: Batch, output: Tensor, decode: Callable[[list[int]], str], 
     """
     for predicted, target in zip(output.argmax(-1).tolist(), batch.target.tolist(), strict=True):
         kept = [position for position, token in enumerate(target) if token != IGNORE]
-        written, wanted = [
-            list(takewhile(lambda token: token != end, (ids[position] for position in kept)))
-            for ids in (predicted, target)
-        ]
-        yield decode(written), decode(wanted)
+        prediction, wanted = (written([ids[position] for position in kept], end) for ids in (predicted, target))
+        yield decode(prediction), decode(wanted)
+
+
+def written(ids: Sequence[int], end: int) -> list[int]:
+    """The tokens up to the first separator: what a model has written, or was to write."""
+    return list(takewhile(lambda token: token != end, ids))
 
 
 def load_meteor() -> Score:

@@ -28,6 +28,8 @@ def test_import_contracts() -> None:
         ("tap_flower.core.aggregation", {"flwr", "transformers", "datasets", "omegaconf", "ray"}),
         ("tap_flower.core.distillation", {"flwr", "transformers", "datasets", "omegaconf", "ray"}),
         ("tap_flower.models.model", {"flwr", "datasets", "omegaconf", "ray"}),
+        ("tap_flower.personal.model", {"flwr", "ray", "gradio"}),
+        ("tap_flower.personal.commands", {"flwr", "transformers", "datasets", "ray", "gradio"}),
         ("tap_flower.federation.server", {"transformers", "datasets", "ray"}),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,26 @@ def denormalise(images: Tensor) -> Tensor:
     mean = torch.tensor(IMAGE_MEAN, device=images.device).view(1, 3, 1, 1)
     std = torch.tensor(IMAGE_STD, device=images.device).view(1, 3, 1, 1)
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def model_inputs(
+    domain: str, pixels: Tensor | None, texts: Sequence[TokenIds] | None, pad: int, device: torch.device
+) -> dict[str, Any]:
+    """What a model gets of a batch, see `models.model.TapModel`.
+
+    Args:
+        domain: of the batch.
+        pixels: [B, 3, 64, 64] uint8, or None where the task has no image.
+        texts: token ids of each example, or None where the task has no text.
+        pad: id of the padding token.
+        device: of the tensors.
+    """
+    inputs: dict[str, Any] = {"domain": domain}
+    if pixels is not None:
+        inputs["image"] = normalise(pixels.to(device))
+    if texts is not None:
+        inputs |= {name: tensor.to(device) for name, tensor in pad_inputs(texts, pad).items()}
+    return inputs
 
 
 def pad_inputs(texts: Sequence[TokenIds], pad: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from tap_flower.data.sources import RowError, open_source
@@ -20,6 +20,20 @@ IMAGE_SIZE = 64
 """Side of the images that clients hold, in pixels."""
 DECODED_BYTES = 1 << 30
 """Of decoded images that a process keeps: 87,000, more than twice those of the paper's largest client."""
+
+
+def open_image(path: Path) -> Image.Image:
+    """The image of a file, turned as its EXIF data say: as `datasets` decodes those that lie in a data set."""
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image)
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """What clients hold of an image: [3, 64, 64] uint8, RGB."""
+    image = image.convert("RGB")
+    if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+        image = image.resize((IMAGE_SIZE, IMAGE_SIZE))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class LazyImages:
@@ -58,7 +72,7 @@ class LazyImages:
         """
         try:
             value = self._data[row][self._column]
-            image: Image.Image = Image.open(self._folder / value) if isinstance(value, str) else value
+            image: Image.Image = open_image(self._folder / value) if isinstance(value, str) else value
             return image.convert("RGB")
         except Exception as error:  # whatever the decoders of all image formats raise
             raise RowError("has no image", row, f" of column {self._column!r}", str(error)) from error
@@ -72,10 +86,7 @@ class LazyImages:
         return pixels
 
     def _decode(self, row: int) -> Tensor:
-        image = self.original(row)
-        if image.size != (IMAGE_SIZE, IMAGE_SIZE):
-            image = image.resize((IMAGE_SIZE, IMAGE_SIZE))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return pixels_of(self.original(row))
 
 
 _decoded: Recent[tuple[LazyImages, int], Tensor] = Recent(DECODED_BYTES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import datasets
 import numpy as np
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from tap_flower.core.initial import named_seed
 from tap_flower.core.training import Batch
 from tap_flower.data.batching import ClientData, Examples, set_aside
-from tap_flower.data.collate import normalise, pad_inputs, pad_targets
+from tap_flower.data.collate import model_inputs, pad_targets
 from tap_flower.data.images import LazyImages, images_of
 from tap_flower.data.labels import Labels
 from tap_flower.data.sources import SourceError, missing_columns, open_source, rows_of, values_of
@@ -59,14 +59,11 @@ class TaskExamples:
 
     def batch(self, positions: Sequence[int], device: torch.device) -> Batch:
         """The examples at some positions as one batch on `device`."""
-        inputs: dict[str, Any] = {"domain": self.domain}
-        target: Tensor | None = None
         places = [self.places[p] for p in positions]
-        if self.images is not None:
-            inputs["image"] = target = normalise(self.images[[self.rows[p] for p in positions]].to(device))
-        if self.texts is not None:
-            padded = pad_inputs([self.texts[p] for p in places], self.pad)
-            inputs |= {name: tensor.to(device) for name, tensor in padded.items()}
+        pixels = None if self.images is None else self.images[[self.rows[p] for p in positions]]
+        texts = None if self.texts is None else [self.texts[p] for p in places]
+        inputs = model_inputs(self.domain, pixels, texts, self.pad, device)
+        target: Tensor | None = inputs.get("image")
         if self.labels is not None:
             target = torch.tensor([self.labels[p] for p in places], device=device)
         if self.targets is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import date
 from difflib import get_close_matches
@@ -196,7 +196,7 @@ def client_spec(values: Mapping[str, Any]) -> ClientSpec:
     """
     where = _client(values)
     check_keys(values, ClientSpec, where)
-    _check_name(values["name"], where, "name")
+    check_name(values["name"], where, "name")
     tasks = tuple(task_spec(task, values) for task in values["tasks"])
     if not tasks:
         raise SpecError(f"{where} has no tasks: list at least one under `tasks`")
@@ -227,21 +227,16 @@ def task_spec(values: Mapping[str, Any], client: Mapping[str, Any]) -> TaskSpec:
     where = f"{_client(client)}: task {_named(values)}"
     check_keys(values, TaskSpec, where)
     for key in ("name", "domain"):
-        _check_name(values[key], where, key)
+        check_name(values[key], where, key)
     kind, modalities = values["kind"], tuple(values["modalities"])
-    if kind not in TASK_KINDS:
-        raise SpecError(f"{where} has kind {kind!r}: use one of {', '.join(TASK_KINDS)}")
-    if not modalities or any(modality not in MODALITIES for modality in modalities):
-        raise SpecError(f"{where} has modalities {list(modalities)}: use one or both of {', '.join(MODALITIES)}")
-    if len(set(modalities)) < len(modalities):
-        raise SpecError(f"{where} has modalities {list(modalities)}: name each once")
+    check_kind(kind, modalities, where)
     margin = values.get("margin")
     if margin is not None and not 0 <= margin < 1e300:
         raise SpecError(f"{where} has margin {margin}: use a number of at least 0")
     batch_size = values.get("batch_size")
     if batch_size is not None and not 1 <= batch_size <= 65_536:
         raise SpecError(f"{where} has batch_size {batch_size!r}: use a whole number from 1 to 65536")
-    classes = _classes(values.get("classes"), kind, where)
+    classes = class_names(values.get("classes"), kind, where)
     labels = tuple(values.get("labels") or ())
     _check_scalars(labels, f"{where} has label")
     if labels and len(labels) != len(classes):
@@ -266,7 +261,26 @@ def task_spec(values: Mapping[str, Any], client: Mapping[str, Any]) -> TaskSpec:
     return task
 
 
-def _classes(value: Any, kind: str, where: str) -> tuple[str, ...]:
+def check_kind(kind: str, modalities: Sequence[object], where: str) -> None:
+    """Checks a kind of task and the modalities of its input.
+
+    Raises:
+        SpecError: there is no such kind or modality; `where` begins the message.
+    """
+    if kind not in TASK_KINDS:
+        raise SpecError(f"{where} has kind {kind!r}: use one of {', '.join(TASK_KINDS)}")
+    if not modalities or any(modality not in MODALITIES for modality in modalities):
+        raise SpecError(f"{where} has modalities {list(modalities)}: use one or both of {', '.join(MODALITIES)}")
+    if len(set(modalities)) < len(modalities):
+        raise SpecError(f"{where} has modalities {list(modalities)}: name each once")
+
+
+def class_names(value: Any, kind: str, where: str) -> tuple[str, ...]:
+    """The classes of a kind of task from what a spec says: a list of names, or their number.
+
+    Raises:
+        SpecError: there are too few or too many, or one is named twice; `where` begins the message.
+    """
     count = value if isinstance(value, int) else len(value or ())
     if count > MOST_CLASSES:
         raise SpecError(f"{where} has {count} classes: use at most {MOST_CLASSES}")
@@ -323,7 +337,7 @@ def _source(values: Mapping[str, Any], where: str) -> Source:
     if rows is not None and not _is_range(rows):
         raise SpecError(f"{where} has rows {shown(rows)}: give the first row and the row after the last")
     if values.get("domain") is not None:
-        _check_name(values["domain"], where, "domain")
+        check_name(values["domain"], where, "domain")
     given = {key: value for key, value in values.items() if value is not None}
     return Source(
         **{**given, "rows": None if rows is None else (rows[0], rows[1]), "revision": _text(given.get("revision"))}
@@ -376,6 +390,11 @@ def check_keys(values: Mapping[str, Any], schema: type, where: str) -> None:
             raise SpecError(f"{where} has {key} {shown(value)}: leave the zero byte out")
 
 
-def _check_name(value: str, where: str, key: str) -> None:
+def check_name(value: str, where: str, key: str) -> None:
+    """Checks the name of a client, task or domain.
+
+    Raises:
+        SpecError: it is none; `where` begins the message.
+    """
     if not NAME.fullmatch(value):
         raise SpecError(f"{where} has {key} {shown(value)}: use 1 to 64 letters, digits, '-' and '_'")

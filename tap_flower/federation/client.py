@@ -82,11 +82,13 @@ class Opened:
         local: with its data, and the run's hyper-parameters.
         folder: of its state in this run.
         witness: makes what sees the evaluation of the run's method; None where the metrics of the kinds are all.
+        describe: writes into the folder what its tensors are of.
     """
 
     local: LocalClient
     folder: Path
     witness: Callable[[Method], Witness] | None = None
+    describe: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ class Handlers:
             opened = self.open(context, instruction)
             participant = Participant(opened, ClientStore(opened.folder, instruction.run), instruction)
             with participant.store.locked():
+                opened.describe()
                 return Message(handler(participant, message), reply_to=message)
         except LackingError as error:
             return Message(Error(LackingError.CODE, str(error)), reply_to=message)

@@ -19,6 +19,7 @@ from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec, SpecError
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.federation.client import Handlers, Opened
+from tap_flower.federation.description import describe
 from tap_flower.federation.messages import Instruction
 from tap_flower.federation.node import this_node
 from tap_flower.methods.local import LocalClient
@@ -46,7 +47,20 @@ def open_client(context: Context, instruction: Instruction) -> Opened:
     except ConfigError as error:
         raise SpecError(str(error)) from error
     local = _local_client(node.spec, node.data_root, json.dumps(instruction.hyper_parameters, sort_keys=True))
-    return Opened(local, node.folder, partial(SpecWitness.of, local, node.spec, node.metrics))
+    return Opened(
+        local,
+        node.folder,
+        partial(SpecWitness.of, local, node.spec, node.metrics),
+        partial(
+            describe,
+            node.folder,
+            node.spec,
+            local.holdings.fingerprint,
+            local.settings,
+            instruction.run,
+            instruction.best,
+        ),
+    )
 
 
 HANDLERS = Handlers(open_client, lambda context: DEPLOYED not in context.node_config)

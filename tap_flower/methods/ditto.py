@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage, State
+from tap_flower.methods.method import Memory, Method, Participation, SecondStage, Start, State
 from tap_flower.methods.steps import finetune, near, train_round
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def second_stage(client: LocalClient, received: State, memory: Memory) -> Second
     return SecondStage({NAME: personal}, losses)
 
 
-def models(client: LocalClient, received: State, memory: Memory) -> dict[str, State | None]:
+def models(client: Start, received: State, memory: Memory) -> dict[str, State | None]:
     """The server's copy, and the personal model, which a client that was never sampled has with its initial values."""
     del client
     return {"server": received, PERSONAL: memory.models.get(PERSONAL)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage, State
+from tap_flower.methods.method import Memory, Method, Participation, SecondStage, Start, State
 from tap_flower.methods.steps import finetune, train_round
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def is_base(component: str) -> bool:
     return not component.startswith("head/")
 
 
-def with_heads(client: LocalClient, received: State, memory: Memory) -> State:
+def with_heads(client: Start, received: State, memory: Memory) -> State:
     """The server's base and the client's own heads, before the first participation with their initial values."""
     return {**client.initial_values(), **memory.models.get(HEADS, {}), **received}
 
@@ -40,7 +40,7 @@ def second_stage(client: LocalClient, received: State, memory: Memory) -> Second
     return SecondStage({NAME: finetuned}, losses)
 
 
-def models(client: LocalClient, received: State, memory: Memory) -> dict[str, State | None]:
+def models(client: Start, received: State, memory: Memory) -> dict[str, State | None]:
     """The server's base with the client's own heads."""
     return {"personal": with_heads(client, received, memory)}
 

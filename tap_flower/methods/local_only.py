@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage, State
+from tap_flower.methods.method import Memory, Method, Participation, SecondStage, Start, State
 from tap_flower.methods.steps import finetune, train_round
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def second_stage(client: LocalClient, received: State, memory: Memory) -> Second
     return SecondStage({NAME: own}, losses)
 
 
-def models(client: LocalClient, received: State, memory: Memory) -> dict[str, State | None]:
+def models(client: Start, received: State, memory: Memory) -> dict[str, State | None]:
     """The client's own model, with its initial values where it was never sampled."""
     del client, received
     return {"personal": memory.models.get(NAME)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 
 State = dict[str, Tensor]
 """Tensor name -> value, on the CPU."""
+
+
+class Start(Protocol):
+    """What knows a client's initial values."""
+
+    def initial_values(self) -> State:
+        """The run's initial values of the client's tensors."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class SecondStage:
     losses: dict[str, float] = field(default_factory=dict)
 
 
-def server_copy(client: LocalClient, received: State, memory: Memory) -> dict[str, State | None]:
+def server_copy(client: Start, received: State, memory: Memory) -> dict[str, State | None]:
     """The server's copy alone: all that there is to evaluate before stage 2 where a client keeps nothing."""
     del client, memory
     return {"server": received}
@@ -100,7 +108,7 @@ class Method:
     participate: Callable[[LocalClient, int, State, Memory], Participation]
     second_stage: Callable[[LocalClient, State, Memory], SecondStage]
     results: tuple[str, ...]
-    models: Callable[[LocalClient, State, Memory], dict[str, State | None]] = server_copy
+    models: Callable[[Start, State, Memory], dict[str, State | None]] = server_copy
     exchanges: Callable[[str], bool] = every_component
     suits: Callable[[ComponentModel], None] = any_model
 

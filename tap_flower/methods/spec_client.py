@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tap_flower.config import Model
-from tap_flower.core.components import trainable_state
+from tap_flower.core.components import Pair, trainable_state
 from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.data.spec import ClientSpec
 from tap_flower.methods.local import LocalTask
@@ -60,24 +61,51 @@ class SpecHoldings:
             return self.new_model()
 
 
-def client_model(backbone: Backbone, spec: ClientSpec, text_length: int) -> TapModel:
-    """A model of the components of a client's tasks; its trainable tensors have no values yet.
+class TaskOutline(Protocol):
+    """What of a task its model depends on; see `TaskSpec`."""
+
+    @property
+    def pair(self) -> Pair: ...  # noqa: D102
+    @property
+    def kind(self) -> str: ...  # noqa: D102
+    @property
+    def domains(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def classes(self) -> tuple[str, ...]: ...  # noqa: D102
+
+
+class ClientOutline(Protocol):
+    """What of a client its model depends on; see `ClientSpec`."""
+
+    @property
+    def backbone(self) -> str: ...  # noqa: D102
+    @property
+    def tasks(self) -> Sequence[TaskOutline]: ...  # noqa: D102
+
+
+def client_model(backbone: Backbone, spec: ClientOutline, text_length: int) -> TapModel:
+    """A model of a client's components; its trainable tensors have no values yet.
 
     Args:
         backbone: of the client.
-        spec: of the client.
+        spec: of the client, or what its folder says of it.
         text_length: longest text and longest target, in tokens.
 
     Raises:
         BackboneError: the backbone has no positions for texts of this length.
     """
-    reads_text = any("text" in task.modalities for task in spec.tasks)
+    reads_text = any("text" in task.pair.modalities for task in spec.tasks)
     if reads_text and text_length > backbone.text_length:
         raise BackboneError(
             f"model.text_length = {text_length} is too long for backbone {spec.backbone!r}, which has positions for "
             f"{backbone.text_length} tokens: choose at most {backbone.text_length}"
         )
-    tasks = [
+    return TapModel(backbone, model_tasks(spec, text_length))
+
+
+def model_tasks(spec: ClientOutline, text_length: int) -> list[ModelTask]:
+    """A client's tasks, as its model knows them; see `client_model`."""
+    return [
         ModelTask(
             pair=task.pair,
             kind=task.kind,
@@ -87,7 +115,6 @@ def client_model(backbone: Backbone, spec: ClientSpec, text_length: int) -> TapM
         )
         for task in spec.tasks
     ]
-    return TapModel(backbone, tasks)
 
 
 def exchanged(spec: ClientSpec, model: Model) -> dict[str, Tensor]:

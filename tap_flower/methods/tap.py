@@ -9,7 +9,7 @@ from tap_flower.config import ReplacementEvidence, ReplacementSource, StageTwo
 from tap_flower.core.components import cpu_state
 from tap_flower.core.distillation import Distillation
 from tap_flower.core.replacement import decide, replace
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage, State
+from tap_flower.methods.method import Memory, Method, Participation, SecondStage, Start, State
 from tap_flower.methods.steps import finetune
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def second_stage(client: LocalClient, received: State, memory: Memory) -> Second
     return SecondStage({"server+finetune": finetuned, "tap": tap}, losses)
 
 
-def models(client: LocalClient, received: State, memory: Memory) -> dict[str, State | None]:
+def models(client: Start, received: State, memory: Memory) -> dict[str, State | None]:
     """The server's copy, and the personal model, which a client that was never sampled has with its initial values."""
     del client
     return {"server": received, "personal": memory.models.get(PERSONAL)}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -48,6 +48,7 @@ class Backbone(ABC, nn.Module):
         recompute: gradient checkpointing: whether the backward pass computes the inside of each layer again, dropout
             included, in place of keeping it (arXiv 1604.06174).
         compiled: whether the layers are compiled (torch.compile), each kind once a process.
+        parts: modality -> names of the frozen modules and buffers that it alone uses.
         attention_lora: LoRA of the fusion's query and value.
         expert_lora: LoRA of the experts.
     """
@@ -57,6 +58,7 @@ class Backbone(ABC, nn.Module):
     text_length: int
     image_size: int
     fusion_layers: nn.ModuleList
+    parts: ClassVar[Mapping[str, tuple[str, ...]]]
     attention_lora: LoraSettings
     expert_lora: LoraSettings
     recompute: bool = False

@@ -50,8 +50,8 @@ class LayerLoRA(nn.Module):
 
     def __init__(self, layer: FrozenLayer, settings: LoraSettings) -> None:
         super().__init__()
-        self.query = LoRA.on(layer.query, settings)
-        self.value = LoRA.on(layer.value, settings)
+        self.query = LoRA(layer.query, settings)
+        self.value = LoRA(layer.value, settings)
 
 
 class Projection(nn.Linear):

@@ -103,8 +103,8 @@ class Expert(nn.Module):
 
     def __init__(self, layer: FrozenLayer, settings: LoraSettings) -> None:
         super().__init__()
-        self.up = LoRA.on(layer.up, settings)
-        self.down = LoRA.on(layer.down, settings)
+        self.up = LoRA(layer.up, settings)
+        self.down = LoRA(layer.down, settings)
 
 
 class DomainExperts(nn.Module):

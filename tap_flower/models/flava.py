@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 from transformers import FlavaModel, PreTrainedModel
@@ -18,6 +19,10 @@ ENCODER_LORA = LoraSettings(rank=8, alpha=16)
 class FlavaBackbone(Backbone):
     """Image transformer, text transformer and the multimodal transformer's layers; poolers and projections are dropped."""
 
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "image": ("image_embeddings", "image_layers", "image_norm"),
+        "text": ("text_embeddings", "text_layers", "text_norm"),
+    }
     attention_lora = LoraSettings(rank=16, alpha=32)
     expert_lora = LoraSettings(rank=4, alpha=8)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,27 +23,42 @@ class LoraSettings:
 
 
 class LoRA(nn.Module):
-    """One adapter: `ΔW = (α / r) · B A` with A [r, in] and B [out, r] (arXiv 2106.09685). B starts at zero."""
+    """One adapter: `ΔW = (α / r) · B A` with A [r, in] and B [out, r] (arXiv 2106.09685). B starts at zero.
 
-    def __init__(self, in_features: int, out_features: int, settings: LoraSettings) -> None:
+    Args:
+        frozen: what it adapts; a convolution is the linear map of each of its patches.
+        settings: rank, α, dropout.
+    """
+
+    def __init__(self, frozen: nn.Linear | nn.Conv2d, settings: LoraSettings) -> None:
         super().__init__()
-        self.A = nn.Parameter(torch.empty(settings.rank, in_features))
-        self.B = nn.Parameter(torch.empty(out_features, settings.rank))
+        self._frozen = (frozen,)  # in a tuple, else it would be a part of this module
+        self.A = nn.Parameter(torch.empty(settings.rank, frozen.weight[0].numel()))
+        self.B = nn.Parameter(torch.empty(len(frozen.weight), settings.rank))
         self.scale = settings.alpha / settings.rank
         self.dropout = settings.dropout
 
-    @classmethod
-    def on(cls, linear: nn.Linear, settings: LoraSettings) -> LoRA:
-        """An adapter of the size of `linear`."""
-        return cls(linear.in_features, linear.out_features, settings)
+    @property
+    def frozen(self) -> nn.Linear | nn.Conv2d:
+        """What it adapts."""
+        return self._frozen[0]
+
+    def merged(self) -> dict[str, Tensor]:
+        """`weight` [out, in] and `bias` [out] of the frozen map and the adapter as one linear map, without dropout."""
+        weight = self.frozen.weight.detach().flatten(1) + self.scale * self.B.detach() @ self.A.detach()
+        return {"weight": weight, "bias": cast(Tensor, self.frozen.bias).detach()}
 
 
-def lora_linear(linear: nn.Linear, loras: Sequence[LoRA], x: Tensor) -> Tensor:
+Adapter = LoRA | nn.Linear
+"""An adapter, or the linear map that it and the frozen one have been merged into."""
+
+
+def lora_linear(linear: nn.Linear, loras: Sequence[Adapter], x: Tensor) -> Tensor:
     """A frozen linear map with one adapter for each entry of the stack.
 
     Args:
         linear: frozen.
-        loras: S adapters of one rank; the same adapter may occur more than once.
+        loras: S adapters of one rank, or S merged maps; the same one may occur more than once.
         x: [S, ..., in].
 
     Returns:
@@ -52,22 +67,24 @@ def lora_linear(linear: nn.Linear, loras: Sequence[LoRA], x: Tensor) -> Tensor:
     return lora_linears(linear.weight, linear.bias, [loras], x)[0]
 
 
-def lora_linears(weight: Tensor, bias: Tensor, groups: Sequence[Sequence[LoRA]], x: Tensor) -> tuple[Tensor, ...]:
+def lora_linears(weight: Tensor, bias: Tensor, groups: Sequence[Sequence[Adapter]], x: Tensor) -> tuple[Tensor, ...]:
     """As `lora_linear`, for several groups of adapters on one input: the frozen product is computed once for all.
 
     Args:
         weight: frozen, [out, in].
         bias: frozen, [out].
-        groups: G times S adapters, all of one rank.
+        groups: G times S adapters, all of one rank, or as many merged maps, which need neither `weight` nor `bias`.
         x: [S, ..., in].
 
     Returns:
         For each group [S, ..., out].
     """
-    first = groups[0][0]
-    a = [torch.stack([lora.A for lora in loras]) for loras in groups]
-    b = [torch.stack([lora.B for lora in loras]) for loras in groups]
-    flat = x.flatten(1, -2)
+    first, flat = groups[0][0], x.flatten(1, -2)
+    if isinstance(first, nn.Linear):
+        merged = [torch.stack([map_(part) for map_, part in zip(maps, flat, strict=True)]) for maps in groups]
+        return tuple(output.view(*x.shape[:-1], -1) for output in merged)
+    a = [torch.stack([cast(LoRA, lora).A for lora in loras]) for loras in groups]
+    b = [torch.stack([cast(LoRA, lora).B for lora in loras]) for loras in groups]
     if first.training and x.device.type == "cpu" and not torch.compiler.is_compiling():
         outputs = _LoRALinear.apply(flat, weight, bias, first, *a, *b)  # type: ignore[no-untyped-call]
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, cast
 
 import torch
@@ -20,6 +21,10 @@ PATCH_LORA = LoraSettings(rank=4, alpha=8)
 class ViltBackbone(Backbone):
     """Embeddings of words and patches, and the transformer's layers for the fusion; ViLT has no encoders of its own."""
 
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "image": ("patches", "class_token", "positions"),
+        "text": ("text_embeddings",),
+    }
     attention_lora = LoraSettings(rank=8, alpha=16)
     expert_lora = LoraSettings(rank=8, alpha=16)
 
@@ -93,7 +98,7 @@ class ViltImageEncoder(Encoder):
     def __init__(self, backbone: ViltBackbone) -> None:
         super().__init__()
         self.adaptor = ImageAdaptor(backbone.image_size)
-        self.patches = LoRA(backbone.patches.weight[0].numel(), backbone.size, PATCH_LORA)
+        self.patches = LoRA(backbone.patches, PATCH_LORA)
         self.offsets = TokenOffsets(backbone)
         self.output = Output(backbone.size)
 

@@ -23,7 +23,7 @@ from tap_flower.core.aggregation import Aggregator
 from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.federation import exchange, messages
 from tap_flower.federation.strategy import RunError
-from tap_flower.methods.local import exchanged
+from tap_flower.methods.spec_client import exchanged
 from tap_flower.reporting.checks import exchange_line
 from tap_flower.reporting.events import read_events
 from tap_flower.storage import StorageError, read_tensors

@@ -37,6 +37,7 @@ from tap_flower.data.spec import SpecError, client_spec
 from tap_flower.federation import checkpoint, messages, store
 from tap_flower.federation.accounting import Ledger
 from tap_flower.federation.checkpoint import Progress, Writer
+from tap_flower.federation.description import read_description
 from tap_flower.federation.encodings import from_array, to_array
 from tap_flower.federation.messages import Instruction, Manifest, MessageError, Report, TaskInfo, TensorInfo
 from tap_flower.federation.roster import Roster, RosterError
@@ -49,6 +50,16 @@ from tap_flower.reporting.client_records import read_decisions
 from tap_flower.storage import StorageError, read_json, read_record, read_tensors, write_tensors
 
 RUN, TASK = "r1", "triage"
+DESCRIPTION: dict[str, Any] = {
+    "schema": 1, "run": RUN, "best": 2, "client": "ann", "backbone": "demo", "revision": None, "fingerprint": "f" * 16,
+    "settings": {
+        "method": "tap", "seed": 41, "model": {"layers": 1, "text_length": 128, "image_size": None},
+        "compute": {"precision": "float32"},
+    },
+    "tasks": [
+        {"name": TASK, "kind": "text_classification", "modalities": ["text"], "domains": ["notes"], "classes": ["a", "b"]}
+    ],
+}  # fmt: skip
 SMALL = 10_000
 """Values of a manifest's tensors up to which the server is asked to make them."""
 
@@ -220,6 +231,7 @@ def _of_files(folder: Path) -> dict[str, Reader]:
         "margin": 0.01,
         "replaced": True,
     }
+    (example / "model.json").write_text(json.dumps(DESCRIPTION))
     (example / "decisions.jsonl").write_text(json.dumps(decision) + "\n" + json.dumps(decision) + "\n")
 
     def reader(name: str, read: Callable[[], object], form: str = "binary") -> Reader:
@@ -240,6 +252,7 @@ def _of_files(folder: Path) -> dict[str, Reader]:
         "checkpoint": reader("server.safetensors", lambda: checkpoint.load(broken)),
         "tensors": reader("tensors", lambda: (read_record(broken / "tensors"), read_tensors(broken / "tensors"))),
         "json": reader("state.json", lambda: read_json(broken / "state.json"), "json"),
+        "description": reader("model.json", lambda: read_description(broken), "json"),
         "decisions": reader("decisions.jsonl", lambda: read_decisions(broken), "lines"),
     }
 

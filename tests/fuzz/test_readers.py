@@ -20,7 +20,7 @@ INPUTS = {
     "instruction": 800, "manifest": 1600, "report": 800, "metrics": 600, "hyper_parameters": 100, "record": 800,
     "array float32": 800, "array bfloat16": 500, "array int8": 500,
     "personal": 500, "received": 300, "second stage": 300, "checkpoint": 500, "tensors": 300, "json": 300,
-    "decisions": 300, "spec": 600, "config": 50, "setting": 50,
+    "decisions": 300, "description": 150, "spec": 600, "config": 50, "setting": 50,
 }  # fmt: skip
 """Reader -> how many inputs it is given."""
 

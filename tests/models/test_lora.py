@@ -16,7 +16,7 @@ FACTOR = 2.0  # alpha / rank
 def adapters(groups: int = 2) -> tuple[nn.Linear, list[list[LoRA]], Tensor]:
     torch.manual_seed(0)
     linear = nn.Linear(SIZE, FEATURES).double().requires_grad_(False)
-    loras = [[LoRA.on(linear, LoraSettings(3, 6)).double() for _ in range(STACK)] for _ in range(groups)]
+    loras = [[LoRA(linear, LoraSettings(3, 6)).double() for _ in range(STACK)] for _ in range(groups)]
     for adapter in (one for group in loras for one in group):
         nn.init.normal_(adapter.A)
         nn.init.normal_(adapter.B)

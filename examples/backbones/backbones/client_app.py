@@ -2,10 +2,10 @@
 
 from functools import partial
 
-from backbones.data import LANGUAGES, digits, names, share
-from backbones.model import backbone
 from flwr.app import Context
 
+from backbones.data import LANGUAGES, digits, names, share
+from backbones.model import backbone
 from tap_flower import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, Client, Pair, Task, client_app
 from tap_flower.models.model import ModelTask, TapModel
 

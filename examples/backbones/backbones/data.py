@@ -4,10 +4,11 @@ from functools import cache
 
 import emoji
 import torch
-from backbones.model import IMAGE, LENGTH
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset, TensorDataset
+
+from backbones.model import IMAGE, LENGTH
 
 LANGUAGES = ("en", "de", "es", "fr")
 LETTERS = " abcdefghijklmnopqrstuvwxyzàáâäçèéêëíîïñóôöùúûüß'-"

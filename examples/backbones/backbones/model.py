@@ -1,4 +1,4 @@
-"""Encoders of your choice under the fusion of tap-flower: a ViT and a BERT here, both small and from their configurations."""
+"""Encoders of your choice under the fusion of tap-flower: a small ViT and a small BERT from their configurations."""
 
 from functools import cache
 
@@ -56,6 +56,7 @@ class Images(Encoder):
 
     def forward(self, backbone: AnyBackbone, inputs: Tensor, mask: Tensor | None) -> Tensor:
         """Pixels [B, 3, H, W] -> [B, T, D]."""
+        del mask
         return self.output(backbone.vision(pixel_values=inputs).last_hidden_state)
 
 

@@ -1,0 +1,1 @@
+"""Using the models that a client has trained."""

@@ -1,0 +1,91 @@
+"""What a model answers, in plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from tap_flower.core.tasks import IMAGE_GENERATION
+from tap_flower.data.collate import denormalise
+from tap_flower.text_metrics import written
+
+
+@dataclass(frozen=True)
+class ClassAnswer:
+    """Of a classification task.
+
+    Attributes:
+        label: name of the class.
+        probability: that the model gives it.
+        probabilities: class -> probability.
+    """
+
+    label: str
+    probability: float
+    probabilities: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class TextAnswer:
+    """Of a text generation task."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ImageAnswer:
+    """Of an image generation task.
+
+    Attributes:
+        image: 64 × 64 pixels, RGB.
+        mse: mean squared error to the input, of normalised pixels.
+    """
+
+    image: Image.Image
+    mse: float
+
+
+Answer = ClassAnswer | TextAnswer | ImageAnswer
+
+
+def class_answers(output: Tensor, classes: Sequence[str]) -> list[Answer]:
+    """Logits [B, C] -> an answer each."""
+    found: list[Answer] = []
+    for shares in output.softmax(-1).tolist():
+        best = max(range(len(classes)), key=shares.__getitem__)
+        found.append(ClassAnswer(classes[best], shares[best], dict(zip(classes, shares, strict=True))))
+    return found
+
+
+def image_answers(output: Tensor, inputs: Mapping[str, Any]) -> list[Answer]:
+    """Normalised images [B, 3, 64, 64] -> an answer each."""
+    errors = IMAGE_GENERATION.losses(output, inputs["image"]).tolist()
+    pixels = denormalise(output).permute(0, 2, 3, 1).cpu().numpy()
+    return [ImageAnswer(Image.fromarray(image), error) for image, error in zip(pixels, errors, strict=True)]
+
+
+FIRST_TOKENS = 16
+"""Tokens that are generated first; twice as many until every text has ended."""
+
+
+def text_answers(
+    generate: Callable[[int], Tensor], longest: int, end: int, decode: Callable[[list[int]], str]
+) -> list[Answer]:
+    """Texts up to their separators.
+
+    Args:
+        generate: number of positions -> logits [B, positions, V]; those of a position do not depend on the number.
+        longest: most tokens of a text.
+        end: id of the separator that closes a text.
+        decode: token ids -> text, without special tokens.
+    """
+    length = min(FIRST_TOKENS, longest)
+    while True:
+        tokens = generate(length).argmax(-1).tolist()
+        if length == longest or all(end in ids for ids in tokens):
+            return [TextAnswer(decode(written(ids, end))) for ids in tokens]
+        length = min(2 * length, longest)

@@ -1,0 +1,171 @@
+"""One task of a client's model as a folder of its own: plain tensors without LoRA, tokenizer, model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, StrictUndefined
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from transformers import AutoConfig
+
+from tap_flower.config import ConfigError
+from tap_flower.data.catalogue import CATALOGUE
+from tap_flower.data.spec import SpecError
+from tap_flower.data.texts import load_tokenizer
+from tap_flower.federation.description import DESCRIPTION, Description, description_of, read_description
+from tap_flower.methods.spec_client import model_tasks
+from tap_flower.models.backbones import DEMO, from_config, locate, outline
+from tap_flower.models.merged import merged_outline, merged_state
+from tap_flower.personal.folders import PersonalError
+from tap_flower.personal.model import Device, PersonalModel
+from tap_flower.plain import PlainError, shown
+from tap_flower.storage import StorageError, read_json, write_atomically, write_json
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+_PIPELINES = {
+    "image_classification": "image-classification",
+    "text_classification": "text-classification",
+    "image_generation": "image-to-image",
+    "text_generation": "text-generation",
+}
+"""Kind of task -> the hub's name of it; with an image in and a text out it is `visual-question-answering`."""
+
+_TEMPLATE = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True).from_string("""\
+---
+{{ header }}
+---
+# {{ name }}
+Model `{{ which }}` of client `{{ client }}` for the task `{{ task.name }}` ({{ task.kind.replace("_", " ") }}; input:
+{{ task.modalities | join(" and ") }}; domain: {{ task.domains | join(", ") }}), trained with the method `{{ method }}` of
+tap-flower over the backbone `{{ backbone }}`.
+{% if task.classes %}
+Classes: {{ task.classes | join(", ") }}.
+{% endif %}
+
+`{{ weights }}` is a plain state dict: every adapter is merged with the matrix that it adapts, and the backbone's frozen
+tensors are in it.
+```python
+from tap_flower.personal.export import load_export
+
+model = load_export("FOLDER")
+print(model.predict("{{ task.name }}", {{ task.modalities | join("=..., ") }}=...))
+```
+{% if metrics %}
+
+## Metrics
+On the client's test data.
+
+| metric | value |
+|---|---|
+{% for metric, value in metrics | dictsort %}
+| {{ metric }} | {{ "%.4f" | format(value) }} |
+{% endfor %}
+{% endif %}
+""")
+
+
+def export(folder: Path, out: Path, task: str, which: str | None = None, run: Path | None = None) -> PersonalModel:
+    """Writes `model.safetensors`, `config.json`, the tokenizer and a model card.
+
+    Args:
+        folder: of a client, see `folders.client_folder`.
+        out: a new folder.
+        task: name of the task.
+        which: see `PersonalModel.load`.
+        run: the run folder whose results go into the model card.
+
+    Returns:
+        The model that was exported.
+
+    Raises:
+        PersonalError: there is no such model or task, or `out` is not empty.
+        StorageError: a folder is damaged, or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PersonalError(f"{out} is not empty: give another folder")
+    described = read_description(folder)
+    model = PersonalModel.load(folder, which, "cpu", torch.float32)
+    model.task(task)
+    shape = described.settings.model
+    backbone = outline(described.backbone, shape.layers, shape.image_size, described.revision)
+    (only,) = (t for t in model_tasks(described, shape.text_length) if t.pair.task == task)
+    with torch.device("meta"):
+        merged = merged_outline(backbone, only)
+    tensors = merged_state(model.model, merged)
+    description = read_json(folder / DESCRIPTION)
+    description["tasks"] = [t for t in description["tasks"] if t["name"] == task]
+    architecture = AutoConfig.from_pretrained(
+        locate(described.backbone), revision=described.revision, trust_remote_code=False
+    ).to_dict()
+    architecture.pop("_name_or_path", None)  # where the checkpoint lies on this machine
+    write_atomically(out / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_json(out / CONFIG, {"tap_flower": description, "model": model.which, "backbone_config": architecture})
+    model.tokenizer.save_pretrained(out)
+    results = {} if run is None else read_json(run / "results.json").get("clients", {})
+    found = results.get(described.client, {}).get(task, {}).get(model.which, {})
+    write_atomically(out / CARD, card(described, task, model.which, found).encode())
+    return model
+
+
+def load_export(folder: Path | str, device: Device = None) -> PersonalModel:
+    """Loads what `export` wrote; neither the run nor the backbone's checkpoint is needed.
+
+    Raises:
+        StorageError: the folder is no export, or is damaged.
+    """
+    folder = Path(folder)
+    values = read_json(folder / CONFIG)
+    try:
+        described = description_of(values["tap_flower"])
+        (task,) = model_tasks(described, described.settings.model.text_length)
+        architecture = dict(values["backbone_config"])
+        config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
+        shape = described.settings.model
+        model = merged_outline(from_config(config, shape.layers, shape.image_size), task)
+        tensors = load_file(folder / WEIGHTS)
+        if other := sorted(tensors.keys() ^ model.state_dict().keys()):
+            raise ValueError(f"{len(other)} tensors are missing or unknown, such as {other[0]!r}")
+        model.load_state_dict(tensors)
+        return PersonalModel(described, str(values["model"]), model, load_tokenizer(str(folder)), device)
+    except (KeyError, TypeError, PlainError, SpecError, ConfigError) as error:
+        raise StorageError(
+            f"{folder / CONFIG} is damaged, or was not written by `tap-flower export`: {error}"
+        ) from error
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise StorageError(f"{folder} is not what its {CONFIG} says: {shown(str(error))}; export it again") from error
+
+
+def card(described: Description, task: str, which: str, metrics: Mapping[str, float]) -> str:
+    """A model card as the hub reads it.
+
+    Args:
+        described: what the model is of.
+        task: name of the task.
+        which: name of the model.
+        metrics: metric -> value on the client's test data; nothing where no results are at hand.
+    """
+    (wanted,) = (t for t in described.tasks if t.name == task)
+    pipeline = _PIPELINES[wanted.kind]
+    if wanted.kind == "text_generation" and "image" in wanted.modalities:
+        pipeline = "visual-question-answering"
+    name = f"{described.client}-{task}-{which}".replace("+", "-")
+    data = f"test data of {described.client}"
+    facts = CATALOGUE.get(described.backbone)
+    header = ModelCardData(
+        license="apache-2.0" if described.backbone == DEMO else facts.licence.lower() if facts else "other",
+        base_model=described.backbone if facts else None,
+        pipeline_tag=pipeline,
+        tags=["tap-flower", "federated-learning", "personalization", wanted.kind],
+        metrics=sorted(metrics) or None,
+        model_name=name if metrics else None,
+        eval_results=[EvalResult(pipeline, task, data, metric, value) for metric, value in sorted(metrics.items())]
+        or None,
+    )
+    return _TEMPLATE.render(
+        header=header.to_yaml(), name=name, which=which, client=described.client, task=wanted, metrics=metrics,
+        method=described.settings.method, backbone=described.backbone, weights=WEIGHTS,
+    )  # fmt: skip

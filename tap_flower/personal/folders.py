@@ -1,0 +1,58 @@
+"""Where a client's models lie: in a run folder, or in the state folder of a node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tap_flower.federation.description import DESCRIPTION, TaskDescription, read_description
+from tap_flower.storage import StorageError
+
+
+class PersonalError(ValueError):
+    """A model cannot be used as it was asked for; the message says what there is, and what to do."""
+
+
+def clients_in(run: Path) -> list[str]:
+    """Names of the clients whose models a run folder holds."""
+    return sorted(path.parent.name for path in run.glob(f"clients/*/{DESCRIPTION}"))
+
+
+def client_folder(place: Path, client: str | None = None) -> Path:
+    """The folder with a client's models.
+
+    Args:
+        place: a run folder, or the folder of one client: RUN/clients/NAME, or on a node STATE-DIR/NAME/RUN.
+        client: its name, where the run has several.
+
+    Raises:
+        PersonalError: there is no such client, or it must be named.
+        StorageError: there are no models.
+    """
+    if (place / DESCRIPTION).exists():
+        if client not in (None, read_description(place).client):
+            raise PersonalError(f"{place} is one client's folder, not that of {client!r}: leave --client out")
+        return place
+    names = clients_in(place)
+    if not names:
+        raise StorageError(
+            f"{place} holds no {DESCRIPTION}: give a run folder, or a client's own: RUN/clients/NAME, on a node "
+            f"STATE-DIR/NAME/RUN (written by this version of tap-flower or a later one)"
+        )
+    return place / "clients" / _one_of(client, names, f"{place} has models of several clients", "--client", "client")
+
+
+def chosen_task(task: str | None, tasks: dict[str, TaskDescription]) -> str:
+    """The task that is meant: the one that is named, or the client's only one.
+
+    Raises:
+        PersonalError: the client has no such task, or it must be named.
+    """
+    return _one_of(task, list(tasks), "the client has several tasks", "--task", "task")
+
+
+def _one_of(name: str | None, known: list[str], several: str, option: str, what: str) -> str:
+    if name is None and len(known) > 1:
+        raise PersonalError(f"{several}: choose one with {option}: {', '.join(known)}")
+    if name is not None and name not in known:
+        raise PersonalError(f"there is no {what} {name!r}: use one of {', '.join(known)}")
+    return known[0] if name is None else name

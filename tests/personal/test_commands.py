@@ -1,0 +1,90 @@
+"""`tap-flower predict` and `tap-flower export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from tap_flower.personal.model import PersonalModel
+from tests.personal.test_model import rows
+from tests.test_cli import command
+
+__all__ = ["command"]
+
+
+def test_predict_prints_a_line_for_each_input(command: Any, run: Path) -> None:
+    code, out, err = command("predict", str(run), "--client", "bob", "--task", "languages", "gato", "chien", "--json")
+    assert (code, err) == (0, "")
+    expected = PersonalModel.load(run / "clients" / "bob").predict("languages", text=["gato", "chien"])
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["label"] for line in lines] == [answer.label for answer in expected]
+    assert [line["probabilities"] for line in lines] == [answer.probabilities for answer in expected]
+
+    code, out, _ = command("predict", str(run / "clients" / "bob"), "--task", "languages", "--model", "server", "gato")
+    answer = PersonalModel.load(run / "clients" / "bob", "server").predict("languages", text="gato")
+    assert (code, out) == (0, f"{answer.label} ({answer.probability:.3f})\n")
+
+
+def test_predict_with_an_image_and_a_text(command: Any, run: Path, tmp_path: Path) -> None:
+    row = rows("questions")[0]
+    row["image"].save(tmp_path / "shape.png")
+    asked = ["--task", "answers", "--image", "shape.png", "--text", row["question"]]
+    code, out, _ = command("predict", str(run), "--client", "bob", *asked)
+    model = PersonalModel.load(run / "clients" / "bob")
+    assert (code, out) == (0, f"{model.predict('answers', row['image'], row['question']).text}\n")
+
+
+def test_predict_writes_images(command: Any, run: Path, tmp_path: Path) -> None:
+    rows("shapes")[0]["image"].save(tmp_path / "shape.png")
+    asked = ["--client", "ann", "--task", "shape_images", "shape.png"]
+    code, out, _ = command("predict", str(run), *asked, "--out", "made", "--json")
+    assert code == 0
+    assert json.loads(out).keys() == {"mse", "image"}
+    assert Image.open(tmp_path / "made" / "0.png").size == (64, 64)
+    code, out, _ = command("predict", str(run), *asked)
+    assert out.startswith("mse ")
+
+
+def test_export_writes_a_model_card_with_the_runs_results(command: Any, run: Path, tmp_path: Path) -> None:
+    code, out, _ = command("export", str(run), "out", "--client", "ann", "--task", "shapes")
+    assert (code, out) == (0, "model 'tap' of client 'ann', task 'shapes', in out\n")
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "has models of several clients: choose one with --client: ann, bob"),
+        (["--client", "eve"], "there is no client 'eve': use one of ann, bob"),
+        (["--client", "ann"], "the client has several tasks: choose one with --task: shapes, shape_images"),
+        (["--client", "ann", "--task", "x"], "there is no task 'x': use one of shapes, shape_images"),
+        (["--client", "ann", "--task", "shapes"], "task 'shapes' got no input: give image"),
+        (["--client", "bob", "--task", "answers", "x.png"], "takes an image and a text: give them with --image and"),
+        (["--client", "ann", "--task", "shapes", "x.png"], "image 'x.png' cannot be read: "),
+        (["--client", "ann", "--task", "shapes", "--model", "x", "x.png"], "has no model 'x': use one of server, "),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line(command: Any, run: Path, arguments: list[str], message: str) -> None:
+    code, out, err = command("predict", str(run), *arguments)
+    assert (code, out) == (1, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_folder_without_models_is_told(command: Any, tmp_path: Path) -> None:
+    code, _, err = command("predict", str(tmp_path), "x")
+    assert code == 1
+    assert (
+        "holds no model.json: give a run folder, or a client's own: RUN/clients/NAME, on a node STATE-DIR/NAME" in err
+    )
+
+
+def test_another_clients_folder_is_told(command: Any, run: Path) -> None:
+    code, _, err = command("predict", str(run / "clients" / "ann"), "--client", "bob", "x")
+    assert code == 1
+    assert "is one client's folder, not that of 'bob': leave --client out" in err
