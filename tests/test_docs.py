@@ -121,14 +121,15 @@ def test_every_block_is_run_or_checked(page: Path, tmp_path: Path, monkeypatch: 
             wrong.append(f"{block}: {type(error).__name__}: {error}")
     for code in inline(page, "tap-flower"):
         try:
-            tap_flower(shlex.split(code)[1:])
+            words = shlex.split(code)[1:]
+            tap_flower([*words, "--help"] if all(map(str.isalpha, words)) else words)  # a command's name alone
         except Exception as error:
             wrong.append(f"{page.relative_to(ROOT)}: `{code}`: {error}")
-    for key, value in re.findall(r"`--set ([a-z_.]+)=([^`\s]+)`", page.read_text()):
+    for setting in re.findall(r"`--set ([a-z_.]+=[^`\s]+)`", page.read_text()):
         try:
-            check_config("demo", [f"{key}={value}"])
-        except ValueError as error:
-            wrong.append(f"{page.relative_to(ROOT)}: `--set {key}={value}`: {error}")
+            check_config("demo", [setting] if setting != "key=value" else [])
+        except Exception as error:
+            wrong.append(f"{page.relative_to(ROOT)}: `--set {setting}`: {error}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -158,7 +159,7 @@ def defined_tests() -> set[str]:
 @pytest.mark.parametrize(
     ("script", "problem"),
     [
-        ("tap-flower simulate --round 3", "No such option: --round"),
+        ("tap-flower simulate --round 3", "No such option"),
         ("tap-flower simulate --rounds three", "'three' is not a valid integer"),
         ("tap-flower simulate --set train.stepz=3", "there is no option 'train.stepz'"),
         ("tap-flower simulate --set train.steps=0", "train.steps = 0 is out of bounds"),
