@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import subprocess
@@ -109,6 +110,7 @@ def test_the_reference_has_the_public_names(site: Path) -> None:
         assert f'id="{name}"' in pages[page]
 
 
+@functools.cache
 def component_map(client: str) -> ComponentMap:
     """Of a client of the demo."""
     config = load_config("demo")
