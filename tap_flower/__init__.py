@@ -1,7 +1,7 @@
 """TAP (Two-Stage Adaptive Personalization, arXiv 2509.26524) for federated learning with Flower.
 
 The names below are the public interface. Each is imported when it is first used, so that `import tap_flower` costs nothing,
-and none of them imports transformers or datasets.
+and none but `PersonalModel` imports transformers.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from tap_flower.core.tasks import TaskKind as TaskKind
     from tap_flower.federation.plugin_client import client_app as client_app
     from tap_flower.federation.strategy import TapStrategy as TapStrategy
+    from tap_flower.personal.model import PersonalModel as PersonalModel
     from tap_flower.plugin.client import Client as Client
     from tap_flower.plugin.client import Task as Task
+    from tap_flower.plugin.model import load_module as load_module
 
 __version__ = "0.1.0"
 
@@ -40,7 +42,9 @@ _HOMES = {
     ),
     "tap_flower.federation.plugin_client": ("client_app",),
     "tap_flower.federation.strategy": ("TapStrategy",),
+    "tap_flower.personal.model": ("PersonalModel",),
     "tap_flower.plugin.client": ("Client", "Task"),
+    "tap_flower.plugin.model": ("load_module",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted([*_HOME, "__version__"])

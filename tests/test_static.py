@@ -1,4 +1,4 @@
-"""The static checks: lint, format, types, documentation."""
+"""The static checks: lint, format, types."""
 
 from __future__ import annotations
 
@@ -13,16 +13,11 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     "command",
-    [
-        ["ruff", "check", "."],
-        ["ruff", "format", "--check", "."],
-        ["mypy"],
-        ["mkdocs", "build", "--strict", "--quiet", "--site-dir", "SITE"],
-    ],
+    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]],
     ids=lambda command: "-".join(command[:2]),
 )
-def test_static(command: list[str], tmp_path: Path) -> None:
-    program, *arguments = [str(tmp_path) if part == "SITE" else part for part in command]
+def test_static(command: list[str]) -> None:
+    program, *arguments = command
     done = subprocess.run(
         [str(Path(sys.executable).with_name(program)), *arguments],
         cwd=ROOT,

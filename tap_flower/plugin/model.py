@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tap_flower.core.components import ComponentMap, ComponentModel, Pair
+from tap_flower.core.components import ComponentMap, ComponentModel, Pair, load_trainable_state
 from tap_flower.core.initial import Initial, initial_values
 from tap_flower.plugin.errors import ClientError
 from tap_flower.plugin.examples import OWN
+from tap_flower.storage import read_tensors
 
 PREFIX = "components."
 """Begins the names of all tensors that are sent."""
@@ -138,6 +140,27 @@ def initials(module: nn.Module) -> dict[str, Initial]:
     except TypeError as error:
         raise ClientError(str(error)) from error
     return {PREFIX + name: found[name] for name in names}
+
+
+_M = TypeVar("_M", bound=nn.Module)
+
+
+def load_module(module: _M, folder: str | Path, which: str = "tap") -> _M:
+    """A client's own module with the tensors of one of its models; returns the module itself.
+
+    Args:
+        module: as the client's `model` builds it.
+        folder: of the client in a run: STATE_DIR/NAME/RUN.
+        which: `tap`, `personal`, or another model that the run's method keeps.
+
+    Raises:
+        StorageError: the folder has no such model, or it is damaged.
+        ValueError: its tensors are not those of the module.
+    """
+    tensors, _ = read_tensors(Path(folder) / f"{which}.safetensors")
+    own = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
+    load_trainable_state(module, own)
+    return module
 
 
 def prefixed(model: ComponentModel) -> tuple[ComponentMap, dict[str, Initial]]:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
 
-from client_app.app import app
 from tap_flower.config import client_specs, load_config
 from tap_flower.federation import server
 from tap_flower.federation.in_process import InProcessGrid
+from tap_flower.simulation import app_folder
+
+
+def client_app() -> ClientApp:
+    """The ClientApp, which a wheel holds in a folder of the package, where no import finds it by itself."""
+    sys.path.insert(0, str(app_folder()))
+    from client_app.app import app
+
+    return app
 
 
 def run(preset: str, config: str, settings: str, out: Path, resume: bool = False) -> None:
@@ -26,7 +36,7 @@ def run(preset: str, config: str, settings: str, out: Path, resume: bool = False
     run_config: dict[str, bool | float | int | str]
     run_config = {"preset": preset, "config": config, "set": settings, "out": str(out), "resume": resume}
     clients = len(client_specs(load_config(preset, config, settings.split())))
-    grid = InProcessGrid(app, [{"partition-id": number} for number in range(clients)], run_config)
+    grid = InProcessGrid(client_app(), [{"partition-id": number} for number in range(clients)], run_config)
     server.run(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=run_config))
 
 

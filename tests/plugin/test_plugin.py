@@ -11,11 +11,10 @@ import torch
 from flwr.app import Context, Message
 from torch import nn
 
-from tap_flower import Client, TapStrategy, client_app, load_config
+from tap_flower import Client, TapStrategy, client_app, load_config, load_module
 from tap_flower.federation import messages
 from tap_flower.federation.in_process import InProcessGrid
 from tap_flower.federation.strategy import RunError
-from tap_flower.storage import read_tensors
 
 from .clients import Net, client, digits, make, mood
 
@@ -62,9 +61,7 @@ def test_a_run(tmp_path: Path) -> None:
     assert results["tasks"]["digits"]["tap"]["accuracy"] > 0.7
     assert results["tasks"]["mood"]["tap"]["loss"] < 5 / 12
     (state,) = (tmp_path / "state" / "cleo").iterdir()
-    personal, _ = read_tensors(state / "tap.safetensors")
-    net = Net("digits", "mood")
-    net.load_state_dict({name.removeprefix("components."): tensor for name, tensor in personal.items()})
+    net = load_module(Net("digits", "mood"), state)
     images, labels = next(iter(torch.utils.data.DataLoader(client(2).tasks[0].test, batch_size=32)))
     accuracy = float((net.see(images).argmax(1) == labels).double().mean())
     assert accuracy == results["clients"]["cleo"]["digits"]["tap"]["accuracy"]
