@@ -29,7 +29,8 @@ from tap_flower.reporting.events import METRICS, read_events
 from tap_flower.reporting.results import read_results
 from tap_flower.resources import Resources
 
-_CONNECTION = "tap-flower"
+CONNECTION = "tap-flower"
+"""The name of the SuperLink in its own configuration of Flower."""
 _START_SECONDS = 60.0
 _STATUS_SECONDS = 30.0
 """Seconds without a new event after which Flower is asked whether the run is still alive."""
@@ -92,7 +93,7 @@ def simulate(launch: Launch, on_event: Callable[[dict[str, Any]], None]) -> dict
     with (
         ends_when_told(),
         tempfile.TemporaryDirectory(prefix="tap-flower-") as work,
-        _superlink(Path(work)) as flower,
+        superlink(Path(work)) as flower,
     ):
         run_id = _submit(launch, out, flower)
         seen, last = 0, time.monotonic()
@@ -106,7 +107,7 @@ def simulate(launch: Launch, on_event: Callable[[dict[str, Any]], None]) -> dict
                     return read_results(out)
             seen, last = seen + len(new), time.monotonic() if new else last
             if time.monotonic() - last > _STATUS_SECONDS:
-                status, last = _status(flower, run_id), time.monotonic()
+                status, last = status_of(flower, run_id), time.monotonic()
                 if status.startswith("finished"):
                     raise SimulationError(f"the run ended with status {status}:\n{_tail(flower.log)}")
             time.sleep(0.2)
@@ -130,23 +131,25 @@ def ends_when_told() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Flower:
+class Flower:
+    """A SuperLink of one's own: its folder, the environment of commands to it, and its log."""
+
     folder: Path
     environment: dict[str, str]
     log: Path
 
 
 @contextmanager
-def _superlink(folder: Path) -> Iterator[_Flower]:
+def superlink(folder: Path) -> Iterator[Flower]:
     """A SuperLink for one run, ended with everything that it started."""
     port, home = free_port(), folder / "flwr"
     home.mkdir()
     (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n'
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
         f'address = "127.0.0.1:{port}"\ninsecure = true\n'
     )
     environment = {**os.environ, **QUIET, "FLWR_HOME": str(home)}
-    flower = _Flower(folder, environment, folder / "flower.log")
+    flower = Flower(folder, environment, folder / "flower.log")
     with flower.log.open("wb") as log:
         process = subprocess.Popen(
             [
@@ -187,7 +190,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _submit(launch: Launch, out: Path, flower: _Flower) -> int:
+def _submit(launch: Launch, out: Path, flower: Flower) -> int:
     # A TOML file, since `--run-config` on the command line takes values with quotes and spaces apart.
     values = {
         "preset": launch.preset,
@@ -201,11 +204,11 @@ def _submit(launch: Launch, out: Path, flower: _Flower) -> int:
     run_config = flower.folder / "run.toml"
     run_config.write_text("\n".join(lines) + "\n")
     federation = {"num-supernodes": launch.clients, **launch.resources.federation_config()}
-    answer = _flwr(
+    answer = flwr(
         flower,
         "run",
         str(app_folder()),
-        _CONNECTION,
+        CONNECTION,
         "--run-config",
         str(run_config),
         "--federation-config",
@@ -216,13 +219,19 @@ def _submit(launch: Launch, out: Path, flower: _Flower) -> int:
     return int(answer["run-id"])
 
 
-def _status(flower: _Flower, run_id: int) -> str:
-    answer = _flwr(flower, "ls", _CONNECTION, "--run-id", str(run_id))
+def status_of(flower: Flower, run_id: int) -> str:
+    """Flower's status of a run, such as `finished:completed`."""
+    answer = flwr(flower, "ls", CONNECTION, "--run-id", str(run_id))
     runs = answer.get("runs") or [{}]
     return str(runs[0].get("status", "unknown"))
 
 
-def _flwr(flower: _Flower, *arguments: str) -> dict[str, Any]:
+def flwr(flower: Flower, *arguments: str) -> dict[str, Any]:
+    """What a command of Flower's answers to `--format json`.
+
+    Raises:
+        SimulationError: it failed.
+    """
     done = subprocess.run(
         [flower_program("flwr"), *arguments, "--format", "json"],
         cwd=flower.folder,

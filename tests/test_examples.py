@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from tap_flower.federation.in_process import InProcessGrid
+from tap_flower.simulation import CONNECTION, flwr, status_of, superlink
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -67,6 +69,28 @@ def test_the_quickstart_becomes_tap_by_a_diff_of_less_than_30_lines(
     assert set(found["clients"]) == {"client-0", "client-1"}
     # Guessing is right once in ten; a client that had learned nothing would be caught here.
     assert found["tasks"]["digits"]["tap"]["accuracy"] > 0.5
+
+
+@pytest.mark.flwr
+def test_the_changed_quickstart_under_flwr_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tmp_path / "quickstart"
+    shutil.copytree(EXAMPLES / "quickstart", project)
+    subprocess.run(["patch", "-p1", "-i", "tap.diff"], cwd=project, check=True, capture_output=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    with superlink(tmp_path / "work") as flower:
+        said = flwr(
+            flower, "run", str(project), CONNECTION, "--run-config", "num-server-rounds=1",
+            "--federation-config", "num-supernodes=2 client-resources-num-cpus=1",
+        )  # fmt: skip
+        while not (status := status_of(flower, said["run-id"])).startswith("finished"):
+            time.sleep(2)
+        assert status == "finished:completed", flower.log.read_text()
+    (found,) = (tmp_path / "home").rglob("results.json")
+    assert set(json.loads(found.read_text())["clients"]) == {"client-0", "client-1"}
+    # Each client's personal model is on its own node, here in Flower's home.
+    assert len(list((tmp_path / "work" / "flwr" / "tap-flower").rglob("tap.safetensors"))) == 2
 
 
 def test_the_docs_show_that_diff() -> None:
