@@ -20,3 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=Path(__file__).parent / "golden" / "cases",
         help="folder with golden cases and their backbones/ (default: the committed ones)",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The deployments first: they are one file, run one after the other, and take as long as all the rest."""
+    items.sort(key=lambda item: "deployment" not in item.path.parts)

@@ -31,7 +31,7 @@ PATIENCE = 1200.0
 """Seconds to wait for anything: a message takes a new process on the node, and these machines are slow."""
 SETTINGS = (
     "clients=[] rounds=3 clients_per_round=3 train.steps=1 train.batch_size=4 train.accumulation=1 "
-    "distill.iterations=1 model.text_length=40 start_timeout=120 round_timeout=120"
+    "distill.iterations=1 model.text_length=40 start_timeout=600 round_timeout=600"
 )
 
 
