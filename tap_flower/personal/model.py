@@ -23,7 +23,8 @@ from tap_flower.federation.store import RECEIVED, ClientStore
 from tap_flower.methods.method import Memory, State
 from tap_flower.methods.registry import find_method
 from tap_flower.methods.spec_client import client_model
-from tap_flower.models.backbones import BackboneError, load_backbone, locate
+from tap_flower.models.backbones import load_backbone, locate
+from tap_flower.models.errors import BackboneError
 from tap_flower.models.model import TapModel
 from tap_flower.personal.answers import Answer, class_answers, image_answers, text_answers
 from tap_flower.personal.folders import PersonalError

@@ -19,7 +19,7 @@ from tap_flower.data.spec import ClientSpec
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.methods.spec_client import client_model
 from tap_flower.models.backbones import demo_folder, from_config, load_backbone, locate, outline
-from tap_flower.models.model import ModelTask, TapModel, initial_values
+from tap_flower.models.model import ModelTask, TapModel
 from tests.checkpoints import tiny_flava, tiny_vilt
 from tests.mirror import KEYS, ROWS, write_mirror
 
@@ -174,8 +174,3 @@ def test_an_outline_has_the_backbones_shapes_without_its_weights(tmp_path: Any) 
     (tmp_path / "config.json").write_bytes((demo_folder() / "config.json").read_bytes())
     with pytest.raises(ValueError, match="cannot be loaded: it has no model.safetensors"):
         outline(str(tmp_path), 1)
-
-
-def test_a_module_without_a_rule_for_its_start_is_an_error() -> None:
-    with pytest.raises(TypeError, match="no initial value is defined for GRU"):
-        initial_values(nn.GRU(2, 2))
