@@ -197,8 +197,9 @@ class Handlers:
             opened = self.open(context, instruction)
             participant = Participant(opened, ClientStore(opened.folder, instruction.run), instruction)
             with participant.store.locked():
-                opened.describe()
-                return Message(handler(participant, message), reply_to=message)
+                content = handler(participant, message)
+                opened.describe()  # what a wrong message says is not
+            return Message(content, reply_to=message)
         except LackingError as error:
             return Message(Error(LackingError.CODE, str(error)), reply_to=message)
         except EXPECTED as error:

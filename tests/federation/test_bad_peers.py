@@ -293,8 +293,8 @@ def tensor(*info: Any, name: str = "components.head/languages.x") -> Callable[[d
 
 
 BAD_MANIFESTS: list[Any] = [
-    (put("protocol", value=4), "client 'bob' speaks protocol 4 of tap-flower"),
-    (put("version", value="9.9"), "of tap-flower 9.9, here is protocol 3"),
+    (put("protocol", value=3), "client 'bob' speaks protocol 3 of tap-flower"),
+    (put("version", value="9.9"), "of tap-flower 9.9, here is protocol 4"),
     (put("fingerprint", value="0123456789abcdef"), "client 'bob' has a backbone with fingerprint 0123456789abcdef"),
     (put("client", value="ann"), "client 'ann' is already there on node 100: node 101 is refused"),
     (put("client", value="../bob"), "client is '../bob', not 1 to 64 letters"),
@@ -306,8 +306,8 @@ BAD_MANIFESTS: list[Any] = [
     (lambda v: v["tasks"][0].update(examples=EVIL), f"examples is {EVIL}, not a whole number"),
     (lambda v: v["tasks"][0].update(examples=0), "examples is 0, not a whole number from 1 on"),
     (lambda v: v["tasks"][0].update(examples=True), "examples is True"),
-    (lambda v: v["tasks"][0].update(kind="smelling"), "has kind 'smelling', not one of"),
-    (lambda v: v["tasks"][0].update(domains=["a/b"]), "a task or domain is 'a/b'"),
+    (lambda v: v["tasks"][0].update(kind="a smell"), "a task, kind, domain or modality is 'a smell'"),
+    (lambda v: v["tasks"][0].update(domains=["a/b"]), "a task, kind, domain or modality is 'a/b'"),
     (lambda v: v["tasks"][0]["pair"].update(modalities=["text", "text"]), "has modalities ['text', 'text']"),
     (tensor("head/languages", [10**12], "constant", 0.0), "the shape (1000000000000,) is impossible, or has more than"),
     (tensor("head/languages", [2**28, 2], "constant", 0.0), "values, more than 536870912"),
@@ -323,7 +323,7 @@ BAD_MANIFESTS: list[Any] = [
     (tensor("head/languages", [3], "constant"), "not a component, a shape, a distribution and a scale"),
     (tensor("head/digits", [3], "constant", 0.0), "no pair reaches these components"),
     (tensor("../x", [3], "constant", 0.0), "'../x' is no name of a tensor or component"),
-    (tensor("head/languages", [3], "constant", 0.0, name="__metadata__"), "'__metadata__' is no name of a tensor"),
+    (tensor("head/languages", [3], "constant", 0.0, name="__metadata__"), "'__metadata__': its name does not begin with 'components.'"),
     (tensor("head/languages", [3], "constant", 0.0, name="best/x"), "its name does not begin with 'components.'"),
     (put("reach", "digits", value=["head/languages"]), "reach is about ['digits', 'languages'"),
     (put("classes", value=["en", "es"]), "has the unknown field 'classes'"),

@@ -320,9 +320,9 @@ def test_a_client_that_fails_is_named_and_the_round_goes_on(
     from tap_flower.methods.registry import METHODS
 
     def fail(client: Any, server_round: int, *rest: Any) -> Any:
-        if (client.spec.name, server_round) == ("bob", 1):
+        if (client.holdings.name, server_round) == ("bob", 1):
             raise DivergedError("the training loss of task 'languages' is nan: lower the learning rate")
-        if (client.spec.name, server_round) == ("cleo", 2):
+        if (client.holdings.name, server_round) == ("cleo", 2):
             raise RuntimeError("cosmic ray")
         return tap.participate(client, server_round, *rest)
 
@@ -382,7 +382,7 @@ def test_another_version_is_refused(federation: Federation, monkeypatch: pytest.
     version = messages._version
     calls = iter(range(10**6))
     monkeypatch.setattr(messages, "_version", lambda: {**version(), "version": "9.9" if next(calls) == 0 else "0.1.0"})
-    with pytest.raises(RunError, match=r"the server speaks protocol 3 of tap-flower 9.9.*install the same version"):
+    with pytest.raises(RunError, match=r"the server speaks protocol 4 of tap-flower 9.9.*install the same version"):
         strategy.start(grid)
 
 
