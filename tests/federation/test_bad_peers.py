@@ -323,7 +323,7 @@ BAD_MANIFESTS: list[Any] = [
     (tensor("head/languages", [3], "constant"), "not a component, a shape, a distribution and a scale"),
     (tensor("head/digits", [3], "constant", 0.0), "no pair reaches these components"),
     (tensor("../x", [3], "constant", 0.0), "'../x' is no name of a tensor or component"),
-    (tensor("head/languages", [3], "constant", 0.0, name="__metadata__"), "'__metadata__': its name does not begin with 'components.'"),
+    (tensor("head/languages", [3], "constant", 0.0, name="__metadata__"), "'__metadata__': its name does not begin"),
     (tensor("head/languages", [3], "constant", 0.0, name="best/x"), "its name does not begin with 'components.'"),
     (put("reach", "digits", value=["head/languages"]), "reach is about ['digits', 'languages'"),
     (put("classes", value=["en", "es"]), "has the unknown field 'classes'"),
