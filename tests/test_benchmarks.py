@@ -34,7 +34,7 @@ def test_a_step_costs_what_its_products_cost() -> None:
     """The frozen encoder needs no gradient of its weights: forward and backward cost about the same."""
     local = client("flava", "tiny", 0, 2, 8)
     model = local.model()
-    batch = local.data.batch(local.spec.tasks[0], 2, torch.Generator().manual_seed(0), CPU)
+    batch = local.data.batch(local.holdings.spec.tasks[0], 2, torch.Generator().manual_seed(0), CPU)
     forward = measure.count_flop(lambda: model(batch.task, batch.inputs))
     both = measure.count_flop(lambda: step.one_step(local, model, batch))
     assert 1.9 < both / forward < 2.6

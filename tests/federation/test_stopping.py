@@ -105,7 +105,7 @@ def test_scores_are_the_clients_own_models_on_validation_data(
 
     def watched(self: LocalClient, model: Any, split: str) -> dict[str, float]:
         found = scores(self, model, split)
-        seen[self.spec.name] = split, cpu_state(model), found
+        seen[self.holdings.name] = split, cpu_state(model), found
         return found
 
     monkeypatch.setattr(LocalClient, "scores", watched)

@@ -47,7 +47,7 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> Spy:
 
     def spy(self: LocalClient, model: Any, optimisation: Any, **names: Any) -> dict[str, float]:
         if names["noise"][-1] == "server":
-            found.append((self.spec.name, cpu_state(model)))
+            found.append((self.holdings.name, cpu_state(model)))
         return train(self, model, optimisation, **names)
 
     monkeypatch.setattr(LocalClient, "train", spy)
