@@ -1,4 +1,4 @@
-"""A deployment as docs/deploy.md has it, to the end: undisturbed, with nodes that fail, and with a server that fails.
+"""A deployment as docs/deploy.md has it, to the end: with nodes that fail, and with a server that fails.
 
 All in one file: pytest-xdist gives a file to one worker, and these machines have room for one deployment at a time.
 """
@@ -20,28 +20,6 @@ from tap_flower.storage import read_tensors
 from .cluster import Cluster, processes_within, running
 
 pytestmark = pytest.mark.flwr
-
-
-def test_a_deployment(tmp_path: Path, hospitals: list[dict[str, Any]], undisturbed: dict[str, Any]) -> None:
-    with running(tmp_path) as cluster:
-        for spec in hospitals:
-            cluster.start_node(spec)
-        cluster.start_node({**hospitals[0], "name": "intruder"}, registered=False)
-        cluster.submit()
-        results = cluster.results()
-        assert cluster.wait_for_the_end() == "finished:completed"
-        assert {key: value for key, value in results.items() if key != "seconds"} == undisturbed
-        assert set(results["clients"]) == {"ann", "bob", "cleo"}
-        for name, task in (("ann", "languages"), ("bob", "shapes"), ("cleo", "translation")):
-            assert set(results["clients"][name][task]) == {"server", "server+finetune", "personal", "tap"}
-            (run,) = (tmp_path / "state" / name).iterdir()
-            personal, record = read_tensors(run / "personal.safetensors")
-            assert record["round"] == 3
-            tap, _ = read_tensors(run / "tap.safetensors")
-            assert tap.keys() == personal.keys()
-            assert any((tap[n] != personal[n]).any() for n in tap)
-        assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["ann", "bob", "cleo"]
-        assert not (cluster.out / "clients").exists()
 
 
 def saved_round(cluster: Cluster, name: str) -> int:
@@ -138,10 +116,12 @@ def server_app(cluster: Cluster) -> psutil.Process:
     return processes_within(cluster.superlink, "serverapp")[-1]
 
 
-def test_a_server_that_dies(tmp_path: Path, hospitals: list[dict[str, Any]], undisturbed: dict[str, Any]) -> None:
+def test_a_deployment(tmp_path: Path, hospitals: list[dict[str, Any]], undisturbed: dict[str, Any]) -> None:
+    """ServerApp and SuperLink die, each once: still the numbers of one process, and what is a client's stays with it."""
     with running(tmp_path) as cluster:
         for spec in hospitals:
             cluster.start_node(spec)
+        cluster.start_node({**hospitals[0], "name": "intruder"}, registered=False)
         cluster.submit()
 
         cluster.in_training("ann", 2)
@@ -159,4 +139,16 @@ def test_a_server_that_dies(tmp_path: Path, hospitals: list[dict[str, Any]], und
             cluster.submit(resume=True)
             cluster.wait_for_event("round", round=3)
         results = cluster.results()
+        assert cluster.wait_for_the_end() == "finished:completed"
+
         assert {key: value for key, value in results.items() if key != "seconds"} == undisturbed
+        assert set(results["clients"]) == {"ann", "bob", "cleo"}
+        for name, task in (("ann", "languages"), ("bob", "shapes"), ("cleo", "translation")):
+            assert set(results["clients"][name][task]) == {"server", "server+finetune", "personal", "tap"}
+            personal, record = read_tensors(cluster.state(name) / PERSONAL)
+            assert record["round"] == 3
+            tap, _ = read_tensors(cluster.state(name) / "tap.safetensors")
+            assert tap.keys() == personal.keys()
+            assert any((tap[n] != personal[n]).any() for n in tap)
+        assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["ann", "bob", "cleo"]
+        assert not (cluster.out / "clients").exists()
