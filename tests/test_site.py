@@ -17,7 +17,7 @@ import torch
 
 from tap_flower.config import client_specs, load_config
 from tap_flower.core.components import ComponentMap
-from tap_flower.methods.local import client_model
+from tap_flower.methods.spec_client import client_model
 from tap_flower.models.backbones import outline
 
 from .docs_blocks import ROOT
