@@ -30,6 +30,8 @@ RUN_BY = {
     ("docs/plug-in.md", "--- a/pyproject.toml"): "test_the_quickstart_becomes_tap_by_a_diff_of_less_than_30_lines",
     ("docs/plug-in.md", "cd examples/quickstart"): "test_the_quickstart_becomes_tap_by_a_diff_of_less_than_30_lines",
     ("docs/plug-in.md", "from tap_flower import load_module"): "test_a_run",
+    ("docs/use-personal-models.md", "from tap_flower import PersonalModel"): "test_the_pages_python",
+    ("docs/use-personal-models.md", "from tap_flower.personal.export import load_export"): "test_the_pages_python",
 }
 """(page, how the block begins) -> the test that runs it, where that is not done here."""
 SHOWS_COMMANDS = re.compile(rf"(?:\$ )?(?:{'|'.join(re.escape(name) for name in PROGRAMS if name[0].isalpha())}) ")
