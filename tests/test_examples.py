@@ -15,6 +15,7 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from tap_flower.federation.in_process import InProcessGrid
+from tap_flower.reporting.page import write_report
 from tap_flower.simulation import CONNECTION, flwr, status_of, superlink
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -52,6 +53,9 @@ def test_an_example_runs(example: str, clients: dict[str, set[str]], tmp_path: P
     assert {name: set(tasks) for name, tasks in found["clients"].items()} == clients
     assert all({"server", "personal", "tap"} <= models.keys() for models in found["tasks"].values())
     assert {path.parent.parent.name for path in (tmp_path / "state").rglob("tap.safetensors")} == clients.keys()
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"{task}: training loss" in page for task in found["tasks"])
 
 
 def test_the_quickstart_becomes_tap_by_a_diff_of_less_than_30_lines(

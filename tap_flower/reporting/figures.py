@@ -21,7 +21,7 @@ LOSS = {
     "text_generation": "cross-entropy of a token, nats (lower is better)",
     "image_generation": "squared error, normalised pixels (lower is better)",
 }
-"""Kind of task -> what its loss is."""
+"""Kind of task -> what its loss is; see `loss_of`."""
 _FEW = 60
 """Decisions up to which the compared losses have marks of their own."""
 _MANY = 1500
@@ -47,6 +47,11 @@ class Figure:
     table: Table
     legend: Sequence[str] = ()
     names: Markup | None = None
+
+
+def loss_of(kind: str) -> str:
+    """What the loss of a kind of task is, for an axis; a user's own kind says no more than that it is a loss."""
+    return LOSS.get(kind, "loss (lower is better)")
 
 
 def client_figures(run: RunRecord) -> Iterator[Figure]:
@@ -93,11 +98,11 @@ def loss_figures(run: RunRecord) -> Iterator[Figure]:
         names = [one.name for one in series]
         rounds = sorted({r for by_round in losses.values() for r in by_round})
         rows = [[str(r), *(number(losses[n][r]) if r in losses[n] else "" for n in names)] for r in rounds]
-        table = Table(f"{task}: training loss, {LOSS[kinds[task]]}", ["round", *names], rows)
+        table = Table(f"{task}: training loss, {loss_of(kinds[task])}", ["round", *names], rows)
         label = f"{task}: training loss of the server's copy by round, {len(series)} clients"
         yield Figure(
             task,
-            charts.line_chart(series, charts.rounds_axis(run.results["rounds"]), LOSS[kinds[task]], label),
+            charts.line_chart(series, charts.rounds_axis(run.results["rounds"]), loss_of(kinds[task]), label),
             table,
             names,
         )
@@ -152,7 +157,7 @@ def decision_figures(run: RunRecord, client: str) -> Iterator[Figure]:
             rows.append([str(d["round"]), *cells, done])
         few = len(decisions) <= _FEW  # with more, the values are in the tips of the decisions alone
         series = [Series("server's copy", teacher, "round "), Series("personal model", personal, "round ", few)]
-        unit = LOSS.get(run.results["kinds"].get(task, ""), "loss (lower is better)")
+        unit = loss_of(run.results["kinds"].get(task, ""))
         table = Table(
             f"{task}: losses at each decision, {unit}",
             ["round", "server's copy", "personal", "margin", "decision"],
