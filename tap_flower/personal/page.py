@@ -174,7 +174,6 @@ def serve(run: Path, port: int) -> Any:
     except ImportError as error:
         raise PersonalError('the page needs gradio: pip install "tap-flower[demo-page]"') from error
     blocks = Page(gradio, run).blocks()
-    fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
     try:
         blocks.launch(
             server_name=HOST,
@@ -184,7 +183,7 @@ def serve(run: Path, port: int) -> Any:
             quiet=True,
             prevent_thread_lock=True,
             footer_links=[],
-            theme=gradio.themes.Default(**fonts),
+            theme=gradio.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
         )
     except OSError as error:
         raise PersonalError(
