@@ -198,7 +198,7 @@ class Handlers:
             participant = Participant(opened, ClientStore(opened.folder, instruction.run), instruction)
             with participant.store.locked():
                 content = handler(participant, message)
-                opened.describe()  # what a wrong message says is not
+                opened.describe()  # not before: a message that is refused leaves nothing behind
             return Message(content, reply_to=message)
         except LackingError as error:
             return Message(Error(LackingError.CODE, str(error)), reply_to=message)
