@@ -18,7 +18,7 @@ _BIAS = 1.5 * 2.0**52
 """A float64 in [2^52, 2^53) is an integer, so _BIAS + v, with |v| < 2^51, is _BIAS plus v rounded to an integer."""
 _NEXT_BIAS = {False: torch.tensor(_BIAS, dtype=torch.float64), True: torch.tensor(-_BIAS, dtype=torch.float64)}
 """Whether a sum holds _BIAS -> what the next update is rounded with."""
-_BLOCK = 1 << 16
+_BLOCK = 1 << 17
 """Values that are converted, checked, rounded and added at a time: they stay in the processor's cache."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ class _LoRALinear(torch.autograd.Function):
         x, weight, *saved = ctx.saved_tensors
         groups = len(gradients)
         keeps, lows, a, b = (saved[i * groups : (i + 1) * groups] for i in range(4))
-        total = gradients[0] if groups == 1 else torch.stack(gradients).sum(0)
+        total = functools.reduce(torch.add, gradients)
         x_gradient = total @ weight
         columns = [(m * ctx.factor).transpose(1, 2).contiguous() for m in b]
         a_gradients, b_gradients = [torch.zeros_like(m) for m in a], [torch.zeros_like(m) for m in columns]

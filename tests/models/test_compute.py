@@ -61,7 +61,9 @@ def test_recomputing_gives_the_same_gradients(task: str) -> None:
 
 
 @pytest.mark.parametrize("task", INPUTS)
-def test_bfloat16_computes_the_same_to_its_precision(task: str) -> None:
+def test_bfloat16_computes_the_same_to_its_precision(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbones, "bfloat16_products", lambda: True)
+    backbones.load_backbone.cache_clear()
     exact, rounded = model(), model(dtype=torch.bfloat16)
     assert rounded.backbone.fingerprint == exact.backbone.fingerprint
     assert {p.dtype for p in rounded.components.parameters()} == {torch.float32}
@@ -74,6 +76,17 @@ def test_bfloat16_computes_the_same_to_its_precision(task: str) -> None:
     assert close_gradients.keys() == gradients.keys()
     together, other = (torch.cat([g[n].flatten() for n in gradients]) for g in (gradients, close_gradients))
     assert torch.cosine_similarity(together, other, dim=0) > 0.98
+
+
+@pytest.mark.parametrize(("products", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_float32_takes_the_place_of_bfloat16_where_a_processor_has_no_products(
+    products: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backbones, "bfloat16_products", lambda: products)
+    backbones.load_backbone.cache_clear()
+    assert load_backbone("demo", 1, dtype=torch.bfloat16).dtype is dtype
+    assert ("no bfloat16 products" in caplog.text) is not products
+    backbones.load_backbone.cache_clear()
 
 
 def test_compiled_it_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
