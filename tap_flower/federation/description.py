@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tap_flower.config import ConfigError, HyperParameters, hyper_parameters, plain
+from tap_flower.config import ConfigError, HyperParameters, hyper_parameters
 from tap_flower.core.components import Pair
 from tap_flower.data.spec import ClientSpec, SpecError, check_kind, check_name, class_names
 from tap_flower.methods.registry import find_method
@@ -96,7 +96,6 @@ def describe(
     Raises:
         StorageError: the folder cannot be written.
     """
-    settings = plain(wanted)
     values = {
         "schema": SCHEMA,
         "run": run,
@@ -106,8 +105,10 @@ def describe(
         "revision": spec.revision,
         "fingerprint": fingerprint,
         "settings": {
-            **{key: settings[key] for key in ("method", "seed", "model")},
-            "compute": {"precision": settings["compute"]["precision"]},
+            "method": wanted.method,
+            "seed": wanted.seed,
+            "model": asdict(wanted.model),
+            "compute": {"precision": wanted.compute.precision.value},
         },
         "tasks": [
             {

@@ -291,7 +291,9 @@ def load_backbone(
     except (OSError, SafetensorError) as error:
         raise _missing(name, revision, error) from error
     if dtype is torch.bfloat16 and not bfloat16_products():
-        log.warning("this processor has no bfloat16 products, and would be hundreds of times slower: computing in float32")
+        log.warning(
+            "this processor has no bfloat16 products, and would be hundreds of times slower: computing in float32"
+        )
         dtype = torch.float32
     return from_model(model, layers, image_size).computing(dtype, recompute, compiled)
 
