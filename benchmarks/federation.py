@@ -2,8 +2,8 @@
 
 N copies of one of the demo's clients, each with rows of its own, all of them in every round, in this process. Both train
 the same model with the same steps, batches and optimiser; TAP trains two of them, compares them on held-out rows, and keeps
-the personal one on disk. Given are medians over the rounds after the first, of wall-clock time and of the processor's. FedAvg
-runs before TAP and again after it, and counts with the mean: a machine that others share changes its speed within minutes.
+the personal one on disk. Given are medians over the rounds after the first, of wall-clock time and of the processor's.
+FedAvg runs before TAP and again after it, and counts with the mean: a shared machine changes its speed within minutes.
 """
 
 from __future__ import annotations
