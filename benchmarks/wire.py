@@ -27,7 +27,8 @@ from tap_flower.core.components import trainable_state
 from tap_flower.core.initial import named_seed
 from tap_flower.federation import messages
 from tap_flower.federation.encodings import rounded
-from tap_flower.federation.messages import Instruction, Report
+from tap_flower.federation.messages import Instruction
+from tap_flower.federation.reports import Report, encode_report
 from tap_flower.federation.updates import make_update, moved
 from tap_flower.methods.spec_client import client_model
 from tap_flower.models.backbones import from_config
@@ -67,7 +68,7 @@ def measure(preset: str) -> list[Row]:
         down = messages.encode_instruction(wanted, sent, encoding)
         tasks = dict.fromkeys(model.tasks, 1)
         report = Report(1, tasks, dict.fromkeys(tasks, math.pi), tasks, tuple(update.unchanged))
-        up = messages.encode_report(report, update.tensors, encoding)
+        up = encode_report(report, update.tensors, encoding)
         errors = {
             "down": {name: rounded(value, encoding) - value for name, value in sent.items()},
             "up": {name: rounded(value, encoding) - value for name, value in update.tensors.items()},

@@ -104,7 +104,7 @@ def test_the_reference_has_the_public_names(site: Path) -> None:
         ("methods", "tap_flower.methods.method.Method"),
         ("models", "tap_flower.models.fusion.paths"),
         ("federation", "tap_flower.federation.strategy.TapStrategy.start"),
-        ("federation", "tap_flower.federation.messages.Manifest"),
+        ("federation", "tap_flower.federation.manifest.Manifest"),
         ("results", "tap_flower.reporting.results.read_results"),
     ):
         assert f'id="{name}"' in pages[page]

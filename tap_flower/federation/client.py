@@ -19,15 +19,9 @@ from tap_flower.core.training import DivergedError, Observer
 from tap_flower.data.spec import SpecError
 from tap_flower.federation import messages
 from tap_flower.federation.encodings import EncodingError
-from tap_flower.federation.messages import (
-    Instruction,
-    LackingError,
-    Manifest,
-    MessageError,
-    Report,
-    TaskInfo,
-    TensorInfo,
-)
+from tap_flower.federation.manifest import Manifest, TaskInfo, TensorInfo, encode_manifest
+from tap_flower.federation.messages import Instruction, LackingError, MessageError
+from tap_flower.federation.reports import Metrics, Report, encode_report
 from tap_flower.federation.store import ClientStore, Kept, Received
 from tap_flower.federation.updates import make_update, restore
 from tap_flower.methods.interference import gradient_cosines
@@ -223,7 +217,7 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
     component_map = model.component_map
     shapes = {name: tuple(tensor.shape) for name, tensor in trainable_state(model).items() if name in component_of}
     examples = local.data.sizes("train")
-    return messages.encode_manifest(
+    return encode_manifest(
         Manifest(
             client=local.holdings.name,
             fingerprint=local.holdings.fingerprint,
@@ -257,7 +251,7 @@ def _train(participant: Participant, message: Message) -> RecordDict:
     steps, unchanged = participant.local.steps - before, tuple(sorted(update.unchanged))
     scores = {} if best is None else _scores(participant, received, result.memory)
     report = Report(server_round, examples, result.losses, steps, replaced, unchanged, scores)
-    content = messages.encode_report(report, update.tensors, encoding)
+    content = encode_report(report, update.tensors, encoding)
     record_decisions(participant.store.folder, participant.instruction.run, server_round, result.decisions)
     participant.store.save(Kept(server_round, result.memory, counts, update.residual))
     return content
@@ -269,7 +263,7 @@ def _distill(participant: Participant, message: Message) -> RecordDict:
     result = participant.method.second_stage(participant.local, received, _memory(kept))
     participant.store.save_second_stage(result.models)
     examples, steps = participant.local.data.sizes("train"), participant.local.steps - before
-    return messages.encode_report(Report(participant.instruction.server_round, examples, result.losses, steps, {}))
+    return encode_report(Report(participant.instruction.server_round, examples, result.losses, steps, {}))
 
 
 def _evaluate(participant: Participant, message: Message) -> RecordDict:
@@ -277,7 +271,7 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
     method, memory = participant.method, _memory(participant.at_the_end())
     models = method.models(local, participant.receive(message), memory)
     models |= participant.store.second_stage(method.results)
-    metrics: messages.Metrics = {task: {} for task in local.kinds}
+    metrics: Metrics = {task: {} for task in local.kinds}
     witness = None if participant.opened.witness is None else participant.opened.witness(method)
     cosines: list[dict[str, Any]] = []
     for name, state in models.items():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tap_flower.core.aggregation import BadUpdateError
 from tap_flower.core.initial import named_seed
-from tap_flower.federation.messages import Manifest
+from tap_flower.federation.manifest import Manifest
 
 
 class RosterError(RuntimeError):

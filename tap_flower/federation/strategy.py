@@ -20,8 +20,10 @@ from tap_flower.federation.accounting import budget_of
 from tap_flower.federation.averaging import Average, WeightedAverage
 from tap_flower.federation.beginning import new_run, resumed_run
 from tap_flower.federation.exchange import exchange, patiently
-from tap_flower.federation.messages import Instruction, LackingError, MessageError, Metrics, Report
+from tap_flower.federation.manifest import decode_manifest
+from tap_flower.federation.messages import Instruction, LackingError, MessageError
 from tap_flower.federation.privacy import Privacy
+from tap_flower.federation.reports import Metrics, Report, decode_metrics, decode_report
 from tap_flower.federation.roster import RosterError
 from tap_flower.federation.updates import moved, restore
 from tap_flower.reporting.events import EventLog
@@ -168,7 +170,7 @@ class TapStrategy:
                 refuse(node, problem or "")
         for node, node_id, content in sorted(admitted):
             try:
-                self.roster.admit(node_id, messages.decode_manifest(content))
+                self.roster.admit(node_id, decode_manifest(content))
             except (RosterError, MessageError) as error:
                 refuse(node, str(error))
         return refused
@@ -225,7 +227,7 @@ class TapStrategy:
 
         def fold(name: str, reply: Message) -> None:
             manifest = roster.manifests[name]
-            report = messages.decode_report(reply.content, manifest.reach)
+            report = decode_report(reply.content, manifest.reach)
             if report.server_round != server_round:
                 raise MessageError(f"the reply is for round {report.server_round}, not {server_round}")
             roster.check_examples(name, report.examples)
@@ -254,7 +256,7 @@ class TapStrategy:
 
         def done(name: str, reply: Message) -> None:
             messages.refuse_tensors(reply.content)
-            report = messages.decode_report(reply.content, self.roster.manifests[name].reach)
+            report = decode_report(reply.content, self.roster.manifests[name].reach)
             self._count_steps(name, report)
             self.events.write("distilled", round=self.progress.round, client=name, losses=report.losses)
             ready.add(name)
@@ -271,7 +273,7 @@ class TapStrategy:
         found: dict[str, Metrics] = {}
 
         def collect(name: str, reply: Message) -> None:
-            found[name] = messages.decode_metrics(reply.content, self.roster.manifests[name].reach)
+            found[name] = decode_metrics(reply.content, self.roster.manifests[name].reach)
             self.events.write("evaluated", round=self.progress.round, client=name, metrics=found[name])
 
         self.events.write("evaluate_start", round=self.progress.round, clients=self.roster.names)

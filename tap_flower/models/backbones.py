@@ -305,7 +305,8 @@ def bfloat16_products() -> bool:
     """
     if torch.cuda.is_available():
         return True
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)

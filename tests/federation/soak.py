@@ -18,7 +18,8 @@ from tap_flower.core.components import Pair
 from tap_flower.core.initial import Initial
 from tap_flower.federation import messages
 from tap_flower.federation.in_process import InProcessGrid
-from tap_flower.federation.messages import Manifest, Report, TaskInfo, TensorInfo
+from tap_flower.federation.manifest import Manifest, TaskInfo, TensorInfo, encode_manifest
+from tap_flower.federation.reports import Report, encode_report
 from tap_flower.federation.strategy import TapStrategy
 
 CLIENTS, ROUNDS = 100, 50
@@ -36,13 +37,13 @@ def manifest(message: Message, context: Context) -> Message:
     tensors = {n: TensorInfo(n.split(".")[1], shape, Initial("normal", 0.02)) for n, shape in SHAPES.items()}
     task = TaskInfo(Pair("t", ("text",)), "text_classification", ("d",), 2, examples(context))
     told = Manifest(f"client-{examples(context)}", "f", (task,), tensors, {"t": frozenset(COMPONENTS)})
-    return Message(messages.encode_manifest(told), reply_to=message)
+    return Message(encode_manifest(told), reply_to=message)
 
 
 def report(message: Message, context: Context, tensors: dict[str, Tensor] | None = None) -> Message:
     server_round = messages.instruction(message).server_round
     told = Report(server_round, {"t": examples(context)}, {"t": 1.0}, 1, {"t": 0})
-    return Message(messages.encode_report(told, tensors), reply_to=message)
+    return Message(encode_report(told, tensors), reply_to=message)
 
 
 @app.train()

@@ -14,7 +14,7 @@ from tap_flower.core.aggregation import BadUpdateError
 from tap_flower.core.components import Pair
 from tap_flower.core.initial import Initial
 from tap_flower.federation.averaging import WeightedAverage
-from tap_flower.federation.messages import Manifest, TaskInfo, TensorInfo
+from tap_flower.federation.manifest import Manifest, TaskInfo, TensorInfo
 from tap_flower.federation.roster import Roster
 from tap_flower.reporting.events import read_events
 

@@ -379,9 +379,9 @@ def test_tasks_of_one_name_with_other_classes_are_refused(make_federation: Make)
 
 def test_another_version_is_refused(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
     grid, strategy = federation.grid(), federation.strategy()
-    version = messages._version
+    version = messages.version
     calls = iter(range(10**6))
-    monkeypatch.setattr(messages, "_version", lambda: {**version(), "version": "9.9" if next(calls) == 0 else "0.1.0"})
+    monkeypatch.setattr(messages, "version", lambda: {**version(), "version": "9.9" if next(calls) == 0 else "0.1.0"})
     with pytest.raises(RunError, match=r"the server speaks protocol 4 of tap-flower 9.9.*install the same version"):
         strategy.start(grid)
 

@@ -79,6 +79,7 @@ def main(folder: Path) -> None:
     from client_app.app import app
     from tap_flower.config import load_config, sent_hyper_parameters
     from tap_flower.federation import messages
+    from tap_flower.federation.manifest import decode_manifest
     from tap_flower.federation.messages import DISTILL, EVALUATE, MANIFEST, TRAIN, Instruction
 
     settings = ["train.steps=1", "train.batch_size=2", "train.accumulation=1", "distill.iterations=1"]
@@ -109,9 +110,7 @@ def main(folder: Path) -> None:
         return found
 
     def honest(run: str) -> None:
-        manifest = messages.decode_manifest(
-            ask(MANIFEST, messages.encode_instruction(Instruction(run, 0, parameters))).content
-        )
+        manifest = decode_manifest(ask(MANIFEST, messages.encode_instruction(Instruction(run, 0, parameters))).content)
         tensors = manifest.initial_values(manifest.tensors, 41)
         for kind, number in ((TRAIN, 1), (DISTILL, 1), (EVALUATE, 1)):
             reply = ask(kind, messages.encode_instruction(Instruction(run, number, parameters), tensors))

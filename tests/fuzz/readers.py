@@ -39,7 +39,9 @@ from tap_flower.federation.accounting import Ledger
 from tap_flower.federation.checkpoint import Progress, Writer
 from tap_flower.federation.description import read_description
 from tap_flower.federation.encodings import from_array, to_array
-from tap_flower.federation.messages import Instruction, Manifest, MessageError, Report, TaskInfo, TensorInfo
+from tap_flower.federation.manifest import Manifest, TaskInfo, TensorInfo, decode_manifest, encode_manifest
+from tap_flower.federation.messages import Instruction, MessageError
+from tap_flower.federation.reports import Report, decode_metrics, decode_report, encode_report
 from tap_flower.federation.roster import Roster, RosterError
 from tap_flower.federation.stopping import Validation
 from tap_flower.federation.store import ClientStore, Kept, Received
@@ -123,7 +125,7 @@ def manifest() -> Manifest:
 
 
 def _admit(content: RecordDict) -> None:
-    found = messages.decode_manifest(content)
+    found = decode_manifest(content)
     if sum(torch.Size(info.shape).numel() for info in found.tensors.values()) <= SMALL:
         Roster(41).admit(1, found)
 
@@ -138,9 +140,9 @@ def _of_messages() -> dict[str, Reader]:
 
     known: dict[str, tuple[Callable[[RecordDict], object], RecordDict]] = {
         "instruction": (instruct, messages.encode_instruction(instruction)),
-        "manifest": (_admit, messages.encode_manifest(manifest())),
-        "report": (lambda content: messages.decode_report(content, [TASK]), messages.encode_report(report)),
-        "metrics": (lambda content: messages.decode_metrics(content, [TASK]), messages.encode(metrics)),
+        "manifest": (_admit, encode_manifest(manifest())),
+        "report": (lambda content: decode_report(content, [TASK]), encode_report(report)),
+        "metrics": (lambda content: decode_metrics(content, [TASK]), messages.encode(metrics)),
     }
 
     def reader(decode: Callable[[RecordDict], object], content: RecordDict) -> Reader:
@@ -160,7 +162,7 @@ def _of_messages() -> dict[str, Reader]:
     tensors = {"a": torch.ones(2, 3), "b": torch.zeros(4)}
     whole = tuple(
         recorddict_to_proto(content).SerializeToString()
-        for content in (messages.encode_report(report, tensors), known["manifest"][1], known["metrics"][1])
+        for content in (encode_report(report, tensors), known["manifest"][1], known["metrics"][1])
     )
     hyper = Reader(
         lambda data: hyper_parameters(parse_json(data.decode("utf-8", "replace"))),
