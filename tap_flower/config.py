@@ -114,7 +114,7 @@ class Compute:
     """How models compute; it changes no result beyond the precision."""
 
     precision: Precision = option(
-        Precision.float32, "bfloat16, where there are products for it: frozen weights, activations; what is trained is float32"
+        Precision.float32, "bfloat16, where there are products for it: frozen weights, activations; the rest is float32"
     )
     recompute: bool = option(
         False, "gradient checkpointing: the inside of each layer again in the backward pass; less memory, more time"
