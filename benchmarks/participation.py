@@ -178,7 +178,7 @@ def _encoded(tensors: dict[str, torch.Tensor]) -> None:
         from tap_flower.federation import messages
     except ImportError:
         return
-    messages.decode_tensors(messages.encode({}, tensors))
+    messages.decode_tensors(messages.encode({}, messages.encode_tensors(tensors)))
 
 
 if __name__ == "__main__":

@@ -65,10 +65,10 @@ def measure(preset: str) -> list[Row]:
         trained = {name: value + step(value, UP, name, "up") for name, value in received.items()}
         update = make_update(received, trained, {}, component_of, encoding)
         wanted = Instruction("0" * 32, 1, sent_hyper_parameters(config))
-        down = messages.encode_instruction(wanted, sent, encoding)
+        down = messages.encode_instruction(wanted, messages.encode_tensors(sent, encoding))
         tasks = dict.fromkeys(model.tasks, 1)
         report = Report(1, tasks, dict.fromkeys(tasks, math.pi), tasks, tuple(update.unchanged))
-        up = encode_report(report, update.tensors, encoding)
+        up = encode_report(report, messages.encode_tensors(update.tensors, encoding))
         errors = {
             "down": {name: rounded(value, encoding) - value for name, value in sent.items()},
             "up": {name: rounded(value, encoding) - value for name, value in update.tensors.items()},

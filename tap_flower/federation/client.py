@@ -251,7 +251,7 @@ def _train(participant: Participant, message: Message) -> RecordDict:
     steps, unchanged = participant.local.steps - before, tuple(sorted(update.unchanged))
     scores = {} if best is None else _scores(participant, received, result.memory)
     report = Report(server_round, examples, result.losses, steps, replaced, unchanged, scores)
-    content = encode_report(report, update.tensors, encoding)
+    content = encode_report(report, messages.encode_tensors(update.tensors, encoding))
     record_decisions(participant.store.folder, participant.instruction.run, server_round, result.decisions)
     participant.store.save(Kept(server_round, result.memory, counts, update.residual))
     return content

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,23 +106,30 @@ def rounded(tensor: Tensor, encoding: Encoding) -> Tensor:
 
 def _from_numpy(array: Array, values: int) -> Tensor:
     """What `np.load` would make of it, but nothing is allocated on the word of a header."""
-    file = BytesIO(array.data)
+    end = 10 + int.from_bytes(array.data[8:10], "little")
     try:
-        version = np.lib.format.read_magic(file)
-        if version != (1, 0):
-            raise ValueError(f"it is of version {version} of NumPy's format")
-        shape, in_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        shape, in_columns, dtype = _header(array.data[:end])
     except Exception as error:  # whatever NumPy's parser of headers raises
         raise EncodingError(f"cannot be read: {str(error)[:200]}") from error
     if dtype != np.float32:
         raise EncodingError(f"is {dtype}, not float32")
     if shape != array.shape:
         raise EncodingError(f"has shape {shown(shape)} in its data, not {shown(array.shape)}")
-    rest = memoryview(array.data)[file.tell() :]
+    rest = memoryview(array.data)[end:]
     if len(rest) != 4 * values:
         raise EncodingError(f"has {len(rest)} bytes of values, not the {4 * values} of {shape} in float32")
     found = np.frombuffer(rest, dtype).reshape(shape, order="F" if in_columns else "C")
     return torch.from_numpy(np.array(found, dtype=np.float32, order="C"))
+
+
+@lru_cache(1024)
+def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, order and dtype from the beginning of an array in NumPy's format; the same ones come again and again."""
+    file = BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"it is of version {version} of NumPy's format")
+    return np.lib.format.read_array_header_1_0(file)
 
 
 def _pack_bfloat16(tensor: Tensor) -> bytes:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 import tap_flower
@@ -63,23 +63,26 @@ class Instruction:
     best: int | None = None
 
 
-def encode(
-    values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None, encoding: Encoding = Encoding.float32
-) -> RecordDict:
+def encode(values: Mapping[str, Any], arrays: Mapping[str, Array] | None = None) -> RecordDict:
     """The content of a message.
 
     Args:
         values: plain values, nested.
-        tensors: float32 tensors by name, or None where the message carries none.
-        encoding: of the tensors.
+        arrays: tensors by name, from `encode_tensors`, or None where the message carries none.
+    """
+    content = RecordDict({_PLAIN: ConfigRecord({"json": json.dumps(values)})})
+    if arrays is not None:
+        content[_TENSORS] = ArrayRecord(dict(arrays))
+    return content
+
+
+def encode_tensors(tensors: Mapping[str, Tensor], encoding: Encoding = Encoding.float32) -> dict[str, Array]:
+    """Tensors (float32) as they travel, by name.
 
     Raises:
         MessageError: a tensor is not finite.
     """
-    content = RecordDict({_PLAIN: ConfigRecord({"json": json.dumps(values)})})
-    if tensors is not None:
-        content[_TENSORS] = ArrayRecord({n: _named(n, to_array, tensor, encoding) for n, tensor in tensors.items()})
-    return content
+    return {name: _named(name, to_array, tensor, encoding) for name, tensor in tensors.items()}
 
 
 def decode(content: RecordDict) -> dict[str, Any]:
@@ -153,13 +156,11 @@ def instruction(message: Message) -> Instruction:
     return Instruction(values["run"], server_round, values["hyper_parameters"], state, held, best)
 
 
-def encode_instruction(
-    wanted: Instruction, tensors: Mapping[str, Tensor] | None = None, encoding: Encoding = Encoding.float32
-) -> RecordDict:
+def encode_instruction(wanted: Instruction, arrays: Mapping[str, Array] | None = None) -> RecordDict:
     """What `instruction` reads, with the client's tensors."""
     values = asdict(wanted)
     values["round"] = values.pop("server_round")
-    return encode({**version(), **values}, tensors, encoding)
+    return encode({**version(), **values}, arrays)
 
 
 def check_version(values: Mapping[str, Any], sender: str) -> None:

@@ -7,10 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from flwr.app import RecordDict
-from torch import Tensor
+from flwr.app import Array, RecordDict
 
-from tap_flower.config import Encoding
 from tap_flower.federation.messages import (
     MessageError,
     check_number,
@@ -53,11 +51,9 @@ Metrics = dict[str, dict[str, dict[str, float]]]
 """Task name -> model (`server`, `tap`, …) -> metric -> value."""
 
 
-def encode_report(
-    report: Report, tensors: Mapping[str, Tensor] | None = None, encoding: Encoding = Encoding.float32
-) -> RecordDict:
+def encode_report(report: Report, arrays: Mapping[str, Array] | None = None) -> RecordDict:
     """What `decode_report` reads, with what the client returns of tensors."""
-    return encode(asdict(report), tensors, encoding)
+    return encode(asdict(report), arrays)
 
 
 def decode_report(content: RecordDict, tasks: Iterable[str]) -> Report:

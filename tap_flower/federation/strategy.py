@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from tap_flower.config import Config, Encoding, client_specs, sent_hyper_parameters
+from tap_flower.config import Config, client_specs, sent_hyper_parameters
 from tap_flower.core.aggregation import BadUpdateError
 from tap_flower.federation import checkpoint, messages
 from tap_flower.federation.accounting import budget_of
@@ -22,10 +22,11 @@ from tap_flower.federation.beginning import new_run, resumed_run
 from tap_flower.federation.exchange import exchange, patiently
 from tap_flower.federation.manifest import decode_manifest
 from tap_flower.federation.messages import Instruction, LackingError, MessageError
+from tap_flower.federation.outgoing import Outgoing
 from tap_flower.federation.privacy import Privacy
 from tap_flower.federation.reports import Metrics, Report, decode_metrics, decode_report
 from tap_flower.federation.roster import RosterError
-from tap_flower.federation.updates import moved, restore
+from tap_flower.federation.updates import restore
 from tap_flower.reporting.events import EventLog
 from tap_flower.reporting.results import RESULTS, results
 from tap_flower.reporting.trackers import open_trackers
@@ -292,16 +293,13 @@ class TapStrategy:
     ) -> None:
         """Sends each client its own tensors; uses each good reply, and drops and logs a bad one."""
         lacking, left_out, holds = list[str](), set[str](), self.roster.holds
-        encoding = self.config.wire.encoding
-        exact = encoding is Encoding.float32
+        outgoing = Outgoing(self.roster, self.config.wire.encoding)
 
         def content(name: str) -> RecordDict:
-            tensors, held = self.roster.tensors_for(name)
+            arrays, held = outgoing.arrays_for(name)
             if held is not None:
                 left_out.add(name)
-            initial = {} if exact else self.roster.manifests[name].initial_values(tensors, self.config.seed)
-            instruction = self._instruction(server_round, held)
-            record = messages.encode_instruction(instruction, moved(tensors, initial, encoding), encoding)
+            record = messages.encode_instruction(self._instruction(server_round, held), arrays)
             self._count(self.progress.down, record)
             return record
 

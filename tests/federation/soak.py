@@ -43,7 +43,7 @@ def manifest(message: Message, context: Context) -> Message:
 def report(message: Message, context: Context, tensors: dict[str, Tensor] | None = None) -> Message:
     server_round = messages.instruction(message).server_round
     told = Report(server_round, {"t": examples(context)}, {"t": 1.0}, 1, {"t": 0})
-    return Message(encode_report(told, tensors), reply_to=message)
+    return Message(encode_report(told, None if tensors is None else messages.encode_tensors(tensors)), reply_to=message)
 
 
 @app.train()

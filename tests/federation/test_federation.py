@@ -165,7 +165,8 @@ def test_a_check_tells_the_tensors_and_bytes_of_the_manifest(federation: Federat
         assert {name: tuple(t.shape) for name, t in tensors.items()} == {n: i.shape for n, i in manifest.items()}
         megabytes = sum(math.prod(info.shape) * 4 for info in manifest.values()) / 1e6
         assert f"{len(manifest)} tensors, {megabytes:.3f} MB of values to the client" in exchange_line(tensors)
-        on_the_wire = messages.payload_bytes(messages.encode({}, strategy.roster.tensors_for(spec.name)[0]))
+        arrays = messages.encode_tensors(strategy.roster.tensors_for(spec.name)[0])
+        on_the_wire = messages.payload_bytes(messages.encode({}, arrays))
         header = 128  # of an array
         assert on_the_wire == {name: tensor.nbytes + header for name, tensor in tensors.items()}
 

@@ -204,7 +204,8 @@ def test_a_client_that_calls_a_component_unchanged_which_it_has_not_is_dropped(m
         if message.metadata.message_type != messages.TRAIN:
             return reply
         values = {**messages.decode(reply.content), "unchanged": ["head/languages"]}
-        return Message(messages.encode(values, messages.decode_tensors(reply.content)), reply_to=message)
+        arrays = messages.encode_tensors(messages.decode_tensors(reply.content))
+        return Message(messages.encode(values, arrays), reply_to=message)
 
     federation.strategy().start(federation.grid(tamper=tamper))
     (event,) = [e for e in read_events(federation.out) if e["event"] == "dropped"]

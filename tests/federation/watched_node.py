@@ -111,9 +111,9 @@ def main(folder: Path) -> None:
 
     def honest(run: str) -> None:
         manifest = decode_manifest(ask(MANIFEST, messages.encode_instruction(Instruction(run, 0, parameters))).content)
-        tensors = manifest.initial_values(manifest.tensors, 41)
+        arrays = messages.encode_tensors(manifest.initial_values(manifest.tensors, 41))
         for kind, number in ((TRAIN, 1), (DISTILL, 1), (EVALUATE, 1)):
-            reply = ask(kind, messages.encode_instruction(Instruction(run, number, parameters), tensors))
+            reply = ask(kind, messages.encode_instruction(Instruction(run, number, parameters), arrays))
             assert not reply.has_error(), reply.error.reason
 
     sys.addaudithook(hook)

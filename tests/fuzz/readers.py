@@ -159,10 +159,10 @@ def _of_messages() -> dict[str, Reader]:
         messages.payload_bytes(content)
         messages.decode_tensors(content)
 
-    tensors = {"a": torch.ones(2, 3), "b": torch.zeros(4)}
+    arrays = messages.encode_tensors({"a": torch.ones(2, 3), "b": torch.zeros(4)})
     whole = tuple(
         recorddict_to_proto(content).SerializeToString()
-        for content in (encode_report(report, tensors), known["manifest"][1], known["metrics"][1])
+        for content in (encode_report(report, arrays), known["manifest"][1], known["metrics"][1])
     )
     hyper = Reader(
         lambda data: hyper_parameters(parse_json(data.decode("utf-8", "replace"))),
