@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,11 +44,19 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> fl
 
 
 def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a large matrix product, again and again for a second: a mean, like a step's, which lasts as long."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    out = torch.empty_like(a)
-    once = seconds(lambda: torch.mm(a, b, out=out), device, 3)
+    """FLOP/s of a large matrix product, again and again for a second: a mean, like a step's, which lasts as long.
+
+    The matrices are the largest, up to a side of 2048 (8192 on a GPU), whose product is expected within two seconds: a
+    processor without kernels for the dtype would take a minute.
+    """
+    n, largest = 256, 8192 if device.type == "cuda" else 2048
+    while True:
+        a, b = torch.randn(2, n, n, device=device).to(dtype)
+        out = torch.empty_like(a)
+        once = seconds(partial(torch.mm, a, b, out=out), device, 1)
+        if n == largest or once * 2**3 > 2:
+            break
+        n *= 2
     count = max(1, round(1 / once))
     synchronize(device)
     began = time.perf_counter()

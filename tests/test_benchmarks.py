@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import lora, measure, step
 from benchmarks.workload import client
+from tap_flower.models.backbones import bfloat16_products
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -68,7 +69,9 @@ def test_a_step_is_measured(dtype: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert [row["task"] for row in rows] == ["image_generation", "agnews_text_classification", "all"]
     for row in rows:
         assert row["GFLOP/s"] == pytest.approx(row["GFLOP"] / row["seconds"])
-        assert 0 < row["share"] < 2
+        assert row["share"] > 0
+        if dtype == "float32" or bfloat16_products():
+            assert row["share"] < 2
 
 
 def test_lora_is_compared_with_plain_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tap_flower import plain
 from tap_flower.plain import (
     DEEPEST,
     PlainError,
@@ -51,7 +52,6 @@ def test_json_out_of_bounds_is_refused(text: str, problem: str) -> None:
         ("a: &a [*a]", "more than 32 levels"),
         ("a: &a {b: *a}", "more than 32 levels"),
         (bomb(merging=False).decode(), "more than 4,000,000 values, what aliases stand for included"),
-        (bomb(merging=True).decode(), "a mapping has more than 4,000,000 keys"),
         ("a: 0x" + "f" * 5_000, "a whole number of 20000 bits"),
         ("a: 2020-13-45", "it is no YAML: month must be in 1..12"),
         ("a: !!timestamp x", "it is no YAML"),
@@ -65,7 +65,6 @@ def test_json_out_of_bounds_is_refused(text: str, problem: str) -> None:
         "itself",
         "itself 2",
         "bomb",
-        "merging bomb",
         "long",
         "date",
         "time",
@@ -76,6 +75,25 @@ def test_json_out_of_bounds_is_refused(text: str, problem: str) -> None:
 )
 def test_yaml_out_of_bounds_is_refused(text: str, problem: str) -> None:
     with pytest.raises(PlainError, match=problem):
+        parse_yaml(text)
+
+
+def test_yaml_that_merges_again_and_again_is_refused_or_small() -> None:
+    """PyYAML counts a key once for each way that leads to it, and since 6.0.4 once."""
+    found: object
+    try:
+        found = parse_yaml(bomb(merging=True).decode())
+    except PlainError as error:
+        found = str(error)
+    small = {f"a{level}": {"x": 1} for level in range(10)}
+    assert found == small or "a mapping has more than 4,000,000 keys" in str(found)
+
+
+def test_the_keys_that_a_yaml_mapping_merges_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a: &a {x: 1, y: 2}\nb: {<<: *a, z: 3, w: 4}"
+    assert parse_yaml(text)["b"] == {"x": 1, "y": 2, "z": 3, "w": 4}
+    monkeypatch.setattr(plain, "MOST_VALUES", 3)
+    with pytest.raises(PlainError, match=r"a mapping has more than 3 keys with those that it merges"):
         parse_yaml(text)
 
 

@@ -37,7 +37,7 @@ def roster(*initials: Initial) -> Roster:
 @pytest.mark.parametrize("encoding", Encoding)
 def test_every_client_can_restore_its_tensors(encoding: Encoding) -> None:
     clients = roster(Initial("normal", 0.02), Initial("normal", 0.02), Initial("uniform", 0.5))
-    outgoing = Outgoing(clients, encoding)
+    outgoing, error = Outgoing(clients, encoding), 0 if encoding is Encoding.float32 else 4e-3
     for name in clients.names:
         arrays, held = outgoing.arrays_for(name)
         sent = {tensor: from_array(array, encoding) for tensor, array in arrays.items()}
@@ -47,9 +47,7 @@ def test_every_client_can_restore_its_tensors(encoding: Encoding) -> None:
         assert held is None
         assert got.keys() == {SHARED, OWN.format(name)}
         for tensor, value in got.items():
-            torch.testing.assert_close(
-                value, clients.tensors[tensor], atol=0 if encoding is Encoding.float32 else 4e-3, rtol=0
-            )
+            torch.testing.assert_close(value, clients.tensors[tensor], atol=error, rtol=0)
 
 
 def test_what_clients_share_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
