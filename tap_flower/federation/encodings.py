@@ -124,7 +124,10 @@ def _from_numpy(array: Array, values: int) -> Tensor:
 
 @lru_cache(1024)
 def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, order and dtype from the beginning of an array in NumPy's format; the same ones come again and again."""
+    """Shape, order and dtype from the beginning of an array in NumPy's format; the same ones come again and again.
+
+    NumPy refuses what is longer than 10,000 bytes, and so the memory of those that were read is bounded.
+    """
     file = BytesIO(data)
     version = np.lib.format.read_magic(file)
     if version != (1, 0):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tap_flower.config import Encoding
+from tap_flower.federation import encodings
 from tap_flower.federation.encodings import SHARED, EncodingError, from_array, rounded, to_array
 
 LOSSY = [Encoding.bfloat16, Encoding.int8]
@@ -150,3 +151,15 @@ def test_whatever_comes_it_is_a_tensor_or_refused(data: bytes, shape: list[int],
 def test_an_array_in_columns_is_read() -> None:
     values = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
     assert from_array(Array(values), Encoding.float32).tolist() == values.tolist()
+
+
+def test_a_header_is_parsed_once_and_a_bad_one_refused_each_time() -> None:
+    encodings._header.cache_clear()
+    arrays = [to_array(torch.full((3, 2), float(number)), Encoding.float32) for number in range(4)]
+    assert [float(from_array(array, Encoding.float32).sum()) for array in arrays] == [0, 6, 12, 18]
+    assert encodings._header.cache_info().misses == 1
+    broken = arrays[0]
+    broken.data = b"\x93NUMPX" + broken.data[6:]
+    for _ in range(2):
+        with pytest.raises(EncodingError, match="cannot be read: the magic string is not correct"):
+            from_array(broken, Encoding.float32)

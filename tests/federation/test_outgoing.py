@@ -63,15 +63,3 @@ def test_what_clients_share_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> 
     sent = [outgoing.arrays_for(name)[0] for name in clients.names]
     assert len(encoded) == 1 + 5  # the shared tensor, and one of each client's own
     assert len({id(arrays[SHARED]) for arrays in sent}) == 1
-
-
-def test_a_header_is_parsed_once_and_a_bad_one_refused_each_time() -> None:
-    encodings._header.cache_clear()
-    arrays = [encodings.to_array(torch.full((3, 2), float(number)), Encoding.float32) for number in range(4)]
-    assert [float(from_array(array, Encoding.float32).sum()) for array in arrays] == [0, 6, 12, 18]
-    assert encodings._header.cache_info().misses == 1
-    broken = arrays[0]
-    broken.data = b"\x93NUMPX" + broken.data[6:]
-    for _ in range(2):
-        with pytest.raises(encodings.EncodingError, match="cannot be read: the magic string is not correct"):
-            from_array(broken, Encoding.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -60,10 +61,18 @@ def test_recomputing_gives_the_same_gradients(task: str) -> None:
         torch.testing.assert_close(again[1][name], gradient, msg=name)
 
 
-@pytest.mark.parametrize("task", INPUTS)
-def test_bfloat16_computes_the_same_to_its_precision(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbones, "bfloat16_products", lambda: True)
+@pytest.fixture
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Whether this machine seems to multiply bfloat16 matrices at speed."""
+    monkeypatch.setattr(backbones, "bfloat16_products", lambda: request.param)
     backbones.load_backbone.cache_clear()
+    yield request.param
+    backbones.load_backbone.cache_clear()
+
+
+@pytest.mark.parametrize("task", INPUTS)
+@pytest.mark.parametrize("products", [True], indirect=True)
+def test_bfloat16_computes_the_same_to_its_precision(task: str, products: bool) -> None:
     exact, rounded = model(), model(dtype=torch.bfloat16)
     assert rounded.backbone.fingerprint == exact.backbone.fingerprint
     assert {p.dtype for p in rounded.components.parameters()} == {torch.float32}
@@ -78,15 +87,13 @@ def test_bfloat16_computes_the_same_to_its_precision(task: str, monkeypatch: pyt
     assert torch.cosine_similarity(together, other, dim=0) > 0.98
 
 
-@pytest.mark.parametrize(("products", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+@pytest.mark.parametrize("products", [True, False], indirect=True)
 def test_float32_takes_the_place_of_bfloat16_where_a_processor_has_no_products(
-    products: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    products: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(backbones, "bfloat16_products", lambda: products)
-    backbones.load_backbone.cache_clear()
+    dtype = torch.bfloat16 if products else torch.float32
     assert load_backbone("demo", 1, dtype=torch.bfloat16).dtype is dtype
     assert ("no bfloat16 products" in caplog.text) is not products
-    backbones.load_backbone.cache_clear()
 
 
 def test_compiled_it_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
