@@ -78,7 +78,7 @@ class WeightsAndBiases:
         import wandb
 
         project = os.environ.get("WANDB_PROJECT", "tap-flower")
-        self._run = wandb.init(project=project, name=run.name, dir=str(run), config=plain(config))
+        self._run = wandb.init(project=project, name=run.name, dir=str(run), config=dict(_flat(plain(config))))
 
     def log(self, step: int, scalars: Scalars) -> None:
         """See `Tracker`."""
@@ -119,17 +119,24 @@ def open_trackers(names: str, run: Path, config: Config) -> list[Tracker]:
         config: of the run.
 
     Raises:
-        ConfigError: a name is unknown, or a package is not installed.
+        ConfigError: a name is unknown, a package is not installed, or a tracker cannot begin; those before it are closed.
     """
-    found = []
+    found: list[Tracker] = []
     for name in tracker_names(names):
         try:
             found.append(TRACKERS[name](run, config))
-        except ImportError as error:
-            raise ConfigError(
-                f"trackers has {name!r}, whose package is not installed ({error}): pip install 'tap-flower[{name}]'"
-            ) from error
+        except Exception as error:  # whatever the packages of all trackers raise
+            for opened in found:
+                opened.close()
+            raise ConfigError(_why_not(name, error)) from error
     return found
+
+
+def _why_not(name: str, error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return f"trackers has {name!r}, whose package is not installed ({error}): pip install 'tap-flower[{name}]'"
+    remedy = "log in with `wandb login`, or set WANDB_MODE=offline" if name == "wandb" else "see to it"
+    return f"trackers has {name!r}, which cannot begin ({type(error).__name__}: {error}): {remedy}, or leave it out"
 
 
 def scalars(event: Mapping[str, Any]) -> dict[str, float]:

@@ -1,8 +1,14 @@
-"""Trackers: TensorBoard and MLflow against their own readers."""
+"""Trackers: TensorBoard and MLflow against their own readers, Weights & Biases against the file of an offline run."""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +64,73 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.data.metrics["test_accuracy/t/server-finetune"] == 0.5
 
 
+def wandb_records(file: Path) -> Iterator[Any]:
+    """What W&B's log of a run holds: LevelDB's format of logs, in it protocol buffers."""
+    messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    content, at, record = file.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if (rest := 2**15 - at % 2**15) < 7:
+            at += rest
+            continue
+        size, kind = struct.unpack("<4xHB", content[at : at + 7])
+        record += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield messages.Record.FromString(record)
+            record = b""
+
+
+def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    run = tmp_path / "demo-seed7"
+    run.mkdir()
+    write_events(run, "wandb")
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    records = list(wandb_records(file))
+    (begun,) = [r.run for r in records if r.WhichOneof("record_type") == "run"]
+    assert (begun.project, begun.display_name) == ("tap-flower", "demo-seed7")
+    config = {u.key: u.value_json for u in begun.config.update}
+    assert config["seed"] == "7"
+    assert config["train.batch_size"] == "8"
+    assert not any("packaged" in value for value in config.values())  # clients and their data stay here
+    history = [
+        {item.nested_key[0]: json.loads(item.value_json) for item in r.history.item}
+        for r in records
+        if r.WhichOneof("record_type") == "history"
+    ]
+    assert [(h["_step"], h["train_loss/t"], h["replaced/t"]) for h in history[:2]] == [(1, 2.0, 0.5), (2, 1.5, 0.0)]
+    # W&B's steps are those of its history: what comes in one step is one row.
+    assert history[-1]["test_accuracy/t/tap"] == 0.75
+    assert history[-1]["_step"] == 2
+
+
+def test_weights_and_biases_without_a_login(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    code = """
+from pathlib import Path
+from tap_flower.config import load_config
+from tap_flower.reporting.trackers import open_trackers
+open_trackers("wandb", Path.cwd(), load_config("demo"))
+"""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    process = subprocess.run(  # of its own: wandb keeps what it found of its settings as long as a process lives
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**kept, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 1
+    last = process.stderr.splitlines()[-1]
+    assert "ConfigError: trackers has 'wandb', which cannot begin" in last
+    assert "log in with `wandb login`, or set WANDB_MODE=offline, or leave it out" in last
+
+
 def test_an_unknown_tracker(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="trackers has 'tensorbord': use some of tensorboard, mlflow, wandb"):
         open_trackers("tensorbord", tmp_path, load_config("demo"))
@@ -70,6 +143,28 @@ def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(TRACKERS, "wandb", lacking)  # type: ignore[index]
     with pytest.raises(ConfigError, match=r"wandb.*not installed.*pip install 'tap-flower\[wandb\]'"):
         open_trackers("wandb", tmp_path, load_config("demo"))
+
+
+def test_a_tracker_that_cannot_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    class Opened:
+        def log(self, step: int, scalars: Any) -> None:
+            raise AssertionError("nothing is logged")
+
+        def close(self) -> None:
+            closed.append(self)
+
+    def refused(*_: Any) -> Any:
+        raise ConnectionError("no server at localhost:5000")
+
+    monkeypatch.setitem(TRACKERS, "tensorboard", lambda *_: Opened())  # type: ignore[index]
+    monkeypatch.setitem(TRACKERS, "mlflow", refused)  # type: ignore[index]
+    with pytest.raises(
+        ConfigError, match=r"'mlflow', which cannot begin \(ConnectionError: no server at localhost:5000\)"
+    ):
+        open_trackers("tensorboard,mlflow", tmp_path, load_config("demo"))
+    assert len(closed) == 1
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(
