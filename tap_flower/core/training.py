@@ -131,16 +131,17 @@ def train(
     )
     loss_sum: dict[str, Tensor] = {}
     units: dict[str, int] = defaultdict(int)
+    model.train()
     for number in range(optimisation.steps):
         optimizer.zero_grad(set_to_none=True)
         for _ in range(optimisation.accumulation):
             batch = next(batches)
-            model.train()  # each time: an objective's teacher, in evaluation mode, may share frozen modules with the model
             output = model(batch.task, batch.inputs)
             losses = kinds[batch.task].losses(output, batch.target)
             loss = losses.mean()
             if objective is not None:
                 loss = loss + objective(batch, output)
+                model.train()  # again: its teacher, in evaluation mode, may share frozen modules with the model
             (loss / optimisation.accumulation).backward()  # type: ignore[no-untyped-call]
             total = losses.detach().double().sum()
             loss_sum[batch.task] = loss_sum[batch.task] + total if batch.task in loss_sum else total

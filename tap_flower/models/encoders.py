@@ -45,6 +45,34 @@ class ImageAdaptor(nn.Module):
         return mixed
 
 
+def patches_of(images: Tensor, side: int) -> Tensor:
+    """Squares that are cut from images, row by row: [B, 3, H, W] -> [B, H / side · W / side, 3 · side · side].
+
+    A convolution whose stride is its kernel is a linear map of each of them.
+    """
+    batch, channels, height, width = images.shape
+    squares = images.reshape(batch, channels, height // side, side, width // side, side)
+    return squares.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * side * side)
+
+
+class PatchProjection(nn.Module):
+    """A frozen convolution whose stride is its kernel, computed as a linear map: backwards, a CPU is faster at that.
+
+    Args:
+        convolution: its weight [D, 3, side, side] and bias [D] are taken over under their names, not copied.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = convolution.weight, convolution.bias
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, D, H / side, W / side]."""
+        side = self.weight.shape[-1]
+        tokens = F.linear(patches_of(images, side), self.weight.flatten(1), self.bias)
+        return tokens.transpose(1, 2).reshape(len(images), -1, images.shape[2] // side, images.shape[3] // side)
+
+
 class LayerLoRA(nn.Module):
     """LoRA on query and value of one encoder layer."""
 

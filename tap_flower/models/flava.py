@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import FlavaModel, PreTrainedModel
 
 from tap_flower.models.backbones import Backbone, Encoder, frozen_layers, fusion_layers
-from tap_flower.models.encoders import ImageAdaptor, LayerLoRA, Output, encode
+from tap_flower.models.encoders import ImageAdaptor, LayerLoRA, Output, PatchProjection, encode
 from tap_flower.models.experts import FrozenLayer
 from tap_flower.models.lora import LoraSettings
 
@@ -35,6 +35,8 @@ class FlavaBackbone(Backbone):
         self.text_length = text.config.max_position_embeddings
         self.image_size, _ = self.image_grid(image_size, image.config)
         self.image_embeddings = image.embeddings
+        patches = self.image_embeddings.patch_embeddings
+        patches.register_module("projection", PatchProjection(patches.projection))
         self.image_layers = frozen_layers(image.encoder.layer, image.config.num_attention_heads)
         self.image_norm = image.layernorm
         self.text_embeddings = text.embeddings

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, ViltModel
 
 from tap_flower.core.initial import Initial
 from tap_flower.models.backbones import Backbone, Encoder, fusion_layers
-from tap_flower.models.encoders import ImageAdaptor, Output
+from tap_flower.models.encoders import ImageAdaptor, Output, patches_of
 from tap_flower.models.lora import LoRA, LoraSettings, lora_linears
 
 PATCH_LORA = LoraSettings(rank=4, alpha=8)
@@ -107,8 +107,7 @@ class ViltImageEncoder(Encoder):
         del mask  # all images are of one size
         frozen = cast(ViltBackbone, backbone)
         conv = frozen.patches
-        # A convolution whose stride is its kernel is a linear map of each patch.
-        patches = F.unfold(self.adaptor(inputs), conv.kernel_size, stride=conv.stride).transpose(1, 2)
+        patches = patches_of(self.adaptor(inputs), conv.kernel_size[0])
         (tokens,) = lora_linears(conv.weight.flatten(1), cast(Tensor, conv.bias), [[self.patches]], patches[None])
         tokens = tokens[0]
         class_token = frozen.get_buffer("class_token") + self.offsets.class_token

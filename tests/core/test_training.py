@@ -56,6 +56,29 @@ def test_every_task_trains_and_others_do_not_move() -> None:
     assert model.values["spare"].item() == 0.25
 
 
+def test_modules_that_model_and_teacher_share_are_in_training_mode_in_every_step() -> None:
+    """A batch of a step as well as what the backward pass computes again."""
+    modes: list[tuple[str, bool]] = []
+
+    class Shared(Constant):
+        def __init__(self, role: str, part: nn.Module) -> None:
+            super().__init__(a=0.0)
+            self.role, self.part = role, part
+
+        def forward(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
+            modes.append((self.role, self.part.training))
+            output = super().forward(task, inputs) * 1
+            if self.role == "student":
+                output.register_hook(lambda _: modes.append(("backward", self.part.training)))
+            return output
+
+    part = nn.Dropout().eval()
+    student, teacher = Shared("student", part), Shared("teacher", part)
+    objective = Distillation(teacher, KINDS, {IMAGE_GENERATION.name: 1.0})
+    train(student, KINDS, itertools.cycle([batch("a", 1.0)]), Optimisation(2, 0.1, accumulation=2), objective)
+    assert modes == [("student", True), ("teacher", False), ("backward", True)] * 4
+
+
 def test_frozen_parameters_stay() -> None:
     model = Constant(a=0.0)
     model.frozen = nn.Parameter(torch.tensor(3.0), requires_grad=False)
