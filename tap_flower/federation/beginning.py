@@ -10,21 +10,33 @@ from tap_flower.federation import checkpoint
 from tap_flower.federation.checkpoint import Progress
 from tap_flower.federation.roster import Roster
 from tap_flower.methods.registry import find_method
-from tap_flower.storage import write_atomically
+from tap_flower.storage import StorageError, write_atomically
 
 
 def new_run(config: Config, folder: Path) -> tuple[Progress, Roster]:
-    """A new run, whose configuration is written to its folder.
+    """A new run. Its folder stays empty, so that a run which cannot begin after all is not in the way of the next.
 
     Raises:
         ConfigError: the folder holds another run, or there is no such method.
-        StorageError: the folder cannot be written.
+        StorageError: the folder cannot be made.
     """
     find_method(config.method)
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: give another folder with `--out`, or go on with `--resume`")
-    write_atomically(folder / "config.yaml", to_yaml(config).encode())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"the run folder {folder} cannot be made: {error.strerror}") from error
     return Progress(uuid.uuid4().hex, plain(config)), Roster(config.seed)
+
+
+def record_config(config: Config, folder: Path) -> None:
+    """Writes a new run's configuration to its folder.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    write_atomically(folder / "config.yaml", to_yaml(config).encode())
 
 
 def resumed_run(config: Config, folder: Path) -> tuple[Progress, Roster]:

@@ -18,7 +18,7 @@ from tap_flower.core.aggregation import BadUpdateError
 from tap_flower.federation import checkpoint, messages
 from tap_flower.federation.accounting import budget_of
 from tap_flower.federation.averaging import Average, WeightedAverage
-from tap_flower.federation.beginning import new_run, resumed_run
+from tap_flower.federation.beginning import new_run, record_config, resumed_run
 from tap_flower.federation.exchange import exchange, patiently
 from tap_flower.federation.manifest import decode_manifest
 from tap_flower.federation.messages import Instruction, LackingError, MessageError
@@ -29,7 +29,7 @@ from tap_flower.federation.roster import RosterError
 from tap_flower.federation.updates import restore
 from tap_flower.reporting.events import EventLog
 from tap_flower.reporting.results import RESULTS, results
-from tap_flower.reporting.trackers import open_trackers
+from tap_flower.reporting.trackers import Tracked, open_trackers
 from tap_flower.storage import write_json
 
 _WAIT = 0.5
@@ -67,8 +67,11 @@ class TapStrategy:
         self.roster = roster
         budget = budget_of(config)
         self.privacy = None if budget is None else Privacy(budget, progress.privacy)
-        trackers = open_trackers(config.trackers, folder, config)
-        self.events = EventLog(folder, progress.round or None, trackers)
+        after_round = progress.round or None
+        trackers = open_trackers(config.trackers, Tracked(folder, config, progress.run, after_round))
+        self.events = EventLog(folder, after_round, trackers)
+        if not resume:
+            record_config(config, folder)
         self._writer = checkpoint.Writer(folder / "server")
         self._hyper_parameters = sent_hyper_parameters(config)
         self._seconds: dict[str, float] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -13,6 +14,23 @@ from tap_flower.config import Config, ConfigError, plain
 
 Scalars = Mapping[str, float]
 """Name, with slashes between its parts -> value."""
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """The run that a tracker shows.
+
+    Attributes:
+        folder: of the run.
+        config: of the run.
+        identity: of the run, letters and digits: where it was shown before it broke off, its record goes on.
+        after_round: the round from which on it goes on; None where it is new.
+    """
+
+    folder: Path
+    config: Config
+    identity: str
+    after_round: int | None = None
 
 
 class Tracker(Protocol):
@@ -30,11 +48,14 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in RUN/tensorboard."""
 
-    def __init__(self, run: Path, config: Config) -> None:
+    def __init__(self, run: Tracked) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run / "tensorboard"))
-        self._writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in _flat(plain(config))))
+        void = None if run.after_round is None else run.after_round + 1
+        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=void)
+        if run.after_round is None:
+            config = "\n".join(f"    {key}: {value}" for key, value in _flat(plain(run.config)))
+            self._writer.add_text("config", config)
 
     def log(self, step: int, scalars: Scalars) -> None:
         """See `Tracker`."""
@@ -50,15 +71,23 @@ class TensorBoard:
 class MLflow:
     """A run in the experiment `tap-flower`, at MLFLOW_TRACKING_URI or in RUN/mlflow.db."""
 
-    def __init__(self, run: Path, config: Config) -> None:
+    _IDENTITY = "tap_flower.run"
+
+    def __init__(self, run: Tracked) -> None:
         from mlflow.tracking import MlflowClient
 
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run / 'mlflow.db').resolve()}"
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run.folder / 'mlflow.db').resolve()}"
         self._client = MlflowClient(tracking_uri=uri)
         experiment = self._client.get_experiment_by_name("tap-flower")
         number = experiment.experiment_id if experiment else self._client.create_experiment("tap-flower")
-        self._run = self._client.create_run(number, run_name=run.name).info.run_id
-        for key, value in _flat(plain(config)):
+        before = self._client.search_runs([number], f"tags.`{self._IDENTITY}` = '{run.identity}'")
+        if before:
+            self._run = before[0].info.run_id
+            self._client.update_run(self._run, status="RUNNING")
+            return
+        tags = {self._IDENTITY: run.identity}
+        self._run = self._client.create_run(number, run_name=run.folder.name, tags=tags).info.run_id
+        for key, value in _flat(plain(run.config)):
             self._client.log_param(self._run, key, value)
 
     def log(self, step: int, scalars: Scalars) -> None:
@@ -74,11 +103,17 @@ class MLflow:
 class WeightsAndBiases:
     """A run in WANDB_PROJECT, or in the project `tap-flower`; its files are in RUN/wandb."""
 
-    def __init__(self, run: Path, config: Config) -> None:
+    def __init__(self, run: Tracked) -> None:
         import wandb
 
-        project = os.environ.get("WANDB_PROJECT", "tap-flower")
-        self._run = wandb.init(project=project, name=run.name, dir=str(run), config=dict(_flat(plain(config))))
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "tap-flower"),
+            name=run.folder.name,
+            id=run.identity,
+            resume="allow",
+            dir=str(run.folder),
+            config=dict(_flat(plain(run.config))),
+        )
 
     def log(self, step: int, scalars: Scalars) -> None:
         """See `Tracker`."""
@@ -89,7 +124,7 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-TRACKERS: Mapping[str, Callable[[Path, Config], Tracker]] = {
+TRACKERS: Mapping[str, Callable[[Tracked], Tracker]] = {
     "tensorboard": TensorBoard,
     "mlflow": MLflow,
     "wandb": WeightsAndBiases,
@@ -110,13 +145,12 @@ def tracker_names(names: str) -> list[str]:
     return found
 
 
-def open_trackers(names: str, run: Path, config: Config) -> list[Tracker]:
+def open_trackers(names: str, run: Tracked) -> list[Tracker]:
     """The trackers of a run.
 
     Args:
         names: some of `TRACKERS`, with commas between.
-        run: the run folder.
-        config: of the run.
+        run: what they show.
 
     Raises:
         ConfigError: a name is unknown, a package is not installed, or a tracker cannot begin; those before it are closed.
@@ -124,7 +158,7 @@ def open_trackers(names: str, run: Path, config: Config) -> list[Tracker]:
     found: list[Tracker] = []
     for name in tracker_names(names):
         try:
-            found.append(TRACKERS[name](run, config))
+            found.append(TRACKERS[name](run))
         except Exception as error:  # whatever the packages of all trackers raise
             for opened in found:
                 opened.close()

@@ -387,22 +387,6 @@ def test_another_version_is_refused(federation: Federation, monkeypatch: pytest.
         strategy.start(grid)
 
 
-def test_a_used_folder_is_not_overwritten(federation: Federation) -> None:
-    federation.out.mkdir()
-    (federation.out / "precious").write_text("x")
-    with pytest.raises(ConfigError, match="is not empty: give another folder.*--resume"):
-        federation.strategy()
-
-
-def test_an_unreadable_checkpoint_is_named(federation: Federation) -> None:
-    with pytest.raises(StorageError, match="server.safetensors does not exist"):
-        federation.strategy(resume=True)
-    (federation.out / "server").mkdir(parents=True)
-    (federation.out / "server" / "server.safetensors").write_bytes(b"\x00\x01garbage")
-    with pytest.raises(StorageError, match="server.safetensors is damaged"):
-        federation.strategy(resume=True)
-
-
 @pytest.mark.parametrize("crash_round", [1, 2])
 def test_a_resumed_run_gives_the_results_of_an_uninterrupted_one(make_federation: Make, crash_round: int) -> None:
     whole = make_federation()

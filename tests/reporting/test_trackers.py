@@ -16,7 +16,7 @@ import pytest
 
 from tap_flower.config import ConfigError, load_config
 from tap_flower.reporting.events import EventLog
-from tap_flower.reporting.trackers import TRACKERS, open_trackers
+from tap_flower.reporting.trackers import TRACKERS, Tracked, open_trackers
 
 ROUNDS = [
     {"ann": {"losses": {"t": 1.0}, "replacements": {"t": 1}}, "bob": {"losses": {"t": 3.0}, "replacements": {"t": 0}}},
@@ -25,14 +25,26 @@ ROUNDS = [
 TASKS = {"t": {"tap": {"accuracy": 0.75}, "server+finetune": {"accuracy": 0.5}}}
 
 
+def tracked(run: Path, after_round: int | None = None) -> Tracked:
+    return Tracked(run, load_config("demo", "", ["seed=7"]), "0123abcd", after_round)
+
+
 def write_events(run: Path, name: str) -> None:
-    config = load_config("demo", "", ["seed=7"])
-    log = EventLog(run, None, open_trackers(name, run, config))
+    log = EventLog(run, None, open_trackers(name, tracked(run)))
     log.write("start", round=0, rounds=2, clients={"ann": ["t"]})
     for number, clients in enumerate(ROUNDS, 1):
         log.write("round", round=number, clients=clients, dropped=[], seconds=0.5)
     log.write("end", round=2, seconds=1.0, tasks=TASKS)
     log.close()
+
+
+def break_off_and_go_on(run: Path, name: str) -> None:
+    """Both rounds were logged, but the first alone is complete when the run goes on."""
+    for after_round, numbers in ((None, (1, 2)), (1, (2,))):
+        log = EventLog(run, after_round, open_trackers(name, tracked(run, after_round)))
+        for number in numbers:
+            log.write("round", round=number, clients=ROUNDS[number - 1], dropped=[], seconds=0.5)
+        log.close()
 
 
 def test_tensorboard(tmp_path: Path) -> None:
@@ -45,6 +57,27 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in found.Scalars("test_accuracy/t/tap")] == [(2, 0.75)]
     text = found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "seed: 7" in text
+
+
+def test_tensorboard_goes_on(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    break_off_and_go_on(tmp_path, "tensorboard")
+    found = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [(e.step, e.value) for e in found.Scalars("train_loss/t")] == [(1, 2.0), (2, 1.5)]
+
+
+def test_mlflow_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking = pytest.importorskip("mlflow.tracking")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    break_off_and_go_on(tmp_path, "mlflow")
+    client = tracking.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (found,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert found.info.status == "FINISHED"
+    assert {(m.step, m.value) for m in client.get_metric_history(found.info.run_id, "train_loss/t")} == {
+        (1, 2.0),
+        (2, 1.5),
+    }
 
 
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +124,7 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
     records = list(wandb_records(file))
     (begun,) = [r.run for r in records if r.WhichOneof("record_type") == "run"]
-    assert (begun.project, begun.display_name) == ("tap-flower", "demo-seed7")
+    assert (begun.project, begun.display_name, begun.run_id) == ("tap-flower", "demo-seed7", "0123abcd")
     config = {u.key: u.value_json for u in begun.config.update}
     assert config["seed"] == "7"
     assert config["train.batch_size"] == "8"
@@ -112,8 +145,8 @@ def test_weights_and_biases_without_a_login(tmp_path: Path) -> None:
     code = """
 from pathlib import Path
 from tap_flower.config import load_config
-from tap_flower.reporting.trackers import open_trackers
-open_trackers("wandb", Path.cwd(), load_config("demo"))
+from tap_flower.reporting.trackers import Tracked, open_trackers
+open_trackers("wandb", Tracked(Path.cwd(), load_config("demo"), "0123abcd"))
 """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     process = subprocess.run(  # of its own: wandb keeps what it found of its settings as long as a process lives
@@ -133,7 +166,7 @@ open_trackers("wandb", Path.cwd(), load_config("demo"))
 
 def test_an_unknown_tracker(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="trackers has 'tensorbord': use some of tensorboard, mlflow, wandb"):
-        open_trackers("tensorbord", tmp_path, load_config("demo"))
+        open_trackers("tensorbord", tracked(tmp_path))
 
 
 def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +175,7 @@ def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setitem(TRACKERS, "wandb", lacking)  # type: ignore[index]
     with pytest.raises(ConfigError, match=r"wandb.*not installed.*pip install 'tap-flower\[wandb\]'"):
-        open_trackers("wandb", tmp_path, load_config("demo"))
+        open_trackers("wandb", tracked(tmp_path))
 
 
 def test_a_tracker_that_cannot_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +196,7 @@ def test_a_tracker_that_cannot_begin(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(
         ConfigError, match=r"'mlflow', which cannot begin \(ConnectionError: no server at localhost:5000\)"
     ):
-        open_trackers("tensorboard,mlflow", tmp_path, load_config("demo"))
+        open_trackers("tensorboard,mlflow", tracked(tmp_path))
     assert len(closed) == 1
 
 
