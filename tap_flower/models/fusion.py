@@ -168,7 +168,7 @@ class Fusion:
             stages = [path.mote for path in (by_entry if depth == 0 else route)]
             streams = self._attention_part(layer, depth, held, streams, mask, stages, domain)
             if depth == 0:
-                streams = streams[entered]
+                streams = torch.stack([streams[entry] for entry in entered])
             streams = self._expert_part(layer, depth, held, streams, [path.mote for path in route])
         if self.observe is not None:
             self.observe(route[MODALITY_TASK].mote.expert, masked_mean(streams[MODALITY_TASK][None], mask)[0])

@@ -171,7 +171,8 @@ class _LoRALinear(torch.autograd.Function):
                 else:
                     x_gradient[:, rows].add_(added.mul_(block).to(x.dtype))
                 a_gradients[group].baddbmm_(low_gradient, block.mul_(x[:, rows].to(block.dtype)))
-        return x_gradient, None, None, None, *a_gradients, *(m.transpose(1, 2) for m in b_gradients)
+        # Contiguous, so that the parameters keep their parts as gradients; else each is copied.
+        return x_gradient, None, None, None, *a_gradients, *(m.transpose(1, 2).contiguous() for m in b_gradients)
 
 
 def _blocks(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
