@@ -140,3 +140,9 @@ def best(kind: str, values: Sequence[float | None]) -> float | None:
     """The best of some values of the headline metric; None where there are none, or no two that differ."""
     known = {value for value in values if value is not None}
     return (max if headline(kind)[1] else min)(known) if len(known) > 1 else None
+
+
+def scores(found: Mapping[str, Any], model: str) -> dict[str, float]:
+    """Task -> score of a model in the results of a run, see `TaskKind.score`."""
+    kinds = found["kinds"]
+    return {task: TASK_KINDS[kinds[task]].score(by_model[model]) for task, by_model in found["tasks"].items()}

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from tap_flower.core.tasks import TASK_KINDS
-from tap_flower.reporting.results import headline, read_results
+from tap_flower.reporting.results import headline, read_results, scores
 from tap_flower.sweeps.plan import Sweep
 from tap_flower.sweeps.statistics import Estimate, estimate, mean_ranks, paired
 
@@ -71,18 +70,17 @@ def compare(sweep: Sweep) -> Comparison:
     labels = list(dict.fromkeys(run.label for run in sweep.runs if (run.label, run.seed) in found))
     kinds = {task: kind for results in found.values() for task, kind in results["kinds"].items()}
     tasks: dict[str, Values] = {task: {} for task in sorted(kinds)}
-    scores: Values = {}
+    overall: Values = {}
     ranked: dict[tuple[str, int], dict[str, float]] = {}
     for (label, seed), results in found.items():
-        of_run = []
-        for task, by_model in results["tasks"].items():
-            metrics = by_model[sweep.result[label]]
+        of_run = scores(results, sweep.result[label])
+        for task, score in of_run.items():
+            metrics = results["tasks"][task][sweep.result[label]]
             tasks[task].setdefault(label, {})[seed] = metrics[headline(kinds[task])[0]]
-            of_run.append(TASK_KINDS[kinds[task]].score(metrics))
-            ranked.setdefault((task, seed), {})[label] = of_run[-1]
-        scores.setdefault(label, {})[seed] = fmean(of_run)
+            ranked.setdefault((task, seed), {})[label] = score
+        overall.setdefault(label, {})[seed] = fmean(of_run.values())
     quality = [_row(task, *headline(kinds[task]), values, sweep.reference) for task, values in tasks.items()]
-    quality += [_row(OVERALL, "score", True, scores, sweep.reference)] if found else []
+    quality += [_row(OVERALL, "score", True, overall, sweep.reference)] if found else []
     costs: dict[str, Values] = {}
     for (label, seed), results in found.items():
         spent = {

@@ -20,9 +20,10 @@ from tap_flower.reporting.charts import Axis, Point, Series, line_chart
 from tap_flower.reporting.comparison import Table
 from tap_flower.reporting.figures import Figure
 from tap_flower.reporting.page import write_study
-from tap_flower.reporting.results import headline, read_results
+from tap_flower.reporting.results import headline, read_results, scores
 from tap_flower.reporting.svg import number
 from tap_flower.storage import write_atomically
+from tap_flower.sweeps.comparison import OVERALL
 from tap_flower.sweeps.plan import PlannedRun
 from tap_flower.sweeps.statistics import Estimate, estimate
 
@@ -177,8 +178,20 @@ def margin_study(
                     margin: estimate([found[margin, seed]["tasks"][task][model][metric] for seed in seeds])
                     for margin in margins
                 }
+        overall = {
+            model: {
+                margin: estimate([fmean(scores(found[margin, seed], model).values()) for seed in seeds])
+                for margin in margins
+            }
+            for model in ("personal", "tap")
+        }
         counts = {margin: estimate([_replaced(found[margin, seed]) for seed in seeds]) for margin in margins}
-        return {**figures, ("Replacements", "in a run, all clients and pairs"): {"replacements": counts}}
+        whole = OVERALL.capitalize(), "score (higher is better)"
+        return {
+            whole: overall,
+            **figures,
+            ("Replacements", "in a run, all clients and pairs"): {"replacements": counts},
+        }
 
     return Study(
         "margin",

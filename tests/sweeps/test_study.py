@@ -90,5 +90,5 @@ def test_margins(tmp_path: Path) -> None:
     study.write(tmp_path)
     with (tmp_path / "margin.csv").open() as file:
         rows = {(row["figure"], row["line"], float(row["margin"])): float(row["mean"]) for row in csv.DictReader(file)}
-    assert rows["t", "tap", 0.5] == 1.0
+    assert rows["t", "tap", 0.5] == rows["Mean of scores", "tap", 0.5] == 1.0
     assert [rows["Replacements", "replacements", margin] for margin in (0.0, 0.5)] == [3.0, 1.0]
