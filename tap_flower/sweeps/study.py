@@ -29,6 +29,10 @@ from tap_flower.sweeps.statistics import Estimate, estimate
 
 Curves = Mapping[str, Mapping[float, Estimate]]
 """Name of a line -> x -> mean and interval over seeds."""
+Losses = Mapping[str, Mapping[str, float]]
+"""Task -> model -> test loss."""
+_COMPARED = ("server", "personal", "tap")
+"""The models of the study of pairs."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def pairs_study(preset: str, config: str, settings: Sequence[str], seeds: Sequen
                 runs.setdefault((seed, size), []).append((run, group))
 
     def measure() -> Mapping[tuple[str, str], Curves]:
-        losses = {
+        losses: dict[tuple[int, int], Losses] = {
             key: {
                 task: {model: metrics["loss"] for model, metrics in read_results(run.folder)["tasks"][task].items()}
                 for run, group in of_size
@@ -116,24 +120,30 @@ def pairs_study(preset: str, config: str, settings: Sequence[str], seeds: Sequen
             }
             for key, of_size in runs.items()
         }
-        curves: dict[str, dict[float, Estimate]] = {}
-        for model in ("server", "personal", "tap"):
-            for size in sizes:
-                ratios = [
-                    fmean(
-                        by_model[model] / losses[seed, 1][task][model] for task, by_model in losses[seed, size].items()
-                    )
-                    for seed in seeds
-                ]
-                curves.setdefault(model, {})[size] = estimate(ratios)
-        return {("Test loss, relative to the pair alone", "loss / loss alone (lower is better)"): curves}
+        whole = {
+            model: {
+                size: estimate([_relative(losses[seed, size], losses[seed, 1], model) for seed in seeds])
+                for size in sizes
+            }
+            for model in _COMPARED
+        }
+        figures = {("Test loss, relative to the pair alone", "loss / loss alone (lower is better)"): whole}
+        for task in sorted(by_task):
+            drawn = [seed for seed in seeds if task in losses[seed, 1]]
+            if drawn:
+                figures[task, "test loss (lower is better)"] = {
+                    model: {size: estimate([losses[seed, size][task][model] for seed in drawn]) for size in sizes}
+                    for model in _COMPARED
+                }
+        return figures
 
     return Study(
         "pairs",
         "Does one model for all serve each pair worse as their number grows?",
         f"Preset {preset}; clients of one pair each, equal data and optimiser steps for a pair whatever their number; "
         f"groups of {', '.join(map(str, sizes))} of {sizes[-1]} pairs, drawn anew for each seed. A pair's test loss is "
-        f"divided by its loss trained alone; mean over pairs, 95 % interval over seeds {', '.join(map(str, seeds))}.",
+        f"divided by its loss trained alone; mean over pairs, 95 % interval over seeds {', '.join(map(str, seeds))}. Below, "
+        "each pair's test loss, over the seeds that drew it.",
         "pairs in the federation",
         tuple(run for of_size in runs.values() for run, _ in of_size),
         measure,
@@ -202,6 +212,11 @@ def margin_study(
         tuple(runs.values()),
         measure,
     )
+
+
+def _relative(losses: Losses, alone: Losses, model: str) -> float:
+    """Mean over pairs of the loss over the loss alone."""
+    return fmean(by_model[model] / alone[task][model] for task, by_model in losses.items())
 
 
 def _replaced(results: Mapping[str, Any]) -> int:

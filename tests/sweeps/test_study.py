@@ -63,10 +63,17 @@ def test_losses_are_relative_to_the_pair_alone(pairs: Study, tmp_path: Path) -> 
     assert "Does one model for all serve each pair worse" in html
     assert "http://" not in html.replace("http://www.w3.org", "")
     with (tmp_path / "pairs.csv").open() as file:
-        rows = {(row["line"], row["pairs in the federation"]): row for row in csv.DictReader(file)}
+        found = list(csv.DictReader(file))
+    whole = [row for row in found if row["figure"] == "Test loss, relative to the pair alone"]
+    rows = {(row["line"], row["pairs in the federation"]): row for row in whole}
     assert [float(rows["server", n]["mean"]) for n in "124"] == pytest.approx([1.0, 1.1, 1.2])
     assert [float(rows["tap", n]["mean"]) for n in "124"] == [1.0, 1.0, 1.0]
     assert rows["server", "4"]["seeds"] == "2"
+    of_pairs = [
+        row for row in found if (row["line"], row["pairs in the federation"]) == ("server", "4") and row not in whole
+    ]
+    assert sum(int(row["seeds"]) for row in of_pairs) == 2 * 4  # four pairs a seed
+    assert {float(row["mean"]) for row in of_pairs} == {2.4}
 
 
 def test_one_task_is_no_study(tmp_path: Path) -> None:
