@@ -83,11 +83,14 @@ class TapStrategy:
             RunError: clients are missing at the start, since they are not there or cannot take part; or none is left.
             StorageError: a checkpoint cannot be written.
         """
+        complete = False
         try:
             with self._writer:
-                return self._run(grid)
+                found = self._run(grid)
+            complete = True
         finally:
-            self.events.close()
+            self.events.close(complete)
+        return found
 
     def _run(self, grid: Grid) -> dict[str, Any]:
         config, began = self.config, time.monotonic()

@@ -37,9 +37,9 @@ class EventLog:
         if self._trackers and (found := scalars({"event": event, **values})):
             self._tell(lambda tracker: tracker.log(values["round"], found))
 
-    def close(self) -> None:
-        """Ends the trackers' records."""
-        self._tell(lambda tracker: tracker.close())
+    def close(self, complete: bool) -> None:
+        """Ends the trackers' records of a run that is complete, or has broken off."""
+        self._tell(lambda tracker: tracker.close(complete))
 
     def _tell(self, what: Callable[[Tracker], None]) -> None:
         """A tracker that fails is left out from then on: a run does not end because a server of records is down."""

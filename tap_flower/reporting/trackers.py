@@ -24,7 +24,7 @@ class Tracked:
         folder: of the run.
         config: of the run.
         identity: of the run, letters and digits: where it was shown before it broke off, its record goes on.
-        after_round: the round from which on it goes on; None where it is new.
+        after_round: its last complete round, where it goes on; None where it is new.
     """
 
     folder: Path
@@ -40,8 +40,8 @@ class Tracker(Protocol):
         """Takes the values at a round."""
         ...
 
-    def close(self) -> None:
-        """Ends the record."""
+    def close(self, complete: bool) -> None:
+        """Ends the record of a run that is complete, or has broken off."""
         ...
 
 
@@ -63,8 +63,9 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, complete: bool) -> None:
         """See `Tracker`."""
+        del complete  # event files have no word for it
         self._writer.close()
 
 
@@ -95,9 +96,9 @@ class MLflow:
         for name, value in scalars.items():
             self._client.log_metric(self._run, name.replace("+", "-"), value, step=step)
 
-    def close(self) -> None:
+    def close(self, complete: bool) -> None:
         """See `Tracker`."""
-        self._client.set_terminated(self._run)
+        self._client.set_terminated(self._run, status="FINISHED" if complete else "FAILED")
 
 
 class WeightsAndBiases:
@@ -119,9 +120,9 @@ class WeightsAndBiases:
         """See `Tracker`."""
         self._run.log(dict(scalars), step=step)
 
-    def close(self) -> None:
+    def close(self, complete: bool) -> None:
         """See `Tracker`."""
-        self._run.finish()
+        self._run.finish(exit_code=0 if complete else 1)
 
 
 TRACKERS: Mapping[str, Callable[[Tracked], Tracker]] = {
@@ -161,7 +162,7 @@ def open_trackers(names: str, run: Tracked) -> list[Tracker]:
             found.append(TRACKERS[name](run))
         except Exception as error:  # whatever the packages of all trackers raise
             for opened in found:
-                opened.close()
+                opened.close(complete=False)
             raise ConfigError(_why_not(name, error)) from error
     return found
 

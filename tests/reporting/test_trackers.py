@@ -35,7 +35,7 @@ def write_events(run: Path, name: str) -> None:
     for number, clients in enumerate(ROUNDS, 1):
         log.write("round", round=number, clients=clients, dropped=[], seconds=0.5)
     log.write("end", round=2, seconds=1.0, tasks=TASKS)
-    log.close()
+    log.close(complete=True)
 
 
 def break_off_and_go_on(run: Path, name: str) -> None:
@@ -44,7 +44,7 @@ def break_off_and_go_on(run: Path, name: str) -> None:
         log = EventLog(run, after_round, open_trackers(name, tracked(run, after_round)))
         for number in numbers:
             log.write("round", round=number, clients=ROUNDS[number - 1], dropped=[], seconds=0.5)
-        log.close()
+        log.close(complete=after_round is not None)
 
 
 def test_tensorboard(tmp_path: Path) -> None:
@@ -78,6 +78,15 @@ def test_mlflow_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (1, 2.0),
         (2, 1.5),
     }
+
+
+def test_mlflow_of_a_run_that_broke_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking = pytest.importorskip("mlflow.tracking")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    EventLog(tmp_path, None, open_trackers("mlflow", tracked(tmp_path))).close(complete=False)
+    client = tracking.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (found,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert found.info.status == "FAILED"
 
 
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,14 +188,14 @@ def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_tracker_that_cannot_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    closed = []
+    closed: list[bool] = []
 
     class Opened:
         def log(self, step: int, scalars: Any) -> None:
             raise AssertionError("nothing is logged")
 
-        def close(self) -> None:
-            closed.append(self)
+        def close(self, complete: bool) -> None:
+            closed.append(complete)
 
     def refused(*_: Any) -> Any:
         raise ConnectionError("no server at localhost:5000")
@@ -197,7 +206,7 @@ def test_a_tracker_that_cannot_begin(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ConfigError, match=r"'mlflow', which cannot begin \(ConnectionError: no server at localhost:5000\)"
     ):
         open_trackers("tensorboard,mlflow", tracked(tmp_path))
-    assert len(closed) == 1
+    assert closed == [False]
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(
@@ -210,7 +219,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(
             Down.told += 1
             raise ConnectionError("the server is down")
 
-        def close(self) -> None:
+        def close(self, complete: bool) -> None:
             raise AssertionError("it was left out")
 
     monkeypatch.setitem(TRACKERS, "mlflow", lambda *_: Down())  # type: ignore[index]
