@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import sys
@@ -30,6 +31,11 @@ def flower_program(name: str) -> str:
     if found is None:
         raise ConfigError(f"the command {name!r} is not installed: install tap-flower again")
     return found
+
+
+def path_of_programs() -> dict[str, str]:
+    """PATH with the commands of this Python's environment first: Flower's programs start others by name alone."""
+    return {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])}
 
 
 def free_port() -> int:

@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tap_flower.flower_commands import QUIET, flower_program, free_port
+from tap_flower.flower_commands import QUIET, flower_program, free_port, path_of_programs
 from tap_flower.reporting.events import METRICS, read_events
 from tap_flower.reporting.results import read_results
 from tap_flower.resources import Resources
@@ -148,7 +148,7 @@ def superlink(folder: Path) -> Iterator[Flower]:
         f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
         f'address = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    environment = {**os.environ, **QUIET, "FLWR_HOME": str(home)}
+    environment = {**os.environ, **QUIET, **path_of_programs(), "FLWR_HOME": str(home)}
     flower = Flower(folder, environment, folder / "flower.log")
     with flower.log.open("wb") as log:
         process = subprocess.Popen(

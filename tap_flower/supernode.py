@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tap_flower.config import ConfigError
-from tap_flower.flower_commands import QUIET, flower_program, free_port
+from tap_flower.flower_commands import QUIET, flower_program, free_port, path_of_programs
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def start(launch: NodeLaunch) -> None:
         ConfigError: as `NodeLaunch.command`.
     """
     command = launch.command()
-    os.execve(command[0], command, {**QUIET, **os.environ})
+    os.execve(command[0], command, {**QUIET, **os.environ, **path_of_programs()})
 
 
 def _quoted(value: str) -> str:

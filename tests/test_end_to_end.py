@@ -24,7 +24,9 @@ ONE_CORE = ["--cpus-per-client", "1", "--gpus-per-client", "0"]
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    return {**os.environ, "HOME": str(tmp_path), "FLWR_HOME": str(tmp_path / "flwr"), "COLUMNS": "160"}
+    own = {"HOME": str(tmp_path), "FLWR_HOME": str(tmp_path / "flwr"), "COLUMNS": "160"}
+    # Not even the folder of the command itself is on PATH, as with a virtual environment that is not activated.
+    return {**os.environ, **own, "PATH": os.defpath}
 
 
 def arguments(file: Path, out: Path, *more: str) -> list[str]:
