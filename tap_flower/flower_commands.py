@@ -34,7 +34,7 @@ def flower_program(name: str) -> str:
 
 
 def path_of_programs() -> dict[str, str]:
-    """PATH with the commands of this Python's environment first: Flower's programs start others by name alone."""
+    """The variable PATH, with this Python's commands first: Flower's programs start others by their names alone."""
     return {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])}
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from typer.testing import CliRunner
 
 from tap_flower import cli
 from tap_flower.config import ConfigError
-from tap_flower.supernode import NodeLaunch
+from tap_flower.supernode import NodeLaunch, start
 from tests.federation.conftest import CLIENTS
 
 
@@ -81,3 +84,12 @@ def test_a_node_starts_only_with_a_spec_that_can_be_trained_on(tmp_path: Path, m
     assert not started
     assert CliRunner().invoke(cli.app, ["node", str(good), *options]).exit_code == 0
     assert [launch.spec for launch in started] == [good]
+
+
+def test_flowers_programs_find_each_other_wherever_path_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    become: list[Mapping[str, str]] = []
+    monkeypatch.setattr(os, "execve", lambda file, command, environment: become.append(environment))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    start(NodeLaunch(tmp_path / "ann.yaml", "localhost:8000", insecure=True, state_dir=tmp_path / "state"))
+    (environment,) = become
+    assert shutil.which("flower-superexec", path=environment["PATH"]) is not None

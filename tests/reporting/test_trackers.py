@@ -47,11 +47,33 @@ def break_off_and_go_on(run: Path, name: str) -> None:
         log.close(complete=after_round is not None)
 
 
-def test_tensorboard(tmp_path: Path) -> None:
+def tensorboard_events(run: Path) -> Any:
+    """What TensorBoard reads of a run."""
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    write_events(tmp_path, "tensorboard")
-    found = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    found = reader.EventAccumulator(str(run / "tensorboard"))
     found.Reload()
+    return found
+
+
+def mlflow_record(run: Path) -> tuple[Any, Any]:
+    """MLflow's client, and the only run that it finds."""
+    tracking = pytest.importorskip("mlflow.tracking")
+    client = tracking.MlflowClient(tracking_uri=f"sqlite:///{run / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tap-flower"]
+    (found,) = client.search_runs([experiment.experiment_id])
+    return client, found
+
+
+@pytest.fixture
+def local_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    write_events(tmp_path, "tensorboard")
+    found = tensorboard_events(tmp_path)
     assert [(e.step, e.value) for e in found.Scalars("train_loss/t")] == [(1, 2.0), (2, 1.5)]
     assert [(e.step, e.value) for e in found.Scalars("replaced/t")] == [(1, 0.5), (2, 0.0)]
     assert [(e.step, e.value) for e in found.Scalars("test_accuracy/t/tap")] == [(2, 0.75)]
@@ -60,50 +82,39 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 
 def test_tensorboard_goes_on(tmp_path: Path) -> None:
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("tensorboard")
     break_off_and_go_on(tmp_path, "tensorboard")
-    found = reader.EventAccumulator(str(tmp_path / "tensorboard"))
-    found.Reload()
+    found = tensorboard_events(tmp_path)
     assert [(e.step, e.value) for e in found.Scalars("train_loss/t")] == [(1, 2.0), (2, 1.5)]
 
 
-def test_mlflow_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracking = pytest.importorskip("mlflow.tracking")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    break_off_and_go_on(tmp_path, "mlflow")
-    client = tracking.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
-    (found,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    assert found.info.status == "FINISHED"
-    assert {(m.step, m.value) for m in client.get_metric_history(found.info.run_id, "train_loss/t")} == {
-        (1, 2.0),
-        (2, 1.5),
-    }
-
-
-def test_mlflow_of_a_run_that_broke_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracking = pytest.importorskip("mlflow.tracking")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    EventLog(tmp_path, None, open_trackers("mlflow", tracked(tmp_path))).close(complete=False)
-    client = tracking.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
-    (found,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    assert found.info.status == "FAILED"
-
-
+@pytest.mark.usefixtures("local_mlflow")
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracking = pytest.importorskip("mlflow.tracking")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "demo-seed7"
     run.mkdir()
     write_events(run, "mlflow")
-    client = tracking.MlflowClient(tracking_uri=f"sqlite:///{run / 'mlflow.db'}")
-    (experiment,) = [e for e in client.search_experiments() if e.name == "tap-flower"]
-    (found,) = client.search_runs([experiment.experiment_id])
+    client, found = mlflow_record(run)
     assert (found.info.run_name, found.info.status) == ("demo-seed7", "FINISHED")
     assert found.data.params["seed"] == "7"
     history = client.get_metric_history(found.info.run_id, "train_loss/t")
     assert [(m.step, m.value) for m in history] == [(1, 2.0), (2, 1.5)]
     assert found.data.metrics["test_accuracy/t/server-finetune"] == 0.5
+
+
+@pytest.mark.usefixtures("local_mlflow")
+def test_mlflow_goes_on(tmp_path: Path) -> None:
+    break_off_and_go_on(tmp_path, "mlflow")
+    client, found = mlflow_record(tmp_path)
+    assert found.info.status == "FINISHED"
+    history = client.get_metric_history(found.info.run_id, "train_loss/t")
+    assert {(m.step, m.value) for m in history} == {(1, 2.0), (2, 1.5)}
+
+
+@pytest.mark.usefixtures("local_mlflow")
+def test_mlflow_of_a_run_that_broke_off(tmp_path: Path) -> None:
+    EventLog(tmp_path, None, open_trackers("mlflow", tracked(tmp_path))).close(complete=False)
+    assert mlflow_record(tmp_path)[1].info.status == "FAILED"
 
 
 def wandb_records(file: Path) -> Iterator[Any]:
