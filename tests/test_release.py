@@ -155,9 +155,9 @@ def test_every_module_can_be_imported_without_the_source_tree(installed: Install
         "import importlib, pkgutil, sys, tap_flower\n"
         "names = [m.name for m in pkgutil.walk_packages(tap_flower.__path__, 'tap_flower.') if 'flower_app' not in m.name]\n"
         "files = [importlib.import_module(name).__file__ for name in names]\n"
-        "import tap_flower.sweeps.worker\n"
-        "tap_flower.sweeps.worker.client_app()\n"
-        "print(*files, sys.modules['client_app.app'].__file__, tap_flower.simulation.app_folder(), sep='\\n')\n"
+        "sys.path.insert(0, str(tap_flower.simulation.app_folder()))\n"
+        "import client_app.app, server_app.app\n"
+        "print(*files, client_app.app.__file__, server_app.app.__file__, sep='\\n')\n"
         "print('searched:', *sys.path, sep='\\n')"
     )
     found, _, searched = installed("python", "-c", code).partition("searched:\n")

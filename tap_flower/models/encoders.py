@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tap_flower.core.initial import Initial
 from tap_flower.models.experts import FrozenLayer, Run
-from tap_flower.models.lora import LoRA, LoraSettings, lora_linear
+from tap_flower.models.lora import LoRA, LoraSettings, lora_linears
 
 
 class ImageAdaptor(nn.Module):
@@ -132,7 +132,6 @@ def encode(
 
 def _layer(layer: FrozenLayer, lora: LayerLoRA, x: Tensor, mask: Tensor | None) -> Tensor:
     n = layer.norm_before(x)
-    query = lora_linear(layer.query, [lora.query], n)
-    value = lora_linear(layer.value, [lora.value], n)
+    query, value = lora_linears([[lora.query], [lora.value]], n[None])
     x = x + layer.attend(query, layer.key(n), value, mask)
     return x + cast(Tensor, layer.down(layer.activation(layer.up(layer.norm_after(x)))))

@@ -62,8 +62,8 @@ class FrozenLayer(nn.Module):
 
     def feed_forward(self, experts: Sequence[Expert], x: Tensor) -> Tensor:
         """The frozen network with one expert's LoRA for each entry of the stack: [S, B, T, D] -> [S, B, T, D]."""
-        hidden = self.activation(lora_linear(self.up, [e.up for e in experts], x))
-        return lora_linear(self.down, [e.down for e in experts], hidden)
+        hidden = self.activation(lora_linear([e.up for e in experts], x))
+        return lora_linear([e.down for e in experts], hidden)
 
 
 _FEW_TOKENS = 128
@@ -116,12 +116,8 @@ class DomainExperts(nn.Module):
         self.value = Expert(layer, settings)
 
 
-def domain_residuals(layer: FrozenLayer, domains: Sequence[DomainExperts], x: Tensor) -> tuple[Tensor, Tensor]:
-    """E_q(x) and E_v(x), each [S, B, T, D]. The frozen part of the first linear is computed once for both."""
+def domain_residuals(layer: FrozenLayer, domains: Sequence[DomainExperts], x: Tensor) -> Tensor:
+    """E_q(x) and E_v(x): [S, B, T, D] -> [2, S, B, T, D]. The frozen part of the first linear is computed once for both."""
     experts = [d.query for d in domains], [d.value for d in domains]
-    hidden = lora_linears(layer.up.weight, layer.up.bias, [[e.up for e in group] for group in experts], x)
-    query, value = (
-        lora_linear(layer.down, [e.down for e in group], layer.activation(h))
-        for group, h in zip(experts, hidden, strict=True)
-    )
-    return query, value
+    hidden = layer.activation(lora_linears([[e.up for e in group] for group in experts], x[None]))
+    return lora_linears([[e.down for e in group] for group in experts], hidden)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tap_flower.models.encoders import Projection
 from tap_flower.models.experts import DomainExperts, Expert, FrozenLayer, Run, domain_residuals
-from tap_flower.models.lora import LoRA, LoraSettings, lora_linear
+from tap_flower.models.lora import LoRA, LoraSettings, lora_linears
 
 SHARED = "shared"
 SHARED_PROJECTION = "fusion/shared_proj"
@@ -178,9 +178,9 @@ class Fusion:
             streams = self._expert_part(layer, depth, held, streams, stages)
         return masked_mean(streams, mask)
 
-    def project(self, linear: nn.Linear, loras: Sequence[LoRA], x: Tensor) -> Tensor:
-        """Query or value projection of a stack: [S, B, T, D] -> [S, B, T, D]."""
-        return lora_linear(linear, loras, x)
+    def project(self, blocks: Sequence[BlockAttention], x: Tensor) -> Tensor:
+        """The projections of a stack's queries and values: [2, S, B, T, D] -> [2, S, B, T, D]."""
+        return lora_linears([[b.query for b in blocks], [b.value for b in blocks]], x)
 
     def _attention_part(
         self,
@@ -204,7 +204,7 @@ class Fusion:
 
 
 def attention_part(
-    project: Callable[[nn.Linear, Sequence[LoRA], Tensor], Tensor],
+    project: Callable[[Sequence[BlockAttention], Tensor], Tensor],
     layer: FrozenLayer,
     domains: Sequence[DomainExperts],
     blocks: Sequence[BlockAttention],
@@ -222,9 +222,7 @@ def attention_part(
         mask: [B, T] bool, False at padding, or None.
     """
     n = layer.norm_before(x)
-    query, value = domain_residuals(layer, domains, n)
-    query = project(layer.query, [b.query for b in blocks], n + query)
-    value = project(layer.value, [b.value for b in blocks], n + value)
+    query, value = project(blocks, n + domain_residuals(layer, domains, n))
     return x + layer.attend(query, layer.key(n), value, mask)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, ViltModel
 from tap_flower.core.initial import Initial
 from tap_flower.models.backbones import Backbone, Encoder, fusion_layers
 from tap_flower.models.encoders import ImageAdaptor, Output, patches_of
-from tap_flower.models.lora import LoRA, LoraSettings, lora_linears
+from tap_flower.models.lora import LoRA, LoraSettings, lora_linear
 
 PATCH_LORA = LoraSettings(rank=4, alpha=8)
 
@@ -106,10 +106,8 @@ class ViltImageEncoder(Encoder):
         """Pixels [B, 3, H, W] -> class token and patches [B, 1 + patches, D]."""
         del mask  # all images are of one size
         frozen = cast(ViltBackbone, backbone)
-        conv = frozen.patches
-        patches = patches_of(self.adaptor(inputs), conv.kernel_size[0])
-        (tokens,) = lora_linears(conv.weight.flatten(1), cast(Tensor, conv.bias), [[self.patches]], patches[None])
-        tokens = tokens[0]
+        patches = patches_of(self.adaptor(inputs), frozen.patches.kernel_size[0])
+        tokens = lora_linear([self.patches], patches[None])[0]
         class_token = frozen.get_buffer("class_token") + self.offsets.class_token
         tokens = torch.cat([class_token.expand(len(tokens), -1, -1), tokens], dim=1)
         tokens = tokens + frozen.get_buffer("positions") + self.offsets.positions

@@ -1,15 +1,19 @@
-"""Runs what is missing of a sweep: several runs at once, each in a process of its own, on one part of the machine."""
+"""Runs what is missing of a sweep: several runs at once, each in a process of its own, on one part of the machine.
+
+The processes are forked from one that has imported what a run needs, which takes several seconds. On a machine with GPUs
+each imports it anew, since CUDA does not work in a fork of a process that has asked it anything.
+"""
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -66,60 +70,66 @@ class _Processes:
     """The processes of a sweep, each in a slot that is a part of the machine."""
 
     def __init__(self, jobs: int, machine: Machine) -> None:
-        self._environments: SimpleQueue[dict[str, str]] = SimpleQueue()
-        for environment in _environments(jobs, machine):
-            self._environments.put(environment)
-        self._running: set[subprocess.Popen[bytes]] = set()
+        self._parts: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for part in _parts(jobs, machine):
+            self._parts.put(part)
+        self._context = _context(machine)
+        self._running: set[BaseProcess] = set()
         self._lock, self._ended = Lock(), False
 
     def run(self, run: PlannedRun) -> Outcome:
         """Runs one, and waits for it."""
-        environment, began = self._environments.get(), time.monotonic()
+        part, began = self._parts.get(), time.monotonic()
         try:
-            code = self._wait(run, {**os.environ, **environment})
+            code = self._wait(run, part)
         finally:
-            self._environments.put(environment)
+            self._parts.put(part)
         problem = "" if run.done else f"exit status {code}, see {_log(run)}"
         return Outcome(run, time.monotonic() - began, problem)
 
     def end(self) -> None:
         """Ends what is running; nothing more is started."""
         with self._lock:
-            self._ended, running = True, list(self._running)
+            self._ended = True
+            running = list(self._running)
         for process in running:
             process.terminate()
         deadline = time.monotonic() + _PATIENCE
-        for process in running:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
+        while self._running and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for process in list(self._running):
+            process.kill()
 
-    def _wait(self, run: PlannedRun, environment: dict[str, str]) -> int:
+    def _wait(self, run: PlannedRun, part: Mapping[str, str]) -> int | None:
         resume = (run.folder / "server" / "server.safetensors").exists()
         if not resume and run.folder.exists():
             shutil.rmtree(run.folder)  # it ended before its first complete round
-        command = [sys.executable, "-m", "tap_flower.sweeps.worker", "--preset", run.preset, "--config", run.config]
-        command += [
-            "--set",
-            " ".join(run.settings),
-            "--out",
-            str(run.folder.resolve()),
-            *(["--resume"] if resume else []),
-        ]
         run.folder.parent.mkdir(parents=True, exist_ok=True)
-        with _log(run).open("ab") as output:
-            with self._lock:
-                if self._ended:
-                    return -1
-                process = subprocess.Popen(
-                    command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-                )
-                self._running.add(process)
-            code = process.wait()
+        process = self._context.Process(target=_begin, args=(run, resume, _log(run), part))
+        with self._lock:
+            if self._ended:
+                return -1
+            process.start()
+            self._running.add(process)
+        process.join()
         with self._lock:
             self._running.discard(process)
-        return code
+        return process.exitcode
+
+
+def _context(machine: Machine) -> ForkServerContext | SpawnContext:
+    if machine.gpus or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tap_flower.sweeps.worker"])
+    return context
+
+
+def _begin(run: PlannedRun, resume: bool, log: Path, part: Mapping[str, str]) -> None:
+    """What a process does; the sweep itself does without what the worker imports."""
+    from tap_flower.sweeps.worker import run_alone
+
+    run_alone(run, resume, log, part)
 
 
 def _log(run: PlannedRun) -> Path:
@@ -127,8 +137,8 @@ def _log(run: PlannedRun) -> Path:
     return run.folder.with_name(f"{run.folder.name}.log")
 
 
-def _environments(jobs: int, machine: Machine) -> Iterator[dict[str, str]]:
-    """For each slot: its threads, and the GPU that it sees."""
+def _parts(jobs: int, machine: Machine) -> Iterator[dict[str, str]]:
+    """For each slot, environment variables: its threads, and the GPU that it sees."""
     threads = str(max(1, machine.cores // jobs))
     for slot in range(jobs):
         gpu = {"CUDA_VISIBLE_DEVICES": str(slot % machine.gpus)} if machine.gpus else {}

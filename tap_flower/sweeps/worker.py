@@ -1,56 +1,51 @@
-"""`python -m tap_flower.sweeps.worker`: one run of a sweep in one process, with the apps that Flower would start."""
+"""One run of a sweep in one process, with the ServerApp's main and the handlers that Flower's own processes would have.
+
+Importing this module imports all that a run needs, so that a process which is forked after it begins at once.
+"""
 
 from __future__ import annotations
 
-import argparse
-import sys
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from flwr.app import Context, RecordDict
-from flwr.clientapp import ClientApp
 
 from tap_flower.config import client_specs, load_config
-from tap_flower.federation import server
+from tap_flower.federation import server, spec_client
+from tap_flower.federation.app import app_over
 from tap_flower.federation.in_process import InProcessGrid
-from tap_flower.simulation import app_folder
+from tap_flower.sweeps.plan import PlannedRun
 
 
-def client_app() -> ClientApp:
-    """The ClientApp, which a wheel holds in a folder of the package, where no import finds it by itself."""
-    sys.path.insert(0, str(app_folder()))
-    from client_app.app import app
-
-    return app
-
-
-def run(preset: str, config: str, settings: str, out: Path, resume: bool = False) -> None:
-    """A whole run; the server's main and the clients' handlers are those of every other run.
+def run_alone(planned: PlannedRun, resume: bool, log: Path, part: Mapping[str, str]) -> None:
+    """A run in a process that does nothing else.
 
     Args:
-        preset: name of a preset.
-        config: path of a YAML file, or nothing.
-        settings: `key=value`, with spaces between them.
-        out: the run folder.
-        resume: whether to go on with the run in that folder.
+        planned: the run.
+        resume: whether to go on with what is in its folder.
+        log: a file that what the run prints is added to.
+        part: of the machine: environment variables, the number of threads among them.
     """
-    run_config: dict[str, bool | float | int | str]
-    run_config = {"preset": preset, "config": config, "set": settings, "out": str(out), "resume": resume}
-    clients = len(client_specs(load_config(preset, config, settings.split())))
-    grid = InProcessGrid(client_app(), [{"partition-id": number} for number in range(clients)], run_config)
+    os.environ.update(part)
+    torch.set_num_threads(int(part["OMP_NUM_THREADS"]))  # libraries that have been imported do not read it any more
+    with log.open("ab") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    run(planned, resume)
+
+
+def run(planned: PlannedRun, resume: bool) -> None:
+    """A whole run in this process."""
+    run_config: dict[str, bool | float | int | str] = {
+        "preset": planned.preset,
+        "config": planned.config,
+        "set": " ".join(planned.settings),
+        "out": str(planned.folder.resolve()),
+        "resume": resume,
+    }
+    clients = len(client_specs(load_config(planned.preset, planned.config, planned.settings)))
+    app = app_over(lambda: spec_client.HANDLERS)
+    grid = InProcessGrid(app, [{"partition-id": number} for number in range(clients)], run_config)
     server.run(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=run_config))
-
-
-def main() -> None:
-    """The command that `execute` starts."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--preset", required=True)
-    options.add_argument("--config", default="")
-    options.add_argument("--set", default="")
-    options.add_argument("--out", type=Path, required=True)
-    options.add_argument("--resume", action="store_true")
-    given = options.parse_args()
-    run(given.preset, given.config, given.set, given.out, given.resume)
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tap_flower.core.components import Pair
 from tap_flower.models.backbones import Backbone
 from tap_flower.models.fusion import BlockAttention, Fusion
-from tap_flower.models.lora import LoRA, lora_linear
+from tap_flower.models.lora import LoRA
 from tap_flower.models.model import ModelTask, TapModel
 
 FIRST_OR_SECOND = {"up": "0", "down": "2"}
@@ -122,14 +122,17 @@ class PublishedFusion(Fusion):
                     name = f"fusion.{stage}_transformers.{parts[1]}.{inner}"
                     self.copies[lora] = self.copy_names[name] = nn.Parameter(state[name].clone())
 
-    def project(self, linear: nn.Linear, loras: Sequence[LoRA], x: Tensor) -> Tensor:
-        outputs = []
-        for one, lora in zip(x, loras, strict=True):
-            copy = nn.Linear(linear.in_features, linear.out_features, bias=False)
-            del copy.weight
-            copy.weight = self.copies[lora]
-            outputs.append(linear(lora_linear(copy, [lora], one[None])[0]))
-        return torch.stack(outputs)
+    def project(self, blocks: Sequence[BlockAttention], x: Tensor) -> Tensor:
+        groups = [block.query for block in blocks], [block.value for block in blocks]
+        return torch.stack(
+            [
+                torch.stack([self._published(lora, one) for lora, one in zip(loras, part, strict=True)])
+                for loras, part in zip(groups, x, strict=True)
+            ]
+        )
+
+    def _published(self, lora: LoRA, x: Tensor) -> Tensor:
+        return lora.frozen(x @ self.copies[lora].T + lora.scale * x @ lora.A.T @ lora.B.T)
 
 
 def published_model(backbone: Backbone, expected: Mapping[str, Any], state: Mapping[str, Tensor]) -> TapModel:

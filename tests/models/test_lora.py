@@ -13,51 +13,86 @@ STACK, TOKENS, SIZE, FEATURES = 2, 9, 6, 7
 FACTOR = 2.0  # alpha / rank
 
 
-def adapters(groups: int = 2) -> tuple[nn.Linear, list[list[LoRA]], Tensor]:
+def adapters(groups: int, maps: int, inputs: int) -> tuple[list[list[LoRA]], Tensor]:
+    """Groups of adapters, on one map or each on its own, and an input for all or for each: [inputs, STACK, 3, 3, SIZE]."""
     torch.manual_seed(0)
-    linear = nn.Linear(SIZE, FEATURES).double().requires_grad_(False)
-    loras = [[LoRA(linear, LoraSettings(3, 6)).double() for _ in range(STACK)] for _ in range(groups)]
+    linears = [nn.Linear(SIZE, FEATURES).double().requires_grad_(False) for _ in range(maps)]
+    loras = [
+        [LoRA(linears[number % maps], LoraSettings(3, 6)).double() for _ in range(STACK)] for number in range(groups)
+    ]
     for adapter in (one for group in loras for one in group):
         nn.init.normal_(adapter.A)
         nn.init.normal_(adapter.B)
-    return linear, loras, torch.randn(STACK, 3, 3, SIZE, dtype=torch.float64, requires_grad=True)
+    return loras, torch.randn(inputs, STACK, 3, 3, SIZE, dtype=torch.float64, requires_grad=True)
 
 
-def by_hand(linear: nn.Linear, group: list[LoRA], x: Tensor, masks: Tensor | None = None) -> Tensor:
-    """`W x + bias + alpha / rank * B A dropout(x)` of each entry of the stack, one after the other."""
+def by_hand(groups: list[list[LoRA]], x: Tensor, masks: Tensor | None = None) -> Tensor:
+    """`W x + bias + alpha / rank * B A dropout(x)` of each adapter, one after the other."""
     outputs = []
-    for number, adapter in enumerate(group):
-        dropped = x[number] if masks is None else x[number] * masks[number].view(x[number].shape) * 256 / 179
-        outputs.append(x[number] @ linear.weight.T + linear.bias + FACTOR * dropped @ adapter.A.T @ adapter.B.T)
-    return torch.stack(outputs)
+    for group, loras in enumerate(groups):
+        part = x[group % len(x)]
+        for number, adapter in enumerate(loras):
+            linear, dropped = adapter.frozen, part[number]
+            if masks is not None:
+                dropped = dropped * masks[group, number].view(dropped.shape) * 256 / 179
+            outputs.append(linear(part[number]) + FACTOR * dropped @ adapter.A.T @ adapter.B.T)
+    return torch.stack(outputs).view(len(groups), STACK, 3, 3, FEATURES)
 
 
-def test_without_dropout_it_is_its_equation() -> None:
-    linear, loras, x = adapters()
+FORMS = pytest.mark.parametrize(
+    ("groups", "maps", "inputs"), [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2), (3, 1, 1)]
+)
+"""Groups of adapters, maps that they adapt, inputs that they share or have."""
+
+
+@FORMS
+@pytest.mark.parametrize("merged_first", [False, True])
+def test_without_dropout_it_is_its_equation(
+    groups: int, maps: int, inputs: int, merged_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loras, x = adapters(groups, maps, inputs)
     for adapter in (one for group in loras for one in group):
         adapter.eval()
-    for output, group in zip(lora_linears(linear.weight, linear.bias, loras, x), loras, strict=True):
-        torch.testing.assert_close(output, by_hand(linear, group, x))
-    torch.testing.assert_close(lora_linear(linear, loras[0], x), by_hand(linear, loras[0], x))
+    monkeypatch.setattr(lora, "_pays", lambda x, weight: merged_first)
+    expected = by_hand(loras, x)
+    with torch.no_grad():
+        torch.testing.assert_close(lora_linears(loras, x), expected)
+    with_gradients = lora_linears(loras, x)
+    torch.testing.assert_close(with_gradients, expected)
+    found, wanted = (torch.autograd.grad(out.sum(), [x, loras[-1][0].A]) for out in (with_gradients, expected))
+    torch.testing.assert_close(found, wanted)
 
 
+def test_one_group_is_a_stack() -> None:
+    loras, x = adapters(1, 1, 1)
+    loras[0][0].eval()
+    torch.testing.assert_close(lora_linear(loras[0], x[0]), by_hand(loras, x)[0])
+
+
+@FORMS
 @pytest.mark.parametrize("block", [1, 24, 1 << 18])
-def test_with_dropout_it_is_its_equation_and_so_are_its_gradients(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    linear, loras, x = adapters()
+def test_with_dropout_it_is_its_equation_and_so_are_its_gradients(
+    groups: int, maps: int, inputs: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loras, x = adapters(groups, maps, inputs)
     torch.manual_seed(5)
-    masks = [kept((STACK, TOKENS, SIZE), 77) for _ in loras]
+    masks = kept((groups, STACK, TOKENS, SIZE), 77)
     monkeypatch.setattr(lora, "_BLOCK", block)
     torch.manual_seed(5)
-    outputs = lora_linears(linear.weight, linear.bias, loras, x)
-    expected = [by_hand(linear, group, x, mask) for group, mask in zip(loras, masks, strict=True)]
-    weights = [torch.randn_like(output) for output in outputs]
+    output, expected = lora_linears(loras, x), by_hand(loras, x, masks)
+    torch.testing.assert_close(output, expected)
+    weights = torch.randn_like(output)
     trained = [x, *(p for group in loras for adapter in group for p in adapter.parameters())]
-    found, wanted = (
-        torch.autograd.grad(sum((o * w).sum() for o, w in zip(out, weights, strict=True)), trained)
-        for out in (outputs, expected)
-    )
-    for ours, theirs in [*zip(outputs, expected, strict=True), *zip(found, wanted, strict=True)]:
+    found, wanted = (torch.autograd.grad((out * weights).sum(), trained) for out in (output, expected))
+    for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_adapters_are_added_to_the_weights_first_where_tokens_are_many() -> None:
+    weight = torch.empty(768, 3072)
+    assert lora._pays(torch.empty(1, 4, 1024, 3072), weight)
+    assert not lora._pays(torch.empty(1, 4, 64, 3072), weight)
+    assert not lora._pays(torch.empty(1, 4, 1024, 3072), weight.bfloat16())
 
 
 def test_a_mask_is_as_frequent_as_it_says_and_follows_the_seed() -> None:

@@ -18,7 +18,7 @@ import pytest
 from tap_flower.federation.strategy import TapStrategy
 from tap_flower.reporting.results import read_results
 from tap_flower.resources import Machine
-from tap_flower.sweeps.execute import Outcome, _environments, execute
+from tap_flower.sweeps.execute import Outcome, _parts, execute
 from tap_flower.sweeps.plan import PlannedRun, read_sweep
 from tests.federation.grid import InProcessGrid
 
@@ -106,5 +106,5 @@ def test_a_killed_sweep_loses_at_most_the_run_in_progress(write_sweep: Any, tmp_
     ],
 )
 def test_runs_share_the_machine(jobs: int, machine: Machine, expected: list[tuple[str, str | None]]) -> None:
-    found = [(e["OMP_NUM_THREADS"], e.get("CUDA_VISIBLE_DEVICES")) for e in _environments(jobs, machine)]
+    found = [(e["OMP_NUM_THREADS"], e.get("CUDA_VISIBLE_DEVICES")) for e in _parts(jobs, machine)]
     assert found == expected
