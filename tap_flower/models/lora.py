@@ -233,7 +233,7 @@ def _frozen_backward(maps: Sequence[Frozen], gradient: Tensor, inputs: int) -> T
     x_gradient = gradient.new_empty(inputs, *gradient.shape[1:3], maps[0].weight[0].numel())
     for number, (frozen, part) in enumerate(zip(maps, gradient, strict=True)):
         target, product = x_gradient[number % inputs].flatten(0, 1), (part.flatten(0, 1), frozen.weight.flatten(1))
-        torch.mm(*product, out=target) if number < inputs else target.addmm_(*product)
+        torch.mm(*product, out=target) if number < inputs else torch.addmm(target, *product, out=target)
     return x_gradient
 
 
