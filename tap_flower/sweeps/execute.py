@@ -7,6 +7,7 @@ each imports it anew, since CUDA does not work in a fork of a process that has a
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -126,10 +127,11 @@ def _context(machine: Machine) -> ForkServerContext | SpawnContext:
 
 
 def _begin(run: PlannedRun, resume: bool, log: Path, part: Mapping[str, str]) -> None:
-    """What a process does; the sweep itself does without what the worker imports."""
+    """What a process does."""
+    os.environ.update(part)  # before an import may ask CUDA for its devices
     from tap_flower.sweeps.worker import run_alone
 
-    run_alone(run, resume, log, part)
+    run_alone(run, resume, log, threads=int(part["OMP_NUM_THREADS"]))
 
 
 def _log(run: PlannedRun) -> Path:

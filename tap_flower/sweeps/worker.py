@@ -6,7 +6,6 @@ Importing this module imports all that a run needs, so that a process which is f
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,17 +18,16 @@ from tap_flower.federation.in_process import InProcessGrid
 from tap_flower.sweeps.plan import PlannedRun
 
 
-def run_alone(planned: PlannedRun, resume: bool, log: Path, part: Mapping[str, str]) -> None:
+def run_alone(planned: PlannedRun, resume: bool, log: Path, threads: int) -> None:
     """A run in a process that does nothing else.
 
     Args:
         planned: the run.
         resume: whether to go on with what is in its folder.
         log: a file that what the run prints is added to.
-        part: of the machine: environment variables, the number of threads among them.
+        threads: that PyTorch uses; where it was imported before the fork, it does not read the environment any more.
     """
-    os.environ.update(part)
-    torch.set_num_threads(int(part["OMP_NUM_THREADS"]))  # libraries that have been imported do not read it any more
+    torch.set_num_threads(threads)
     with log.open("ab") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
