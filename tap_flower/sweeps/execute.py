@@ -98,8 +98,9 @@ class _Processes:
         deadline = time.monotonic() + _PATIENCE
         while self._running and time.monotonic() < deadline:
             time.sleep(0.05)
-        for process in list(self._running):
-            process.kill()
+        with self._lock:
+            for process in self._running:
+                process.kill()
 
     def _wait(self, run: PlannedRun, part: Mapping[str, str]) -> int | None:
         resume = (run.folder / "server" / "server.safetensors").exists()

@@ -18,7 +18,7 @@ import pytest
 from tap_flower.federation.strategy import TapStrategy
 from tap_flower.reporting.results import read_results
 from tap_flower.resources import Machine
-from tap_flower.sweeps.execute import Outcome, _parts, execute
+from tap_flower.sweeps.execute import Outcome, _context, _parts, execute
 from tap_flower.sweeps.plan import PlannedRun, read_sweep
 from tests.federation.grid import InProcessGrid
 
@@ -53,6 +53,18 @@ def test_runs_give_the_numbers_of_any_other_runtime(write_sweep: Any, tmp_path: 
         assert numbers(run) == here(run, tmp_path / "here" / run.label)
     execute(sweep.runs, 2, Machine(2, 0), outcomes.append)
     assert len(outcomes) == 2  # all were there
+
+
+def has_imported_a_run() -> None:
+    sys.exit("tap_flower.sweeps.worker" not in sys.modules)
+
+
+@pytest.mark.parametrize(("gpus", "exit_status"), [(0, 0), (1, 1)])
+def test_without_gpus_a_process_begins_with_what_a_run_imports(gpus: int, exit_status: int) -> None:
+    process = _context(Machine(2, gpus)).Process(target=has_imported_a_run)
+    process.start()
+    process.join(120)
+    assert process.exitcode == exit_status
 
 
 def test_a_failed_run_leaves_the_others_alone(write_sweep: Any, tmp_path: Path) -> None:
