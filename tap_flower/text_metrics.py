@@ -16,6 +16,7 @@ from statistics import fmean
 
 from torch import Tensor
 
+from tap_flower import hub
 from tap_flower.core.tasks import IGNORE
 from tap_flower.core.training import Batch
 
@@ -153,6 +154,7 @@ def load_bertscore(model: str) -> Score:
         raise MissingError("BERTScore", "bert-score is not installed", INSTALL) from error
     parts = PurePath(model).parts
     known = [model2layers[name] for name in ("/".join(parts[-2:]), parts[-1]) if name in model2layers]
+    hub.prepare(model)
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         scorer = BERTScorer(model_type=model, num_layers=known[0] if known else config.num_hidden_layers)

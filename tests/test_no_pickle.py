@@ -143,9 +143,9 @@ def test_a_damaged_checkpoint_is_named(pickled: Path) -> None:
         load_backbone(str(pickled), 1)
 
 
+@pytest.mark.slow
 def test_the_model_of_bertscore_runs_no_payload(pickled: Path, mark: Path) -> None:
     """It may be a pickle, which transformers reads with `weights_only`: no objects but tensors are made of it."""
-    pytest.importorskip("bert_score")
     BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1, intermediate_size=8).save_pretrained(pickled)
     with pytest.raises(MissingError, match="BERTScore is left out"):
         load_bertscore(str(pickled))

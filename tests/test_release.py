@@ -18,6 +18,7 @@ import yaml
 import tap_flower
 from tests.federation.conftest import CLIENTS
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 

@@ -76,6 +76,7 @@ def foreign(site: Path) -> Iterator[str]:
             yield from (f"{path}: {url}" for url in IN_STYLE.findall(path.read_text()))
 
 
+@pytest.mark.slow
 def test_the_site_loads_nothing_from_another_host(site: Path) -> None:
     assert len(list(site.rglob("*.html"))) > 20
     assert list(foreign(site)) == []
@@ -92,10 +93,12 @@ def test_what_a_page_would_load_from_another_host_is_found(tmp_path: Path) -> No
     assert found == ["a", "d", "e", "f", "g", "h"]
 
 
+@pytest.mark.slow
 def test_every_image_has_a_text_alternative(site: Path) -> None:
     assert {path.name: found for path in site.rglob("*.html") if (found := Page(path.read_text()).unnamed)} == {}
 
 
+@pytest.mark.slow
 def test_the_reference_has_the_public_names(site: Path) -> None:
     pages = {path.parent.name: path.read_text() for path in (site / "api").rglob("index.html")}
     for page, name in (

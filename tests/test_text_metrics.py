@@ -7,17 +7,12 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nltk
 import pytest
 import torch
-from bert_score import BERTScorer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nltk.corpus import wordnet
-from nltk.corpus.reader.wordnet import WordNetCorpusReader
-from nltk.corpus.util import LazyCorpusLoader
-from nltk.translate.meteor_score import meteor_score
 from torch.nn.functional import one_hot
 from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -25,6 +20,9 @@ from tap_flower import text_metrics
 from tap_flower.core.tasks import IGNORE
 from tap_flower.core.training import Batch
 from tap_flower.text_metrics import MissingError, TextMetrics, load_bertscore, load_meteor, missing
+
+if TYPE_CHECKING:  # the fast tests run without these libraries
+    from nltk.corpus.util import LazyCorpusLoader
 
 VOCABULARY = "[PAD] [UNK] [CLS] [SEP] [MASK] a the red blue car auto cats cat dog sat on mat ."
 WORDS = VOCABULARY.split()
@@ -41,6 +39,10 @@ def _nothing_is_loaded() -> Iterator[None]:
 @pytest.fixture
 def tiny_wordnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LazyCorpusLoader:
     """A WordNet in its own file format, whose only synset is car = auto, where NLTK looks for it."""
+    import nltk
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader
+    from nltk.corpus.util import LazyCorpusLoader
+
     folder = tmp_path / "nltk_data" / "corpora" / "wordnet"
     folder.mkdir(parents=True)
     for name in WordNetCorpusReader._FILES:
@@ -92,6 +94,7 @@ def gathered(*batches: list[tuple[str, str]], meteor: bool = False, bertscore: s
     return texts.metrics()["answers"]
 
 
+@pytest.mark.slow
 def test_meteor(tiny_wordnet: LazyCorpusLoader) -> None:
     # "the car" for "the auto": 2 matches (the second by WordNet) in 1 chunk; P = R = 1; penalty .5 · (1/2)³ = 1/16.
     assert load_meteor()(["the car"], ["the auto"]) == pytest.approx(15 / 16)
@@ -102,7 +105,10 @@ def test_meteor(tiny_wordnet: LazyCorpusLoader) -> None:
     assert load_meteor()(["", "the car"], ["the car", "the auto"]) == pytest.approx((0 + 15 / 16) / 2)
 
 
+@pytest.mark.slow
 def test_meteor_is_nltks_own(tiny_wordnet: LazyCorpusLoader) -> None:
+    from nltk.translate.meteor_score import meteor_score
+
     predictions = ["the cat sat on the mat .", "a red auto", "blue"]
     references = ["on the mat sat the cats", "the red car .", "a dog"]
     expected = [
@@ -114,7 +120,10 @@ def test_meteor_is_nltks_own(tiny_wordnet: LazyCorpusLoader) -> None:
     assert load_meteor()(predictions, references) == pytest.approx(sum(expected) / 3)
 
 
+@pytest.mark.slow
 def test_bertscore_is_the_librarys_own(tiny_bert: str) -> None:
+    from bert_score import BERTScorer
+
     predictions, references = ["the cat sat", "a red auto ."], ["the cats sat on the mat", "the red car"]
     scorer = BERTScorer(model_type=tiny_bert, num_layers=3)
     scorer._tokenizer.model_max_length = 12
@@ -128,6 +137,7 @@ def test_bertscore_is_the_librarys_own(tiny_bert: str) -> None:
     assert 0 < score(["the cat sat on the mat . " * 4], ["the red car"]) < 1
 
 
+@pytest.mark.slow
 def test_bertscores_layer_is_the_one_recommended_for_the_name(tiny_bert: str, tmp_path: Path) -> None:
     for name in ("distilbert-base-uncased", "mine"):  # 5 layers are recommended: more than this model has
         (tmp_path / name).symlink_to(tiny_bert)
@@ -136,6 +146,7 @@ def test_bertscores_layer_is_the_one_recommended_for_the_name(tiny_bert: str, tm
         load_bertscore(str(tmp_path / "distilbert-base-uncased"))
 
 
+@pytest.mark.slow
 def test_texts_are_cut_at_the_separator_and_at_their_own_targets_end(tiny_wordnet: LazyCorpusLoader) -> None:
     seen: list[list[int]] = []
     texts = TextMetrics(
@@ -157,6 +168,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=20)
 @given(cuts=st.sets(st.integers(1, len(PAIRS) - 1)))
 def test_no_score_depends_on_how_the_data_is_cut_into_batches(
@@ -169,9 +181,14 @@ def test_no_score_depends_on_how_the_data_is_cut_into_batches(
     assert gathered(*parts, meteor=True, bertscore=tiny_bert) == pytest.approx(whole, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said_once_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tiny_bert: str
 ) -> None:
+    import nltk
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader
+    from nltk.corpus.util import LazyCorpusLoader
+
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     monkeypatch.setattr("nltk.corpus.wordnet", LazyCorpusLoader("wordnet", WordNetCorpusReader, None))
     with caplog.at_level(logging.WARNING, "tap_flower"):
@@ -182,6 +199,7 @@ def test_what_is_missing_is_said_once_and_the_rest_goes_on(
     assert line.endswith("To get it: python -m nltk.downloader wordnet")
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingError, match="BERTScore is left out: .*'none/such'.*hf download none/such"):
         load_bertscore("none/such")
@@ -189,6 +207,7 @@ def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         load_bertscore(str(tmp_path / "empty"))
 
 
+@pytest.mark.slow
 def test_what_will_be_left_out_is_known_before(tiny_wordnet: LazyCorpusLoader) -> None:
     assert missing(meteor=True, bertscore="") == []
     (problem,) = missing(meteor=True, bertscore="none/such")
@@ -212,8 +231,11 @@ def test_nothing_is_loaded_where_nothing_is_asked_for(monkeypatch: pytest.Monkey
     assert texts.metrics() == {}
 
 
+@pytest.mark.slow
 def test_the_real_wordnet() -> None:
     """METEOR's example in NLTK's documentation; only where WordNet has been downloaded."""
+    from nltk.corpus import wordnet
+
     try:
         wordnet.ensure_loaded()
     except LookupError:

@@ -12,6 +12,7 @@ import datasets
 import huggingface_hub
 import numpy as np
 
+from tap_flower import hub
 from tap_flower.core.initial import named_seed
 from tap_flower.data import packaged
 from tap_flower.data.batching import permutation
@@ -124,6 +125,7 @@ def _load(reader: str, name: str | None = None, **arguments: object) -> datasets
 
 def _from_hub(source: Source) -> datasets.Dataset:
     """From the hub or its caches; what `hf download` has fetched is found offline too."""
+    hub.prepare(source.name)
     try:
         return _load(source.name, source.config, split=source.split, revision=source.revision)
     except Exception as error:

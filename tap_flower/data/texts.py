@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tap_flower import hub
 from tap_flower.data import templates
 from tap_flower.data.sources import RowError, open_source, rows_of, values_of
 from tap_flower.data.spec import Field, Source
@@ -46,6 +47,7 @@ def load_tokenizer(place: str, revision: str | None = None) -> PreTrainedTokeniz
     Raises:
         OSError: it cannot be found.
     """
+    hub.prepare(place)
     return cast(
         PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
     )

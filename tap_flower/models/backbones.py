@@ -20,6 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import has_file
 
+from tap_flower import hub
 from tap_flower.models.errors import BackboneError
 from tap_flower.models.experts import FrozenLayer
 from tap_flower.models.lora import LoraSettings
@@ -234,7 +235,7 @@ def from_config(config: PreTrainedConfig, layers: int, image_size: int | None = 
     """A backbone with random weights; under `torch.device("meta")` it allocates nothing."""
     from transformers import AutoModel
 
-    model = AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    model = AutoModel.from_config(config, dtype=torch.float32)
     return from_model(model, layers, image_size)
 
 
@@ -315,6 +316,7 @@ _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 
 def _checkpoint_config(name: str, revision: str | None) -> PreTrainedConfig:
     """The configuration of a checkpoint of a supported family."""
+    hub.prepare(locate(name))
     try:
         config = AutoConfig.from_pretrained(locate(name), revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -136,6 +136,7 @@ def probe(name: str, features: Callable[[Any], Tensor]) -> float:
     return float(np.mean(fitted.predict((asked - mean) / deviation) == np.array(validation["label"])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "lead"), [("shapes", 0.25), ("digits", 0.1), ("names", 0.06)])
 def test_pretraining_pays(backbone: Any, tokenizer: Any, name: str, lead: float) -> None:
     def accuracy(model: Any) -> float:
@@ -151,6 +152,7 @@ def test_pretraining_pays(backbone: Any, tokenizer: Any, name: str, lead: float)
 # --- the script -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_script_makes_a_loadable_folder_from_public_data_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,14 +42,15 @@ def test_a_reader_takes_what_is_valid(every: dict[str, Reader], name: str) -> No
         assert all(every[name].attempt(data) for data in every[name].valid)
 
 
+@pytest.mark.parametrize("share", [0.05, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", INPUTS)
 def test_whatever_comes_is_read_or_refused(
-    every: dict[str, Reader], name: str, record_property: pytest.RecordProperty
+    every: dict[str, Reader], name: str, share: float, record_property: pytest.RecordProperty
 ) -> None:
-    reader, taken, refused = every[name], 0, 0
+    reader, count, taken, refused = every[name], max(5, round(share * INPUTS[name])), 0, 0
 
     @settings(
-        max_examples=INPUTS[name],
+        max_examples=count,
         database=None,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
@@ -65,10 +66,11 @@ def test_whatever_comes_is_read_or_refused(
     attempt()
     record_property("inputs", taken + refused)
     print(f"{name}: {taken + refused} inputs, {refused} refused")
-    assert taken + refused >= INPUTS[name]
-    assert name in ("received", "record") or refused > INPUTS[name] // 10  # the inputs are wrong, and seen to be
+    assert taken + refused >= count
+    assert name in ("received", "record") or refused > count // 10  # the inputs are wrong, and seen to be
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris has no wheel for this platform")
 def test_inputs_that_reach_new_code_are_read_or_refused(tmp_path: Path) -> None:
     done = subprocess.run(

@@ -96,6 +96,7 @@ def test_float32_takes_the_place_of_bfloat16_where_a_processor_has_no_products(
     assert ("no bfloat16 products" in caplog.text) is not products
 
 
+@pytest.mark.slow
 def test_compiled_it_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     # Traced, differentiated and cut into graphs as for a run; the C++ compiler, which takes minutes, is left out.
     backbones._compiled.cache_clear()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tap_flower.flower_commands import free_port
 from tap_flower.personal.model import PersonalModel
 from tap_flower.personal.page import serve
 from tests.personal.test_model import rows
@@ -20,16 +20,9 @@ PATIENCE = 60.0
 """Seconds after which what the page was to show is missing."""
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
 @pytest.fixture
 def address(run: Path) -> Iterator[str]:
-    pytest.importorskip("gradio")
-    blocks, port = None, free_port()
+    port = free_port()
     blocks = serve(run, port)
     yield f"http://127.0.0.1:{port}"
     blocks.close()

@@ -49,16 +49,18 @@ def break_off_and_go_on(run: Path, name: str) -> None:
 
 def tensorboard_events(run: Path) -> Any:
     """What TensorBoard reads of a run."""
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    found = reader.EventAccumulator(str(run / "tensorboard"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(run / "tensorboard"))
     found.Reload()
     return found
 
 
 def mlflow_record(run: Path) -> tuple[Any, Any]:
     """MLflow's client, and the only run that it finds."""
-    tracking = pytest.importorskip("mlflow.tracking")
-    client = tracking.MlflowClient(tracking_uri=f"sqlite:///{run / 'mlflow.db'}")
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{run / 'mlflow.db'}")
     (experiment,) = [e for e in client.search_experiments() if e.name == "tap-flower"]
     (found,) = client.search_runs([experiment.experiment_id])
     return client, found
@@ -66,12 +68,11 @@ def mlflow_record(run: Path) -> tuple[Any, Any]:
 
 @pytest.fixture
 def local_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
+@pytest.mark.slow
 def test_tensorboard(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     write_events(tmp_path, "tensorboard")
     found = tensorboard_events(tmp_path)
     assert [(e.step, e.value) for e in found.Scalars("train_loss/t")] == [(1, 2.0), (2, 1.5)]
@@ -81,13 +82,14 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert "seed: 7" in text
 
 
+@pytest.mark.slow
 def test_tensorboard_goes_on(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     break_off_and_go_on(tmp_path, "tensorboard")
     found = tensorboard_events(tmp_path)
     assert [(e.step, e.value) for e in found.Scalars("train_loss/t")] == [(1, 2.0), (2, 1.5)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_mlflow")
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -102,6 +104,7 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.data.metrics["test_accuracy/t/server-finetune"] == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_mlflow")
 def test_mlflow_goes_on(tmp_path: Path) -> None:
     break_off_and_go_on(tmp_path, "mlflow")
@@ -111,6 +114,7 @@ def test_mlflow_goes_on(tmp_path: Path) -> None:
     assert {(m.step, m.value) for m in history} == {(1, 2.0), (2, 1.5)}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_mlflow")
 def test_mlflow_of_a_run_that_broke_off(tmp_path: Path) -> None:
     EventLog(tmp_path, None, open_trackers("mlflow", tracked(tmp_path))).close(complete=False)
@@ -119,7 +123,8 @@ def test_mlflow_of_a_run_that_broke_off(tmp_path: Path) -> None:
 
 def wandb_records(file: Path) -> Iterator[Any]:
     """What W&B's log of a run holds: LevelDB's format of logs, in it protocol buffers."""
-    messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    from wandb.proto import wandb_internal_pb2 as messages
+
     content, at, record = file.read_bytes(), 7, b""
     while at + 7 <= len(content):
         if (rest := 2**15 - at % 2**15) < 7:
@@ -133,8 +138,8 @@ def wandb_records(file: Path) -> Iterator[Any]:
             record = b""
 
 
+@pytest.mark.slow
 def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
@@ -160,8 +165,8 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert history[-1]["_step"] == 2
 
 
+@pytest.mark.slow
 def test_weights_and_biases_without_a_login(tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
     code = """
 from pathlib import Path
 from tap_flower.config import load_config

@@ -42,6 +42,7 @@ def here(run: PlannedRun, folder: Path) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key != "seconds"}
 
 
+@pytest.mark.slow
 def test_runs_give_the_numbers_of_any_other_runtime(write_sweep: Any, tmp_path: Path) -> None:
     """`tests/test_end_to_end.py` shows that Flower's own processes give these numbers, too."""
     sweep = read_sweep(write_sweep(seeds=[5], methods=["tap", "fedavg"]), tmp_path / "out")
@@ -59,6 +60,7 @@ def has_imported_a_run() -> None:
     sys.exit("tap_flower.sweeps.worker" not in sys.modules)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gpus", "exit_status"), [(0, 0), (1, 1)])
 def test_without_gpus_a_process_begins_with_what_a_run_imports(gpus: int, exit_status: int) -> None:
     process = _context(Machine(2, gpus)).Process(target=has_imported_a_run)
@@ -67,6 +69,7 @@ def test_without_gpus_a_process_begins_with_what_a_run_imports(gpus: int, exit_s
     assert process.exitcode == exit_status
 
 
+@pytest.mark.slow
 def test_a_failed_run_leaves_the_others_alone(write_sweep: Any, tmp_path: Path) -> None:
     broken, good = read_sweep(write_sweep(seeds=[5], methods=["tap", "fedavg"]), tmp_path / "out").runs
     runs = [replace(broken, config=str(tmp_path / "gone.yaml")), good]
@@ -79,6 +82,7 @@ def test_a_failed_run_leaves_the_others_alone(write_sweep: Any, tmp_path: Path) 
     assert "gone.yaml" in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_loses_at_most_the_run_in_progress(write_sweep: Any, tmp_path: Path) -> None:
     file, out = write_sweep(seeds=[5], methods=["fedavg", "tap"], set={"rounds": 4}), tmp_path / "out"
     command = [sys.executable, "-c", "from tap_flower.cli import main; main()", "sweep", str(file), "--out", str(out)]

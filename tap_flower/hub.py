@@ -1,0 +1,63 @@
+"""Whether the Hugging Face hub answers, asked once a process before anything is fetched from it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from functools import cache
+from pathlib import Path
+
+PATIENCE = 3.0
+"""Seconds that the hub has to answer."""
+log = logging.getLogger("tap_flower")
+
+
+def prepare(name: str) -> None:
+    """Called before a model or data set is loaded by its name.
+
+    Without a network, the hub's libraries try again and again: 23 s for each name. Where the hub does not answer within
+    `PATIENCE` seconds, they are switched to their offline mode, as `HF_HUB_OFFLINE=1` does: what was downloaded before is
+    found, and the rest fails at once. A local folder asks nobody.
+
+    Args:
+        name: of a repository on the hub, or a local folder.
+    """
+    if not Path(name).exists() and not _answers():
+        from huggingface_hub import constants
+
+        constants.HF_HUB_OFFLINE = True
+        if "datasets" in sys.modules:  # it has its own copy of the setting, made at its import
+            from datasets import config
+
+            config.HF_HUB_OFFLINE = config.HF_DATASETS_OFFLINE = True
+
+
+@cache
+def _answers() -> bool:
+    """Any response counts, by way of the proxies and certificates that the hub's library uses."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    problems: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+        except Exception as error:  # whatever the library's HTTP client raises
+            problems.append(error)
+
+    # In a thread, since the look-up of the host's name knows no timeout.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(PATIENCE)
+    if asking.is_alive() or problems:
+        reason = problems[0] if problems else f"no answer within {PATIENCE:g} s"
+        log.warning(
+            "the hub cannot be reached (%s: %s): only what was downloaded before can be used",
+            constants.ENDPOINT,
+            reason,
+        )
+        return False
+    return True
