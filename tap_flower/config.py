@@ -435,21 +435,28 @@ def _structured(schema: type[Any], layers: Sequence[tuple[str, Mapping[str, Any]
     known = {key: metadata for key, _, metadata in options(schema)}
     merged = OmegaConf.structured(schema)
     for where, values in layers:
-        for key in _leaves(values, known):
+        keys = list(_leaves(values, known))
+        for key in keys:
             if key not in known:
                 raise ConfigError(f"{where}: unknown key {key!r}{_near(key, known)}")
         with _told(where):
             merged.merge_with(values)
-            found = {key: OmegaConf.select(merged, key) for key in known}
-        for key, metadata in known.items():
-            low, high, value = metadata["low"], metadata["high"], found[key]
-            if value is None:
-                if not metadata.get("optional"):
-                    raise ConfigError(f"{where}: {key} has no value: give one")
-            elif low is not None and not low <= value <= high:
-                raise ConfigError(f"{where}: {key} = {value} is out of bounds: choose between {low:g} and {high:g}")
+        _check_bounds(where, merged, {key: known[key] for key in keys})
+    _check_bounds("the configuration", merged, known)  # an interpolation may have changed with what it refers to
     with _told("the configuration"):
         return OmegaConf.to_object(merged)
+
+
+def _check_bounds(where: str, merged: Any, known: Mapping[str, Mapping[str, Any]]) -> None:
+    for key, metadata in known.items():
+        with _told(where):
+            value = OmegaConf.select(merged, key)
+        low, high = metadata["low"], metadata["high"]
+        if value is None:
+            if not metadata.get("optional"):
+                raise ConfigError(f"{where}: {key} has no value: give one")
+        elif low is not None and not low <= value <= high:
+            raise ConfigError(f"{where}: {key} = {value} is out of bounds: choose between {low:g} and {high:g}")
 
 
 @contextmanager

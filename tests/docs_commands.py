@@ -89,7 +89,7 @@ def python(arguments: list[str]) -> None:
     _, module, *rest = arguments
     if importlib.util.find_spec(module) is None:
         raise WrongError(f"there is no module {module}")
-    if module.split(".")[0] not in {"benchmarks", "tap_flower"}:
+    if module.split(".")[0] not in {"benchmarks", "tap_flower", "tools"}:
         return
     read = argparse.ArgumentParser.parse_args
 

@@ -1,1 +1,1 @@
-"""The demo backbone (folder `flava-demo`) and the script that pretrained it."""
+"""The demo backbone, in the folder `flava-demo`."""

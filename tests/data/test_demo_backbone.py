@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor
 
 import tap_flower.assets
-from tap_flower.assets import pretrain
 from tap_flower.data import packaged
+from tools import pretrain_demo_backbone as pretrain
 
 linear_model = pytest.importorskip("sklearn.linear_model", reason='the demo data need: pip install "tap-flower[demo]"')
 pytest.importorskip("easy_vqa", reason='the demo data need: pip install "tap-flower[demo]"')
@@ -177,7 +177,7 @@ def test_script_makes_a_loadable_folder_from_public_data_alone(
 
 def test_same_text_same_tokens_in_another_process() -> None:
     script = (
-        "from tap_flower.assets import pretrain; from tap_flower.data import packaged\n"
+        "from tools import pretrain_demo_backbone as pretrain; from tap_flower.data import packaged\n"
         "tokens = pretrain.train_tokenizer(packaged.load('names', 'public')['text']).get_vocab()\n"
         "print(len(tokens), sorted(tokens, key=tokens.get))"
     )

@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("personal")
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump({"clients": CLIENTS}))
-    settings = [*SETTINGS, "train.steps=20", "distill.iterations=10", "train.batch_size=8"]
+    settings = [*SETTINGS, "train.steps=6", "distill.iterations=3", "train.batch_size=8"]
     federation = Federation(folder, file, settings, clients=len(CLIENTS))
     federation.strategy().start(federation.grid())
     return federation.out

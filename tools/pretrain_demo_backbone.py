@@ -1,6 +1,6 @@
 """Pretrains the demo's backbone: a small FLAVA, on the public split of the demo data and nothing else.
 
-    python -m tap_flower.assets.pretrain --out DIR [--steps 6000] [--seed 0]
+    python -m tools.pretrain_demo_backbone --out DIR [--steps 6000] [--seed 0]
 
 Each step adds five losses, every one on a batch of its own:
 
@@ -470,11 +470,11 @@ The tokenizer was trained on the same text.
 | emoji {versions["emoji"]} | names, from the Unicode CLDR (Unicode licence) | BSD |
 
 ## Recipe
-    python -m tap_flower.assets.pretrain --out DIR --steps {steps} --seed {seed}
+    python -m tools.pretrain_demo_backbone --out DIR --steps {steps} --seed {seed}
 
 {steps} steps in {seconds:.0f} s on {torch.get_num_threads()} threads ({made_with}).
 AdamW, peak learning rate {PEAK_RATE:g} after {WARMUP} steps, cosine decay. Sum of five losses, for which see
-`tap_flower/assets/pretrain.py`: masked patches, masked tokens of names (one to three of a language in a line), contrast
+`tools/pretrain_demo_backbone.py`: masked patches, masked tokens of names (one to three of a language in a line), contrast
 between lines of names (two lines of a language belong together), masked tokens of question and answer given the image,
 contrast of mean-pooled images with all distinct captions. Images are shifted by up to {SHIFT} pixels.
 Mean losses over the last tenth of the steps: {ended}.

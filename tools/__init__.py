@@ -1,0 +1,1 @@
+"""Scripts that maintainers run; they are not in the wheel."""
