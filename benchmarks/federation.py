@@ -96,7 +96,7 @@ class _Enough(Exception):
     """Stage 1 is over."""
 
 
-class _Stopwatch(EventLog):
+class Stopwatch(EventLog):
     """Notes when rounds begin and end, and ends the run after the last."""
 
     def __init__(self, run: Path) -> None:
@@ -114,13 +114,20 @@ class _Stopwatch(EventLog):
             self.begun.append(_now())
 
 
-def tap(config: Config, run_config: dict[str, Any]) -> tuple[Stamp, int]:
-    """Seconds of a round, and bytes of tensors in both directions in all rounds."""
-    grid = InProcessGrid(tap_app, [{"partition-id": i} for i in range(config.clients_per_round)], run_config)
-    strategy = TapStrategy(config, Path(run_config["out"]))
-    watch = strategy.events = _Stopwatch(Path(run_config["out"]))
+def stage_one(config: Config, run_config: dict[str, Any]) -> tuple[TapStrategy, Stopwatch]:
+    """Stage 1 of a run in this process, with all of its clients; returns its strategy, and when its rounds were."""
+    folder = Path(run_config["out"])
+    grid = InProcessGrid(tap_app, [{"partition-id": i} for i in range(len(client_specs(config)))], run_config)
+    strategy = TapStrategy(config, folder)
+    watch = strategy.events = Stopwatch(folder)
     with contextlib.suppress(_Enough):
         strategy.start(grid)
+    return strategy, watch
+
+
+def tap(config: Config, run_config: dict[str, Any]) -> tuple[Stamp, int]:
+    """Seconds of a round, and bytes of tensors in both directions in all rounds."""
+    strategy, watch = stage_one(config, run_config)
     sent = sum(strategy.progress.down.values()) + sum(strategy.progress.up.values())
     return _round([*watch.begun, *watch.ended]), sent
 

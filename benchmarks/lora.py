@@ -5,6 +5,7 @@ Forward and backward; the product with the frozen matrix is in both, dropout .3 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -18,17 +19,32 @@ SHAPES = ((4, 788, 768, 3072), (4, 788, 3072, 768), (1, 256, 768, 768), (4, 1040
 """Stack, tokens of a batch, input and output features: of a fusion layer and an encoder at full size, and of the demo."""
 
 
-def ours(loras: list[LoRA], x: Tensor) -> None:
-    """Forward and backward of `lora_linear`."""
-    lora_linear(loras, x).sum().backward()
+def ours(loras: Sequence[LoRA], x: Tensor) -> Tensor:
+    """Our function: [S, N, in] -> [S, N, out]."""
+    return lora_linear(loras, x)
 
 
-def plain(loras: list[LoRA], x: Tensor) -> None:
-    """The same in plain operations."""
+def plain(loras: Sequence[LoRA], x: Tensor) -> Tensor:
+    """The same map in plain operations."""
     dropped = F.dropout(x, loras[0].dropout)
     a, b = torch.stack([lora.A for lora in loras]), torch.stack([lora.B for lora in loras])
     low = torch.bmm(dropped, a.transpose(1, 2))
-    torch.baddbmm(loras[0].frozen(x), low, b.transpose(1, 2), alpha=loras[0].scale).sum().backward()
+    return torch.baddbmm(loras[0].frozen(x), low, b.transpose(1, 2), alpha=loras[0].scale)
+
+
+def there_and_back(run: Callable[[Sequence[LoRA], Tensor], Tensor], loras: Sequence[LoRA], x: Tensor) -> None:
+    """Forward and backward."""
+    torch.autograd.backward(run(loras, x).sum())
+
+
+def adapters(stack: int, size: int, features: int, dropout: float = 0.3) -> list[LoRA]:
+    """Adapters with random values of one frozen map."""
+    linear = nn.Linear(size, features).requires_grad_(False)
+    loras = [LoRA(linear, LoraSettings(8, 16, dropout)) for _ in range(stack)]
+    for lora in loras:
+        nn.init.normal_(lora.A)
+        nn.init.normal_(lora.B)
+    return loras
 
 
 def main() -> None:
@@ -36,13 +52,8 @@ def main() -> None:
     options = parser(__doc__)
     given, cpu, rows = options.parse_args(), torch.device("cpu"), []
     for stack, tokens, size, features in SHAPES:
-        linear = nn.Linear(size, features).requires_grad_(False)
-        loras = [LoRA(linear, LoraSettings(8, 16)) for _ in range(stack)]
-        for lora in loras:
-            nn.init.normal_(lora.A)
-            nn.init.normal_(lora.B)
-        x = torch.randn(stack, tokens, size, requires_grad=True)
-        took = [seconds(partial(run, loras, x), cpu, 9) for run in (ours, plain)]
+        loras, x = adapters(stack, size, features), torch.randn(stack, tokens, size, requires_grad=True)
+        took = [seconds(partial(there_and_back, run, loras, x), cpu, 9) for run in (ours, plain)]
         shape = f"[{stack}, {tokens}, {size}] -> {features}"
         rows.append({"shape": shape, "ours ms": took[0] * 1e3, "plain ms": took[1] * 1e3, "ratio": took[0] / took[1]})
     show(rows, given.json)

@@ -30,17 +30,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def once(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run."""
+    synchronize(device)
+    began = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
 def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Median seconds of `run`, after one run that does not count."""
     run()
-    times = []
-    for _ in range(repeats):
-        synchronize(device)
-        began = time.perf_counter()
-        run()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return median(times)
+    return median(once(run, device) for _ in range(repeats))
 
 
 def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
@@ -53,17 +55,17 @@ def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
     while True:
         a, b = torch.randn(2, n, n, device=device).to(dtype)
         out = torch.empty_like(a)
-        once = seconds(partial(torch.mm, a, b, out=out), device, 1)
-        if n == largest or once * 2**3 > 2:
+        expected = seconds(partial(torch.mm, a, b, out=out), device, 1)
+        if n == largest or expected * 2**3 > 2:
             break
         n *= 2
-    count = max(1, round(1 / once))
-    synchronize(device)
-    began = time.perf_counter()
-    for _ in range(count):
-        torch.mm(a, b, out=out)
-    synchronize(device)
-    return count * 2 * n**3 / (time.perf_counter() - began)
+    count = max(1, round(1 / expected))
+
+    def products() -> None:
+        for _ in range(count):
+            torch.mm(a, b, out=out)
+
+    return count * 2 * n**3 / once(products, device)
 
 
 def _attention_flop(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
@@ -120,16 +122,32 @@ def show(rows: Sequence[Row], file: Path | None) -> None:
     """Prints results as a table, and writes them as JSON where a file is given."""
     table = Table(*rows[0])
     for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*map(cell, row.values()))
     Console().print(table)
     if file is not None:
-        record = {"command": " ".join(sys.orig_argv[1:]), "machine": machine(), "commit": _commit(), "rows": rows}
-        file.write_text(json.dumps(record, indent=1))
+        file.write_text(json.dumps(origin() | {"machine": machine(), "rows": rows}, indent=1))
+
+
+def cell(value: object) -> str:
+    """A value as a table shows it: numbers with four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table for `RESULTS.md`; a row that lacks a column of another one has an empty cell there."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, ["---"] * len(columns), *([cell(row.get(name, "")) for name in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def origin() -> dict[str, str]:
+    """The command that is running, and the commit of this folder."""
+    return {"command": " ".join(sys.orig_argv[1:]), "commit": _commit()}
 
 
 def machine() -> str:
     """What this ran on, in words."""
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    gpu = f", {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if torch.cuda.is_available() else ""
     return f"{torch.get_num_threads()} threads, {_cpu()}{gpu}, torch {torch.__version__}"
 
 
@@ -142,5 +160,8 @@ def _cpu() -> str:
 
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return "unknown"
     return done.stdout.strip() or "unknown"

@@ -1,14 +1,15 @@
 """`python -m benchmarks.participation`: one client's participations at full size, and where their time goes.
 
-FLAVA or ViLT at the size of the paper's checkpoints with random weights (no download). The client is the demo's client-7,
-which has the paper's pattern 7: images to classify and texts to classify, read, tokenised and decoded as in a run
-(`--made-up`: random examples, for a machine without the demo's data). Teacher, replacement, personal model, state
-on disk and messages are those of a run. `share` is each part's of the participation; `compute` is forward, backward and
-optimiser of both models.
+FLAVA or ViLT at the size of the paper's checkpoints (`--size tiny`: 64 dimensions) with random weights (no download). The
+client is the demo's client-7, which has the paper's pattern 7: images to classify and texts to classify, read, tokenised
+and decoded as in a run (`--made-up`: random examples, for a machine without the demo's data). Teacher, replacement,
+personal model, state on disk and messages are those of a run. `share` is each part's of the participation; `compute` is
+forward, backward and optimiser of both models.
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -21,12 +22,10 @@ import torch
 
 from benchmarks.measure import parser, peak_bytes, reset_peak, show, synchronize
 from benchmarks.workload import client, configuration
-from tap_flower.config import client_specs, load_config
-from tap_flower.core.components import cpu_state
+from tap_flower.config import Config, client_specs, load_config
+from tap_flower.core.components import ComponentModel, cpu_state
 from tap_flower.core.training import Batch
 from tap_flower.data.batching import ClientData
-from tap_flower.data.loading import load_client_data
-from tap_flower.data.texts import load_tokenizer
 from tap_flower.federation.store import ClientStore, Kept
 from tap_flower.methods import tap
 from tap_flower.methods.local import LocalClient
@@ -75,14 +74,14 @@ class TimedClient(LocalClient):
         """As `LocalClient.model`."""
         return cast(TapModel, self.clock.run("models", lambda: super(TimedClient, self).model(state)))
 
-    def train(self, model: TapModel, *arguments: Any, **options: Any) -> dict[str, float]:
+    def train(self, model: ComponentModel, *arguments: Any, **options: Any) -> dict[str, float]:
         """As `LocalClient.train`."""
         return cast(dict[str, float], self.clock.run("compute", lambda: self._train(model, *arguments, **options)))
 
     def _train(self, *arguments: Any, **options: Any) -> dict[str, float]:
         return super().train(*arguments, **options)
 
-    def losses(self, model: TapModel, split: str) -> dict[str, float]:
+    def losses(self, model: ComponentModel, split: str) -> dict[str, float]:
         """As `LocalClient.losses`."""
         return cast(dict[str, float], self.clock.run("evidence", lambda: super(TimedClient, self).losses(model, split)))
 
@@ -103,41 +102,73 @@ class TimedData:
         return getattr(self._data, name)
 
 
-def timed_client(given: Any, clock: Clock) -> TimedClient:
+@dataclass(frozen=True)
+class Measured:
+    """What was measured.
+
+    Attributes:
+        rows: one for each part: seconds, and share of the participation, of the first one and of a later one.
+        peak: bytes of memory at most, see `measure.peak_bytes`.
+        sent: bytes of tensors in each direction.
+    """
+
+    rows: list[dict[str, Any]]
+    peak: int
+    sent: int
+
+
+def timed_client(given: argparse.Namespace, clock: Clock) -> TimedClient:
     """The client of the benchmark."""
     dtype = getattr(torch, given.dtype)
     if given.made_up:
-        made = client(given.model, "base", CLIENT, given.batch, given.length, dtype, given.recompute)
-        spec, backbone, data, settings = made.holdings.spec, made.holdings.backbone, made.data, made.settings
+        made = client(given.model, given.size, CLIENT, given.batch, given.length, dtype, given.recompute)
+        holdings, data, settings = cast(SpecHoldings, made.holdings), made.data, cast(Config, made.settings)
     else:
+        # Not on top: they need `datasets`, which made-up examples do without.
+        from tap_flower.data.loading import load_client_data
+        from tap_flower.data.texts import load_tokenizer
+
         settings = load_config(given.model, settings=[f"train.batch_size={given.batch}"])
         spec = client_specs(load_config("demo"))[CLIENT]
         spec = replace(spec, tasks=tuple(replace(task, batch_size=None) for task in spec.tasks))
-        backbone = from_config(configuration(given.model, "base"), settings.model.layers, settings.model.image_size)
+        architecture = configuration(given.model, given.size)
+        backbone = from_config(architecture, settings.model.layers, settings.model.image_size)
         backbone.computing(dtype, given.recompute)
         data = load_client_data(
             spec, load_tokenizer(locate("demo")), settings.model.text_length, settings.seed, hold_out=False
         )
+        holdings = SpecHoldings(spec, backbone, settings.model.text_length)
     settings.train.steps, settings.train.accumulation = given.steps, given.accumulation
-    backbone.to(clock.device)
-    timed = cast(ClientData, TimedData(data, clock))
-    holdings = SpecHoldings(spec, backbone, settings.model.text_length)
-    return TimedClient(holdings, timed, settings, clock.device, clock)
+    holdings.backbone.to(clock.device)
+    return TimedClient(holdings, cast(ClientData, TimedData(data, clock)), settings, clock.device, clock)
+
+
+def options() -> argparse.ArgumentParser:
+    """The command line."""
+    made = parser(__doc__)
+    made.add_argument("--model", choices=["flava", "vilt"], default="flava")
+    made.add_argument("--size", choices=["tiny", "base"], default="base")
+    made.add_argument("--batch", type=int, default=4, help="examples in a batch")
+    made.add_argument("--steps", type=int, default=2, help="optimiser steps")
+    made.add_argument("--accumulation", type=int, default=4, help="batches in a step")
+    made.add_argument("--length", type=int, default=64, help="of made-up texts, in tokens")
+    made.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    made.add_argument("--recompute", action="store_true", help="gradient checkpointing")
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--made-up", action="store_true", help="random examples")
+    return made
 
 
 def main() -> None:
     """Prints a row for each part of the first participation and of a later one."""
-    options = parser(__doc__)
-    options.add_argument("--model", choices=["flava", "vilt"], default="flava")
-    options.add_argument("--batch", type=int, default=4, help="examples in a batch")
-    options.add_argument("--steps", type=int, default=2, help="optimiser steps")
-    options.add_argument("--accumulation", type=int, default=4, help="batches in a step")
-    options.add_argument("--length", type=int, default=64, help="of made-up texts, in tokens")
-    options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    options.add_argument("--recompute", action="store_true", help="gradient checkpointing")
-    options.add_argument("--device", default="cpu")
-    options.add_argument("--made-up", action="store_true", help="random examples")
-    given = options.parse_args()
+    given = options().parse_args()
+    found = measured(given)
+    show(found.rows, given.json)
+    print(f"peak memory {found.peak / 1e9:.2f} GB; {found.sent / 1e6:.2f} MB of tensors in each direction")
+
+
+def measured(given: argparse.Namespace) -> Measured:
+    """Two participations, with what `options` says."""
     device = torch.device(given.device)
     clocks = [Clock(device), Clock(device)]
     local = clocks[0].run("load", lambda: timed_client(given, clocks[0]))
@@ -156,9 +187,7 @@ def main() -> None:
             took = clock.seconds.get(part, 0.0)
             row |= {f"{title} s": took, f"{title} share": took / sum(clock.seconds.values())}
         rows.append(row)
-    show(rows, given.json)
-    sent = sum(tensor.nbytes for tensor in received.values())
-    print(f"peak memory {peak_bytes(device) / 1e9:.2f} GB; {sent / 1e6:.2f} MB of tensors in each direction")
+    return Measured(rows, peak_bytes(device), sum(tensor.nbytes for tensor in received.values()))
 
 
 def participate(

@@ -7,31 +7,56 @@ after each step; the median of all steps is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
+from typing import cast
 
 import torch
 
 from benchmarks.measure import Row, count_flop, matmul_speed, parser, peak_bytes, reset_peak, seconds, show
-from benchmarks.workload import client
+from benchmarks.workload import MadeUpData, backbone_of, client
+from tap_flower.core.components import ComponentModel
 from tap_flower.core.training import Batch, Optimisation, train
 from tap_flower.methods.local import LocalClient
-from tap_flower.models.model import TapModel
 
 
-def one_step(local: LocalClient, model: TapModel, batch: Batch) -> None:
+def one_step(local: LocalClient, model: ComponentModel, batch: Batch) -> None:
     """Forward, backward and optimiser, as in every participation."""
     train(model, local.kinds, iter([batch]), Optimisation(1, 1e-4))
 
 
-def measured(step: Callable[[], None], dtype: torch.dtype, device: torch.device, repeats: int) -> Row:
-    """One row: operations, seconds, speed, its share of the matrix product's, and the peak of memory."""
-    flop, shares, times = count_flop(step), [], []
-    reset_peak(device)
+def steps(local: LocalClient, model: ComponentModel, batches: Sequence[Batch]) -> None:
+    """One step with each batch."""
+    for batch in batches:
+        one_step(local, model, batch)
+
+
+def batches_of(local: LocalClient, batch_size: int) -> list[Batch]:
+    """A random batch of each of a client's tasks, on its device."""
+    data, random = cast(MadeUpData, local.data), torch.Generator().manual_seed(0)
+    return [data.batch(task, batch_size, random, local.device) for task in data.spec.tasks]
+
+
+def measured(
+    step: Callable[[], None], dtype: torch.dtype, device: torch.device, repeats: int, flop: int | None = None
+) -> dict[str, float]:
+    """One row: operations, seconds, speed, its share of the matrix product's, and the peak of memory.
+
+    Args:
+        step: what is measured.
+        dtype: of the matrix product that it is compared with.
+        device: where it computes.
+        repeats: how often it is measured.
+        flop: its operations; None counts them.
+    """
+    flop = count_flop(step) if flop is None else flop
+    shares, times, peaks = [], [], []
     for _ in range(repeats):
         before = matmul_speed(dtype, device)
+        reset_peak(device)
         times.append(seconds(step, device, 1))
+        peaks.append(peak_bytes(device))
         limit = (before + matmul_speed(dtype, device)) / 2
         shares.append(flop / times[-1] / limit)
     took = median(times)
@@ -40,7 +65,7 @@ def measured(step: Callable[[], None], dtype: torch.dtype, device: torch.device,
         "seconds": took,
         "GFLOP/s": flop / took / 1e9,
         "share": median(shares),
-        "peak GB": peak_bytes(device) / 1e9,
+        "peak GB": max(peaks) / 1e9,
     }
 
 
@@ -59,20 +84,16 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=5)
     given = options.parse_args()
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
-    local = client(given.model, given.size, given.pattern, given.batch, given.length, dtype, given.recompute)
-    local.device, local.holdings.backbone.compiled = device, given.compile
-    local.holdings.backbone.to(device)
-    model = local.model()
-
-    def step(tasks: slice = slice(None)) -> None:
-        for batch in batches[tasks]:
-            one_step(local, model, batch)
-
-    random = torch.Generator().manual_seed(0)
-    batches = [local.data.batch(task, given.batch, random, device) for task in local.holdings.spec.tasks]
-    parts = [(task.name, slice(i, i + 1)) for i, task in enumerate(local.holdings.spec.tasks)]
-    parts += [("all", slice(None))] if len(parts) > 1 else []
-    show([{"task": n} | measured(partial(step, part), dtype, device, given.repeats) for n, part in parts], given.json)
+    local = client(given.model, given.size, given.pattern, given.batch, given.length, dtype, given.recompute, device)
+    backbone_of(local).compiled = given.compile
+    model, batches = local.model(), batches_of(local, given.batch)
+    parts = [(batch.task, [batch]) for batch in batches]
+    parts += [("all", batches)] if len(parts) > 1 else []
+    rows: list[Row] = [
+        {"task": name, **measured(partial(steps, local, model, part), dtype, device, given.repeats)}
+        for name, part in parts
+    ]
+    show(rows, given.json)
 
 
 if __name__ == "__main__":

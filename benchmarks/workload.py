@@ -39,6 +39,7 @@ def client(
     length: int,
     dtype: torch.dtype = torch.float32,
     recompute: bool = False,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> LocalClient:
     """The client of a pattern, of the first group, with the preset's hyper-parameters.
 
@@ -50,13 +51,19 @@ def client(
         length: of all texts, in tokens; the longest that the backbone has positions for, where that is less.
         dtype: of the computation.
         recompute: see `Backbone`.
+        device: where the client's models compute.
     """
     config = load_config(model, settings=[f"train.batch_size={batch_size}"])
     spec = client_specs(config)[pattern]
     backbone = from_config(configuration(model, size), config.model.layers, config.model.image_size)
     backbone.computing(dtype, recompute)
     data = cast(ClientData, MadeUpData(spec, backbone, min(length, backbone.text_length)))
-    return LocalClient(SpecHoldings(spec, backbone, config.model.text_length), data, config)
+    return LocalClient(SpecHoldings(spec, backbone, config.model.text_length), data, config, device)
+
+
+def backbone_of(local: LocalClient) -> Backbone:
+    """The backbone of a client that `client` made."""
+    return cast(SpecHoldings, local.holdings).backbone
 
 
 class MadeUpData:

@@ -3,19 +3,59 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from benchmarks import lora, measure, step
+from benchmarks import gpu, lora, measure, parity, step
 from benchmarks.workload import client
+from tap_flower.models import backbones
+from tap_flower.models import lora as models_lora
 from tap_flower.models.backbones import bfloat16_products
+from tap_flower.models.lora import lora_linear
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
+
+
+class Clock:
+    """A clock that only moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def taking(self, *seconds: float) -> Callable[[], None]:
+        """A function whose calls take these seconds, one after the other, and again from the first."""
+        durations = iter(list(seconds) * 100)
+
+        def run() -> None:
+            self.now += next(durations)
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=made))
+    return made
 
 
 def test_operations_are_counted_as_by_hand() -> None:
@@ -31,16 +71,26 @@ def test_operations_are_counted_as_by_hand() -> None:
     assert measure.count_flop(lambda: attend(query, query, query).sum().backward()) == forward * 7 // 2
 
 
+def test_the_operations_of_adapters_are_those_of_three_products() -> None:
+    """[9, 6] by [6, 4] in the frozen map, [9, 6] by [6, 8] and [9, 8] by [8, 4] in the adapter, for each of two."""
+    loras, x = lora.adapters(stack=2, size=6, features=4), torch.randn(2, 9, 6)
+    for adapter in loras:
+        adapter.eval()
+    expected = 2 * 2 * 9 * (6 * 4 + 6 * 8 + 8 * 4)
+    assert measure.count_flop(lambda: lora_linear(loras, x)) == expected
+
+
 def test_a_step_costs_what_its_products_cost() -> None:
     """The frozen encoder needs no gradient of its weights: forward and backward cost about the same."""
     local = client("flava", "tiny", 0, 2, 8)
     model = local.model()
-    batch = local.data.batch(local.holdings.spec.tasks[0], 2, torch.Generator().manual_seed(0), CPU)
+    (batch,) = step.batches_of(local, 2)
     forward = measure.count_flop(lambda: model(batch.task, batch.inputs))
     both = measure.count_flop(lambda: step.one_step(local, model, batch))
     assert 1.9 < both / forward < 2.6
 
 
+@pytest.mark.slow
 def test_peak_memory_is_of_the_time_since_it_was_reset() -> None:
     """Freed memory stays with the process, here in a hole that the next tensor does not fit into: it must not count."""
     code = """
@@ -59,24 +109,553 @@ print(measure.peak_bytes(cpu) - before >> 20)
     assert 200 < int(done.stdout) < 300
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_seconds_are_the_median_without_the_first_run(clock: Clock) -> None:
+    assert measure.once(clock.taking(7.0), CPU) == 7
+    assert measure.seconds(clock.taking(100.0, 1.0, 4.0, 2.0), CPU, 3) == 2
+
+
+@pytest.mark.parametrize("speed", [1e12, 1e9])
+def test_the_speed_of_a_product_is_found_on_fast_and_slow_machines(
+    speed: float, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = []
+
+    def mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+        sides.append(len(a))
+        clock.now += 2 * len(a) ** 3 / speed
+
+    monkeypatch.setattr(torch, "mm", mm)
+    assert measure.matmul_speed(torch.float32, CPU) == pytest.approx(speed)
+    # On the slow one the product of side 1024 would take 2.1 s.
+    assert max(sides) == (2048 if speed == 1e12 else 512)
+
+
+def test_a_row_of_a_step_is_as_by_hand(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, took = torch.randn(3, 5), torch.randn(5, 7), clock.taking(0.5)
+
+    def run() -> None:
+        torch.mm(a, b)
+        took()
+
+    speeds = iter([1000.0, 3000.0] * 3)
+    monkeypatch.setattr(step, "matmul_speed", lambda dtype, device: next(speeds))
+    peaks = iter([4e9, 6e9, 5e9])
+    monkeypatch.setattr(step, "peak_bytes", lambda device: next(peaks))
+    row = step.measured(run, torch.float32, CPU, 3)
+    # 210 operations in half a second are 420 a second, of 2000 on average.
+    assert row == {
+        "GFLOP": pytest.approx(210e-9),
+        "seconds": 0.5,
+        "GFLOP/s": pytest.approx(420e-9),
+        "share": pytest.approx(0.21),
+        "peak GB": 6.0,
+    }
+    speeds, peaks = iter([1000.0, 3000.0]), iter([1e9])
+    assert step.measured(run, torch.float32, CPU, 1, flop=1000)["share"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_step_is_measured(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "step.json"
-    arguments = ["--model", "vilt", "--size", "tiny", "--repeats", "1", "--dtype", dtype, "--json", str(file)]
+    arguments = ["--model", "vilt", "--size", "tiny", "--batch", "1", "--length", "8", "--repeats", "1"]
+    arguments += ["--dtype", dtype, "--json", str(file)]
+    asked = []
+
+    def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
+        asked.append((dtype, device))
+        return 1e12
+
+    monkeypatch.setattr(step, "matmul_speed", matmul_speed)
     monkeypatch.setattr(sys, "argv", ["step", *arguments])
     step.main()
-    rows = json.loads(file.read_text())["rows"]
-    assert [row["task"] for row in rows] == ["image_generation", "agnews_text_classification", "all"]
-    for row in rows:
-        assert row["GFLOP/s"] == pytest.approx(row["GFLOP"] / row["seconds"])
-        assert row["share"] > 0
-        if dtype == "float32" or bfloat16_products():
-            assert row["share"] < 2
+    image, text, both = json.loads(file.read_text())["rows"]
+    assert [row["task"] for row in (image, text, both)] == ["image_generation", "agnews_text_classification", "all"]
+    assert both["GFLOP"] == pytest.approx(image["GFLOP"] + text["GFLOP"])
+    assert image["GFLOP"] > text["GFLOP"] > 0  # 50 tokens and an image to generate, against 8
+    assert all(row["seconds"] > 0 and row["peak GB"] > 0.05 for row in (image, text, both))
+    assert set(asked) == {(getattr(torch, dtype), CPU)}
+
+
+def test_the_two_forms_of_lora_that_are_compared_give_equal_results() -> None:
+    torch.manual_seed(0)
+    loras, x = lora.adapters(stack=2, size=6, features=4, dropout=0.0), torch.randn(2, 9, 6, requires_grad=True)
+    parameters = [x, *(p for adapter in loras for p in (adapter.A, adapter.B))]
+    weights = torch.randn(2, 9, 4)
+    outputs = [run(loras, x) for run in (lora.ours, lora.plain)]
+    torch.testing.assert_close(*outputs)
+    gradients = [torch.autograd.grad((output * weights).sum(), parameters) for output in outputs]
+    for ours, plain in zip(*gradients, strict=True):
+        assert plain.abs().max() > 0.1
+        torch.testing.assert_close(ours, plain)
 
 
 def test_lora_is_compared_with_plain_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(run: partial[None], device: torch.device, repeats: int) -> float:
+        run()
+        assert all(adapter.A.grad is not None for adapter in run.args[1])
+        return {lora.ours: 0.003, lora.plain: 0.006}[run.args[0]]
+
+    monkeypatch.setattr(lora, "seconds", seconds)
     monkeypatch.setattr(lora, "SHAPES", ((2, 8, 6, 4),))
     monkeypatch.setattr(sys, "argv", ["lora", "--json", str(tmp_path / "lora.json")])
     lora.main()
     (row,) = json.loads((tmp_path / "lora.json").read_text())["rows"]
-    assert row["ratio"] == pytest.approx(row["ours ms"] / row["plain ms"])
+    assert row == {"shape": "[2, 8, 6] -> 4", "ours ms": 3.0, "plain ms": 6.0, "ratio": 0.5}
+
+
+def test_a_table_has_a_column_for_what_any_row_has() -> None:
+    rows: list[Mapping[str, Any]] = [{"batch": 8, "share": 0.123456}, {"batch": 64, "note": "out of memory"}]
+    assert measure.markdown(rows).splitlines() == [
+        "| batch | share | note |",
+        "| --- | --- | --- |",
+        "| 8 | 0.1235 |  |",
+        "| 64 |  | out of memory |",
+    ]
+
+
+# --- Parity ---------------------------------------------------------------------------------------
+
+
+def test_a_deviation_is_relative_where_values_are_large() -> None:
+    reference = torch.tensor([0.5, -20.0])
+    assert parity.deviation(torch.tensor([0.6, -20.0]), reference) == pytest.approx(0.1)
+    assert parity.deviation(torch.tensor([0.5, -10.0]), reference) == pytest.approx(0.5)
+    assert parity.deviation(torch.tensor([0.5, math.nan]), reference) == math.inf
+    with pytest.raises(ValueError, match=r"shape \(1,\), its reference \(2,\)"):
+        parity.deviation(torch.zeros(1), reference)
+
+
+def test_a_deviation_of_gradients_is_that_of_the_worst_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.0, 2.0])}
+    found = {"a": torch.tensor([3.0, 4.1]), "b": torch.tensor([0.1, 2.0])}
+    with pytest.raises(ValueError, match="2 gradients are compared, fewer than 50"):
+        parity.gradient_deviation(found, reference)
+    monkeypatch.setattr(parity, "FEWEST_GRADIENTS", 2)
+    assert parity.gradient_deviation(found, reference) == pytest.approx(0.05)  # 0.1 of 5, and 0.1 of 2
+    assert parity.gradient_deviation({"a": found["a"]}, reference) == math.inf
+    assert parity.norm_deviation(reference, {"a": 5.0, "b": 1.6, "c": None}) == pytest.approx(0.25)
+    assert parity.norm_deviation(reference, {"a": 5.0, "b": None}) == math.inf
+    assert parity.norm_deviation(reference, {"a": 5.0, "b": 2.0, "c": 1.0}) == math.inf
+    # A norm of 1e-9 that should be 0 is 1e-4 of the smallest one that counts.
+    assert parity.relative(1e-9, 0.0) == pytest.approx(1e-4)
+
+
+def test_only_float32_is_judged() -> None:
+    rows = [
+        {"case": "a", "task": "t", "dtype": "float32", "cpu: values": 9e-5, "cpu: gradients": 2e-4, "limit": ""},
+        {"case": "a", "task": "t", "dtype": "bfloat16", "cpu: values": 0.1, "cpu: gradients": 0.1, "limit": ""},
+        {"case": "b", "task": "t", "dtype": "float32", "cpu: values": math.inf, "cpu: gradients": 0.0, "limit": ""},
+    ]
+    first, second = parity.problems(rows)
+    assert first == "a: task 't': cpu: gradients deviates by 0.0002 in float32, not by less than 0.0001"
+    assert second.startswith("b: task 't': cpu: values deviates by inf")
+
+
+def test_a_wrong_kernel_of_training_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The golden numbers are of evaluation mode and cannot tell; the comparison with the CPU's evaluation mode does."""
+    right = models_lora._frozen_backward
+    monkeypatch.setattr(models_lora, "_frozen_backward", lambda *arguments: right(*arguments) * 1.001)
+    case = next(case for case in parity.cases(parity.GOLDEN) if case.folder.name == "flava_p1_l1")
+    row = next(iter(parity.compare(case, CPU)))
+    assert row["limit"] == "NOT BELOW"
+    (problem,) = parity.problems([row])
+    assert problem.startswith("flava_p1_l1: task 'agnews_text_classification': cpu: gradients deviates by 0.00")
+
+
+# --- The check of a GPU ---------------------------------------------------------------------------
+
+
+def test_parts_share_the_time_and_what_others_leave_over() -> None:
+    names = list(gpu.PARTS)
+    assert [gpu.limit_of(name, names, 480) for name in names] == [part.seconds for part in gpu.PARTS.values()]
+    assert sum(gpu.limit_of(name, names, 60) for name in names) == pytest.approx(60)
+    # Parity took 4 of its 50 s: the other parts, 430 s together, share 476.
+    assert gpu.limit_of("flava", names[1:], 476) == pytest.approx(80 * 476 / 430)
+    assert gpu.limit_of(names[-1], names[-1:], 123) == 123
+    assert gpu.limit_of("demo", names, -1) == 0
+
+
+def test_limits_name_parts() -> None:
+    assert gpu.limits_of(["demo=20", "parity=.5"]) == {"demo": 20, "parity": 0.5}
+    with pytest.raises(ValueError, match="there is no part 'dem': use one of parity, flava"):
+        gpu.limits_of(["dem=20"])
+
+
+def test_a_missing_package_is_named() -> None:
+    assert gpu.absent({"json": "json", "no_such_module": "no-such-package"}) == ["no-such-package"]
+
+
+def shell(script: str) -> list[str]:
+    """The command of a part that is a script; `tell JSON` tells an event."""
+    return ["sh", "-c", f"tell() {{ printf '{gpu.EVENT}%s\\n' \"$1\"; }}\n{script}"]
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> gpu.Check:
+    return gpu.Check(["parity", "demo"], tmp_path / "check.json", {"minutes": 8})
+
+
+def written(check: gpu.Check) -> dict[str, Any]:
+    """What the file says of each part."""
+    assert check.file is not None
+    return {part["part"]: part for part in json.loads(check.file.read_text())["parts"]}
+
+
+def test_rows_are_kept_and_told_as_they_come(check: gpu.Check, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = """tell '{"row": {"batch": 8, "share": 0.40004}}'; echo words; tell '{"row": {}}'"""
+    script = f"""tell '{{"machine": "a GPU"}}'; {rows}"""
+    check.run("parity", 60, shell(script), {})
+    outcome = check.outcomes["parity"]
+    assert (outcome.state, outcome.note, outcome.limit) == ("done", "", 60)
+    assert outcome.rows == written(check)["parity"]["rows"] == [{"batch": 8, "share": 0.40004}, {}]
+    assert check.file is not None
+    assert json.loads(check.file.read_text())["machine"] == "a GPU"
+    printed = capsys.readouterr().out
+    assert "  on a GPU\n  batch 8, share 0.4\n  | words\n" in printed
+    assert "\nparity: done, " in printed
+
+
+def test_the_file_is_complete_after_every_row(check: gpu.Check) -> None:
+    outcome = check.outcomes["demo"]
+    for number in range(3):
+        check.hear(outcome, {"row": {"number": number}})
+        found = written(check)
+        assert [row["number"] for row in found["demo"]["rows"]] == list(range(number + 1))
+        assert found["parity"]["state"] == "waiting"
+
+
+def test_a_part_that_hangs_is_ended_with_what_it_started_and_its_rows_stay(check: gpu.Check) -> None:
+    """As compilers do that wait for processes of their own."""
+    script = """sleep 600 & tell '{"row": {"pid": '$!'}}'; wait"""
+    check.run("parity", 2, shell(script), {})
+    outcome = check.outcomes["parity"]
+    assert (outcome.state, outcome.note) == ("cut short", "not done after its 2 s")
+    (row,) = written(check)["parity"]["rows"]
+    deadline = time.monotonic() + 10
+    while (alive := running(row["pid"])) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive
+    check.run("demo", 60, shell("exit 0"), {})
+    assert check.outcomes["demo"].state == "done"
+    assert check.problems == ["parity: cut short (not done after its 2 s)"]
+
+
+def running(pid: int) -> bool:
+    """Whether a process is at work; one that has ended may wait for its parent."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_part_without_time_is_not_begun(check: gpu.Check, tmp_path: Path) -> None:
+    check.run("demo", 0, shell(f"touch {tmp_path / 'begun'}"), {})
+    assert written(check)["demo"]["state"] == "cut short"
+    assert not (tmp_path / "begun").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "note"),
+    [
+        ("echo Traceback; echo 'ValueError: no'; exit 1", "ValueError: no"),
+        ("""tell '{"failed": "ValueError: first line"}'; echo more; exit 1""", "ValueError: first line"),
+        ("kill -SEGV $$", "exit status -11, and not a word"),
+    ],
+)
+def test_a_part_that_fails_is_told(script: str, note: str, check: gpu.Check) -> None:
+    check.run("demo", 60, shell(script), {})
+    check.run("parity", 60, shell("exit 0"), {})
+    assert (written(check)["demo"]["state"], written(check)["demo"]["note"]) == ("failed", note)
+    assert check.problems == [f"demo: failed ({note})"]
+    assert check.summary == "FAILED: 1 of 2 parts done; failed: demo"
+
+
+def test_a_part_that_is_skipped_is_no_fault(check: gpu.Check) -> None:
+    check.run("parity", 60, shell("exit 0"), {})
+    check.run("demo", 60, shell("""tell '{"skipped": "not installed: datasets"}'"""), {})
+    assert check.problems == []
+    assert check.summary == "passed: 1 of 2 parts done; skipped: demo"
+
+
+def test_parity_must_be_shown_where_it_is_asked_for(check: gpu.Check) -> None:
+    check.run("demo", 60, shell("exit 0"), {})
+    assert check.problems == ["parity: waiting"]
+    assert gpu.Check(["demo"], None, {}).problems == []
+
+
+def test_who_ends_the_check_ends_its_part(check: gpu.Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hear(*_: Any) -> None:
+        check.outcomes["demo"].rows.append({})
+
+    def wait(process: subprocess.Popen[str], timeout: float | None = None) -> int:
+        if timeout is None:
+            return original(process)
+        raise KeyboardInterrupt
+
+    original = subprocess.Popen.wait
+    monkeypatch.setattr(subprocess.Popen, "wait", wait)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        check.run("demo", 300, shell("sleep 300"), {})
+    assert time.monotonic() - began < 100  # the script is dead, or waiting for it would take 300 s
+    assert written(check)["demo"]["note"] == "the whole check was ended"
+
+
+def asked(tmp_path: Path) -> gpu.Asked:
+    return gpu.Asked(CPU, "tiny", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "event"),
+    [
+        (None, 0, None),
+        (gpu.SkippedError("not installed: emoji"), 0, {"skipped": "not installed: emoji"}),
+        (RuntimeError("CUDA error\nlong advice"), 1, {"failed": "RuntimeError: CUDA error"}),
+    ],
+)
+def test_a_part_tells_its_rows_and_its_end(
+    error: Exception | None,
+    status: int,
+    event: dict[str, str] | None,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def rows(_: gpu.Asked) -> Iterator[measure.Row]:
+        yield {"batch": 8}
+        if error is not None:
+            raise error
+
+    assert gpu.work(gpu.Part(1, rows), 600, asked(tmp_path)) == status
+    printed = capfd.readouterr()
+    told = [json.loads(line[1:]) for line in printed.out.split("\n") if line.startswith(gpu.EVENT)]
+    assert told == [{"machine": measure.machine()}, {"row": {"batch": 8}}, *([event] if event else [])]
+    assert ("Traceback" in printed.err) is bool(status)
+
+
+def test_float32_is_compared_without_tf32(tmp_path: Path) -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    gpu.work(gpu.Part(1, lambda _: iter(())), 600, asked(tmp_path))
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_batch_that_does_not_fit_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def once(run: Callable[[], object], device: torch.device) -> float:
+        _, _, batches = cast(partial[None], run).args
+        sizes.append(len(batches[0].target))
+        if sizes[-1] == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return 0.5
+
+    monkeypatch.setattr(gpu, "BATCHES", {"tiny": (2, 1)})
+    monkeypatch.setattr(gpu, "once", once)
+    monkeypatch.setattr(gpu, "count_flop", lambda run: 1000)
+    monkeypatch.setattr(gpu, "measured", lambda step, dtype, device, repeats, flop: {"GFLOP": flop / 1e9})
+    monkeypatch.setattr(gpu, "bfloat16_products", lambda: False)
+    large, small = gpu.step_rows("vilt", False, asked(tmp_path))
+    assert sizes == [2, 1]
+    same = {"model": "vilt", "dtype": "float32", "mode": "eager"}
+    assert large == {**same, "batch": 2, "note": "out of memory"}
+    assert small == {**same, "batch": 1, "first s": 0.5, "GFLOP": 1e-6}
+
+
+def test_bfloat16_is_measured_where_there_are_products_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_steps_of_dtype", lambda model, compiled, asked, dtype: iter([{"dtype": dtype}]))
+    for products, dtypes in ((True, [torch.bfloat16, torch.float32]), (False, [torch.float32])):
+        monkeypatch.setattr(gpu, "bfloat16_products", lambda products=products: products)
+        assert [row["dtype"] for row in gpu.step_rows("flava", True, asked(tmp_path))] == dtypes
+
+
+def run_gpu(
+    file: Path, *arguments: str, environment: Mapping[str, str] | None = None
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """Runs the check, tiny and on the CPU; returns how it ended, and part -> what the file says of it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--size", "tiny", "--device", "cpu", "--json", str(file), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done, {part["part"]: part for part in json.loads(file.read_text())["parts"]}
+
+
+HIDING = """
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, path=None, target=None: None if name in {names!r} else find(name, path, target)
+"""
+
+
+def without(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """The environment of a Python in which these modules cannot be imported."""
+    (folder / "sitecustomize.py").write_text(HIDING.format(names=set(names)))
+    return {"PYTHONPATH": str(folder)}
+
+
+EAGER = [name for name in gpu.PARTS if not name.endswith("-compiled")]
+"""The parts that need no compiler, which takes minutes for the smallest model on a CPU."""
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """These parts, on a machine without Ray."""
+    folder = tmp_path_factory.mktemp("gpu")
+    environment = without(folder, ["ray"])
+    return run_gpu(folder / "c.json", "--minutes", "60", "--parts", *EAGER, environment=environment)
+
+
+@pytest.mark.slow
+def test_the_check_passes_on_a_cpu(checked: Any) -> None:
+    done, parts = checked
+    assert {name: part["state"] for name, part in parts.items()} == dict.fromkeys(EAGER, "done"), done.stdout
+    assert done.returncode == 0
+    assert done.stdout.endswith(f"passed: {len(EAGER)} of {len(EAGER)} parts done\n")
+    assert all(0 < part["seconds"] < part["limit"] for part in parts.values())
+    for part in parts.values():
+        assert measure.markdown(part["rows"]) in done.stdout
+
+
+@pytest.mark.slow
+def test_parity_is_of_different_computations(checked: Any) -> None:
+    """Equal to the last digit they would be one; bfloat16 has 8 bits."""
+    rows = checked[1]["parity"]["rows"]
+    tasks = [
+        ("flava_p1_l1", "agnews_text_classification"),
+        ("flava_p4_l1", "text_generation"),
+        ("flava_p8_l1", "image_generation"),
+        ("flava_p8_l1", "text_generation"),
+    ]
+    for dtype, least, most in (("float32", 1e-8, 1e-4), ("bfloat16", 1e-3, 0.5)):
+        judged = [row for row in rows if row["dtype"] == dtype]
+        assert sorted((row["case"], row["task"]) for row in judged) == tasks
+        for row in judged:
+            for name in ("golden: values", "golden: gradients", "cpu: values", "cpu: gradients"):
+                assert least < row[name] < most, (row, name)
+            assert row["golden: loss"] < most
+            assert row["limit"] == ("below" if dtype == "float32" else "told")
+
+
+@pytest.mark.slow
+def test_a_step_is_measured_for_each_batch(checked: Any) -> None:
+    dtypes = ["bfloat16", "float32"] if bfloat16_products() else ["float32"]
+    for model in ("flava", "vilt"):
+        rows = checked[1][model]["rows"]
+        assert [(r["model"], r["mode"], r["dtype"], r["batch"]) for r in rows] == [
+            (model, "eager", dtype, batch) for dtype in dtypes for batch in (2, 4)
+        ]
+        for small, large in zip(rows[::2], rows[1::2], strict=True):
+            assert large["GFLOP"] == pytest.approx(2 * small["GFLOP"])
+            assert min(small["share"], large["share"]) > 0
+            assert min(small["peak GB"], large["peak GB"]) > 0.1  # a process with torch
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_compiled_once_for_all_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as always, and then run as it is: the compiler itself has its test in `models/test_compute.py`."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda part, dynamic: compile_(part, dynamic=dynamic, backend="eager"))
+    monkeypatch.setattr(step, "matmul_speed", lambda dtype, device: 1e12)
+    monkeypatch.setattr(gpu, "bfloat16_products", lambda: False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    backbones._compiled.cache_clear()
+    graphs = []
+    rows = []
+    for row in gpu.step_rows("vilt", True, asked(tmp_path)):
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        rows.append(row)
+    backbones._compiled.cache_clear()
+    # Attention of three paths and of four, before and after they share blocks, and experts.
+    assert graphs == [4, 4]
+    assert [(row["mode"], row["batch"]) for row in rows] == [("compiled", 2), ("compiled", 4)]
+    assert rows[0]["first s"] > 3 * rows[0]["seconds"]
+    assert rows[1]["GFLOP"] == pytest.approx(2 * rows[0]["GFLOP"])
+
+
+@pytest.mark.slow
+def test_a_participation_is_told_by_parts(checked: Any) -> None:
+    rows = [row for row in checked[1]["participation"]["rows"] if row["dtype"] == "float32"]
+    assert [row["part"] for row in rows] == ["load", "rest", "state", "models", "compute", "data", "encode", "all"]
+    *parts, whole = rows
+    for column in ("first s", "later s"):
+        assert whole[column] == pytest.approx(sum(row[column] for row in parts))
+    for column in ("first share", "later share"):
+        assert whole[column] == pytest.approx(1)
+    assert whole["MB sent"] == pytest.approx(0.5363, abs=1e-4)  # as benchmarks.participation counts it
+
+
+@pytest.mark.slow
+def test_the_demo_has_a_round_of_two_clients(checked: Any) -> None:
+    *clients, whole = checked[1]["demo"]["rows"]
+    assert len({row["client"] for row in clients}) == 2
+    assert all(0 < row["loss"] < 10 and row["replaced"] == 1 for row in clients)  # there is no personal model yet
+    assert (whole["client"], whole["task"]) == ("all", "all")
+    assert min(whole[name] for name in ("seconds", "peak GB", "MB down", "MB up")) > 0
+
+
+@pytest.fixture
+def broken_golden(tmp_path: Path) -> Path:
+    """The smallest golden case, with one trained tensor of the model half as large."""
+    folder = tmp_path / "golden"
+    for name in ("flava_p1_l1", "backbones"):
+        shutil.copytree(parity.GOLDEN / name, folder / name)
+    file = folder / "flava_p1_l1" / "client_state.safetensors"
+    state = load_file(file)
+    name = "encoders.text.proj.weight"
+    save_file({**state, name: state[name] / 2}, file)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_broken_model_fails(broken_golden: Path, tmp_path: Path) -> None:
+    """And nothing but parity: the part after it runs."""
+    done, parts = run_gpu(tmp_path / "c.json", "--golden", str(broken_golden), "--parts", "parity", "participation")
+    assert done.returncode == 1
+    assert parts["participation"]["state"] == "done"
+    assert parts["parity"]["state"] == "failed"
+    expected = (
+        "ArithmeticError: 3 deviations: flava_p1_l1: task 'agnews_text_classification': golden: values deviates by"
+    )
+    assert parts["parity"]["note"].startswith(expected)
+    row = parts["parity"]["rows"][0]
+    assert row["limit"] == "NOT BELOW"
+    assert row["golden: values"] > 0.01
+    assert max(row["cpu: values"], row["cpu: gradients"]) < 1e-4  # both are broken alike
+    assert done.stdout.endswith("FAILED: 1 of 2 parts done; failed: parity\n")
+
+
+@pytest.mark.slow
+def test_a_part_that_takes_too_long_is_cut_short_and_says_where_it_was(tmp_path: Path) -> None:
+    limits = ["--limit", "parity=25", "--limit", "flava=0"]
+    done, parts = run_gpu(tmp_path / "c.json", *limits, "--parts", "parity", "flava", "participation")
+    assert {name: part["state"] for name, part in parts.items()} == {
+        "parity": "cut short",
+        "flava": "cut short",
+        "participation": "done",
+    }
+    assert done.returncode == 1  # parity was not shown
+    assert "most recent call first" in done.stdout
+    assert parts["flava"]["seconds"] < 1
+
+
+@pytest.mark.slow
+def test_a_handful_of_packages_is_enough(tmp_path: Path) -> None:
+    """torch, transformers, OmegaConf, Rich and what these need: none of the project's other dependencies, nor pytest."""
+    data = ["datasets", "easy_vqa", "sklearn", "emoji", "pyarrow", "pandas"]
+    others = ["flwr", "ray", "scipy", "psutil", "PIL", "pytest", "hypothesis", "gradio", "mlflow", "wandb"]
+    environment = without(tmp_path, [*data, *others])
+    python = [sys.executable, "-c", "import datasets"]
+    assert subprocess.run(python, env={**os.environ, **environment}, capture_output=True, check=False).returncode
+    done, parts = run_gpu(tmp_path / "c.json", "--parts", "vilt", "participation", "demo", environment=environment)
+    assert {name: part["state"] for name, part in parts.items()} == {
+        "vilt": "done",
+        "participation": "done",
+        "demo": "skipped",
+    }, done.stdout
+    assert parts["demo"]["note"] == "not installed: flwr, datasets, pillow, easy-vqa, scikit-learn, emoji"
+    assert done.returncode == 0

@@ -52,7 +52,10 @@ def test_precedence(tmp_path: Path) -> None:
         (["train." + "a." * 10_000 + "b=1"], "has a key of more than 32 parts"),
         (["datasets.d=???"], "the configuration: datasets.d"),
         (["trackers=${nowhere}"], "trackers.*nowhere"),
-        (["train.accumulation=${rounds}", "rounds=5000"], "the configuration: train.accumulation = 5000 is out of bounds"),
+        (
+            ["train.accumulation=${rounds}", "rounds=5000"],
+            "the configuration: train.accumulation = 5000 is out of bounds",
+        ),
         (["clients=[3]"], r"client '\?' is 3"),
     ],
 )

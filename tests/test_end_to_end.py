@@ -16,7 +16,7 @@ import pytest
 
 from tests.federation.conftest import CLIENTS, SETTINGS, Federation
 
-pytestmark = pytest.mark.flwr
+pytestmark = pytest.mark.slow
 TAP_FLOWER = str(Path(sys.executable).with_name("tap-flower"))
 ONE_CORE = ["--cpus-per-client", "1", "--gpus-per-client", "0"]
 """As in this process: the last bits of a sum depend on the number of threads, and on the device."""

@@ -189,6 +189,28 @@ def test_the_mean_of_equal_values_is_that_value(value: float, weight: int, count
     assert math.isclose(mean, value, rel_tol=1.2e-7, abs_tol=count * 2.0**-38)
 
 
+@pytest.mark.parametrize(
+    ("value", "mean"),
+    # In units of 2^-39, a half goes to the even neighbour: 1, 1/2, 3/2, 5/2, and a little more than 1/2.
+    [(2.0**-39, 2.0**-39), (2.0**-40, 0.0), (3 * 2.0**-40, 2.0**-38), (5 * 2.0**-40, 2.0**-38), (2.5e-12, 2.0**-39)],
+)
+def test_weighted_values_are_rounded_to_units(value: float, mean: float) -> None:
+    for sign in (1, -1):
+        assert mean_of([[sign * value]], [1]).item() == sign * mean
+        # As the second of two, where the sum loses the bias that the first has brought in.
+        assert mean_of([[0.0], [2 * sign * value]], [1, 1]).item() == sign * mean
+        # Of 2^39 expected examples, the unit of one is 1.
+        assert mean_of([[sign * value]], [1], expected=2**39).item() == 0.0
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_what_a_sum_of_floats_would_lose_in_some_orders_is_in_none(order: tuple[int, ...]) -> None:
+    # 10^9 · 4095 + 2^-12 is 10^9 · 4095 in float64: without units, what comes between the large values would be lost.
+    # In units of 2^31 / 2^39 = 2^-8 the small value is 2^-4, which is rounded to 0 wherever it comes.
+    values, weights = [[4095.0], [2.0**-12], [-4095.0]], [10**9, 1, 10**9]
+    assert mean_of([values[i] for i in order], [weights[i] for i in order]).item() == 0.0
+
+
 def test_a_sum_of_the_largest_values_stays_exact() -> None:
     merging = Aggregator({"a": torch.zeros(1)}, {"a": "one"}, {"one": 4})
     for value in (NEXT_BELOW, NEXT_BELOW, NEXT_BELOW, -NEXT_BELOW):
@@ -204,7 +226,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"a": torch.zeros(2, 2, dtype=torch.float64)}, "'a' is torch.float64, not torch.float32"),
     ({"a": torch.full((2, 2), 1e6)}, "'a' holds 1e\\+06; values from 4096 on are refused"),
     ({"b": torch.full((3,), -4096.0)}, "'b' holds 4096; values from 4096 on are refused"),
-    ({"c": torch.zeros(1)}, "not sent, such as 'c'"),
+    ({"b": torch.tensor([0.0, 0.0, LARGEST_VALUE])}, "'b' holds 4096; values from 4096 on are refused"),
+    ({"c": torch.zeros(1)}, "holds 1 tensors that were not sent, such as 'c'"),
+    ({"n" * 400: torch.zeros(1)}, f"holds 1 tensors that were not sent, such as '{'n' * 300}'$"),
     ({"a": None}, "lacks 1 tensors, such as 'a'"),
 ]
 
@@ -226,7 +250,8 @@ def test_a_bad_update_is_refused_by_name_and_leaves_no_trace(
 
 @pytest.mark.parametrize("weight", [-1, 6, 10**18])
 def test_a_weight_beyond_what_the_round_expects_is_refused(weight: int) -> None:
-    with pytest.raises(BadUpdateError, match=f"weight {weight}"):
+    problem = f"^client 'eve': component 'one' has weight {weight}, not between 0 and the 5 examples"
+    with pytest.raises(BadUpdateError, match=problem):
         aggregator(one=5, two=5).add("eve", tensors(1.0, 1.0), {"a", "b"}, {"one": weight, "two": 5})
 
 
@@ -235,7 +260,18 @@ def test_more_examples_than_the_round_expects_are_refused() -> None:
     merging.add("bob", tensors(1.0, 1.0), {"a", "b"}, {"one": 3, "two": 0})
     with pytest.raises(BadUpdateError, match="'one' has weight 3, not between 0 and the 2 examples"):
         merging.add("eve", tensors(2.0, 2.0), {"a", "b"}, {"one": 3, "two": 0})
+    merging.add("ann", tensors(1.0, 1.0), {"a", "b"}, {"one": 2, "two": 0})
+    with pytest.raises(BadUpdateError, match="'one' has weight 1, not between 0 and the 0 examples"):
+        merging.add("eve", tensors(2.0, 2.0), {"a", "b"}, {"one": 1, "two": 0})
     assert torch.equal(merging.result()["a"], torch.ones(2, 2))
+
+
+def test_a_component_that_the_round_does_not_expect_is_refused() -> None:
+    merging = Aggregator(tensors(-1.0, -2.0), COMPONENTS, {"one": 5})
+    with pytest.raises(BadUpdateError, match="^client 'eve': component 'two' has weight 1, not between 0 and the 0 ex"):
+        merging.add("eve", tensors(1.0, 1.0), {"a", "b"}, {"one": 5, "two": 1})
+    merging.add("ann", tensors(1.0, 1.0), {"a", "b"}, {"one": 5, "two": 0})
+    assert torch.equal(merging.result()["b"], torch.full((3,), -2.0))
 
 
 def test_many_large_values_are_no_reason_to_refuse() -> None:

@@ -2,7 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from tap_flower.core.components import ComponentMap, Pair, load_trainable_state, trainable_state
+from tap_flower.core.components import (
+    ComponentMap,
+    ComponentModel,
+    Pair,
+    cpu_state,
+    load_trainable_state,
+    trainable_state,
+)
+from tap_flower.core.initial import Initial
 
 READ, SEE = Pair("read", ("text",)), Pair("see", ("image",))
 
@@ -17,6 +25,12 @@ def two_pairs() -> ComponentMap:
 def test_tensors_of_a_pair_are_those_of_its_components() -> None:
     assert two_pairs().tensors_of(READ) == ("text.w", "shared.w", "shared.b")
     assert two_pairs().tensors_of(SEE) == ("image.w", "shared.w", "shared.b")
+
+
+def test_pairs_by_task_and_as_text() -> None:
+    assert two_pairs().pair_of_task == {"read": READ, "see": SEE}
+    assert str(Pair("answer", ("text", "image"))) == "image+text:answer"
+    assert sorted([SEE, READ, Pair("read", ("image",))]) == [Pair("read", ("image",)), READ, SEE]
 
 
 def test_weights_count_the_examples_of_the_pairs_that_reach_a_component() -> None:
@@ -46,10 +60,48 @@ def test_frozen_tensors_are_not_in_the_trainable_state() -> None:
     assert trainable_state(model()).keys() == {"weight"}
 
 
-def test_loading_copies_values() -> None:
+def test_a_state_on_the_cpu_is_a_copy_and_the_trainable_state_is_not() -> None:
     one = model()
-    load_trainable_state(one, {"weight": torch.full((3, 2), 7.0)})
+    shared, copied = trainable_state(one), cpu_state(one)
+    one.weight.data.fill_(5.0)
+    assert copied.keys() == {"weight"}
+    assert bool((shared["weight"] == 5.0).all())
+    assert not bool((copied["weight"] == 5.0).any())
+    assert not shared["weight"].requires_grad
+
+
+def test_loading_copies_values() -> None:
+    one, state = model(), {"weight": torch.full((3, 2), 7.0)}
+    load_trainable_state(one, state)
+    state["weight"].fill_(8.0)
     assert (one.weight == 7.0).all()
+    assert one.weight.requires_grad
+    assert one.weight.is_leaf
+
+
+def test_only_the_named_tensors_are_loaded() -> None:
+    one = nn.Linear(2, 3)
+    bias, state = one.bias.clone(), {"weight": torch.full((3, 2), 7.0), "bias": torch.zeros(3), "more": torch.zeros(1)}
+    load_trainable_state(one, state, ["weight"])
+    assert (one.weight == 7.0).all()
+    assert torch.equal(one.bias, bias)
+
+
+class Started(ComponentModel):
+    initials = {"weight": Initial("uniform", 0.5)}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 3))
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+
+
+def test_a_model_starts_with_the_values_of_seed_and_name() -> None:
+    one = Started()
+    assert one.initialise(41) is one
+    assert torch.equal(one.weight, Initial("uniform", 0.5).value("weight", (2, 3), 41))
+    assert one.frozen.tolist() == [1.0, 1.0]
+    assert one.weight.requires_grad
 
 
 @pytest.mark.parametrize(

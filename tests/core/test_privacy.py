@@ -88,6 +88,15 @@ def test_the_noise_on_a_mean_goes_with_the_number_of_holders() -> None:
     assert bool((previous["w"] == 5.0).all())  # what went in is not changed
 
 
+def test_the_noise_is_drawn_from_the_given_source() -> None:
+    # Each value of the noise is the quantile 1 of the standard normal distribution: 3 / 4 of it on a mean of 4 holders
+    one = int(0.841344746068543 * 2**52).to_bytes(8, "little")
+    previous, means = {"w": torch.tensor([[1.0, 2.0]]), "v": torch.ones(1)}, {"w": torch.tensor([[0.5, -0.5]])}
+    found = release(previous, means, COMPONENT, {"one": 4}, 3.0, lambda count: one * (count // 8))
+    assert found["w"].tolist() == [[2.25, 2.25]]
+    assert found["v"] is previous["v"]
+
+
 def test_every_value_of_a_component_has_the_noise_of_its_round() -> None:
     """One value, drawn again and again: each draw is N(mean, (z · C / m)²)."""
     source = Random(5).randbytes

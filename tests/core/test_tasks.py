@@ -25,6 +25,42 @@ def test_the_four_kinds() -> None:
     assert list(TASK_KINDS) == ["image_classification", "text_classification", "text_generation", "image_generation"]
 
 
+def test_what_each_kind_is_judged_by() -> None:
+    metrics = {"loss": 9.0, "accuracy": 0.8, "macro_f1": 9.0, "exact_match": 0.6, "perplexity": 9.0, "mse": 0.3}
+    assert {name: kind.score(metrics) for name, kind in TASK_KINDS.items()} == {
+        "image_classification": 0.8,
+        "text_classification": 0.8,
+        "text_generation": 0.6,
+        "image_generation": 1 - 0.3,
+    }
+    assert [kind.name for kind in TASK_KINDS.values()] == list(TASK_KINDS)
+
+
+def squared(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output - target).square().mean(-1)
+
+
+def distance(student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, temperature: float) -> torch.Tensor:
+    return (student - teacher).square().mean(-1)
+
+
+def test_a_kind_of_ones_own_is_judged_by_its_mean_loss() -> None:
+    kind = TaskKind.of("numbers", squared, distance)
+    assert (kind.name, kind.losses, kind.divergences) == ("numbers", squared, distance)
+    assert (kind.headline, kind.higher_is_better, kind.margin, kind.distillation) == ("loss", False, 0.0, 1.0)
+    statistics = kind.statistics(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(2, 2))
+    assert statistics == {"loss": torch.tensor(2.5 + 12.5), "units": torch.tensor(2.0)}
+    assert kind.metrics(statistics) == {"loss": 7.5}
+    assert kind.score({"loss": 7.5}) == -6.5
+
+
+def test_a_kind_of_ones_own_says_more_where_it_wants() -> None:
+    own = {"metrics": lambda sums: {"loss": 0.0, "hits": 2.0}, "headline": "hits", "higher_is_better": True}
+    kind = TaskKind.of("numbers", squared, distance, margin=0.5, distillation=3.0, **own)
+    assert (kind.margin, kind.distillation) == (0.5, 3.0)
+    assert kind.score(kind.metrics({})) == 2.0
+
+
 def test_classification() -> None:
     # Odds 3:1 and 1:1, so probabilities .75 and .5 for the right class.
     output = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
@@ -86,6 +122,24 @@ def test_text_ignores_padding() -> None:
     assert divergence.abs().max() < 1e-6  # a shift of the logits is no difference
 
 
+def test_a_text_is_right_when_all_of_its_tokens_are() -> None:
+    # Of three texts the first and the third are right in every token that counts, the second in one of two.
+    output = predictions(4, [0, 1, 2, 3, 1, 0, 2, 2, 2]).view(3, 3, 4)
+    target = torch.tensor([[0, 1, 2], [3, 2, IGNORE], [2, IGNORE, IGNORE]])
+    statistics = TEXT_GENERATION.statistics(output, target)
+    # Logits 1 against three times 0 where a token is right, 0 against 1 and twice 0 where not.
+    right, wrong = math.log(1 + 3 / math.e), math.log(math.e + 3)
+    found = {name: value.item() for name, value in statistics.items()}
+    assert found == pytest.approx({"loss": 5 * right + wrong, "tokens": 6, "exact": 2, "samples": 3})
+    assert TEXT_GENERATION.metrics(statistics)["exact_match"] == pytest.approx(2 / 3)
+
+
+def test_the_perplexity_of_a_diverged_model_is_a_number() -> None:
+    sums = {"loss": 2000.0, "tokens": 2.0, "exact": 0.0, "samples": 1.0}
+    found = TEXT_GENERATION.metrics({name: torch.tensor(value) for name, value in sums.items()})
+    assert found == {"loss": 1000.0, "exact_match": 0.0, "perplexity": math.exp(700)}
+
+
 def test_image() -> None:
     output, target = torch.zeros(2, 3, 2, 2), torch.stack([torch.full((3, 2, 2), 2.0), torch.full((3, 2, 2), -1.0)])
     assert IMAGE_GENERATION.losses(output, target).tolist() == [4.0, 1.0]
@@ -93,7 +147,7 @@ def test_image() -> None:
     metrics = IMAGE_GENERATION.metrics(IMAGE_GENERATION.statistics(output, target))
     # Between 0 and 1 the errors are 2 and 1 deviations of each channel.
     error = 2.5 * (0.2673**2 + 0.2564**2 + 0.2762**2) / 3
-    assert metrics == pytest.approx({"loss": 2.5, "mse": 2.5, "psnr": 10 * math.log10(1 / error)})
+    assert metrics == pytest.approx({"loss": 2.5, "mse": 2.5, "psnr": 10 * math.log10(1 / error)}, rel=1e-12)
 
 
 def test_psnr_is_that_of_the_pixels_before_they_were_normalised() -> None:
@@ -133,6 +187,16 @@ DATA = {
     "text_generation": text_data,
     "image_generation": image_data,
 }
+
+
+@pytest.mark.parametrize(
+    "kind", [*TASK_KINDS.values(), TaskKind.of("text_classification", TEXT_CLASSIFICATION.losses, distance)]
+)
+def test_sums_are_float64_and_where_the_output_is(kind: TaskKind) -> None:
+    output, target = DATA[kind.name](torch.Generator().manual_seed(1))
+    with torch.device("meta"):  # where a new tensor is made that does not say its own device
+        statistics = kind.statistics(output, target)
+    assert {(value.dtype, value.device.type) for value in statistics.values()} == {(torch.float64, "cpu")}
 
 
 @pytest.mark.parametrize("kind", TASK_KINDS.values(), ids=lambda kind: kind.name)

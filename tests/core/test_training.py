@@ -47,6 +47,86 @@ def test_losses_are_means_over_units_not_over_batches() -> None:
     assert losses["a"] == pytest.approx((1.0 + 3 * 4.0) / 4)
 
 
+def test_a_step_decays_each_weight() -> None:
+    # Without a gradient AdamW's step is its decay alone: 2 · (1 - 0.5 · 0.1), and with its default 2 · (1 - 0.5 · 0.01).
+    for optimisation, expected in ((Optimisation(1, 0.5, weight_decay=0.1), 1.9), (Optimisation(1, 0.5), 1.99)):
+        model = Constant(a=2.0)
+        train(model, KINDS, iter([batch("a", 2.0)]), optimisation)
+        assert model.values["a"].item() == pytest.approx(expected)
+
+
+def test_a_tensor_has_the_factor_of_its_name_on_the_learning_rate() -> None:
+    model = Constant(a=0.0, b=0.0)
+    factors = Optimisation(1, 0.1, weight_decay=0.0, accumulation=2, factors={"values.b": 3.0, "values.c": 9.0})
+    train(model, KINDS, iter([batch("a", 1.0), batch("b", 1.0)]), factors)
+    assert (model.values["a"].item(), model.values["b"].item()) == pytest.approx((0.1, 0.3), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    # The gradients are 2 · (0 - 3) / 2 and 2 · (0 - 4) / 2, together 5 long; the default is 1.
+    [({"clip_norm": 10.0}, (-3.0, -4.0)), ({"clip_norm": 2.5}, (-1.5, -2.0)), ({}, (-0.6, -0.8))],
+)
+def test_the_gradient_of_all_tensors_together_is_clipped(
+    options: dict[str, float], expected: tuple[float, float]
+) -> None:
+    model, seen = Constant(a=0.0, b=0.0), list[tuple[float, ...]]()
+
+    def note(number: int, optimizer: torch.optim.Optimizer) -> None:
+        seen.append(tuple(p.grad.item() for p in model.parameters() if p.grad is not None))
+
+    batches = iter([batch("a", 3.0), batch("b", 4.0)])
+    train(model, KINDS, batches, Optimisation(1, 0.1, accumulation=2, **options), update=note)
+    assert seen == [pytest.approx(expected, rel=1e-5)]
+
+
+def test_a_step_leaves_alone_what_its_batches_did_not_reach() -> None:
+    # One step of 0.5 each, without the momentum and the decay of the other's step.
+    model = Constant(a=0.0, b=0.0)
+    train(model, KINDS, iter([batch("a", 9.0), batch("b", 9.0)]), Optimisation(2, 0.5, weight_decay=0.1))
+    assert (model.values["a"].item(), model.values["b"].item()) == pytest.approx((0.5, 0.5), rel=1e-4)
+
+
+def test_an_update_takes_the_place_of_the_optimisers_step() -> None:
+    model, numbers = Constant(a=0.0), list[int]()
+
+    def every_other(number: int, optimizer: torch.optim.Optimizer) -> None:
+        numbers.append(number)
+        if number % 2:
+            optimizer.step()
+
+    batches = itertools.repeat(batch("a", 100.0))
+    losses = train(model, KINDS, batches, Optimisation(4, 0.5, weight_decay=0.0), update=every_other)
+    assert numbers == [0, 1, 2, 3]
+    assert model.values["a"].item() == pytest.approx(1.0, rel=1e-4)  # two steps of 0.5
+    # The gradient of a step is that of its own batch: what went before is forgotten.
+    assert losses["a"] == pytest.approx((2 * 100**2 + 2 * 99.5**2) / 4, rel=1e-5)
+
+
+def test_gradients_do_not_add_up_over_steps() -> None:
+    model, seen = Constant(a=0.0), list[float]()
+
+    def note(number: int, optimizer: torch.optim.Optimizer) -> None:
+        seen.extend(p.grad.item() for p in model.parameters() if p.grad is not None)
+
+    train(model, KINDS, itertools.repeat(batch("a", 1.0)), Optimisation(3, 0.1, clip_norm=1e6), update=note)
+    assert seen == [-2.0, -2.0, -2.0]
+
+
+def test_a_further_loss_is_added_to_the_tasks_own_and_not_reported() -> None:
+    model, shown = Constant(a=0.0), list[tuple[str, float]]()
+
+    def further(shown_batch: Batch, output: Tensor) -> Tensor:
+        shown.append((shown_batch.task, output.flatten()[0].item()))
+        return 8.0 * model.values["a"]
+
+    # The gradients are -2 and 8: the step goes down, where the task alone would go up.
+    losses = train(model, KINDS, iter([batch("a", 1.0)]), Optimisation(1, 0.5, weight_decay=0.0), further)
+    assert shown == [("a", 0.0)]
+    assert losses == {"a": 1.0}
+    assert model.values["a"].item() == pytest.approx(-0.5, rel=1e-4)
+
+
 def test_every_task_trains_and_others_do_not_move() -> None:
     model = Constant(a=0.0, b=0.0, spare=0.25)
     batches = itertools.cycle([batch("a", 1.0), batch("b", -1.0)])
@@ -86,9 +166,12 @@ def test_frozen_parameters_stay() -> None:
     assert model.frozen.item() == 3.0
 
 
-def test_a_loss_that_is_not_finite_is_an_error_that_names_the_task() -> None:
-    with pytest.raises(DivergedError, match="task 'a' is nan.*lower the learning rate"):
-        train(Constant(a=0.0), KINDS, itertools.cycle([batch("a", math.nan)]), Optimisation(1, 0.1))
+@pytest.mark.parametrize(("target", "loss"), [(math.nan, "nan"), (math.inf, "inf")])
+def test_a_loss_that_is_not_finite_is_an_error_that_names_the_task(target: float, loss: str) -> None:
+    batches = itertools.cycle([batch("b", 1.0), batch("a", target)])
+    problem = f"^the training loss of task 'a' is {loss} within 2 steps at learning rate 0.1: lower the learning rate"
+    with pytest.raises(DivergedError, match=problem):
+        train(Constant(a=0.0, b=0.0), KINDS, batches, Optimisation(2, 0.1))
 
 
 def test_evaluation_sums_over_all_batches() -> None:
@@ -103,6 +186,17 @@ def test_an_evaluation_shows_every_batch_with_its_output() -> None:
     evaluate(Constant(a=0.5, b=0.25), KINDS, batches, lambda *pair: seen.append(pair))
     assert [shown for shown, _ in seen] == batches
     assert [output.flatten()[0].item() for _, output in seen] == [0.5, 0.25]
+
+
+def test_an_evaluation_is_in_evaluation_mode_and_without_gradients() -> None:
+    class Twice(Constant):
+        def forward(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
+            return 2 * super().forward(task, inputs)
+
+    seen: list[tuple[bool, bool]] = []
+    model = Twice(a=0.0).train()
+    evaluate(model, KINDS, [batch("a", 1.0)], lambda _, output: seen.append((model.training, output.requires_grad)))
+    assert seen == [(False, False)]
 
 
 class Logits(nn.Module):

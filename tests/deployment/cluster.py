@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,21 +18,16 @@ from typing import Any
 
 import httpx
 import psutil
-import yaml
 
-from tap_flower.federation.store import RECEIVED
+from tap_flower.federation.store import RECEIVED, ClientStore, Kept
 from tap_flower.flower_commands import QUIET, free_port
 from tap_flower.reporting.events import METRICS, read_events
 from tap_flower.storage import StorageError, read_record
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-PATIENCE = 1200.0
+PATIENCE = 900.0
 """Seconds to wait for anything: a message takes a new process on the node, and these machines are slow."""
-SETTINGS = (
-    "clients=[] rounds=3 clients_per_round=3 train.steps=1 train.batch_size=4 train.accumulation=1 "
-    "distill.iterations=1 model.text_length=40 start_timeout=600 round_timeout=600"
-)
 
 
 def script(page: str, first_words: str) -> str:
@@ -41,27 +36,22 @@ def script(page: str, first_words: str) -> str:
     return str(found)
 
 
-def processes_within(parent: psutil.Process, word: str) -> list[psutil.Process]:
-    """The living processes that `parent` started, at any depth, with this word in their command line."""
-    found = []
-    for process in parent.children(recursive=True):
-        with suppress(psutil.Error):  # ended since it was listed
-            if word in " ".join(process.cmdline()):
-                found.append(process)
-    return found
-
-
 @dataclass
 class Cluster:
-    """Everything lies in one folder: certificates and keys, the SuperLink's database, specs, states, the run, logs.
+    """Everything lies in one folder: certificates and keys, the SuperLink's database, states, the run, logs.
 
     Attributes:
         folder: of all this.
-        settings: of the run.
+        app: the Flower app that is run; a folder whose name Flower takes.
+        run_config: of the run, without its folder and whether it is resumed.
+        superlink: its process.
+        nodes: name -> process of each node that should be alive.
+        run_id: Flower's, of the run that was submitted last.
     """
 
     folder: Path
-    settings: str = SETTINGS
+    app: Path
+    run_config: Mapping[str, str]
     superlink: psutil.Popen | None = None
     nodes: dict[str, psutil.Popen] = field(default_factory=dict)
     run_id: int = 0
@@ -113,29 +103,60 @@ class Cluster:
             return httpx.get(f"https://localhost:{self.port}/health", verify=authority, timeout=1.0).is_success
         return False
 
-    def start_node(self, spec: dict[str, Any], registered: bool = True) -> None:
-        """`tap-flower node` for a client; a second start of one name is the same node."""
-        name = str(spec["name"])
-        (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(spec))
+    def kill_superlink(self) -> None:
+        """With its SuperExec and the ServerApp."""
+        assert self.superlink is not None
+        process, self.superlink = self.superlink, None
+        kill(process)
+
+    def server_app(self) -> psutil.Process:
+        """The process of the run."""
+        assert self.superlink is not None
+        (found,) = [p for p in self.superlink.children(recursive=True) if "flwr-serverapp" in " ".join(p.cmdline())]
+        return found
+
+    def make_key(self, name: str, registered: bool = True) -> str:
+        """The file of a node's private key, made where there is none."""
         key = f"{name}-key"
         if not (self.folder / key).exists():
             self._shell(script("deploy.md", "ssh-keygen").replace("hospital-a", name))
             if registered:
                 answer = self.flwr("supernode", "register", f"{key}.pub", "dep")
                 assert answer["success"], answer
-        self.nodes[name] = self._start(
-            f"node-{name}",
-            BIN / "tap-flower",
-            *("node", f"{name}.yaml", "--superlink", f"127.0.0.1:{self.port}", "--root-certificates", "ca.crt"),
-            *("--key", key, "--state-dir", "state"),
-        )
+        return key
+
+    def start_node(self, name: str, *command: object) -> psutil.Popen:
+        """Starts a node's process, which is told where the SuperLink is; a second start of one name is the same node."""
+        where = ("--superlink", f"127.0.0.1:{self.port}", "--root-certificates", "ca.crt")
+        return self._start(f"node-{name}", *command, *where)
+
+    def kill_node(self, name: str) -> None:
+        """With all that runs on it, as when a machine loses its power."""
+        kill(self.nodes.pop(name))
+
+    def end_node(self, name: str) -> None:
+        """By SIGTERM to all of its processes, as systemd ends it."""
+        process = self.nodes.pop(name)
+        for each in [process, *process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                each.terminate()
+        assert process.wait(60) == 0
+
+    def wait_for_nodes(self, count: int) -> None:
+        """Waits until Flower takes so many nodes to be there; a look is a process of its own."""
+        self.wait_for(lambda: self.online == count, f"{count} nodes online", every=1.0)
+
+    @property
+    def online(self) -> int:
+        """How many nodes Flower takes to be there."""
+        return sum(node["status"] == "online" for node in self.flwr("supernode", "list", "dep")["nodes"])
 
     def submit(self, resume: bool = False) -> None:
         """Starts the run, or goes on with it."""
-        values = {"preset": "demo", "set": self.settings, "out": str(self.out)}
+        values = {**self.run_config, "out": str(self.out)}
         lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()] + [f"resume = {str(resume).lower()}"]
         (self.folder / "run.toml").write_text("\n".join(lines))
-        answer = self.flwr("run", str(ROOT), "dep", "--run-config", str(self.folder / "run.toml"))
+        answer = self.flwr("run", str(self.app), "dep", "--run-config", str(self.folder / "run.toml"))
         assert answer["success"], answer
         self.run_id = int(answer["run-id"])
 
@@ -144,11 +165,20 @@ class Cluster:
         done = self._run([str(BIN / "flwr"), *arguments, "--format", "json"])
         return dict(json.loads(done[done.index("{") :]))
 
-    @property
-    def status(self) -> str:
-        """Of the run, as Flower has it."""
-        runs = self.flwr("ls", "dep", "--run-id", str(self.run_id)).get("runs") or [{}]
+    def status(self, run_id: int) -> str:
+        """Of a run, as Flower has it."""
+        runs = self.flwr("ls", "dep", "--run-id", str(run_id)).get("runs") or [{}]
         return str(runs[0].get("status", "unknown"))
+
+    def wait_for_status(self, run_id: int, status: str) -> None:
+        """Waits until Flower says that a run has ended, which must be like this; a look is a process of its own."""
+
+        def there() -> bool:
+            found = self.status(run_id)
+            assert found == status or not found.startswith("finished"), f"the run is {found}\n{self.log}"
+            return found == status
+
+        self.wait_for(there, f"status {status!r}", every=2.0)
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -171,58 +201,59 @@ class Cluster:
         return found[0]
 
     def wait_for(self, condition: Callable[[], object], what: str, every: float = 0.1) -> None:
-        """Waits until something holds; looks after so many seconds again."""
+        """Waits until something holds, and looks again after so many seconds; nothing that should live may end meanwhile."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
             assert time.monotonic() < deadline, f"{what} has not come\n{self.log}"
+            for name, process in {**self.nodes, **({"SuperLink": self.superlink} if self.superlink else {})}.items():
+                assert process.poll() is None, f"{name} has ended while {what} was waited for\n{self.log}"
             time.sleep(every)
-
-    def wait_for_the_end(self) -> str:
-        """Waits until Flower says that the run has finished, and how; a look is a process of its own."""
-        self.wait_for(lambda: self.status.startswith("finished"), "the end of the run", every=5.0)
-        return self.status
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Prints how long something took, for docs/reliability.md: `pytest -rP tests/deployment`."""
+        """Prints how long something took, for docs/reliability.md: `pytest -m slow -rP tests/deployment`."""
         began = time.monotonic()
         yield
         print(f"{what}: {time.monotonic() - began:.0f} s")
 
     def results(self) -> dict[str, Any]:
-        """Waits for the end of the run."""
+        """Waits for the end of the run, which Flower must have seen as well; what it found, without its seconds."""
         self.wait_for_event("end")
-        return dict(json.loads((self.out / "results.json").read_text()))
+        found = json.loads((self.out / "results.json").read_text())
+        self.wait_for_status(self.run_id, "finished:completed")
+        return {key: value for key, value in found.items() if key != "seconds"}
 
     def state(self, name: str) -> Path:
         """A client's folder of the run."""
         (run,) = (self.folder / "state" / name).iterdir()
         return run
 
-    def in_training(self, name: str, server_round: int) -> psutil.Process:
-        """Waits until a client trains in a round; the process that does so."""
+    def has_received(self, name: str, server_round: int) -> bool:
+        """Whether a client has the server's tensors for its training in a round."""
+        with suppress(StorageError, OSError, ValueError):  # not yet there
+            return int(read_record(self.state(name) / RECEIVED)["state"]) == server_round - 1
+        return False
 
-        def received() -> bool:
-            with suppress(StorageError, OSError, ValueError):  # not yet there
-                return int(read_record(self.state(name) / RECEIVED)["state"]) == server_round - 1
-            return False
+    def kept(self, name: str) -> Kept | None:
+        """The state that a client would go on from: the latest that is whole, or None before the first."""
+        with suppress(StorageError, OSError, ValueError):  # not yet there, or just being replaced
+            folder = self.state(name)
+            return ClientStore(folder, folder.name).load()
+        return None
 
-        self.wait_for(received, f"{name}'s training in round {server_round}")
-        return max(processes_within(self.nodes[name], "clientapp"), key=psutil.Process.create_time)
+    def saved_round(self, name: str) -> int:
+        """The round of that state; 0 before the first."""
+        kept = self.kept(name)
+        return 0 if kept is None else kept.server_round
 
-    def kill(self, process: psutil.Process) -> None:
-        """SIGKILL, to it and to what it started, as when a machine loses its power."""
-        with suppress(psutil.NoSuchProcess):
-            for each in [process, *process.children(recursive=True)]:
-                with suppress(psutil.NoSuchProcess):
-                    each.send_signal(signal.SIGKILL)
-            if isinstance(process, psutil.Popen):
-                process.wait(30)
+    def wait_for_state(self, name: str, server_round: int) -> None:
+        """Waits until a client has saved its state of a round."""
+        self.wait_for(lambda: self.saved_round(name) == server_round, f"{name}'s state of round {server_round}")
 
     def stop(self) -> None:
         """Ends everything, by pid."""
         for process in [*self.nodes.values(), *([self.superlink] if self.superlink else [])]:
-            self.kill(process)
+            kill(process)
         for process in psutil.process_iter():  # what these had left behind when they were killed
             with suppress(psutil.Error):
                 if process.environ().get("FLWR_HOME") == self.environment["FLWR_HOME"]:
@@ -250,10 +281,20 @@ class Cluster:
         return done.stdout
 
 
+def kill(process: psutil.Process) -> None:
+    """SIGKILL, to a process and to what it started."""
+    with suppress(psutil.NoSuchProcess):
+        for each in [process, *process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                each.send_signal(signal.SIGKILL)
+        if isinstance(process, psutil.Popen):
+            process.wait(30)
+
+
 @contextmanager
-def running(folder: Path, settings: str = "") -> Iterator[Cluster]:
+def running(folder: Path, app: Path, **run_config: str) -> Iterator[Cluster]:
     """A cluster whose SuperLink is up; all its processes are gone afterwards."""
-    cluster = Cluster(folder, f"{SETTINGS} {settings}".strip())
+    cluster = Cluster(folder, app, run_config)
     try:
         cluster.start_superlink()
         yield cluster

@@ -1,154 +1,91 @@
-"""A deployment as docs/deploy.md has it, to the end: with nodes that fail, and with a server that fails.
-
-All in one file: pytest-xdist gives a file to one worker, and these machines have room for one deployment at a time.
-"""
+"""A deployment as docs/deploy.md has it, to the end, with the demo's model. Its parts are killed in other files."""
 
 from __future__ import annotations
 
-import os
-import signal
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import yaml
 
-from tap_flower.federation.store import PERSONAL, ClientStore
+from client_app.app import app
+from tap_flower.config import load_config
+from tap_flower.federation.in_process import InProcessGrid
+from tap_flower.federation.store import PERSONAL
+from tap_flower.federation.strategy import TapStrategy
 from tap_flower.storage import read_tensors
 
-from .cluster import Cluster, processes_within, running
+from . import cluster as real
+from .cluster import BIN, ROOT, Cluster, kill
+from .hospitals import make_hospitals
 
-pytestmark = pytest.mark.flwr
-
-
-def saved_round(cluster: Cluster, name: str) -> int:
-    """The round of the state that a client reported saved last."""
-    folder = cluster.state(name)
-    kept = ClientStore(folder, folder.name).load()
-    assert kept is not None
-    return kept.server_round
-
-
-def dropped(cluster: Cluster, server_round: int) -> list[str]:
-    """Who was left out of a round."""
-    return list(cluster.wait_for_event("round", round=server_round)["dropped"])
+pytestmark = pytest.mark.slow
+SETTINGS = (
+    "clients=[] rounds=2 clients_per_round=3 train.steps=1 train.batch_size=4 train.accumulation=1 "
+    "distill.iterations=1 model.text_length=40 start_timeout=600 round_timeout=600"
+)
+TASKS = {"ann": "languages", "bob": "shapes", "cleo": "translation"}
 
 
-def test_nodes_that_die(tmp_path: Path, hospitals: list[dict[str, Any]]) -> None:
-    """A ClientApp in training, a node in training, a node while it writes its state, a node between the stages."""
-    slow = tmp_path / "slow"
-    with running(tmp_path, "rounds=4 train.steps=10") as cluster:
-        paths = [str(Path(__file__).parent / "slow_disk"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        cluster.environment |= {"PYTHONPATH": os.pathsep.join(paths), "SLOW_DISK": str(slow)}
+@pytest.fixture
+def hospitals(tmp_path: Path) -> list[dict[str, Any]]:
+    """Client specs: ann, bob and cleo, with one pair each."""
+    return make_hospitals(tmp_path / "data")
+
+
+def start_node(cluster: Cluster, spec: dict[str, Any], registered: bool = True) -> psutil.Popen:
+    """`tap-flower node` for a client."""
+    name = str(spec["name"])
+    (cluster.folder / f"{name}.yaml").write_text(yaml.safe_dump(spec))
+    key = cluster.make_key(name, registered)
+    command = (BIN / "tap-flower", "node", f"{name}.yaml", "--key", key, "--state-dir", "state")
+    return cluster.start_node(name, *command)
+
+
+def undisturbed(folder: Path, specs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the same run finds in one process, without its seconds."""
+    nodes = []
+    for spec in specs:
+        file = folder / f"{spec['name']}.yaml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(yaml.safe_dump(spec))
+        nodes.append({"client-spec": str(file), "state-dir": str(folder / "state")})
+    results = TapStrategy(load_config("demo", "", SETTINGS.split()), folder / "run").start(
+        InProcessGrid(app, nodes, {})
+    )
+    return {key: value for key, value in results.items() if key != "seconds"}
+
+
+def test_a_deployment(tmp_path: Path, hospitals: list[dict[str, Any]]) -> None:
+    """The run is resumed, a node started again: still the numbers of one process, and what is a client's stays with it."""
+    with real.running(tmp_path / "real", ROOT, preset="demo", set=SETTINGS) as cluster:
         for spec in hospitals:
-            cluster.start_node(spec)
+            cluster.nodes[spec["name"]] = start_node(cluster, spec)
+        intruder = start_node(cluster, {**hospitals[0], "name": "intruder"}, registered=False)
         cluster.submit()
 
-        cluster.kill(cluster.in_training("ann", 1))
-        with cluster.timed("from a ClientApp's death until the round goes on"):
-            assert dropped(cluster, 1) == ["ann"]
+        # In round 2 the ServerApp dies, and a node ends by SIGTERM and begins anew: the run goes on at once.
+        cluster.wait_for(lambda: cluster.has_received("ann", 2), "ann's training in round 2")
+        kill(cluster.server_app())
+        assert [event["event"] for event in cluster.events][-1] == "round_start"
+        cluster.end_node("cleo")
+        cluster.nodes["cleo"] = start_node(cluster, hospitals[2])
+        cluster.submit(resume=True)
+        expected = undisturbed(tmp_path / "undisturbed", hospitals)
+        cluster.wait_for_event("start", round=1)
+        cluster.wait_for(lambda: intruder.poll() is not None, "the intruder's end")
+        assert intruder.returncode == 1
+        assert "Exit Code: 305" in (cluster.folder / "node-intruder.log").read_text()
 
-        cluster.in_training("bob", 2)
-        cluster.kill(cluster.nodes["bob"])
-        with cluster.timed("from a SuperNode's death until the round goes on"):
-            assert dropped(cluster, 2) == ["bob"]
-        assert saved_round(cluster, "bob") == 1
-        cluster.start_node(hospitals[1])
-
-        slow.touch()
-        cluster.wait_for_event("round_start", round=3)
-        cluster.wait_for(lambda: list(cluster.state("cleo").glob(".personal*.tmp")), "cleo's writing of her state")
-        assert saved_round(cluster, "cleo") == 2
-        cluster.kill(cluster.nodes["cleo"])
-        slow.unlink()
-        assert "cleo" in dropped(cluster, 3)
-        cluster.start_node(hospitals[2])
-
-        cluster.wait_for_event("distill_start")
-        cluster.kill(cluster.nodes["ann"])
-        personal, _ = read_tensors(cluster.state("ann") / PERSONAL)
-        # Flower takes a node back only when it has seen that it was gone; one that tries before is refused, and ends.
-        cluster.wait_for_event("dropped", round=4, who="client 'ann'")
-        with cluster.timed("from a SuperNode's new start until its stage 2 is done"):
-            cluster.start_node(hospitals[0])
-            cluster.wait_for_event("distilled", client="ann")
-        results = cluster.results()
-
-        after, _ = read_tensors(cluster.state("ann") / PERSONAL)
-        assert all((after[name] == personal[name]).all() for name in personal)
-        assert set(results["clients"]) == {"ann", "bob", "cleo"}
-        for name, task in (("ann", "languages"), ("bob", "shapes"), ("cleo", "translation")):
-            assert "tap" in results["clients"][name][task]
-        assert saved_round(cluster, "ann") == 4
-
-
-def test_nodes_that_are_late_or_gone(tmp_path: Path, hospitals: list[dict[str, Any]]) -> None:
-    """A straggler, one that joins in round 3 with a pair that nobody had, and a component without a holder for a while."""
-    ann, bob, cleo = hospitals
-    with running(tmp_path, "rounds=6 train.steps=10 clients_per_round=2 round_timeout=120") as cluster:
-        for spec in (ann, bob):
-            cluster.start_node(spec)
-        cluster.submit()
-
-        cluster.in_training("bob", 1)
-        stopped = [cluster.nodes["bob"], *cluster.nodes["bob"].children(recursive=True)]
-        for process in stopped:
-            process.send_signal(signal.SIGSTOP)
-        assert dropped(cluster, 1) == ["bob"]
-        for process in stopped:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGCONT)
-
-        cluster.wait_for_event("round", round=2)
-        cluster.start_node(cleo)
-        results = cluster.results()
-        joined = next(e["round"] for e in cluster.events if e["event"] == "round_start" and "cleo" in e["clients"])
-        assert 3 <= joined <= 6
-        assert set(results["clients"]) == {"ann", "bob", "cleo"}
-        assert results["replacements"]["cleo"]["translation"] >= 1  # the first one, of what she was sent
-        assert saved_round(cluster, "bob") > 1
-
-
-def server_app(cluster: Cluster) -> psutil.Process:
-    """The process of the run."""
-    assert cluster.superlink is not None
-    return processes_within(cluster.superlink, "serverapp")[-1]
-
-
-def test_a_deployment(tmp_path: Path, hospitals: list[dict[str, Any]], undisturbed: dict[str, Any]) -> None:
-    """ServerApp and SuperLink die, each once: still the numbers of one process, and what is a client's stays with it."""
-    with running(tmp_path) as cluster:
-        for spec in hospitals:
-            cluster.start_node(spec)
-        cluster.start_node({**hospitals[0], "name": "intruder"}, registered=False)
-        cluster.submit()
-
-        cluster.in_training("ann", 2)
-        cluster.kill(server_app(cluster))
-        with cluster.timed("from the ServerApp's death until Flower says so"):
-            assert cluster.wait_for_the_end() == "finished:failed"
-        with cluster.timed("from the resumed run's submission until round 2 is complete"):
-            cluster.submit(resume=True)
-            cluster.wait_for_event("round_start", round=3)
-
-        assert cluster.superlink is not None
-        cluster.kill(cluster.superlink)
-        with cluster.timed("from the SuperLink's new start until round 3 is complete"):
-            cluster.start_superlink()
-            cluster.submit(resume=True)
-            cluster.wait_for_event("round", round=3)
-        results = cluster.results()
-        assert cluster.wait_for_the_end() == "finished:completed"
-
-        assert {key: value for key, value in results.items() if key != "seconds"} == undisturbed
-        assert set(results["clients"]) == {"ann", "bob", "cleo"}
-        for name, task in (("ann", "languages"), ("bob", "shapes"), ("cleo", "translation")):
-            assert set(results["clients"][name][task]) == {"server", "server+finetune", "personal", "tap"}
+        assert cluster.results() == expected
+        assert set(expected["clients"]) == set(TASKS)
+        for name, task in TASKS.items():
+            assert set(expected["clients"][name][task]) == {"server", "server+finetune", "personal", "tap"}
             personal, record = read_tensors(cluster.state(name) / PERSONAL)
-            assert record["round"] == 3
+            assert record["round"] == 2
             tap, _ = read_tensors(cluster.state(name) / "tap.safetensors")
             assert tap.keys() == personal.keys()
             assert any((tap[n] != personal[n]).any() for n in tap)
-        assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["ann", "bob", "cleo"]
+        assert sorted(path.name for path in (cluster.folder / "state").iterdir()) == ["ann", "bob", "cleo"]
         assert not (cluster.out / "clients").exists()

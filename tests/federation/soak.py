@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -22,7 +22,6 @@ from tap_flower.federation.manifest import Manifest, TaskInfo, TensorInfo, encod
 from tap_flower.federation.reports import Report, encode_report
 from tap_flower.federation.strategy import TapStrategy
 
-CLIENTS, ROUNDS = 100, 50
 COMPONENTS = ("encoder", "fusion", "head")
 SHAPES = {f"components.{component}.{name}": (64, 64) for component in COMPONENTS for name in "abc"}
 app = ClientApp()
@@ -62,26 +61,35 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 class WatchedGrid(InProcessGrid):
-    """Notes the resident pages of the process whenever the strategy asks who is there: before each round, among others."""
+    """Measures something whenever the strategy asks who is there: before each round, among others."""
 
-    pages: list[int] = []  # noqa: RUF012
+    def __init__(self, clients: int, measure: Callable[[], int]) -> None:
+        super().__init__(app, [{"number": number} for number in range(clients)], {})
+        self.measure = measure
+        self.found: list[int] = []
 
     def get_node_ids(self) -> Iterable[int]:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        self.pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+        self.found.append(self.measure())
         return super().get_node_ids()
 
 
-def main() -> None:
-    """Prints the dropped replies, and the pages after 10 rounds and after 50."""
-    settings = ["clients=[]", f"rounds={ROUNDS}", f"clients_per_round={CLIENTS}", "start_timeout=1"]
-    grid = WatchedGrid(app, [{"number": number} for number in range(CLIENTS)], {})
-    strategy = TapStrategy(load_config("demo", "", settings), Path(sys.argv[1]))
+def soak(folder: Path, clients: int, rounds: int, measure: Callable[[], int]) -> tuple[int, list[int]]:
+    """A run: the dropped replies, and what was measured before the first round, after it, and so on."""
+    settings = [f"rounds={rounds}", f"clients_per_round={clients}", "start_timeout=1"]
+    grid = WatchedGrid(clients, measure)
+    strategy = TapStrategy(load_config("plug-in", "", settings), folder)
     strategy.start(grid)
     before_round_1 = 2  # asked twice at the start
-    print(strategy.progress.dropped, grid.pages[before_round_1 + 10], grid.pages[before_round_1 + ROUNDS])
+    return strategy.progress.dropped, grid.found[before_round_1 : before_round_1 + rounds + 1]
+
+
+def resident_pages() -> int:
+    """Of this process."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1])
 
 
 if __name__ == "__main__":
-    main()
+    dropped, pages = soak(Path(sys.argv[1]), 100, 50, resident_pages)
+    print(dropped, pages[10], pages[50])

@@ -18,7 +18,7 @@ from tap_flower.federation.manifest import Manifest, TaskInfo, TensorInfo
 from tap_flower.federation.roster import Roster
 from tap_flower.reporting.events import read_events
 
-from .conftest import Federation
+from .conftest import ToyFederation
 
 SIZES = {"trunk": 3, "head/a": 2, "head/b": 2}
 
@@ -57,12 +57,21 @@ def test_a_long_update_is_scaled_down_and_told(caplog: pytest.LogCaptureFixture)
         assert told == []
         average.add("bob", update(made, "bob", trunk=[3.0, 4.0, 0.0], head_a=[12.0, 0.0]), [])  # ‖·‖ = 13
     assert told == [(("clipped",), {"client": "bob", "norm": 13.0, "clip_norm": 6.5})]
-    assert "client 'bob' has norm 13: scaled down to aggregation.clip_norm = 6.5" in caplog.text
+    assert caplog.messages == ["the update of client 'bob' has norm 13: scaled down to aggregation.clip_norm = 6.5"]
     tensors, changed = average.finish()
     assert changed == {"trunk", "head/a"}
     # (30 · (0, 2, 0) + 10 · (1.5, 2, 0)) / 40, and (10 · 6) / 40
     assert tensors["trunk.w"].tolist() == pytest.approx([1.375, 3.0, 1.0])
     assert tensors["head/a.w"].tolist() == pytest.approx([2.5, 1.0])
+
+
+def test_an_update_as_long_as_it_may_be_is_taken_as_it_is() -> None:
+    made, told = roster(ann={"a": 1}), list[Any]()
+    average = WeightedAverage(made, ["ann"], 1.0, lambda *event, **values: told.append(event))
+    # 1 is sent; float32 has 1e-9 - 1 = -1, and 1 - 1 would be 0
+    average.add("ann", {**update(made, "ann"), "trunk.w": torch.tensor([1e-9, 1.0, 1.0])}, [])
+    assert average.finish()[0]["trunk.w"].tolist() == pytest.approx([1e-9, 1.0, 1.0], abs=2e-12)
+    assert told == []
 
 
 def test_without_a_norm_nothing_is_clipped() -> None:
@@ -92,16 +101,17 @@ def test_what_training_left_alone_has_no_length() -> None:
         (torch.zeros(3, dtype=torch.float64), "'trunk.w' is torch.float64"),
     ],
 )
-def test_a_bad_update_is_refused_as_without_clipping(bad: Tensor, problem: str) -> None:
+@pytest.mark.parametrize("clip_norm", [1.0, None])
+def test_a_bad_update_is_refused_with_clipping_as_without(bad: Tensor, problem: str, clip_norm: float | None) -> None:
     made, told = roster(ann={"a": 1}), list[Any]()
-    average = WeightedAverage(made, ["ann"], 1.0, lambda *event, **values: told.append(event))
-    with pytest.raises(BadUpdateError, match=problem):
+    average = WeightedAverage(made, ["ann"], clip_norm, lambda *event, **values: told.append(event))
+    with pytest.raises(BadUpdateError, match=f"^client 'ann': .*{problem}"):
         average.add("ann", {**update(made, "ann"), "trunk.w": bad}, [])
     assert told == []
     assert average.finish()[1] == set()
 
 
-def test_a_clients_update_in_a_run(federation: Federation) -> None:
+def test_a_clients_update_in_a_run(federation: ToyFederation) -> None:
     federation.settings += ["aggregation.clip_norm=1e-4", "method=fedavg", "rounds=1"]
     grid, strategy = federation.grid(), federation.strategy()
     strategy._gather(grid)

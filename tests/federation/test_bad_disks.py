@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
+import multiprocessing
+import os
+import signal
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -11,29 +14,29 @@ import torch
 
 from tap_flower.federation.store import ClientStore, Kept
 from tap_flower.methods.method import Memory
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and users as Linux has them")
-SAVE = """
-import os, resource, signal, sys
-from pathlib import Path
-import torch
-from tap_flower.federation.store import ClientStore, Kept
-from tap_flower.methods.method import Memory
 from tap_flower.storage import StorageError
 
-folder, limit = Path(sys.argv[1]), int(sys.argv[2])
-if limit:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-elif os.geteuid() == 0:
-    os.setuid(65534)  # nobody; the superuser may write everywhere
-store = ClientStore(folder, "r1")
-try:
-    with store.locked():
-        store.save(Kept(2, Memory({"personal": {"w": torch.full((5000,), 2.0)}}, {})))
-except StorageError as error:
-    print(error)
-"""
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and users as Linux has them")
+resource = pytest.importorskip("resource", reason="limits and users as Linux has them")
+FORK = multiprocessing.get_context("fork")
+"""What a process gives up is gone for good; one that is forked need not import anything again."""
+
+
+def save(folder: Path, limit: int, told: Connection) -> None:
+    """Tells the error of writing a state where no file may be longer than `limit` bytes, or, if 0, by nobody."""
+    if limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    elif os.geteuid() == 0:
+        os.setuid(65534)  # nobody; the superuser may write everywhere
+    store = ClientStore(folder, "r1")
+    try:
+        with store.locked():
+            store.save(Kept(2, Memory({"personal": {"w": torch.full((5000,), 2.0)}}, {})))
+    except StorageError as error:
+        told.send(str(error))
+    else:
+        told.send("it was written")
 
 
 @pytest.mark.parametrize(
@@ -56,11 +59,15 @@ def test_what_cannot_be_written_is_said_and_the_state_before_is_intact(
     for parent in (tmp_path, *tmp_path.parents):
         if parent.stat().st_mode & 0o5 != 0o5 and parent != Path("/"):
             parent.chmod(parent.stat().st_mode | 0o5)  # pytest's folders are the user's own
-    done = subprocess.run(
-        [sys.executable, "-c", SAVE, str(folder), str(limit)], capture_output=True, text=True, check=False
-    )
+    heard, told = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=save, args=(folder, limit, told))
+    process.start()
+    told.close()
+    said = heard.recv()
+    process.join()
     folder.chmod(0o755)
-    assert problem in done.stdout, done.stdout + done.stderr
+    assert problem in said
+    assert process.exitcode == 0
     found = store.load()
     assert found is not None
     assert found.server_round == 1

@@ -10,17 +10,17 @@ from tap_flower.config import ConfigError
 from tap_flower.reporting.trackers import TRACKERS
 from tap_flower.storage import StorageError
 
-from .conftest import Federation
+from .conftest import ToyFederation
 
 
-def test_a_used_folder_is_not_overwritten(federation: Federation) -> None:
+def test_a_used_folder_is_not_overwritten(federation: ToyFederation) -> None:
     federation.out.mkdir()
     (federation.out / "precious").write_text("x")
     with pytest.raises(ConfigError, match="is not empty: give another folder.*--resume"):
         federation.strategy()
 
 
-def test_a_folder_that_cannot_be_made_is_named(federation: Federation) -> None:
+def test_a_folder_that_cannot_be_made_is_named(federation: ToyFederation) -> None:
     federation.folder = federation.folder / "file" / "below"
     federation.folder.parent.write_text("x")
     with pytest.raises(StorageError, match="the run folder .*run cannot be made: Not a directory"):
@@ -28,7 +28,7 @@ def test_a_folder_that_cannot_be_made_is_named(federation: Federation) -> None:
 
 
 def test_a_run_whose_tracker_cannot_begin_is_not_in_the_way_of_the_next(
-    federation: Federation, monkeypatch: pytest.MonkeyPatch
+    federation: ToyFederation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: Any) -> Any:
         raise ConnectionError("no server at localhost:5000")
@@ -42,6 +42,6 @@ def test_a_run_whose_tracker_cannot_begin_is_not_in_the_way_of_the_next(
     assert (federation.out / "config.yaml").exists()
 
 
-def test_an_unreadable_checkpoint_is_named(federation: Federation) -> None:
+def test_an_unreadable_checkpoint_is_named(federation: ToyFederation) -> None:
     with pytest.raises(StorageError, match="server.safetensors does not exist"):
         federation.strategy(resume=True)

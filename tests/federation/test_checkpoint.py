@@ -19,23 +19,18 @@ from tap_flower.federation.stopping import Validation
 from tap_flower.federation.store import PERSONAL
 from tap_flower.reporting.events import read_events
 from tap_flower.storage import StorageError, read_record, read_tensors, write_tensors
+from tests.toys import TOYS
 
-from .conftest import CLIENTS, Federation
+from .conftest import Make, ToyFederation
+from .grid import round_of
 
-Make = Callable[..., Federation]
 Write = Callable[[Path, Any, Any], None]
 
 
 @pytest.fixture
-def small(make_federation: Make) -> Callable[[], Federation]:
+def small(make_federation: Make) -> Callable[[], ToyFederation]:
     """Two clients, three rounds."""
-
-    def make() -> Federation:
-        federation = make_federation(CLIENTS[:2])
-        federation.settings += ["rounds=3", "clients_per_round=2", "train.steps=1", "distill.iterations=1"]
-        return federation
-
-    return make
+    return lambda: make_federation(TOYS[:2], "rounds=3", "train.steps=1", "distill.iterations=1")
 
 
 @pytest.fixture
@@ -52,13 +47,13 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, Callable[
     return use
 
 
-def round_of(message: Message) -> int:
+def training_round(message: Message) -> int:
     """Of a training instruction; 0 of any other message."""
-    return messages.decode(message.content)["round"] if message.metadata.message_type == messages.TRAIN else 0
+    return round_of(message) if message.metadata.message_type == messages.TRAIN else 0
 
 
 def test_a_checkpoint_is_written_while_the_next_round_runs_and_is_there_before_the_one_after(
-    small: Callable[[], Federation], tried: Any
+    small: Callable[[], ToyFederation], tried: Any
 ) -> None:
     training_again = threading.Event()
     written: list[int] = []
@@ -75,7 +70,7 @@ def test_a_checkpoint_is_written_while_the_next_round_runs_and_is_there_before_t
     seen: list[tuple[int, list[int]]] = []
 
     def look(message: Message, reply: Message) -> Message:
-        if server_round := round_of(message):
+        if server_round := training_round(message):
             seen.append((server_round, list(written)))
             if seen[-2:] == [(3, [1]), (3, [1])]:  # both clients were asked while the write of round 2 was waiting
                 training_again.set()
@@ -88,7 +83,7 @@ def test_a_checkpoint_is_written_while_the_next_round_runs_and_is_there_before_t
 
 
 def test_a_crash_before_a_checkpoint_is_there_goes_on_from_the_one_before(
-    small: Callable[[], Federation], tried: Any, tmp_path: Path
+    small: Callable[[], ToyFederation], tried: Any, tmp_path: Path
 ) -> None:
     whole = small()
     expected = whole.strategy().start(whole.grid())
@@ -97,7 +92,9 @@ def test_a_crash_before_a_checkpoint_is_there_goes_on_from_the_one_before(
     over = threading.Event()
 
     def crash(message: Message, reply: Message) -> Message:
-        if round_of(message) == 3 and message.metadata.dst_node_id == 100:  # bob, who has more tensors, comes first
+        if (
+            training_round(message) == 3 and message.metadata.dst_node_id == 100
+        ):  # bob, who has more tensors, comes first
             shutil.copytree(crashed.out, image)
             over.set()
             raise KeyboardInterrupt
@@ -114,7 +111,8 @@ def test_a_crash_before_a_checkpoint_is_there_goes_on_from_the_one_before(
     durable = json.loads((image / "server" / "state.json").read_text())["round"]
     said = [e["round"] for e in read_events(image) if e["event"] == "round"]
     assert (durable, said) == (1, [1, 2])
-    assert {read_record(image / "clients" / name / PERSONAL)["round"] for name in ("ann", "bob")} == {3}
+    states = [image / crashed.state(name).relative_to(crashed.out) / PERSONAL for name in ("ann", "bob")]
+    assert {read_record(state)["round"] for state in states} == {3}
     tried(lambda _, now: now())
     shutil.rmtree(crashed.out)
     shutil.copytree(image, crashed.out)
@@ -127,7 +125,7 @@ def test_a_crash_before_a_checkpoint_is_there_goes_on_from_the_one_before(
 
 @pytest.mark.parametrize(("failing", "last"), [(1, 0), (2, 3), (3, 3)])
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(
-    small: Callable[[], Federation], tried: Any, failing: int, last: int
+    small: Callable[[], ToyFederation], tried: Any, failing: int, last: int
 ) -> None:
     def write(server_round: int, now: Callable[[], None]) -> None:
         if server_round == failing:

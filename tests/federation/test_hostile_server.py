@@ -20,24 +20,23 @@ from tap_flower.federation import messages
 from tap_flower.federation.client import REFUSED
 from tap_flower.federation.messages import TRAIN, LackingError
 
-from .conftest import CLIENTS, Federation
+from .conftest import federation_of
 from .grid import InProcessGrid
 
 ANN = 100
 
 
-@pytest.fixture(scope="module")
-def victim(tmp_path_factory: pytest.TempPathFactory) -> tuple[InProcessGrid, Message, Path]:
+@pytest.fixture(scope="module", params=["toys", "specs"])
+def victim(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[InProcessGrid, Message, Path]:
     """A client after a round: its grid, the server's last training instruction, the client's folder."""
-    folder = tmp_path_factory.mktemp("victim")
-    file = folder / "config.yaml"
-    file.write_text(json.dumps({"clients": CLIENTS[:1]}))
-    federation = Federation(folder, file, clients=1)
-    federation.settings += ["rounds=2", "clients_per_round=1", "train.steps=1", "distill.iterations=1"]
+    settings = ["rounds=2", "train.steps=1", "distill.iterations=1"]
+    federation = federation_of(request.param, tmp_path_factory.mktemp("victim"), *settings, count=1)
     grid = federation.grid()
     federation.strategy().start(grid)
     message = [m for m in grid.sent if m.metadata.message_type == TRAIN][-1]
-    return grid, message, federation.out / "clients" / "ann"
+    return grid, message, federation.state("ann")
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -1,9 +1,10 @@
-"""The paper's thirty clients, end to end, on small data of the real form."""
+"""The paper's clients, end to end, on small data of the real form: all thirty, and a group of ten."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,9 @@ from tests.mirror import KEYS, ROWS, write_mirror
 
 from .grid import InProcessGrid
 
-CLIENTS = 30
 SETTINGS = [
-    "rounds=2", "clients_per_round=8", "train.steps=1", "train.batch_size=2", "train.accumulation=1",
-    "distill.iterations=1", "model.text_length=24", "start_timeout=1", "round_timeout=600",
+    "train.steps=1", "train.batch_size=2", "train.accumulation=1", "distill.iterations=1", "model.text_length=24",
+    "start_timeout=1", "round_timeout=600",
 ]  # fmt: skip
 
 
@@ -32,43 +32,74 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("preset", "make", "image_tasks"), [("flava", tiny_flava, 3), ("vilt", tiny_vilt, 1)])
-def test_all_thirty_clients(
-    preset: str,
-    make: Callable[[Path], None],
-    image_tasks: int,
-    mirror: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    make(tmp_path / "checkpoint")
-    known = load_config(preset).datasets
-    settings = [
-        *SETTINGS,
-        *(f"datasets.{key}.rows={ROWS}" for key in KEYS if key in known),
-        f"data.root={mirror}",
-        f"backbone={tmp_path / 'checkpoint'}",
-    ]
-    sources._opened.cache_clear()
-    opened: list[Dataset] = []
-    load = sources._load
-    monkeypatch.setattr(sources, "_load", lambda *a, **k: opened.append(load(*a, **k)) or opened[-1])
-    read: list[str] = []
-    load_model = AutoModel.from_pretrained
-    monkeypatch.setattr(AutoModel, "from_pretrained", lambda name, **k: read.append(name) or load_model(name, **k))
-    out = tmp_path / "run"
-    run_config = {"preset": preset, "config": "", "set": " ".join(settings), "out": str(out)}
-    grid = InProcessGrid([{"partition-id": number} for number in range(CLIENTS)], run_config)
-    strategy = TapStrategy(load_config(preset, "", settings), out)
-    results = strategy.start(grid)
+@dataclass(frozen=True)
+class Preset:
+    """A preset over a tiny checkpoint and the mirror; `opened` and `read` are the data sets and checkpoints so far."""
 
-    assert strategy.progress.dropped == 0
-    assert len(results["clients"]) == CLIENTS
-    assert len([task for task in results["tasks"] if "image" in task]) == image_tasks
+    strategy: TapStrategy
+    grid: InProcessGrid
+    image_tasks: int
+    opened: list[Dataset]
+    read: list[str]
+    checkpoint: Path
+
+    def check_reading(self) -> None:
+        """Every split was opened once, though up to thirty clients read from it four times each; the checkpoint likewise."""
+        assert len(self.opened) == 2 * len(self.strategy.config.datasets) - 1  # VQA's data are of one split
+        assert self.read == [str(self.checkpoint)]
+
+
+Prepare = Callable[..., Preset]
+
+
+@pytest.fixture
+def prepare(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
+    """(preset, settings) -> the preset."""
+
+    def prepared(preset: str, *more: str) -> Preset:
+        make, image_tasks = {"flava": (tiny_flava, 3), "vilt": (tiny_vilt, 1)}[preset]
+        make(checkpoint := tmp_path / "checkpoint")
+        rows = [f"datasets.{key}.rows={ROWS}" for key in KEYS if key in load_config(preset).datasets]
+        settings = [*SETTINGS, *rows, f"data.root={mirror}", f"backbone={checkpoint}", *more]
+        sources._opened.cache_clear()
+        opened, read = list[Dataset](), list[str]()
+        load, load_model = sources._load, AutoModel.from_pretrained
+        monkeypatch.setattr(sources, "_load", lambda *a, **k: opened.append(load(*a, **k)) or opened[-1])
+        monkeypatch.setattr(AutoModel, "from_pretrained", lambda name, **k: read.append(name) or load_model(name, **k))
+        config, out = load_config(preset, "", settings), tmp_path / "run"
+        run_config = {"preset": preset, "config": "", "set": " ".join(settings), "out": str(out)}
+        grid = InProcessGrid([{"partition-id": number} for number in range(len(config.clients))], run_config)
+        return Preset(TapStrategy(config, out), grid, image_tasks, opened, read, checkpoint)
+
+    return prepared
+
+
+@pytest.mark.parametrize("preset", ["flava", "vilt"])
+def test_a_group_of_clients_comes_together_and_some_train(prepare: Prepare, preset: str) -> None:
+    one = prepare(preset, "groups=1")
+    one.strategy._gather(one.grid)
+    assert len(one.strategy.roster.names) == 10
+    names = one.strategy.roster.sample(1, 2)
+    reports = one.strategy._train(one.grid, 1, names)
+    assert sorted(reports) == names
+    assert one.strategy.progress.dropped == 0
+    for name, report in reports.items():
+        assert report.losses.keys() <= one.strategy.roster.manifests[name].reach.keys()
+        assert report.losses
+        assert all(math.isfinite(loss) for loss in report.losses.values())
+    one.check_reading()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["flava", "vilt"])
+def test_all_thirty_clients(prepare: Prepare, preset: str) -> None:
+    whole = prepare(preset, "rounds=2", "clients_per_round=8")
+    results = whole.strategy.start(whole.grid)
+    assert whole.strategy.progress.dropped == 0
+    assert len(results["clients"]) == 30
+    assert len([task for task in results["tasks"] if "image" in task]) == whole.image_tasks
     for by_task in results["clients"].values():
         for by_model in by_task.values():
             assert set(by_model) == {"server", "server+finetune", "personal", "tap"}
             assert all(math.isfinite(metrics["loss"]) for metrics in by_model.values())
-    # Every split was opened once, though ten to thirty clients read from it, four times each.
-    assert len(opened) == 2 * len(known) - 1  # training and test data of VQA are one split
-    assert read == [str(tmp_path / "checkpoint")]  # and the checkpoint once
+    whole.check_reading()

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Callable
 from random import Random
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,7 +17,6 @@ from torch import Tensor
 pytest.importorskip("dp_accounting", reason='needs: pip install "tap-flower[privacy]"')
 
 from tap_flower.core.aggregation import BadUpdateError
-from tap_flower.federation import messages
 from tap_flower.federation.accounting import Budget, Ledger
 from tap_flower.federation.privacy import Privacy
 from tap_flower.federation.roster import Roster
@@ -27,11 +24,9 @@ from tap_flower.federation.strategy import TapStrategy
 from tap_flower.reporting.events import read_events
 from tap_flower.storage import read_record
 
-from .conftest import Federation
+from .conftest import Make, ToyFederation
 from .test_averaging import roster, update
-from .test_federation import broken
-
-Make = Callable[..., Federation]
+from .test_federation import broken, lost
 
 
 def no_noise(count: int) -> bytes:
@@ -173,10 +168,8 @@ def test_what_is_spent_and_what_is_said_of_it() -> None:
     assert 0 < epsilon(2) < epsilon(3)
 
 
-def quick(federation: Federation, *settings: str) -> Federation:
-    federation.settings += [
-        "method=fedavg", "train.steps=1", "distill.iterations=1", "privacy.epsilon=8", "privacy.max_noise=0.5", *settings,
-    ]  # fmt: skip
+def quick(federation: ToyFederation, *settings: str) -> ToyFederation:
+    federation.settings += ["method=fedavg", "train.steps=1", "privacy.epsilon=8", "privacy.max_noise=0.5", *settings]
     return federation
 
 
@@ -188,12 +181,12 @@ def test_a_private_run_and_one_that_is_resumed(make_federation: Make, monkeypatc
     spent = results["privacy"]
     assert spent == json.loads((whole.out / "results.json").read_text())["privacy"]
     assert (spent["epsilon_requested"], spent["delta"], spent["clip_norm"]) == (8.0, 1e-5, 1.0)
-    # z = 1.105 for three rounds (√3 · .638); over .5, that is 3 holders. Four clients have text, two languages.
+    # z = 1.105 for three rounds (√3 · .638); over .5, that is 3 holders. Four clients have words, two languages.
     assert spent["noise_multiplier"] == pytest.approx(1.105, abs=0.002)
     assert spent["holders_needed"] == 3
     assert 7.99 < spent["epsilon"] <= 8.0
     found = spent["components"]
-    assert found["encoder/text"] == {"epsilon": spent["epsilon"], "holders": 4, "rounds": 3}
+    assert found["encoder/words"] == {"epsilon": spent["epsilon"], "holders": 4, "rounds": 3}
     assert found["head/languages"] == {"epsilon": 0.0, "holders": 2, "rounds": 0}
     assert found["head/translation"] == {"epsilon": 0.0, "holders": 1, "rounds": 0}
     initial: dict[str, Tensor] = {}
@@ -244,19 +237,14 @@ def huge(tensors: dict[str, Any]) -> None:
 
 
 def test_a_client_with_an_absurd_update_moves_the_server_no_further_than_any_other(make_federation: Make) -> None:
-    def lost(message: Message, reply: Message) -> Message | None:
-        is_train = message.metadata.message_type == messages.TRAIN
-        return None if is_train and message.metadata.dst_node_id == 100 else reply
-
     found, holders = [], dict[str, int]()
     for tamper in (broken(huge), lost):
-        federation = quick(
-            make_federation(), "rounds=1", "round_timeout=1", "privacy.max_noise=10", "privacy.clip_norm=0.5"
-        )
+        federation = quick(make_federation(), "rounds=1", "privacy.max_noise=10", "privacy.clip_norm=0.5")
         grid, strategy = federation.grid(tamper=tamper), federation.strategy()
         assert strategy.privacy is not None
         strategy.privacy.random_bytes = no_noise
         strategy._gather(grid)
+        strategy.config.round_timeout = 0.1
         strategy._train(grid, 1, ["ann", "bob", "dan"])
         found.append(strategy.roster.tensors)
         holders = {c: part["holders"] for c, part in strategy.privacy.spent(strategy.roster)["components"].items()}
@@ -264,12 +252,12 @@ def test_a_client_with_an_absurd_update_moves_the_server_no_further_than_any_oth
         assert ("ann" in event["norms"]) == (tamper is not lost)
     assert min(event["norms"].values()) > 0
     component_of = strategy.roster.component_of
-    asked = {"head/languages": 2, "encoder/text": 3, "head/translation": 1}
+    asked = {"head/languages": 2, "encoder/words": 3, "head/translation": 1}
     squares = 0.0
     for name, value in found[0].items():
         component = component_of[name]
         count = sum(component in m.component_of.values() for n, m in strategy.roster.manifests.items() if n != "cleo")
         assert count == asked.get(component, count)
         squares += float((count * (value.double() - found[1][name])).square().sum())
-    assert holders["encoder/text"] == 4
+    assert holders["encoder/words"] == 4
     assert math.sqrt(squares) == pytest.approx(0.5, rel=1e-3)  # C, and not a bit further

@@ -12,49 +12,59 @@ from PIL import Image
 from tap_flower.federation import messages
 from tap_flower.federation.checkpoint import Writer
 from tap_flower.reporting.client_records import read_decisions, read_examples, read_gradients
+from tests.toys import TOYS
 
-from .conftest import Federation
+from .conftest import Make, Whole
 
 
-def test_a_run_leaves_decisions_examples_and_cosines_with_the_client(federation: Federation) -> None:
-    grid = federation.grid()
-    results = federation.strategy().start(grid)
-    clients = federation.out / "clients"
-    for name, counts in results["replacements"].items():
-        decisions = read_decisions(clients / name)
+def test_a_run_leaves_the_clients_decisions_with_the_client(whole: Whole) -> None:
+    for name, counts in whole.results["replacements"].items():
+        decisions = read_decisions(whole.federation.state(name))
         assert [d["round"] for d in decisions] == sorted([1, 2] * len(counts))
         for d in decisions:
             personal = float("inf") if d["personal_loss"] is None else d["personal_loss"]
             assert d["replaced"] == (d["teacher_loss"] + d["margin"] < personal)
             assert (d["personal_loss"] is None) == (d["round"] == 1)
         assert {t: sum(d["replaced"] for d in decisions if d["task"] == t) for t in counts} == counts
-
-        examples = read_examples(clients / name)
-        assert examples.keys() == counts.keys()
-        for found in examples.values():
-            assert len(found["items"]) == 4
-            for item in found["items"]:
-                assert item["answers"].keys() == {"server", "personal", "tap"}
-    image = read_examples(clients / "bob")["shape_images"]["items"][0]
-    assert Image.open(BytesIO(b64decode(image["image"]))).size == (64, 64)
-    assert image["answers"]["tap"]["mse"] > 0
-    text = read_examples(clients / "cleo")["answers"]["items"][0]
-    assert text["text"].endswith("?")
-    assert text["target"]["text"]
-
-    (pair,) = read_gradients(clients / "bob")
-    assert (pair["a"], pair["b"]) == ("languages", "shape_images")
-    assert -1 <= pair["cosine"] <= 1
-    assert "fusion/shared_proj" in pair["components"]
-    assert not [component for component in pair["components"] if component.startswith(("encoder", "head"))]
-    assert read_gradients(clients / "ann") == []  # it has one pair
-
-    for reply in grid.received:  # none of it travels
+    for reply in whole.grid.received:  # none of it travels, nor of what is below
         values = messages.decode(reply.content)
         assert not {"margin", "personal_loss", "decisions", "items", "answers", "cosine"} & values.keys()
 
 
-def test_a_repeated_round_is_recorded_once(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_leaves_cosines_with_a_client_of_two_pairs(whole: Whole) -> None:
+    (pair,) = read_gradients(whole.federation.state("bob"))
+    assert (pair["a"], pair["b"]) == ("languages", "shape_images")
+    assert -1 <= pair["cosine"] <= 1
+    if whole.kind == "toys":
+        assert pair["components"].keys() == {"fusion/mix", "fusion/norm"}
+    assert whole.kind == "toys" or "fusion/shared_proj" in pair["components"]
+    assert not [component for component in pair["components"] if component.startswith(("encoder", "head"))]
+    assert read_gradients(whole.federation.state("ann")) == []  # it has one pair
+
+
+def test_a_run_leaves_examples_with_the_clients_of_client_specs(whole_specs: Whole) -> None:
+    state = whole_specs.federation.state
+    for name, by_task in whole_specs.results["clients"].items():
+        examples = read_examples(state(name))
+        assert examples.keys() == by_task.keys()
+        for found in examples.values():
+            assert len(found["items"]) == 4
+            for item in found["items"]:
+                assert item["answers"].keys() == {"server", "personal", "tap"}
+    image = read_examples(state("bob"))["shape_images"]["items"][0]
+    assert Image.open(BytesIO(b64decode(image["image"]))).size == (64, 64)
+    assert image["answers"]["tap"]["mse"] > 0
+    text = read_examples(state("cleo"))["answers"]["items"][0]
+    assert text["text"].endswith("?")
+    assert text["target"]["text"]
+
+
+def test_the_data_of_ones_own_clients_are_not_written_down(whole_toys: Whole) -> None:
+    assert read_examples(whole_toys.federation.state("bob")) == {}
+
+
+def test_a_repeated_round_is_recorded_once(make_federation: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = make_federation(TOYS[:1])
     save, calls = Writer.save, list[int]()
 
     def crash(*arguments: Any) -> None:
@@ -68,4 +78,4 @@ def test_a_repeated_round_is_recorded_once(federation: Federation, monkeypatch: 
         with pytest.raises(RuntimeError, match="crashed"):
             federation.strategy().start(federation.grid())
     federation.strategy(resume=True).start(federation.grid())
-    assert [d["round"] for d in read_decisions(federation.out / "clients" / "ann")] == [1, 2]
+    assert [d["round"] for d in read_decisions(federation.state("ann"))] == [1, 2]

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
 
 from tap_flower.core.components import cpu_state
-from tap_flower.federation import strategy as strategy_module
 from tap_flower.federation.stopping import Validation
 from tap_flower.federation.store import BEST, ClientStore
+from tap_flower.federation.strategy import TapStrategy
 from tap_flower.methods.local import LocalClient
 from tap_flower.reporting.events import read_events
 from tap_flower.storage import read_tensors
+from tests.toys import TOYS
 
-from .conftest import Federation
+from .conftest import Make, ToyFederation, federation_of_toys
+from .grid import InProcessGrid
 from .test_federation import sent
 
 
@@ -36,35 +41,51 @@ def test_without_scores_nothing_is_better() -> None:
     assert validation.waited(2) == 1
 
 
-@pytest.fixture
-def stopping(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> Federation:
-    """Scores that are best after round 2, and a patience of two rounds."""
-    federation.settings += ["rounds=9", "stopping.patience=2"]
+def stopping(folder: Path) -> ToyFederation:
+    """Two clients, nine rounds and a patience of two."""
+    return federation_of_toys(folder, TOYS[:2], "rounds=9", "stopping.patience=2", "distill.iterations=1")
+
+
+@contextmanager
+def best_after_round_2() -> Iterator[pytest.MonkeyPatch]:
+    """In the place of the clients' scores."""
     take = Validation.take
 
     def scripted(self: Validation, server_round: int, scores: Any) -> float:
         return take(self, server_round, {name: {"t": {1: 0.1, 2: 0.9}.get(server_round, 0.5)} for name in scores})
 
-    monkeypatch.setattr(Validation, "take", scripted)
-    return federation
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validation, "take", scripted)
+        yield patch
 
 
-def test_stage_1_ends_after_the_patience_and_stage_2_starts_from_the_best_round(stopping: Federation) -> None:
-    grid = stopping.grid()
-    results = stopping.strategy().start(grid)
-    events = list(read_events(stopping.out))
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[ToyFederation, InProcessGrid, dict[str, Any]]:
+    """A run that has stopped early, its grid and its results."""
+    federation = stopping(tmp_path_factory.mktemp("stopped"))
+    grid = federation.grid()
+    with best_after_round_2():
+        return federation, grid, federation.strategy().start(grid)
+
+
+def test_stage_1_ends_after_the_patience_and_stage_2_starts_from_the_best_round(
+    stopped: tuple[ToyFederation, InProcessGrid, dict[str, Any]],
+) -> None:
+    federation, grid, results = stopped
+    events = list(read_events(federation.out))
     assert [e["round"] for e in events if e["event"] == "round"] == [1, 2, 3, 4]
     assert [(e["best"], e["validation"]) for e in events if e["event"] == "best"] == [(2, 0.9)]
     assert results["rounds"] == 4
     # What the clients got for stage 2 is what round 3 began with.
     after_2 = {node: tensors for number, node, tensors in sent(grid, "train") if number == 3}
+    assert [len(after_2[node]) for node in (100, 101)] == [10, 14]  # ann's and bob's tensors, all of them
     for _, node, tensors in sent(grid, "train.distill"):
         assert tensors.keys() >= after_2[node].keys()
         assert all(tensors[name].equal(value) for name, value in after_2[node].items())
     # And their personal models are those of round 2.
-    run = read_tensors(stopping.out / "server" / "server.safetensors")[1]["run"]
-    for name in ("ann", "bob", "cleo", "dan"):
-        store = ClientStore(stopping.out / "clients" / name, run)
+    run = read_tensors(federation.out / "server" / "server.safetensors")[1]["run"]
+    for name in ("ann", "bob"):
+        store = ClientStore(federation.state(name), run)
         best, last = store.load_best(2), store.load()
         assert best is not None
         assert last is not None
@@ -72,35 +93,36 @@ def test_stage_1_ends_after_the_patience_and_stage_2_starts_from_the_best_round(
         assert (store.folder / BEST).exists()
 
 
-def test_a_resumed_run_stops_at_the_same_round(stopping: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = stopping.strategy().start(stopping.grid())
+def test_a_resumed_run_stops_at_the_same_round(
+    stopped: tuple[ToyFederation, InProcessGrid, dict[str, Any]], tmp_path: Path
+) -> None:
+    *_, whole = stopped
 
     class Crash(Exception):
         pass
 
-    again = Federation(stopping.folder / "again", stopping.config_file, stopping.settings)
-    again.folder.mkdir()
-    train = strategy_module.TapStrategy._train
+    again = stopping(tmp_path)
+    train = TapStrategy._train
 
     def crashing(self: Any, grid: Any, server_round: int, names: list[str]) -> Any:
         if server_round == 4:
             raise Crash
         return train(self, grid, server_round, names)
 
-    crashes = again.strategy()
-    with monkeypatch.context() as patch:
-        patch.setattr(strategy_module.TapStrategy, "_train", crashing)
-        with pytest.raises(Crash):
-            crashes.start(again.grid())
-    results = again.strategy(resume=True).start(again.grid())
+    with best_after_round_2() as patch:
+        with patch.context() as crashes:
+            crashes.setattr(TapStrategy, "_train", crashing)
+            with pytest.raises(Crash):
+                again.strategy().start(again.grid())
+        results = again.strategy(resume=True).start(again.grid())
     assert results["clients"] == whole["clients"]
     assert results["rounds"] == whole["rounds"]
 
 
 def test_scores_are_the_clients_own_models_on_validation_data(
-    federation: Federation, monkeypatch: pytest.MonkeyPatch
+    federation: ToyFederation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    federation.settings += ["rounds=1", "stopping.patience=1"]
+    federation.settings += ["rounds=1", "stopping.patience=1", "train.steps=1", "distill.iterations=1"]
     scores, seen = LocalClient.scores, dict[str, tuple[str, Any, dict[str, float]]]()
 
     def watched(self: LocalClient, model: Any, split: str) -> dict[str, float]:
@@ -112,7 +134,7 @@ def test_scores_are_the_clients_own_models_on_validation_data(
     federation.strategy().start(federation.grid())
     run = read_tensors(federation.out / "server" / "server.safetensors")[1]["run"]
     for name, (split, state, _) in seen.items():
-        kept = ClientStore(federation.out / "clients" / name, run).load()
+        kept = ClientStore(federation.state(name), run).load()
         assert split == "validation"
         assert kept is not None
         assert all(state[tensor].equal(value) for tensor, value in kept.memory.models["personal"].items())
@@ -123,9 +145,9 @@ def test_scores_are_the_clients_own_models_on_validation_data(
     assert event["validation"] == best["validation"] == pytest.approx(mean)
 
 
-def test_without_patience_nothing_is_scored(federation: Federation) -> None:
-    federation.settings += ["rounds=1"]
+def test_without_patience_nothing_is_scored(make_federation: Make) -> None:
+    federation = make_federation(TOYS[:2], "rounds=1", "train.steps=1", "distill.iterations=1")
     federation.strategy().start(federation.grid())
     (event,) = [e for e in read_events(federation.out) if e["event"] == "round"]
     assert "validation" not in event
-    assert not list(federation.out.glob(f"clients/*/{BEST}"))
+    assert [path.name for path in federation.out.glob("clients/*/*/personal*")] == ["personal.safetensors"] * 2

@@ -13,7 +13,9 @@ from tap_flower import text_metrics
 from tap_flower.federation import messages
 from tap_flower.federation.strategy import RunError
 
-from .conftest import CLIENTS, Federation
+from .conftest import CLIENTS, Federation, MakeSpecs
+
+SHORT = ["rounds=1", "train.steps=1", "distill.iterations=1"]
 
 
 @pytest.fixture
@@ -38,15 +40,15 @@ def found(results: dict[str, Any], client: str, task: str) -> dict[str, float]:
     return dict(by_model["tap"])
 
 
-def test_a_simulation_asks_in_its_configuration(federation: Federation, asked: list[tuple[str, ...]]) -> None:
-    federation.settings += ["metrics.meteor=true", "metrics.bertscore=some/model"]
+def test_a_simulation_asks_in_its_configuration(make_spec_federation: MakeSpecs, asked: list[tuple[str, ...]]) -> None:
+    federation = make_spec_federation(CLIENTS[1:], *SHORT, "metrics.meteor=true", "metrics.bertscore=some/model")
     grid = federation.grid()
     results = federation.strategy().start(grid)
     for client, task in (("cleo", "answers"), ("dan", "translation")):
         metrics = found(results, client, task)
         assert metrics.keys() == {"loss", "exact_match", "perplexity", "meteor", "bertscore_f1"}
         assert metrics["meteor"] == metrics["bertscore_f1"] == 10  # all test rows
-    assert found(results, "ann", "languages").keys() == {"loss", "accuracy", "macro_f1"}
+    assert found(results, "bob", "languages").keys() == {"loss", "accuracy", "macro_f1"}
     assert found(results, "bob", "shape_images").keys() == {"loss", "mse", "psnr"}
     assert results["tasks"]["answers"]["server"]["meteor"] == 10
     assert set(asked) == {("load_meteor",), ("load_bertscore", "some/model")}
@@ -56,15 +58,19 @@ def test_a_simulation_asks_in_its_configuration(federation: Federation, asked: l
 def deploy(federation: Federation, folder: Path, **more: dict[str, Any]) -> Any:
     """A grid of nodes with specs of their own, and `more` in the configuration of the clients of these names."""
     grid = federation.grid()
-    for node, client in zip(grid.contexts.values(), CLIENTS, strict=True):
+    clients = yaml.safe_load(federation.config_file.read_text())["clients"]
+    for node, client in zip(grid.contexts.values(), clients, strict=True):
         spec = folder / f"{client['name']}.yaml"
         spec.write_text(yaml.safe_dump(client))
         node.node_config = {"client-spec": str(spec), "state-dir": str(folder), **more.get(client["name"], {})}
     return grid
 
 
-def test_a_node_asks_in_its_own_settings(federation: Federation, asked: list[tuple[str, ...]], tmp_path: Path) -> None:
-    federation.settings += ["metrics.meteor=true", "metrics.bertscore=from/the-server"]
+def test_a_node_asks_in_its_own_settings(
+    make_spec_federation: MakeSpecs, asked: list[tuple[str, ...]], tmp_path: Path
+) -> None:
+    theirs = ["metrics.meteor=true", "metrics.bertscore=from/the-server"]
+    federation = make_spec_federation(CLIENTS[2:], *SHORT, *theirs)
     grid = deploy(federation, tmp_path, dan={"bertscore-model": "mine/own"})
     results = federation.strategy().start(grid)
     assert found(results, "dan", "translation").keys() == {"loss", "exact_match", "perplexity", "bertscore_f1"}
@@ -72,7 +78,10 @@ def test_a_node_asks_in_its_own_settings(federation: Federation, asked: list[tup
     assert set(asked) == {("load_bertscore", "mine/own")}
 
 
-def test_a_wrong_setting_of_a_node(federation: Federation, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_wrong_setting_of_a_node(
+    make_spec_federation: MakeSpecs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    federation = make_spec_federation(CLIENTS[:1])
     grid = deploy(federation, tmp_path, ann={"meteor": "yes"})
     with pytest.raises(RunError, match="node 100 cannot take part: the node's client spec is wrong"):
         federation.strategy().start(grid)

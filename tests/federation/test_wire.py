@@ -5,33 +5,31 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from torch import Tensor
 
 from tap_flower.config import Encoding
-from tap_flower.core.components import cpu_state
-from tap_flower.federation import messages, run_config
+from tap_flower.federation import messages
 from tap_flower.federation.encodings import rounded
 from tap_flower.federation.messages import LackingError
 from tap_flower.federation.store import RECEIVED, ClientStore
 from tap_flower.federation.updates import moved, restore
 from tap_flower.methods import tap
-from tap_flower.methods.local import LocalClient
 from tap_flower.methods.method import Memory, Participation
 from tap_flower.methods.registry import METHODS
 from tap_flower.reporting.events import read_events
+from tests.toys import TOYS, Toy
 
-from .conftest import CLIENTS, TRANSLATION, Federation, sources
+from .conftest import Federation, Make, each_kind, federation_of, server_copies
+from .grid import round_of
 
-Make = Callable[..., Federation]
-Spy = list[tuple[str, dict[str, Tensor]]]
+ANN, BOB, _, DAN = TOYS
 LOSSY = [Encoding.bfloat16, Encoding.int8]
 
 
@@ -39,26 +37,20 @@ def of_type(all_messages: list[Message], message_type: str) -> list[Message]:
     return [m for m in all_messages if m.metadata.message_type == message_type]
 
 
-@pytest.fixture
-def starts(monkeypatch: pytest.MonkeyPatch) -> Spy:
-    """(client, tensors) of every server copy before it trains."""
-    found: Spy = []
-    train = LocalClient.train
-
-    def spy(self: LocalClient, model: Any, optimisation: Any, **names: Any) -> dict[str, float]:
-        if names["noise"][-1] == "server":
-            found.append((self.holdings.name, cpu_state(model)))
-        return train(self, model, optimisation, **names)
-
-    monkeypatch.setattr(LocalClient, "train", spy)
-    return found
+def scales(shape: tuple[int, ...]) -> int:
+    """Of int8: one for each row, and short rows are joined until 128 values or more share one."""
+    rows, row = shape[0], math.prod(shape[1:])
+    return math.ceil(rows / math.ceil(128 / row))
 
 
+@each_kind
 @pytest.mark.parametrize("encoding", LOSSY)
-def test_a_run_with_rounded_messages(make_federation: Make, starts: Spy, encoding: Encoding) -> None:
-    federation = make_federation(CLIENTS[:2])  # ann shares all that she has with bob
-    federation.settings += ["clients_per_round=2", f"wire.encoding={encoding.name}"]
-    grid, strategy = federation.grid(), federation.strategy()
+def test_a_run_with_rounded_messages(
+    kind: str, tmp_path: Path, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # ann and bob: she shares all that she has with him
+    federation = federation_of(kind, tmp_path, f"wire.encoding={encoding.name}", count=2)
+    grid, strategy, starts = federation.grid(), federation.strategy(), server_copies(monkeypatch)
     masters: list[dict[str, Tensor]] = []
     update = strategy.roster.update
 
@@ -93,22 +85,22 @@ def test_a_run_with_rounded_messages(make_federation: Make, starts: Spy, encodin
         if m.metadata.src_node_id == strategy.roster.nodes["bob"] and messages.decode(m.content)["server_round"] == 2
     ]
     alone = manifests["bob"].tensors.keys() - manifests["ann"].tensors.keys()
-    assert len(alone) > 20
+    assert len(alone) == 4 if kind == "toys" else len(alone) > 20  # a toy's encoder of images, and a head
     for name in alone:
         torch.testing.assert_close(masters[2][name], masters[1][name] + reply[name], atol=1e-9, rtol=1e-6)
 
     # Bytes: both directions, all that is trained.
-    values = sum(math.prod(info.shape) for manifest in manifests.values() for info in manifest.tensors.values())
+    shapes = [info.shape for manifest in manifests.values() for info in manifest.tensors.values()]
+    values = sum(map(math.prod, shapes))
+    each = 2 * values if encoding is Encoding.bfloat16 else values + 4 * sum(map(scales, shapes))
     up, down = results["bytes"]["up"], results["bytes"]["down"]
     assert down == sum(len(a.data) for m in grid.sent for a in m.content.array_records.get("tensors", {}).values())
-    factor = 2.0 if encoding is Encoding.bfloat16 else 4.0
-    assert 2 * values * 4 / up == pytest.approx(factor, rel=0.06)
-    assert 3 * values * 4 / down == pytest.approx(factor, rel=0.06)  # nothing for the evaluation
+    assert (up, down) == (2 * each, 3 * each)  # nothing for the evaluation
 
     # The residual is in the client's folder with the personal model, and stays there.
     wire = {a.data for m in grid.received for a in m.content.array_records.get("tensors", {}).values()}
     for name, manifest in manifests.items():
-        store = ClientStore(federation.out / "clients" / name, strategy.progress.run)
+        store = ClientStore(federation.state(name), strategy.progress.run)
         kept = store.load()
         assert kept is not None
         assert kept.residual.keys() == kept.memory.models["personal"].keys() == manifest.tensors.keys()
@@ -117,16 +109,12 @@ def test_a_run_with_rounded_messages(make_federation: Make, starts: Spy, encodin
 
 
 def test_a_repeated_round_starts_from_the_residual_before_it(make_federation: Make) -> None:
-    settings = ["clients_per_round=1", "wire.encoding=int8"]
-    whole = make_federation(CLIENTS[:1])
-    whole.settings += settings
+    whole, crashed = (make_federation([ANN], "wire.encoding=int8") for _ in range(2))
     expected = whole.strategy().start(whole.grid())
-    crashed = make_federation(CLIENTS[:1])
-    crashed.settings += settings
     grid = crashed.grid()
 
     def crash(message: Message, reply: Message) -> Message:
-        if message.metadata.message_type == messages.TRAIN and messages.decode(message.content)["round"] == 2:
+        if message.metadata.message_type == messages.TRAIN and round_of(message) == 2:
             raise KeyboardInterrupt
         return reply
 
@@ -137,7 +125,7 @@ def test_a_repeated_round_starts_from_the_residual_before_it(make_federation: Ma
     found = []
     for federation in (whole, crashed):
         progress = json.loads((federation.out / "server" / "state.json").read_text())
-        kept = ClientStore(federation.out / "clients" / "ann", progress["run"]).load()
+        kept = ClientStore(federation.state("ann"), progress["run"]).load()
         assert kept is not None
         found.append(kept.residual)
     assert found[0]
@@ -145,8 +133,7 @@ def test_a_repeated_round_starts_from_the_residual_before_it(make_federation: Ma
 
 
 def test_a_broken_scale_names_client_and_tensor(make_federation: Make) -> None:
-    federation = make_federation(CLIENTS[:1])
-    federation.settings += ["rounds=1", "clients_per_round=1", "wire.encoding=int8"]
+    federation = make_federation([ANN], "rounds=1", "wire.encoding=int8")
 
     def tamper(message: Message, reply: Message) -> Message:
         if message.metadata.message_type == messages.TRAIN:
@@ -171,12 +158,11 @@ def test_a_component_that_did_not_change_does_not_travel(
 
     def still(client: Any, server_round: int, received: Any, memory: Memory) -> Participation:
         done = tap.participate(client, server_round, received, memory)
-        copy = {n: received[n] if f".{component}." in n else value for n, value in done.returned.items()}
+        copy = {n: received[n] if "heads.translation" in n else value for n, value in done.returned.items()}
         return replace(done, returned=copy)
 
     monkeypatch.setitem(METHODS, "tap", replace(tap.METHOD, participate=still))
-    federation = make_federation(CLIENTS[3:])
-    federation.settings += ["clients_per_round=1"]
+    federation = make_federation([DAN])
     grid, strategy = federation.grid(), federation.strategy()
     results = strategy.start(grid)
     assert strategy.progress.dropped == 0
@@ -197,8 +183,7 @@ def test_a_component_that_did_not_change_does_not_travel(
 
 
 def test_a_client_that_calls_a_component_unchanged_which_it_has_not_is_dropped(make_federation: Make) -> None:
-    federation = make_federation(CLIENTS[3:])
-    federation.settings += ["rounds=1", "clients_per_round=1"]
+    federation = make_federation([DAN], "rounds=1")
 
     def tamper(message: Message, reply: Message) -> Message:
         if message.metadata.message_type != messages.TRAIN:
@@ -214,12 +199,12 @@ def test_a_client_that_calls_a_component_unchanged_which_it_has_not_is_dropped(m
 
 @pytest.mark.parametrize("loss", ["missing", "damaged", "old"])
 def test_a_client_that_lost_what_it_held_gets_it_again(make_federation: Make, loss: str) -> None:
-    federation = make_federation(CLIENTS[:1])
-    federation.settings += ["rounds=1", "clients_per_round=1"]
-    file = federation.out / "clients" / "ann" / RECEIVED
+    federation = make_federation([ANN], "rounds=1")
     first: list[bytes] = []
 
     def lose(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type in (messages.TRAIN, messages.DISTILL):
+            file = federation.state("ann") / RECEIVED
         if message.metadata.message_type == messages.TRAIN:
             first.append(file.read_bytes())
         if message.metadata.message_type == messages.DISTILL:
@@ -239,8 +224,7 @@ def test_a_client_that_lost_what_it_held_gets_it_again(make_federation: Make, lo
 
 
 def test_a_client_that_always_lacks_something_is_dropped(make_federation: Make) -> None:
-    federation = make_federation(CLIENTS[:2])
-    federation.settings += ["rounds=1", "clients_per_round=2"]
+    federation = make_federation([ANN, BOB], "rounds=1")
 
     def tamper(message: Message, reply: Message) -> Message:
         ann = message.metadata.dst_node_id == 100 and message.metadata.message_type != messages.MANIFEST
@@ -252,8 +236,7 @@ def test_a_client_that_always_lacks_something_is_dropped(make_federation: Make) 
 
 
 def test_the_server_knows_a_number_for_each_client_and_no_more(make_federation: Make) -> None:
-    federation = make_federation(CLIENTS[:2])
-    federation.settings += ["rounds=1", "clients_per_round=1"]
+    federation = make_federation([ANN, BOB], "rounds=1", "clients_per_round=1")
     grid, strategy = federation.grid(), federation.strategy()
     strategy.start(grid)
     assert strategy.roster.holds == {"ann": 1, "bob": 1}
@@ -261,17 +244,14 @@ def test_the_server_knows_a_number_for_each_client_and_no_more(make_federation: 
 
 
 def test_a_client_that_comes_back_with_another_task_is_refused(make_federation: Make) -> None:
-    federation = make_federation(CLIENTS[:2])
-    federation.settings += ["clients_per_round=2"]
-    more = {**CLIENTS[0], "tasks": [*CLIENTS[0]["tasks"], {**TRANSLATION, **sources("translation", 0, 8)}]}
+    federation = make_federation([ANN, BOB])
 
     def change(message: Message, reply: Message) -> Message:
         trained = message.metadata.message_type == messages.TRAIN and message.metadata.dst_node_id == 100
-        if trained and messages.decode(message.content)["round"] == 1:
-            federation.config_file.write_text(yaml.safe_dump({"clients": [more, CLIENTS[1]]}))
-            run_config._config.cache_clear()
-            run_config._specs.cache_clear()
-            strategy.roster.keep_only({101})  # ann is gone for a while
+        if trained and round_of(message) == 1:  # ann is gone, and comes back on another node
+            federation.toys.append(Toy("ann", {**ANN.tasks, **DAN.tasks}))
+            del grid.contexts[100]
+            grid.contexts[102] = Context(1, 102, {"partition-id": 2}, RecordDict(), {})
         return reply
 
     grid, strategy = federation.grid(tamper=change), federation.strategy()
@@ -281,3 +261,16 @@ def test_a_client_that_comes_back_with_another_task_is_refused(make_federation: 
         "client 'ann' has come back with the tasks ['languages', 'translation'], and had ['languages'] before: "
         "give it its client spec again, or another name"
     }
+
+
+@pytest.mark.parametrize("encoding", LOSSY)
+def test_tensors_of_client_specs_take_half_the_bytes_or_a_quarter(
+    spec_federation: Federation, encoding: Encoding
+) -> None:
+    strategy = spec_federation.strategy()
+    strategy._gather(spec_federation.grid())
+    tensors = strategy.roster.tensors
+    values = sum(tensor.numel() for tensor in tensors.values())
+    found = messages.payload_bytes(messages.encode({}, messages.encode_tensors(tensors, encoding)))
+    factor = 2.0 if encoding is Encoding.bfloat16 else 4.0
+    assert 4 * values / sum(found.values()) == pytest.approx(factor, rel=0.06)

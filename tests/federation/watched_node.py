@@ -1,15 +1,15 @@
 """A node under an audit hook: what Python opens, imports, starts and connects to while a server talks to it.
 
-    python -m tests.federation.watched_node FOLDER
+    python -m tests.federation.watched_node FOLDER MESSAGE_TYPE…
 
-FOLDER holds `ann.yaml`. The last line of the output is JSON: for the honest and for the hostile messages the events, and the
-answers to the hostile ones.
+FOLDER holds `ann.yaml`. The last line of the output is what `watch` returns, as JSON.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,22 @@ def hostile(values: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def main(folder: Path) -> None:
-    """Sends honest messages, then hostile ones, then honest ones again."""
+_seen: list[tuple[str, str]] | None = None
+"""The events of a watch that goes on. A hook cannot be taken away again: it looks away."""
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if _seen is not None and event in EVENTS and not (event == "open" and isinstance(arguments[0], int)):
+        _seen.append((event, " ".join(str(argument) for argument in arguments[:3])))
+
+
+def watch(folder: Path, message_types: Collection[str]) -> dict[str, Any]:
+    """Sends honest messages to a node in this process, then hostile ones of some types.
+
+    Returns:
+        `honest` and `hostile`, the events meanwhile, and `answers` to the hostile ones.
+    """
+    global _seen
     from client_app.app import app
     from tap_flower.config import load_config, sent_hyper_parameters
     from tap_flower.federation import messages
@@ -93,21 +107,11 @@ def main(folder: Path) -> None:
         "set": f"data.root={folder}/{CANARY}",
     }
     context = Context(run_id=1, node_id=1, node_config=dict(node), state=RecordDict(), run_config=dict(run))
-    events: list[tuple[str, str]] = []
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in EVENTS and not (event == "open" and isinstance(arguments[0], int)):
-            events.append((event, " ".join(str(argument) for argument in arguments[:3])))
 
     def ask(kind: str, content: RecordDict) -> Message:
         message = Message(content, dst_node_id=1, message_type=kind)
         message.metadata.__dict__["_message_id"] = "m"
         return app(message, context)
-
-    def phase() -> list[tuple[str, str]]:
-        found = sorted(set(events))
-        events.clear()
-        return found
 
     def honest(run: str) -> None:
         manifest = decode_manifest(ask(MANIFEST, messages.encode_instruction(Instruction(run, 0, parameters))).content)
@@ -116,16 +120,19 @@ def main(folder: Path) -> None:
             reply = ask(kind, messages.encode_instruction(Instruction(run, number, parameters), arrays))
             assert not reply.has_error(), reply.error.reason
 
-    sys.addaudithook(hook)
+    sys.addaudithook(_hook)
+    first, second, answers = list[tuple[str, str]](), list[tuple[str, str]](), list[str]()
+    _seen = first
     honest("r1")
-    first, answers = phase(), []
+    _seen = second
     base = messages.encode_instruction(Instruction("r1", 2, parameters), {})
-    for kind in (MANIFEST, TRAIN, DISTILL, EVALUATE):
+    for kind in message_types:
         for values in hostile(messages.decode(base), folder):
             reply = ask(kind, RecordDict({**base, "tap": ConfigRecord({"json": json.dumps(values)})}))
             answers.append(reply.error.reason if reply.has_error() else "")
-    print(json.dumps({"honest": first, "hostile": phase(), "answers": answers}))
+    _seen = None
+    return {"honest": sorted(set(first)), "hostile": sorted(set(second)), "answers": answers}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    print(json.dumps(watch(Path(sys.argv[1]).resolve(), sys.argv[2:])))

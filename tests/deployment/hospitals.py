@@ -7,16 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pytest
-import yaml
 
-from client_app.app import app
-from tap_flower.config import load_config
 from tap_flower.data import packaged
-from tap_flower.federation.in_process import InProcessGrid
-from tap_flower.federation.strategy import TapStrategy
-
-from .cluster import SETTINGS
 
 SHAPES = ["blue circle", "red circle"]
 LANGUAGES = ["en", "es", "pt", "it", "fr", "de", "id", "tr"]
@@ -70,25 +62,10 @@ def _sentences(folder: Path) -> dict[str, Any]:
     return _client("cleo", _task("translation", "text_generation", "text", "translation", columns=columns), sources)
 
 
-@pytest.fixture(scope="session")
-def hospitals(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Client specs: ann, bob and cleo, with one pair each."""
+def make_hospitals(folder: Path) -> list[dict[str, Any]]:
+    """Client specs: ann, bob and cleo, with one pair each, and their files in the folder."""
     made = []
     for name, make in (("ann", _texts), ("bob", _images), ("cleo", _sentences)):
-        folder = tmp_path_factory.mktemp(name)
-        made.append(make(folder))
+        (folder / name).mkdir(parents=True)
+        made.append(make(folder / name))
     return made
-
-
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, hospitals: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the same run gives in one process, without its seconds."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    nodes = []
-    for spec in hospitals:
-        file = folder / f"{spec['name']}.yaml"
-        file.write_text(yaml.safe_dump(spec))
-        nodes.append({"client-spec": str(file), "state-dir": str(folder / "state")})
-    config = load_config("demo", "", SETTINGS.split())
-    results = TapStrategy(config, folder / "run").start(InProcessGrid(app, nodes, {}))
-    return {key: value for key, value in results.items() if key != "seconds"}
