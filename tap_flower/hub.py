@@ -27,10 +27,9 @@ def prepare(name: str) -> None:
         from huggingface_hub import constants
 
         constants.HF_HUB_OFFLINE = True
-        if "datasets" in sys.modules:  # it has its own copy of the setting, made at its import
-            from datasets import config
-
-            config.HF_HUB_OFFLINE = config.HF_DATASETS_OFFLINE = True
+        copied = sys.modules.get("datasets.config")  # where it is imported, it has its own copy of the setting
+        if copied is not None:
+            vars(copied).update(HF_HUB_OFFLINE=True, HF_DATASETS_OFFLINE=True)
 
 
 @cache

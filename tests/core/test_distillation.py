@@ -61,4 +61,5 @@ def test_the_weight_is_that_of_the_kind_of_task() -> None:
     picture = torch.zeros(1, 3, 2, 2)
     nothing = Distillation(teacher, KINDS, weights)(Batch("picture", {}, picture), picture)
     assert (nothing.item(), nothing.shape) == (0.0, ())
+    assert Distillation(teacher, KINDS)(batch, output).item() == 0.0
     assert [task for task, _ in teacher.calls] == ["mood"]  # where the weight is 0, the teacher is not asked

@@ -112,8 +112,13 @@ class Cluster:
     def server_app(self) -> psutil.Process:
         """The process of the run."""
         assert self.superlink is not None
-        (found,) = [p for p in self.superlink.children(recursive=True) if "flwr-serverapp" in " ".join(p.cmdline())]
-        return found
+        found = []
+        for process in self.superlink.children(recursive=True):
+            with suppress(psutil.Error):  # ended since it was listed, or not yet waited for
+                if "flwr-serverapp" in " ".join(process.cmdline()):
+                    found.append(process)
+        assert len(found) == 1, f"{len(found)} ServerApps: {found}\n{self.log}"
+        return found[0]
 
     def make_key(self, name: str, registered: bool = True) -> str:
         """The file of a node's private key, made where there is none."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from tap_flower.config import Config, load_config
 from tap_flower.core.components import cpu_state
 from tap_flower.federation import messages
+from tap_flower.federation.run_config import simulated_run
 from tap_flower.federation.strategy import TapStrategy
 from tap_flower.methods.local import LocalClient
 from tests.toys import TOYS, Toy, toy_app
@@ -144,8 +145,8 @@ class Federation:
         return InProcessGrid([{"partition-id": i} for i in range(self.clients)], run_config, **options)
 
     def strategy(self, resume: bool = False) -> TapStrategy:
-        config = load_config("demo", str(self.config_file), self.settings)
-        return TapStrategy(config, self.out, resume)
+        config, out = simulated_run(self.grid().contexts[100])
+        return TapStrategy(deepcopy(config), out, resume)
 
 
 def federation_of_toys(folder: Path, toys: Sequence[Toy] = TOYS, *settings: str) -> ToyFederation:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
+import multiprocessing
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -201,26 +202,25 @@ def test_a_tampered_state_is_named_and_not_used(tmp_path: Path, place: str) -> N
         store.load()
 
 
+def work(folder: Path, told: Connection) -> None:
+    told.send("waits")
+    with ClientStore(folder, "r1").locked():
+        told.send("works")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks a process")
 def test_two_processes_work_on_a_folder_one_after_the_other(tmp_path: Path) -> None:
-    store, code = (
-        ClientStore(tmp_path / "ann", "r1"),
-        """
-import sys
-from pathlib import Path
-from tap_flower.federation.store import ClientStore
-print("waits", flush=True)
-with ClientStore(Path(sys.argv[1]), "r1").locked():
-    print("works", flush=True)
-""",
-    )
+    store, fork = ClientStore(tmp_path / "ann", "r1"), multiprocessing.get_context("fork")
+    heard, told = fork.Pipe(duplex=False)
     with store.locked():
-        other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "ann")], stdout=subprocess.PIPE, text=True)
-        assert other.stdout is not None
-        assert other.stdout.readline() == "waits\n"
-        with pytest.raises(subprocess.TimeoutExpired):
-            other.wait(1)
-    assert other.communicate()[0] == "works\n"
-    assert other.returncode == 0
+        other = fork.Process(target=work, args=(tmp_path / "ann", told))
+        other.start()
+        told.close()
+        assert heard.recv() == "waits"
+        assert not heard.poll(1)
+    assert heard.recv() == "works"
+    other.join()
+    assert other.exitcode == 0
 
 
 def test_a_foreign_file_is_named(tmp_path: Path) -> None:

@@ -33,11 +33,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     return loaded
 
 
-def found(results: dict[str, Any], client: str, task: str) -> dict[str, float]:
+def found(clients: dict[str, Any], client: str, task: str) -> dict[str, float]:
     """The metrics of one task, whose names are the same for every model."""
-    by_model = results["clients"][client][task]
+    by_model = clients[client][task]
     assert len({frozenset(metrics) for metrics in by_model.values()}) == 1
-    return dict(by_model["tap"])
+    return dict(by_model["personal"])
 
 
 def test_a_simulation_asks_in_its_configuration(make_spec_federation: MakeSpecs, asked: list[tuple[str, ...]]) -> None:
@@ -45,11 +45,11 @@ def test_a_simulation_asks_in_its_configuration(make_spec_federation: MakeSpecs,
     grid = federation.grid()
     results = federation.strategy().start(grid)
     for client, task in (("cleo", "answers"), ("dan", "translation")):
-        metrics = found(results, client, task)
+        metrics = found(results["clients"], client, task)
         assert metrics.keys() == {"loss", "exact_match", "perplexity", "meteor", "bertscore_f1"}
         assert metrics["meteor"] == metrics["bertscore_f1"] == 10  # all test rows
-    assert found(results, "bob", "languages").keys() == {"loss", "accuracy", "macro_f1"}
-    assert found(results, "bob", "shape_images").keys() == {"loss", "mse", "psnr"}
+    assert found(results["clients"], "bob", "languages").keys() == {"loss", "accuracy", "macro_f1"}
+    assert found(results["clients"], "bob", "shape_images").keys() == {"loss", "mse", "psnr"}
     assert results["tasks"]["answers"]["server"]["meteor"] == 10
     assert set(asked) == {("load_meteor",), ("load_bertscore", "some/model")}
     assert all("metrics" not in messages.decode(sent.content)["hyper_parameters"] for sent in grid.sent)
@@ -70,11 +70,13 @@ def test_a_node_asks_in_its_own_settings(
     make_spec_federation: MakeSpecs, asked: list[tuple[str, ...]], tmp_path: Path
 ) -> None:
     theirs = ["metrics.meteor=true", "metrics.bertscore=from/the-server"]
-    federation = make_spec_federation(CLIENTS[2:], *SHORT, *theirs)
+    federation = make_spec_federation(CLIENTS[2:], *theirs)
     grid = deploy(federation, tmp_path, dan={"bertscore-model": "mine/own"})
-    results = federation.strategy().start(grid)
-    assert found(results, "dan", "translation").keys() == {"loss", "exact_match", "perplexity", "bertscore_f1"}
-    assert found(results, "cleo", "answers").keys() == {"loss", "exact_match", "perplexity"}
+    strategy = federation.strategy()
+    strategy._gather(grid)
+    clients = strategy._evaluation(grid)  # of untrained models
+    assert found(clients, "dan", "translation").keys() == {"loss", "exact_match", "perplexity", "bertscore_f1"}
+    assert found(clients, "cleo", "answers").keys() == {"loss", "exact_match", "perplexity"}
     assert set(asked) == {("load_bertscore", "mine/own")}
 
 

@@ -67,7 +67,8 @@ def test_whatever_comes_is_read_or_refused(
     record_property("inputs", taken + refused)
     print(f"{name}: {taken + refused} inputs, {refused} refused")
     assert taken + refused >= count
-    assert name in ("received", "record") or refused > count // 10  # the inputs are wrong, and seen to be
+    # The inputs are wrong, and seen to be; of few, a tenth may not be.
+    assert name in ("received", "record") or refused > (count // 10 if share == 1 else 0)
 
 
 @pytest.mark.slow
