@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -630,16 +631,23 @@ def test_a_broken_model_fails(broken_golden: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_part_that_takes_too_long_is_cut_short_and_says_where_it_was(tmp_path: Path) -> None:
-    limits = ["--limit", "parity=25", "--limit", "flava=0"]
-    done, parts = run_gpu(tmp_path / "c.json", *limits, "--parts", "parity", "flava", "participation")
+def test_a_part_that_hangs_says_where_and_the_others_run(tmp_path: Path) -> None:
+    """It reads a pipe that nobody writes to."""
+    case = tmp_path / "golden" / "case"
+    case.mkdir(parents=True)
+    (case / "client_state.safetensors").touch()
+    os.mkfifo(case / "expected.json")
+    limits = ["--limit", "parity=40", "--limit", "flava=0"]
+    parts_asked = ["--parts", "parity", "flava", "participation"]
+    done, parts = run_gpu(tmp_path / "c.json", "--golden", str(case.parent), *limits, *parts_asked)
     assert {name: part["state"] for name, part in parts.items()} == {
         "parity": "cut short",
         "flava": "cut short",
         "participation": "done",
     }
     assert done.returncode == 1  # parity was not shown
-    assert "most recent call first" in done.stdout
+    assert re.search(r'\| +File ".*/benchmarks/parity.py", line \d+ in cases', done.stdout)
+    assert 40 <= parts["parity"]["seconds"] < 60
     assert parts["flava"]["seconds"] < 1
 
 
