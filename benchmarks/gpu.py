@@ -441,6 +441,8 @@ def work(part: Part, limit: float, asked: Asked) -> int:
         traceback.print_exc()
         tell(failed=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         return 1
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     return 0
 
 

@@ -178,7 +178,7 @@ def defined_tests() -> set[str]:
         ('pip install "tap-flower[demos]"', "has no extra"),
         ("pip install torch", "only `pip install` of the project"),
         ("pytest tests/none", "there is no tests/none"),
-        ("pytest -m slow", "there is no marker"),
+        ("pytest -m quick", "there is no marker"),
         ("mkdocs build --stricter", "does not name --stricter"),
         ("flwr run . --run-config 'sets=\"rounds=2\"'", r"has no \['sets'\]"),
         ("flwr run . --run-config 'set=\"rounds=0\"'", "rounds = 0 is out of bounds"),

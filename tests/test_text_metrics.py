@@ -216,7 +216,7 @@ def test_what_will_be_left_out_is_known_before(tiny_wordnet: LazyCorpusLoader) -
 
 @pytest.mark.parametrize(("module", "load"), [("nltk", load_meteor), ("bert_score", lambda: load_bertscore("x"))])
 def test_a_library_that_is_not_there(module: str, load: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+    for name in {module, *(name for name in sys.modules if name.split(".")[0] == module)}:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingError, match=r'pip install "tap-flower\[text-metrics\]"'):
         load()  # type: ignore[operator]
