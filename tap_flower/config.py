@@ -380,6 +380,8 @@ def hyper_parameters(values: Mapping[str, Any]) -> HyperParameters:
     Raises:
         ConfigError: a key is unknown, or a value is out of bounds or an interpolation.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"the server: the hyper-parameters are {shown(values)}, not keys and values")
     if "${" in str(values):  # OmegaConf would read this node's environment for it
         raise ConfigError("the server: interpolations (${...}) are not accepted in hyper-parameters")
     return cast(HyperParameters, _structured(HyperParameters, [("the server", values)]))
