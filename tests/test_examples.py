@@ -279,7 +279,6 @@ def test_the_quickstart_becomes_tap_by_a_diff_of_less_than_30_lines(quickstart: 
         assert digits.target(batch).tolist() == batch["label"].tolist()
 
 
-@pytest.mark.slow
 def test_the_changed_quickstart_learns(quickstart: Path, tmp_path: Path) -> None:
     ran = run(quickstart, 2, tmp_path, QUICKSTART, **OPTIONS)
     assert set(ran.results["clients"]) == {"client-0", "client-1"}
