@@ -139,6 +139,8 @@ def pytest(arguments: list[str]) -> None:
 @functools.cache
 def _help(*command: str) -> str:
     program = Path(sys.executable).with_name(command[0])
+    if not program.exists():
+        raise WrongError(f"{command[0]} is not installed: pip install -e '.[ci]'")
     done = subprocess.run(
         [str(program), *command[1:], "--help"],
         env={**os.environ, "COLUMNS": "200"},

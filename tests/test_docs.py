@@ -105,7 +105,13 @@ RULES: Mapping[str, Callable[[Block, Path], None]] = {
 """Language -> whether a block of it is right; ```python is run."""
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def page_case(page: Path) -> Any:
+    """A page; that of the site and the release is slow, since its commands come with the extra `ci`."""
+    marks = [pytest.mark.slow] if page.name == "contributing.md" else []
+    return pytest.param(page, marks=marks, id=str(page.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("page", [page_case(page) for page in pages()])
 def test_every_block_is_run_or_checked(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     wrong, names = [], dict[str, Any]()
@@ -179,7 +185,7 @@ def defined_tests() -> set[str]:
         ("pip install torch", "only `pip install` of the project"),
         ("pytest tests/none", "there is no tests/none"),
         ("pytest -m quick", "there is no marker"),
-        ("mkdocs build --stricter", "does not name --stricter"),
+        pytest.param("mkdocs build --stricter", "does not name --stricter", marks=pytest.mark.slow),
         ("flwr run . --run-config 'sets=\"rounds=2\"'", r"has no \['sets'\]"),
         ("flwr run . --run-config 'set=\"rounds=0\"'", "rounds = 0 is out of bounds"),
         ("pytest && curl x", "no rule knows 'curl'. Write ```text"),
