@@ -67,7 +67,14 @@ def measure(preset: str) -> list[Row]:
         wanted = Instruction("0" * 32, 1, sent_hyper_parameters(config))
         down = messages.encode_instruction(wanted, messages.encode_tensors(sent, encoding))
         tasks = dict.fromkeys(model.tasks, 1)
-        report = Report(1, tasks, dict.fromkeys(tasks, math.pi), tasks, tuple(update.unchanged))
+        report = Report(
+            server_round=1,
+            examples=tasks,
+            losses=dict.fromkeys(tasks, math.pi),
+            steps=1,
+            replacements=tasks,
+            unchanged=tuple(update.unchanged),
+        )
         up = encode_report(report, messages.encode_tensors(update.tensors, encoding))
         errors = {
             "down": {name: rounded(value, encoding) - value for name, value in sent.items()},

@@ -414,7 +414,17 @@ def client_specs(config: Config) -> list[ClientSpec]:
 
 def plain(config: HyperParameters) -> dict[str, Any]:
     """A configuration as nested dictionaries of plain values, enums by name."""
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+    return cast(dict[str, Any], _plain(config))
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return value.name if isinstance(value, Enum) else value
 
 
 def to_yaml(config: Config) -> str:

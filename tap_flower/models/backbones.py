@@ -300,12 +300,12 @@ def load_backbone(
 
 
 def bfloat16_products() -> bool:
-    """Whether this machine multiplies bfloat16 matrices at speed: on a GPU, or with oneDNN's kernels for its processor.
+    """Whether this machine multiplies bfloat16 matrices at speed: its GPU does, or oneDNN has kernels for its processor.
 
     Without either, PyTorch multiplies them element by element: 0.3 GFLOP/s where float32 reached 144 (two cores, AVX2).
     """
     if torch.cuda.is_available():
-        return True
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return bool(onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -88,8 +88,8 @@ class TokenOffsets(nn.Module):
 
     def __init__(self, backbone: ViltBackbone) -> None:
         super().__init__()
-        self.class_token = nn.Parameter(torch.empty_like(backbone.get_buffer("class_token")))
-        self.positions = nn.Parameter(torch.empty_like(backbone.get_buffer("positions")))
+        self.class_token = nn.Parameter(torch.empty(backbone.get_buffer("class_token").shape))
+        self.positions = nn.Parameter(torch.empty(backbone.get_buffer("positions").shape))
 
 
 class ViltImageEncoder(Encoder):

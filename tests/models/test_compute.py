@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tap_flower.core.components import Pair
 from tap_flower.models import backbones
 from tap_flower.models.backbones import load_backbone
 from tap_flower.models.model import ModelTask, TapModel
+from tests.checkpoints import tiny_flava, tiny_vilt
 
 TASKS = [
     ModelTask(Pair("see", ("image",)), "image_classification", ("shapes",), classes=5),
@@ -35,8 +37,8 @@ INPUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def model(**options: Any) -> TapModel:
-    made = TapModel(load_backbone("demo", 1, **options), TASKS).initialise(3)
+def model(name: str = "demo", **options: Any) -> TapModel:
+    made = TapModel(load_backbone(name, 1, **options), TASKS).initialise(3)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.requires_grad and name.endswith(".B"):  # zero at first
@@ -71,9 +73,13 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("task", INPUTS)
+@pytest.mark.parametrize("make", [tiny_flava, tiny_vilt])
 @pytest.mark.parametrize("products", [True], indirect=True)
-def test_bfloat16_computes_the_same_to_its_precision(task: str, products: bool) -> None:
-    exact, rounded = model(), model(dtype=torch.bfloat16)
+def test_bfloat16_computes_the_same_to_its_precision(
+    make: Callable[[Path], None], task: str, products: bool, tmp_path: Path
+) -> None:
+    make(tmp_path)
+    exact, rounded = model(str(tmp_path)), model(str(tmp_path), dtype=torch.bfloat16)
     assert rounded.backbone.fingerprint == exact.backbone.fingerprint
     assert {p.dtype for p in rounded.components.parameters()} == {torch.float32}
     assert {p.dtype for p in rounded.backbone.parameters()} == {torch.bfloat16}
@@ -109,3 +115,13 @@ def test_compiled_it_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     reached = {name for name, gradient in gradients.items() if gradient.abs().sum() > 0}
     assert reached == set(compiled.component_map.tensors_of(Pair("see", ("image",))))
     backbones._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_gpu_is_asked_whether_it_has_bfloat16_products(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return including_emulation or supported  # an old GPU emulates them, slower than float32
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    assert backbones.bfloat16_products() is supported
