@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.measure import parser, peak_bytes, reset_peak, show
 from benchmarks.workload import client
-from tap_flower.core.aggregation import Aggregator
+from tap_flower.core.averaging import Aggregator
 
 EXAMPLES = 1000
 """Of each client."""

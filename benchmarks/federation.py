@@ -25,16 +25,16 @@ from flwr.serverapp.strategy import FedAvg
 
 from benchmarks.measure import parser, show
 from client_app.app import app as tap_app
+from tap_flower.client.from_spec import SpecHoldings
 from tap_flower.config import Config, client_specs, load_config
 from tap_flower.core.components import cpu_state
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.texts import load_tokenizer
-from tap_flower.federation.in_process import InProcessGrid
-from tap_flower.federation.strategy import TapStrategy
-from tap_flower.methods.local import LocalClient
-from tap_flower.methods.spec_client import SpecHoldings
+from tap_flower.methods.session import LocalClient
 from tap_flower.models.backbones import load_backbone, locate
-from tap_flower.reporting.events import EventLog
+from tap_flower.report.events import EventLog
+from tap_flower.run.in_process import InProcessGrid
+from tap_flower.server.strategy import TapStrategy
 
 CLIENT = 1
 """Of the demo: `languages`."""

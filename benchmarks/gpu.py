@@ -59,8 +59,8 @@ from benchmarks.measure import (
 )
 from benchmarks.step import batches_of, measured, steps
 from benchmarks.workload import backbone_of, client
+from tap_flower.files import write_json
 from tap_flower.models.backbones import bfloat16_products
-from tap_flower.storage import write_json
 
 ROOT = Path(__file__).parent.parent
 PATTERN = 7
@@ -194,7 +194,7 @@ def demo_rows(asked: Asked) -> Iterator[Row]:
         raise SkippedError(f"not installed: {', '.join(missing)}")
     from benchmarks.federation import stage_one
     from tap_flower.config import load_config
-    from tap_flower.reporting.events import read_events
+    from tap_flower.report.events import read_events
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     settings = ["rounds=1", "start_timeout=1", *DEMO[asked.size]]

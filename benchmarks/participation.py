@@ -22,15 +22,15 @@ import torch
 
 from benchmarks.measure import parser, peak_bytes, reset_peak, show, synchronize
 from benchmarks.workload import client, configuration
+from tap_flower.client.from_spec import SpecHoldings
+from tap_flower.client.state import ClientStore, Kept
 from tap_flower.config import Config, client_specs, load_config
 from tap_flower.core.components import ComponentModel, cpu_state
 from tap_flower.core.training import Batch
 from tap_flower.data.batching import ClientData
-from tap_flower.federation.store import ClientStore, Kept
 from tap_flower.methods import tap
-from tap_flower.methods.local import LocalClient
 from tap_flower.methods.method import Memory
-from tap_flower.methods.spec_client import SpecHoldings
+from tap_flower.methods.session import LocalClient
 from tap_flower.models.backbones import from_config, locate
 from tap_flower.models.model import TapModel
 
@@ -204,7 +204,7 @@ def participate(
 def _encoded(tensors: dict[str, torch.Tensor]) -> None:
     """To a message and back; without Flower, nothing."""
     try:
-        from tap_flower.federation import messages
+        from tap_flower.wire import messages
     except ImportError:
         return
     messages.decode_tensors(messages.encode({}, messages.encode_tensors(tensors)))

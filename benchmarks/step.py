@@ -18,7 +18,7 @@ from benchmarks.measure import Row, count_flop, matmul_speed, parser, peak_bytes
 from benchmarks.workload import MadeUpData, backbone_of, client
 from tap_flower.core.components import ComponentModel
 from tap_flower.core.training import Batch, Optimisation, train
-from tap_flower.methods.local import LocalClient
+from tap_flower.methods.session import LocalClient
 
 
 def one_step(local: LocalClient, model: ComponentModel, batch: Batch) -> None:

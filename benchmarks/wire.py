@@ -22,17 +22,17 @@ from torch import Tensor
 
 from benchmarks.measure import Row, parser, show
 from benchmarks.workload import configuration
+from tap_flower.client.from_spec import client_model
 from tap_flower.config import Config, Encoding, client_specs, load_config, sent_hyper_parameters
 from tap_flower.core.components import trainable_state
 from tap_flower.core.initial import named_seed
-from tap_flower.federation import messages
-from tap_flower.federation.encodings import rounded
-from tap_flower.federation.messages import Instruction
-from tap_flower.federation.reports import Report, encode_report
-from tap_flower.federation.updates import make_update, moved
-from tap_flower.methods.spec_client import client_model
 from tap_flower.models.backbones import from_config
 from tap_flower.models.model import TapModel
+from tap_flower.wire import messages
+from tap_flower.wire.messages import Instruction
+from tap_flower.wire.reports import Report, encode_report
+from tap_flower.wire.tensors import rounded
+from tap_flower.wire.updates import make_update, moved
 
 PATTERN = 7
 PUBLISHED = 1528e6

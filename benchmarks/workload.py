@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import FlavaConfig, PreTrainedConfig, ViltConfig
 
+from tap_flower.client.from_spec import SpecHoldings
 from tap_flower.config import client_specs, load_config
 from tap_flower.core.training import Batch
 from tap_flower.data.batching import ClientData
 from tap_flower.data.spec import ClientSpec, TaskSpec
-from tap_flower.methods.local import LocalClient
-from tap_flower.methods.spec_client import SpecHoldings
+from tap_flower.methods.session import LocalClient
 from tap_flower.models.backbones import Backbone, from_config
 from tap_flower.models.heads import IMAGE_SIZE
 

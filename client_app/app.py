@@ -1,12 +1,12 @@
 """The ClientApp of clients that a client spec describes."""
 
-from tap_flower.federation.app import app_over
-from tap_flower.federation.client import Handlers
+from tap_flower.client.app import app_over
+from tap_flower.client.handlers import Handlers
 
 
 def handlers() -> Handlers:
     """Imported by the first message."""
-    from tap_flower.federation.spec_client import HANDLERS
+    from tap_flower.client.evaluation import HANDLERS
 
     return HANDLERS
 

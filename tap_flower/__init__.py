@@ -10,6 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tap_flower.client.module import load_module as load_module
+    from tap_flower.client.plugin import client_app as client_app
+    from tap_flower.client.task import Client as Client
+    from tap_flower.client.task import Task as Task
     from tap_flower.config import Config as Config
     from tap_flower.config import load_config as load_config
     from tap_flower.core.components import ComponentMap as ComponentMap
@@ -20,12 +24,8 @@ if TYPE_CHECKING:
     from tap_flower.core.tasks import TEXT_CLASSIFICATION as TEXT_CLASSIFICATION
     from tap_flower.core.tasks import TEXT_GENERATION as TEXT_GENERATION
     from tap_flower.core.tasks import TaskKind as TaskKind
-    from tap_flower.federation.plugin_client import client_app as client_app
-    from tap_flower.federation.strategy import TapStrategy as TapStrategy
-    from tap_flower.personal.model import PersonalModel as PersonalModel
-    from tap_flower.plugin.client import Client as Client
-    from tap_flower.plugin.client import Task as Task
-    from tap_flower.plugin.model import load_module as load_module
+    from tap_flower.personal.personal_model import PersonalModel as PersonalModel
+    from tap_flower.server.strategy import TapStrategy as TapStrategy
 
 __version__ = "0.1.0"
 
@@ -40,11 +40,11 @@ _HOMES = {
         "TEXT_GENERATION",
         "TaskKind",
     ),
-    "tap_flower.federation.plugin_client": ("client_app",),
-    "tap_flower.federation.strategy": ("TapStrategy",),
-    "tap_flower.personal.model": ("PersonalModel",),
-    "tap_flower.plugin.client": ("Client", "Task"),
-    "tap_flower.plugin.model": ("load_module",),
+    "tap_flower.client.plugin": ("client_app",),
+    "tap_flower.server.strategy": ("TapStrategy",),
+    "tap_flower.personal.personal_model": ("PersonalModel",),
+    "tap_flower.client.task": ("Client", "Task"),
+    "tap_flower.client.module": ("load_module",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted([*_HOME, "__version__"])

@@ -12,29 +12,29 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tap_flower.client.text_metrics import missing
 from tap_flower.config import ConfigError, Model, client_specs, load_config, presets, read_yaml
 from tap_flower.data.spec import SpecError
-from tap_flower.federation.accounting import budget_of
+from tap_flower.files import StorageError, read_tensors, write_atomically
 from tap_flower.methods.registry import find_method
 from tap_flower.personal import commands as personal_commands
 from tap_flower.personal.folders import PersonalError
-from tap_flower.reporting.needs import needs
-from tap_flower.reporting.page import REPORT, write_report
-from tap_flower.reporting.progress import RunProgress
-from tap_flower.reporting.results import read_results
-from tap_flower.reporting.tables import mean_table, results_table
-from tap_flower.reporting.trackers import tracker_names
-from tap_flower.resources import CLUSTER, ResourcesError, shared, shared_cluster, this_machine
-from tap_flower.simulation import Launch, SimulationError, simulate
-from tap_flower.storage import StorageError, read_tensors, write_atomically
-from tap_flower.supernode import NodeLaunch
-from tap_flower.supernode import start as start_node
-from tap_flower.sweeps.comparison import compare
-from tap_flower.sweeps.execute import Outcome, execute
-from tap_flower.sweeps.plan import PlannedRun, read_sweep
-from tap_flower.sweeps.study import Study, margin_study, pairs_study
-from tap_flower.sweeps.tables import latex, markdown, parts, terminal, to_csv
-from tap_flower.text_metrics import missing
+from tap_flower.report.console import mean_table, results_table
+from tap_flower.report.html import REPORT, write_report
+from tap_flower.report.needs import needs
+from tap_flower.report.progress import RunProgress
+from tap_flower.report.results import read_results
+from tap_flower.report.trackers import tracker_names
+from tap_flower.run.resources import CLUSTER, ResourcesError, shared, shared_cluster, this_machine
+from tap_flower.run.simulation import Launch, SimulationError, simulate
+from tap_flower.run.supernode import NodeLaunch
+from tap_flower.run.supernode import start as start_node
+from tap_flower.server.accounting import budget_of
+from tap_flower.study.comparison import compare
+from tap_flower.study.execute import Outcome, execute
+from tap_flower.study.plan import PlannedRun, read_sweep
+from tap_flower.study.studies import Study, margin_study, pairs_study
+from tap_flower.study.tables import latex, markdown, parts, terminal, to_csv
 
 app = typer.Typer(
     help="TAP: two-stage adaptive personalization for multi-task, multi-modal federated learning.",
@@ -209,11 +209,11 @@ def check_command(
 ) -> None:
     """Whether a client spec can be trained on: reads all its data and lists every problem."""
     # Imported here: they bring transformers and datasets, which the other commands do without.
+    from tap_flower.client.from_spec import exchanged
     from tap_flower.data.checking import Problem, check_data, check_spec
-    from tap_flower.methods.spec_client import exchanged
     from tap_flower.models.backbones import locate
     from tap_flower.models.errors import BackboneError
-    from tap_flower.reporting.checks import data_table, example_table, exchange_line
+    from tap_flower.report.check_tables import data_table, example_table, exchange_line
 
     console, run = Console(), load_config(preset, config, tuple(set_ or ()))
     root = run.data.root if data_root is None else str(data_root.resolve())

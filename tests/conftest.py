@@ -16,6 +16,8 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "fast")
 # As in an actor of the simulation: the last bits of a sum depend on the number of threads.
 torch.set_num_threads(1)
 
+pytest_plugins = ["tests.federations"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

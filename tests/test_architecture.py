@@ -25,12 +25,12 @@ def test_import_contracts() -> None:
     [
         ("tap_flower", {"torch", "flwr", "transformers", "datasets"}),
         ("tap_flower.core.replacement", {"flwr", "transformers", "datasets", "omegaconf", "ray"}),
-        ("tap_flower.core.aggregation", {"flwr", "transformers", "datasets", "omegaconf", "ray"}),
+        ("tap_flower.core.averaging", {"flwr", "transformers", "datasets", "omegaconf", "ray"}),
         ("tap_flower.core.distillation", {"flwr", "transformers", "datasets", "omegaconf", "ray"}),
         ("tap_flower.models.model", {"flwr", "datasets", "omegaconf", "ray"}),
-        ("tap_flower.personal.model", {"flwr", "ray", "gradio"}),
+        ("tap_flower.personal.personal_model", {"flwr", "ray", "gradio"}),
         ("tap_flower.personal.commands", {"flwr", "transformers", "datasets", "ray", "gradio"}),
-        ("tap_flower.federation.server", {"transformers", "datasets", "ray"}),
+        ("tap_flower.server.main", {"transformers", "datasets", "ray"}),
     ],
 )
 def test_an_import_pulls_in_only_what_its_layer_may_use(module: str, forbidden: set[str]) -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from tap_flower.cli import app
 from tap_flower.config import load_config, options
 from tap_flower.data.spec import FORMATS, client_spec
-from tap_flower.sweeps.plan import read_sweep
+from tap_flower.study.plan import read_sweep
 
 from .docs_blocks import ROOT, Block, blocks, commands, inline, pages
 from .docs_commands import PROGRAMS, WrongError, check_command, check_config, run_config, tap_flower

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.federation.conftest import CLIENTS, SETTINGS, Federation
+from tests.federations import CLIENTS, SETTINGS, Federation
 
 pytestmark = pytest.mark.slow
 TAP_FLOWER = str(Path(sys.executable).with_name("tap-flower"))

@@ -21,7 +21,7 @@ import json, logging, sys, time
 logging.basicConfig(format="%(message)s")
 from tap_flower.data.checking import check_data, check_spec
 from tap_flower.models.backbones import BackboneError, outline
-from tap_flower.text_metrics import missing
+from tap_flower.client.text_metrics import missing
 spec, _ = check_spec(json.loads(sys.argv[1]))
 began = time.monotonic()
 problems = [str(problem) for problem in check_data(spec, spec.backbone, 8, 41)[1]]

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import tap_flower
-from tests.federation.conftest import CLIENTS
+from tests.federations import CLIENTS
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -156,7 +156,7 @@ def test_every_module_can_be_imported_without_the_source_tree(installed: Install
         "import importlib, pkgutil, sys, tap_flower\n"
         "names = [m.name for m in pkgutil.walk_packages(tap_flower.__path__, 'tap_flower.') if 'flower_app' not in m.name]\n"
         "files = [importlib.import_module(name).__file__ for name in names]\n"
-        "sys.path.insert(0, str(tap_flower.simulation.app_folder()))\n"
+        "sys.path.insert(0, str(tap_flower.run.simulation.app_folder()))\n"
         "import client_app.app, server_app.app\n"
         "print(*files, client_app.app.__file__, server_app.app.__file__, sep='\\n')\n"
         "print('searched:', *sys.path, sep='\\n')"

@@ -15,9 +15,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from tap_flower.client.from_spec import client_model
 from tap_flower.config import client_specs, load_config
 from tap_flower.core.components import ComponentMap
-from tap_flower.methods.spec_client import client_model
 from tap_flower.models.backbones import outline
 
 from .docs_blocks import ROOT
@@ -103,12 +103,12 @@ def test_the_reference_has_the_public_names(site: Path) -> None:
     pages = {path.parent.name: path.read_text() for path in (site / "api").rglob("index.html")}
     for page, name in (
         ("core", "tap_flower.core.replacement.decide"),
-        ("core", "tap_flower.core.aggregation.Aggregator.add"),
+        ("core", "tap_flower.core.averaging.Aggregator.add"),
         ("methods", "tap_flower.methods.method.Method"),
         ("models", "tap_flower.models.fusion.paths"),
-        ("federation", "tap_flower.federation.strategy.TapStrategy.start"),
-        ("federation", "tap_flower.federation.manifest.Manifest"),
-        ("results", "tap_flower.reporting.results.read_results"),
+        ("federation", "tap_flower.server.strategy.TapStrategy.start"),
+        ("federation", "tap_flower.wire.manifest.Manifest"),
+        ("results", "tap_flower.report.results.read_results"),
     ):
         assert f'id="{name}"' in pages[page]
 

@@ -22,7 +22,7 @@ from tap_flower.methods.steps import finetune, train_round
 
 if TYPE_CHECKING:
     from tap_flower.core.components import ComponentModel
-    from tap_flower.methods.local import LocalClient
+    from tap_flower.methods.session import LocalClient
 
 NAME, WEIGHT = "disentafl", 0.5
 Latents = Mapping[tuple[str, str], Tensor]

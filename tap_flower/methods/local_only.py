@@ -8,7 +8,7 @@ from tap_flower.methods.method import Memory, Method, Participation, SecondStage
 from tap_flower.methods.steps import finetune, train_round
 
 if TYPE_CHECKING:
-    from tap_flower.methods.local import LocalClient
+    from tap_flower.methods.session import LocalClient
 
 NAME = "local"
 

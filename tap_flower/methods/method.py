@@ -12,7 +12,7 @@ from tap_flower.core.components import ComponentModel
 from tap_flower.core.replacement import Decision
 
 if TYPE_CHECKING:
-    from tap_flower.methods.local import LocalClient
+    from tap_flower.methods.session import LocalClient
 
 State = dict[str, Tensor]
 """Tensor name -> value, on the CPU."""

@@ -18,7 +18,7 @@ from tap_flower.methods.steps import finetune, near, train_round
 
 if TYPE_CHECKING:
     from tap_flower.core.components import ComponentModel
-    from tap_flower.methods.local import LocalClient
+    from tap_flower.methods.session import LocalClient
 
 NAME = "pfedme"
 

@@ -15,7 +15,7 @@ from tap_flower.methods.method import State
 
 if TYPE_CHECKING:
     from tap_flower.core.components import ComponentModel
-    from tap_flower.methods.local import LocalClient
+    from tap_flower.methods.session import LocalClient
 
 MakeObjective = Callable[["ComponentModel"], Objective]
 """The model that is about to be trained -> the further loss of its training."""

@@ -13,7 +13,7 @@ from tap_flower.methods.method import Memory, Method, Participation, SecondStage
 from tap_flower.methods.steps import finetune
 
 if TYPE_CHECKING:
-    from tap_flower.methods.local import LocalClient
+    from tap_flower.methods.session import LocalClient
 
 PERSONAL, LOSSES = "personal", "personal_losses"
 """In the memory: the personal model, and task name -> its mean training loss at its last participation."""

@@ -9,9 +9,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from tap_flower.client.text_metrics import written
 from tap_flower.core.tasks import IMAGE_GENERATION
 from tap_flower.data.collate import denormalise
-from tap_flower.text_metrics import written
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from tap_flower.federation.description import read_description
+from tap_flower.client.description import read_description
 from tap_flower.personal.folders import PersonalError, chosen_task, client_folder
-from tap_flower.reporting.results import RESULTS
+from tap_flower.report.results import RESULTS
 
 if TYPE_CHECKING:
     from tap_flower.personal.answers import Answer
@@ -50,7 +50,7 @@ def predict(
     if not any(given.values()):
         raise PersonalError(f"task {task!r} got no input: give {' and '.join(wanted[task].modalities)}")
     # Imported here: it brings torch and transformers, which what was checked so far does without.
-    from tap_flower.personal.model import PersonalModel
+    from tap_flower.personal.personal_model import PersonalModel
 
     _without_progress_bars()
     loaded = PersonalModel.load(folder, model)

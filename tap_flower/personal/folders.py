@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tap_flower.federation.description import DESCRIPTION, TaskDescription, read_description
-from tap_flower.storage import StorageError
+from tap_flower.client.description import DESCRIPTION, TaskDescription, read_description
+from tap_flower.files import StorageError
 
 
 class PersonalError(ValueError):

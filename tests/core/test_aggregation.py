@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tap_flower.core import aggregation
-from tap_flower.core.aggregation import LARGEST_VALUE, Aggregator, BadUpdateError
+from tap_flower.core import averaging as aggregation
+from tap_flower.core.averaging import LARGEST_VALUE, Aggregator, BadUpdateError
 
 COMPONENTS = {"a": "one", "b": "two"}
 NEXT_BELOW = float(torch.nextafter(torch.tensor(LARGEST_VALUE), torch.tensor(0.0)))

@@ -19,10 +19,10 @@ from typing import Any
 import httpx
 import psutil
 
-from tap_flower.federation.store import RECEIVED, ClientStore, Kept
-from tap_flower.flower_commands import QUIET, free_port
-from tap_flower.reporting.events import METRICS, read_events
-from tap_flower.storage import StorageError, read_record
+from tap_flower.client.state import RECEIVED, ClientStore, Kept
+from tap_flower.files import StorageError, read_record
+from tap_flower.report.events import METRICS, read_events
+from tap_flower.run.flower import QUIET, free_port
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

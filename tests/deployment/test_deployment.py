@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from client_app.app import app
+from tap_flower.client.state import PERSONAL
 from tap_flower.config import load_config
-from tap_flower.federation.in_process import InProcessGrid
-from tap_flower.federation.store import PERSONAL
-from tap_flower.federation.strategy import TapStrategy
-from tap_flower.storage import read_tensors
+from tap_flower.files import read_tensors
+from tap_flower.run.in_process import InProcessGrid
+from tap_flower.server.strategy import TapStrategy
 
 from . import cluster as real
 from .cluster import BIN, ROOT, Cluster, kill

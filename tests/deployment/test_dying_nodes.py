@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tap_flower.federation import checkpoint
 from tap_flower.methods.method import State
+from tap_flower.server import checkpoint
 
 from . import toy
 from .cluster import Cluster, kill

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tap_flower.federation import checkpoint
-from tap_flower.federation.store import PERSONAL
-from tap_flower.storage import read_tensors
+from tap_flower.client.state import PERSONAL
+from tap_flower.files import read_tensors
+from tap_flower.server import checkpoint
 
 from . import toy
 from .cluster import kill

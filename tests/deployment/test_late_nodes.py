@@ -11,9 +11,9 @@ import psutil
 import pytest
 import torch
 
+from tap_flower.client.state import RECEIVED
 from tap_flower.core.initial import Initial
-from tap_flower.federation.store import RECEIVED
-from tap_flower.storage import read_tensors
+from tap_flower.files import read_tensors
 
 from . import toy
 from .toy_app.toy.client_app import INPUTS, TASKS

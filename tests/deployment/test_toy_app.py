@@ -14,7 +14,7 @@ RUN = """
 import json, sys
 import torch
 from flwr.app import Context, RecordDict
-from tap_flower.federation.in_process import InProcessGrid
+from tap_flower.run.in_process import InProcessGrid
 from toy.client_app import TASKS, app as client
 from toy.server_app import app as server
 folder, settings = sys.argv[1:]

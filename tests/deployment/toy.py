@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 
 from tap_flower.config import load_config
-from tap_flower.federation.in_process import InProcessGrid
-from tap_flower.federation.strategy import TapStrategy
-from tap_flower.flower_commands import free_port
+from tap_flower.run.flower import free_port
+from tap_flower.run.in_process import InProcessGrid
+from tap_flower.server.strategy import TapStrategy
 
 from . import cluster as real
 from .cluster import BIN, Cluster

@@ -16,11 +16,11 @@ from torch import Tensor
 from tap_flower.config import load_config
 from tap_flower.core.components import Pair
 from tap_flower.core.initial import Initial
-from tap_flower.federation import messages
-from tap_flower.federation.in_process import InProcessGrid
-from tap_flower.federation.manifest import Manifest, TaskInfo, TensorInfo, encode_manifest
-from tap_flower.federation.reports import Report, encode_report
-from tap_flower.federation.strategy import TapStrategy
+from tap_flower.run.in_process import InProcessGrid
+from tap_flower.server.strategy import TapStrategy
+from tap_flower.wire import messages
+from tap_flower.wire.manifest import Manifest, TaskInfo, TensorInfo, encode_manifest
+from tap_flower.wire.reports import Report, encode_report
 
 COMPONENTS = ("encoder", "fusion", "head")
 SHAPES = {f"components.{component}.{name}": (64, 64) for component in COMPONENTS for name in "abc"}

@@ -18,14 +18,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from torch import Tensor
 
 from tap_flower.config import Config
-from tap_flower.federation import messages
-from tap_flower.federation.messages import DISTILL, EVALUATE, MANIFEST, TRAIN
-from tap_flower.federation.strategy import RunError, TapStrategy
-from tap_flower.reporting.events import read_events
+from tap_flower.report.events import read_events
+from tap_flower.server.strategy import RunError, TapStrategy
+from tap_flower.wire import messages
+from tap_flower.wire.messages import DISTILL, EVALUATE, MANIFEST, TRAIN
+from tests.federations import federation_of_toys
+from tests.grid import Playback, Replies, recorded
 from tests.toys import TOYS
-
-from .conftest import federation_of_toys
-from .grid import Playback, Replies, recorded
 
 ANN, BOB = 100, 101
 EVIL = 10**18

@@ -21,24 +21,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from tap_flower.client.from_spec import exchanged
 from tap_flower.config import ConfigError, client_specs
-from tap_flower.core.aggregation import Aggregator
+from tap_flower.core.averaging import Aggregator
 from tap_flower.core.tasks import IGNORE, IMAGE_STD, TASK_KINDS
 from tap_flower.core.training import DivergedError
 from tap_flower.data.batching import ClientData
-from tap_flower.federation import exchange, messages
-from tap_flower.federation.in_process import Tamper
-from tap_flower.federation.manifest import Manifest
-from tap_flower.federation.strategy import RunError
+from tap_flower.files import StorageError, read_tensors
 from tap_flower.methods import tap
 from tap_flower.methods.registry import METHODS
-from tap_flower.methods.spec_client import exchanged
-from tap_flower.reporting.checks import exchange_line
-from tap_flower.reporting.events import read_events
-from tap_flower.storage import StorageError, read_tensors
-from tests.toys import TOYS, task
-
-from .conftest import (
+from tap_flower.report.check_tables import exchange_line
+from tap_flower.report.events import read_events
+from tap_flower.run.in_process import Tamper
+from tap_flower.server import grid as exchange
+from tap_flower.server.strategy import RunError
+from tap_flower.wire import messages
+from tap_flower.wire.manifest import Manifest
+from tests.federations import (
     CLIENTS,
     LANGUAGES,
     Federation,
@@ -50,7 +49,8 @@ from .conftest import (
     run_whole,
     sources,
 )
-from .grid import InProcessGrid, Playback, Replies, recorded, round_of
+from tests.grid import InProcessGrid, Playback, Replies, recorded, round_of
+from tests.toys import TOYS, task
 
 EVERYBODY = {"ann", "bob", "cleo", "dan"}
 MODELS = {"server": "received", "server+finetune": "server+finetune", "personal": "personal", "tap": "tap"}

@@ -15,13 +15,12 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
+from tap_flower.client.handlers import REFUSED
 from tap_flower.config import HyperParameters, plain
-from tap_flower.federation import messages
-from tap_flower.federation.client import REFUSED
-from tap_flower.federation.messages import TRAIN, LackingError
-
-from .conftest import federation_of
-from .grid import InProcessGrid
+from tap_flower.wire import messages
+from tap_flower.wire.messages import TRAIN, LackingError
+from tests.federations import federation_of
+from tests.grid import InProcessGrid
 
 ANN = 100
 

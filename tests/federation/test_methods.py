@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
+from tap_flower.client.state import ClientStore
 from tap_flower.core.tasks import TASK_KINDS
-from tap_flower.federation.store import ClientStore
+from tap_flower.files import read_tensors
 from tap_flower.methods.registry import METHODS, find_method
-from tap_flower.reporting.events import read_events
-from tap_flower.storage import read_tensors
-
-from .conftest import Federation, ToyFederation, each_kind, federation_of
+from tap_flower.report.events import read_events
+from tests.federations import Federation, ToyFederation, each_kind, federation_of
 
 MODELS = {
     "tap": {"server", "server+finetune", "personal", "tap"},

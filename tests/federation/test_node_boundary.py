@@ -19,10 +19,10 @@ import pytest
 import yaml
 from flwr.common.serde import recorddict_to_proto
 
-from tap_flower.federation.messages import DISTILL, EVALUATE, MANIFEST, TRAIN
-from tap_flower.federation.strategy import RunError
+from tap_flower.server.strategy import RunError
+from tap_flower.wire.messages import DISTILL, EVALUATE, MANIFEST, TRAIN
+from tests.federations import CLIENTS, Federation, MakeSpecs
 
-from .conftest import CLIENTS, Federation, MakeSpecs
 from .watched_node import CANARY, watch
 
 ROOT = Path(__file__).parents[2]

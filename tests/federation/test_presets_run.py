@@ -13,11 +13,10 @@ from transformers import AutoModel
 
 from tap_flower.config import load_config
 from tap_flower.data import sources
-from tap_flower.federation.strategy import TapStrategy
+from tap_flower.server.strategy import TapStrategy
 from tests.checkpoints import tiny_flava, tiny_vilt
+from tests.grid import InProcessGrid
 from tests.mirror import KEYS, ROWS, write_mirror
-
-from .grid import InProcessGrid
 
 SETTINGS = [
     "train.steps=1", "train.batch_size=2", "train.accumulation=1", "distill.iterations=1", "model.text_length=24",

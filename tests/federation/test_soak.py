@@ -12,7 +12,8 @@ from flwr.app import Array
 from torch import Tensor
 
 from tap_flower.config import Encoding
-from tap_flower.federation import encodings, messages
+from tap_flower.wire import messages
+from tap_flower.wire import tensors as encodings
 
 from .soak import SHAPES, soak
 

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tap_flower import text_metrics
-from tap_flower.federation import messages
-from tap_flower.federation.strategy import RunError
-
-from .conftest import CLIENTS, Federation, MakeSpecs
+from tap_flower.client import text_metrics
+from tap_flower.server.strategy import RunError
+from tap_flower.wire import messages
+from tests.federations import CLIENTS, Federation, MakeSpecs
 
 SHORT = ["rounds=1", "train.steps=1", "distill.iterations=1"]
 

@@ -92,9 +92,9 @@ def watch(folder: Path, message_types: Collection[str]) -> dict[str, Any]:
     global _seen
     from client_app.app import app
     from tap_flower.config import load_config, sent_hyper_parameters
-    from tap_flower.federation import messages
-    from tap_flower.federation.manifest import decode_manifest
-    from tap_flower.federation.messages import DISTILL, EVALUATE, MANIFEST, TRAIN, Instruction
+    from tap_flower.wire import messages
+    from tap_flower.wire.manifest import decode_manifest
+    from tap_flower.wire.messages import DISTILL, EVALUATE, MANIFEST, TRAIN, Instruction
 
     settings = ["train.steps=1", "train.batch_size=2", "train.accumulation=1", "distill.iterations=1"]
     parameters = sent_hyper_parameters(load_config("demo", "", settings))

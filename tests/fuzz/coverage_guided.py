@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 RUNS = 12_000
 SLOW = ("config", "setting", "hyper_parameters", "spec")
 """Readers that are left to the other tests: OmegaConf and PyYAML take ten to a hundred milliseconds an input."""
-OURS = ["tap_flower.plain", "tap_flower.storage", "tap_flower.core", "tap_flower.federation", "tap_flower.reporting"]
+OURS = [
+    "tap_flower.plain",
+    "tap_flower.files",
+    "tap_flower.core",
+    "tap_flower.wire",
+    "tap_flower.client",
+    "tap_flower.server",
+    "tap_flower.report",
+]
 
 
 def main(folder: Path, runs: int) -> None:

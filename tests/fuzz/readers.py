@@ -20,7 +20,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
-from tap_flower import storage
+from tap_flower import files as storage
+from tap_flower.client import state as store
+from tap_flower.client.description import read_description
+from tap_flower.client.state import ClientStore, Kept, Received
 from tap_flower.config import (
     ConfigError,
     Encoding,
@@ -34,22 +37,21 @@ from tap_flower.config import (
 from tap_flower.core.components import Pair
 from tap_flower.core.initial import Initial
 from tap_flower.data.spec import SpecError, client_spec
-from tap_flower.federation import checkpoint, messages, store
-from tap_flower.federation.accounting import Ledger
-from tap_flower.federation.checkpoint import Progress, Writer
-from tap_flower.federation.description import read_description
-from tap_flower.federation.encodings import from_array, to_array
-from tap_flower.federation.manifest import Manifest, TaskInfo, TensorInfo, decode_manifest, encode_manifest
-from tap_flower.federation.messages import Instruction, MessageError
-from tap_flower.federation.reports import Report, decode_metrics, decode_report, encode_report
-from tap_flower.federation.roster import Roster, RosterError
-from tap_flower.federation.stopping import Validation
-from tap_flower.federation.store import ClientStore, Kept, Received
+from tap_flower.files import StorageError, read_json, read_record, read_tensors, write_tensors
 from tap_flower.methods.method import Memory
 from tap_flower.plain import PlainError, parse_json
 from tap_flower.recent import Recent
-from tap_flower.reporting.client_records import read_decisions
-from tap_flower.storage import StorageError, read_json, read_record, read_tensors, write_tensors
+from tap_flower.report.client_records import read_decisions
+from tap_flower.server import checkpoint
+from tap_flower.server.accounting import Ledger
+from tap_flower.server.checkpoint import Progress, Writer
+from tap_flower.server.early_stopping import Validation
+from tap_flower.server.roster import Roster, RosterError
+from tap_flower.wire import messages
+from tap_flower.wire.manifest import Manifest, TaskInfo, TensorInfo, decode_manifest, encode_manifest
+from tap_flower.wire.messages import Instruction, MessageError
+from tap_flower.wire.reports import Report, decode_metrics, decode_report, encode_report
+from tap_flower.wire.tensors import from_array, to_array
 
 RUN, TASK = "r1", "triage"
 DESCRIPTION: dict[str, Any] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tap_flower.core.aggregation import Aggregator
+from tap_flower.core.averaging import Aggregator
 from tap_flower.core.tasks import IMAGE_CLASSIFICATION, TEXT_GENERATION
 
 

@@ -14,8 +14,8 @@ from tap_flower.config import HyperParameters
 from tap_flower.core import training
 from tap_flower.core.components import load_trainable_state
 from tap_flower.core.tasks import IMAGE_GENERATION
-from tap_flower.methods.local import LocalClient
 from tap_flower.methods.method import State
+from tap_flower.methods.session import LocalClient
 
 BASE, HEAD = "base", "head"
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import FlavaConfig
 
+from tap_flower.client.from_spec import client_model
 from tap_flower.config import Config, client_specs, load_config
 from tap_flower.core.components import Pair, trainable_state
 from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec
 from tap_flower.data.texts import load_tokenizer
-from tap_flower.methods.spec_client import client_model
 from tap_flower.models.backbones import demo_folder, from_config, load_backbone, locate, outline
 from tap_flower.models.model import ModelTask, TapModel
 from tests.checkpoints import tiny_flava, tiny_vilt

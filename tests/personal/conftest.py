@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.federation.conftest import ANSWERS, LANGUAGES, SETTINGS, SHAPE_IMAGES, Federation, sources
+from tests.federations import ANSWERS, LANGUAGES, SETTINGS, SHAPE_IMAGES, Federation, sources
 
 SHAPES = {
     "name": "shapes",

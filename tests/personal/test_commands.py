@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from tap_flower.personal.model import PersonalModel
+from tap_flower.personal.personal_model import PersonalModel
 from tests.personal.test_model import rows
 from tests.test_cli import command
 

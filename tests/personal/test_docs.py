@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tap_flower.data.collate import model_inputs
 from tap_flower.data.images import pixels_of
+from tap_flower.files import read_tensors
 from tap_flower.personal.answers import ClassAnswer, TextAnswer
 from tap_flower.personal.export import export
-from tap_flower.personal.model import PersonalModel
-from tap_flower.storage import read_tensors
+from tap_flower.personal.personal_model import PersonalModel
 from tests.docs_blocks import ROOT, blocks
 from tests.personal.test_model import rows
 

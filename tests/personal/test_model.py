@@ -13,10 +13,10 @@ from PIL import Image
 
 from tap_flower.data.sources import open_source
 from tap_flower.data.spec import Source
+from tap_flower.files import StorageError
 from tap_flower.personal.answers import ClassAnswer, ImageAnswer, TextAnswer
 from tap_flower.personal.folders import PersonalError
-from tap_flower.personal.model import PersonalModel
-from tap_flower.storage import StorageError
+from tap_flower.personal.personal_model import PersonalModel
 
 MODELS = ["server", "personal", "server+finetune", "tap"]
 TEST_ROWS = 10

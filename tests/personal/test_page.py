@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from tap_flower.flower_commands import free_port
-from tap_flower.personal.model import PersonalModel
 from tap_flower.personal.page import serve
+from tap_flower.personal.personal_model import PersonalModel
+from tap_flower.run.flower import free_port
 from tests.personal.test_model import rows
-from tests.reporting import test_browser
+from tests.report import test_browser
 
 browser = test_browser.browser
 pytestmark = test_browser.pytestmark

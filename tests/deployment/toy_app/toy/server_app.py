@@ -3,7 +3,7 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from tap_flower.federation import server
+from tap_flower.server import main as server
 
 app = ServerApp()
 

@@ -1,0 +1,73 @@
+"""Whether a client's pairs pull the components that they share in one direction, or apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tap_flower.core.components import ComponentModel
+from tap_flower.methods.session import LocalClient
+
+
+def gradient_cosines(client: LocalClient, model: ComponentModel) -> list[dict[str, Any]]:
+    """Cosines between the gradients of every two pairs of a client, on the components that both reach.
+
+    The gradient of a pair is that of its mean loss on one batch of its training examples, without dropout; no step is made.
+
+    Args:
+        client: with its data; one with a single pair has no cosines.
+        model: the server's, on the client's device.
+
+    Returns:
+        For every two tasks `a` and `b`: their `cosine` over all shared tensors, and `components`, the cosine on each. A
+        cosine is between -1 (opposed) and 1 (the same direction), or None where a gradient is zero.
+    """
+    component_map = model.component_map
+    held = Counter(component for reached in component_map.reach.values() for component in reached)
+    parameters = dict(model.named_parameters())
+    gradients: dict[str, dict[str, Tensor]] = {}
+    model.eval()
+    for pair in component_map.reach:
+        names = [n for n in component_map.tensors_of(pair) if held[component_map.component_of[n]] > 1]
+        if not names:
+            continue
+        size = client.data.splits["train"][pair.task][0].batch_size or client.settings.train.batch_size
+        batch = client.data.first("train", pair.task, size, client.device)
+        loss = client.kinds[pair.task].losses(model(pair.task, batch.inputs), batch.target).mean()
+        found = torch.autograd.grad(loss, [parameters[n] for n in names])
+        gradients[pair.task] = {name: value.double() for name, value in zip(names, found, strict=True)}
+    cosines = []
+    for a, b in combinations(sorted(gradients), 2):
+        shared = sorted(gradients[a].keys() & gradients[b].keys())
+        components: dict[str, list[str]] = {}
+        for name in shared:
+            components.setdefault(component_map.component_of[name], []).append(name)
+        one, other = gradients[a], gradients[b]
+        cosines.append(
+            {
+                "a": a,
+                "b": b,
+                "cosine": cosine(one, other, shared),
+                "components": {component: cosine(one, other, names) for component, names in components.items()},
+            }
+        )
+    return cosines
+
+
+def cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor], names: Iterable[str]) -> float | None:
+    """Cosine of the angle between two sets of tensors, each taken as one long vector; None where one is zero.
+
+    Args:
+        one: tensor name -> value.
+        other: likewise, of the same shapes.
+        names: of the tensors that count.
+    """
+    products = [[(one[n] * other[n]).sum(), (one[n] ** 2).sum(), (other[n] ** 2).sum()] for n in names]
+    dot, square, other_square = (float(sum(column)) for column in zip(*products, strict=True))
+    length = (square * other_square) ** 0.5
+    return max(-1.0, min(1.0, dot / length)) if length else None

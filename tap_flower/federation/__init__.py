@@ -1,1 +1,0 @@
-"""TAP over Flower: messages, the clients' handlers, the server's strategy."""

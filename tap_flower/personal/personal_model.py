@@ -1,0 +1,267 @@
+"""A client's model, ready for raw inputs: pictures and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tap_flower.client.description import Description, TaskDescription, read_description
+from tap_flower.client.from_spec import client_model
+from tap_flower.client.state import RECEIVED, ClientStore
+from tap_flower.core.components import cpu_state, load_trainable_state
+from tap_flower.data.collate import model_inputs
+from tap_flower.data.images import open_image, pixels_of
+from tap_flower.data.texts import load_tokenizer, token_ids
+from tap_flower.files import StorageError
+from tap_flower.methods.method import Memory, State
+from tap_flower.methods.registry import find_method
+from tap_flower.models.backbones import load_backbone, locate
+from tap_flower.models.errors import BackboneError
+from tap_flower.models.model import TapModel
+from tap_flower.personal.answers import Answer, class_answers, image_answers, text_answers
+from tap_flower.personal.folders import PersonalError
+
+T = TypeVar("T")
+Picture = Image.Image | str | Path | NDArray[np.uint8]
+"""An image, a file of one, or pixels [H, W, 3] or [H, W], uint8."""
+Device = torch.device | str | None
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The initial values of a model."""
+
+    model: TapModel
+    seed: int
+
+    def initial_values(self) -> State:
+        return cpu_state(self.model.initialise(self.seed))
+
+
+class PersonalModel:
+    """One of a client's models.
+
+    Args:
+        description: what it is of.
+        which: name of the model, such as `tap`.
+        model: with its values.
+        tokenizer: of its backbone.
+        device: where it computes; a GPU, if there is one, without it.
+
+    Attributes:
+        tasks: name -> task, with kind, modalities, domains and classes.
+    """
+
+    def __init__(
+        self,
+        description: Description,
+        which: str,
+        model: TapModel,
+        tokenizer: PreTrainedTokenizerBase,
+        device: Device = None,
+    ) -> None:
+        self.description, self.which, self.tokenizer = description, which, tokenizer
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model.to(self.device).eval()
+        self.tasks: dict[str, TaskDescription] = {task.name: task for task in description.tasks}
+
+    @classmethod
+    def load(
+        cls, folder: Path | str, which: str | None = None, device: Device = None, dtype: torch.dtype | None = None
+    ) -> PersonalModel:
+        """Loads a model from a client's folder.
+
+        Args:
+            folder: RUN/clients/NAME, or on a node STATE-DIR/NAME/RUN.
+            which: `server`, `personal`, `tap`, …; without it, the one that the run's method is judged by, or before stage 2
+                the client's own.
+            device: see the class.
+            dtype: of the frozen weights; that of the run without it.
+
+        Raises:
+            StorageError: the folder holds no models, or is damaged.
+            PersonalError: it has no such model, or its backbone cannot be used.
+        """
+        folder = Path(folder)
+        description = read_description(folder)
+        model = outlined(description, dtype)
+        states = _states(folder, description, _Start(model, description.settings.seed))
+        if not states:
+            raise StorageError(
+                f"{folder} holds no model yet, or {RECEIVED} is damaged: wait for the client's first round, or restore it"
+            )
+        result = find_method(description.settings.method).result
+        which = which or (result if result in states else next(reversed(states)))
+        if which not in states:
+            raise PersonalError(f"{folder} has no model {which!r}: use one of {', '.join(states)}")
+        state = states[which]
+        if state is None:
+            model.initialise(description.settings.seed)
+        else:
+            try:
+                load_trainable_state(model, state)
+            except ValueError as error:
+                raise StorageError(f"{folder}: model {which!r} is not what model.json says: {error}") from error
+        return cls(description, which, model, _tokenizer(description), device)
+
+    def predict(
+        self,
+        task: str,
+        image: Picture | Sequence[Picture] | None = None,
+        text: str | Sequence[str] | None = None,
+        domain: str | None = None,
+        batch_size: int = 32,
+    ) -> Any:
+        """The model's answers; inputs are prepared as those of the training and test data are.
+
+        Args:
+            task: name of the task.
+            image: the image, or a list of them, where the task has the modality `image`.
+            text: the text, or a list of them, where it has `text`: what the spec's column or template gives.
+            domain: of the inputs, where the task's data have several.
+            batch_size: inputs that are computed at once.
+
+        Returns:
+            A `ClassAnswer`, `TextAnswer` or `ImageAnswer`; a list of them where a list was given.
+
+        Raises:
+            PersonalError: there is no such task or domain, or an input is missing, is too many or cannot be read.
+        """
+        wanted = self.task(task)
+        given = {"image": image, "text": text}
+        for modality, value in given.items():
+            if (value is None) == (modality in wanted.modalities):
+                fault = "needs" if value is None else "takes no"
+                raise PersonalError(f"task {task!r} {fault} {modality}: it takes {' and '.join(wanted.modalities)}")
+        single = not any(isinstance(value, list | tuple) for value in given.values())
+        columns = {name: _listed(value, single) for name, value in given.items() if value is not None}
+        sizes = {name: len(column) for name, column in columns.items()}
+        if len(set(sizes.values())) > 1:
+            raise PersonalError(f"task {task!r} got {sizes['image']} images and {sizes['text']} texts: give as many")
+        domain = self._domain(wanted, domain)
+        answers: list[Answer] = []
+        for rows in _parts(range(next(iter(sizes.values()))), batch_size):
+            part = {name: [column[row] for row in rows] for name, column in columns.items()}
+            answers += self._answers(wanted, self._inputs(part, domain))
+        return answers[0] if single else answers
+
+    @torch.inference_mode()
+    def _answers(self, task: TaskDescription, inputs: dict[str, Any]) -> list[Answer]:
+        if task.kind == "text_generation":
+
+            def generate(length: int) -> Tensor:
+                return cast(Tensor, self.model(task.name, {**inputs, "target_length": length}))
+
+            longest, end = self.description.settings.model.text_length, self.tokenizer.sep_token_id
+            return text_answers(generate, longest, cast(int, end), self.decode)
+        output = self.model(task.name, inputs)
+        return image_answers(output, inputs) if task.kind == "image_generation" else class_answers(output, task.classes)
+
+    def decode(self, ids: list[int]) -> str:
+        """Token ids -> text, without special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _inputs(self, columns: Mapping[str, Sequence[Any]], domain: str) -> dict[str, Any]:
+        pixels = texts = None
+        if "image" in columns:
+            pixels = torch.stack([_pixels(picture) for picture in columns["image"]])
+        if "text" in columns:
+            if wrong := [text for text in columns["text"] if not isinstance(text, str)]:
+                raise PersonalError(f"a text is a {type(wrong[0]).__name__}: give a string")
+            texts = token_ids(
+                columns["text"], self.tokenizer, self.description.settings.model.text_length, is_target=False
+            )
+        return model_inputs(domain, pixels, texts, cast(int, self.tokenizer.pad_token_id), self.device)
+
+    def task(self, name: str) -> TaskDescription:
+        """The task of a name.
+
+        Raises:
+            PersonalError: there is none.
+        """
+        if name not in self.tasks:
+            raise PersonalError(
+                f"client {self.description.client!r} has no task {name!r}: use one of {', '.join(self.tasks)}"
+            )
+        return self.tasks[name]
+
+    @staticmethod
+    def _domain(task: TaskDescription, domain: str | None) -> str:
+        if domain is None and len(task.domains) == 1:
+            return task.domains[0]
+        if domain not in task.domains:
+            said = "has several domains" if domain is None else f"has no domain {domain!r}"
+            raise PersonalError(f"task {task.name!r} {said}: use one of {', '.join(task.domains)}")
+        return domain
+
+
+def outlined(description: Description, dtype: torch.dtype | None = None) -> TapModel:
+    """The model that a description is of; its trainable tensors have no values yet.
+
+    Raises:
+        PersonalError: its backbone cannot be used, or is not the one that it was trained with.
+    """
+    shape = description.settings.model
+    dtype = dtype or getattr(torch, description.settings.compute.precision.value)
+    try:
+        backbone = load_backbone(description.backbone, shape.layers, shape.image_size, description.revision, dtype)
+        if backbone.fingerprint != description.fingerprint:
+            raise BackboneError(
+                f"backbone {description.backbone!r} has the fingerprint {backbone.fingerprint}, the models were trained "
+                f"with {description.fingerprint}: name the right one in model.json"
+            )
+        return client_model(backbone, description, shape.text_length)
+    except BackboneError as error:
+        raise PersonalError(f"client {description.client!r}: {error}") from error
+
+
+def _tokenizer(description: Description) -> PreTrainedTokenizerBase:
+    try:
+        return load_tokenizer(locate(description.backbone), description.revision)
+    except OSError as error:
+        raise PersonalError(f"backbone {description.backbone!r} has no tokenizer: {error}") from error
+
+
+def _states(folder: Path, description: Description, start: _Start) -> dict[str, State | None]:
+    """Name -> tensors of the client's models as an evaluation would have them; None is the run's initial values."""
+    store, method = ClientStore(folder, description.run), find_method(description.settings.method)
+    kept = store.load() if description.best is None else store.load_best(description.best)
+    received = store.received()
+    memory = Memory() if kept is None else kept.memory
+    models = {} if received is None else method.models(start, received.tensors, memory)
+    return {**models, **store.second_stage(method.results)}
+
+
+def _pixels(picture: Picture) -> Tensor:
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)):
+            raise PersonalError(
+                f"an image is an array {picture.shape} of {picture.dtype}: give [height, width, 3] or [height, width], uint8"
+            )
+        return pixels_of(Image.fromarray(picture))
+    if isinstance(picture, Image.Image):
+        return pixels_of(picture)
+    try:
+        return pixels_of(open_image(Path(picture)))
+    except Exception as error:  # whatever the decoders of all image formats raise
+        raise PersonalError(f"image {str(picture)!r} cannot be read: {error}; give a PNG, JPEG or WebP") from error
+
+
+def _listed(value: Any, single: bool) -> Sequence[Any]:
+    if not single and not isinstance(value, list | tuple):
+        raise PersonalError("one input is a list and the other is not: give two lists of one length")
+    return [value] if single else cast(Sequence[Any], value)
+
+
+def _parts(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

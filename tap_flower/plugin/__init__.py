@@ -1,1 +1,0 @@
-"""Clients with a model and data of their own: torch only."""

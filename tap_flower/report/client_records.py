@@ -1,0 +1,107 @@
+"""What a client writes down for its own people, in its state folder: decisions, examples, gradient cosines.
+
+None of it is ever sent. In a simulation the report reads it from `RUN/clients/NAME/`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from tap_flower.core.replacement import Decision
+from tap_flower.files import StorageError, read_json, write_atomically, write_json
+from tap_flower.plain import PlainError, check_fields, check_type, parse_json
+
+SCHEMA = 1
+DECISIONS, EXAMPLES, GRADIENTS = "decisions.jsonl", "examples.json", "gradients.json"
+_DECISION = {
+    "run": str,
+    "round": int,
+    "task": str,
+    "teacher_loss": float | None,
+    "personal_loss": float | None,
+    "margin": float,
+    "replaced": bool,
+}
+
+
+def record_decisions(folder: Path, run: str, server_round: int, decisions: Iterable[Decision]) -> None:
+    """Adds the decisions of a round, in place of what there is of this round and later ones: the round may be repeated.
+
+    Args:
+        folder: of the client's state.
+        run: identity of the run.
+        server_round: of the decisions.
+        decisions: on every pair. An infinite loss (the personal model's before its first participation) is written as null.
+    """
+    kept = [d for d in read_decisions(folder) if d["run"] == run and d["round"] < server_round]
+    new = [
+        {
+            "run": run,
+            "round": server_round,
+            "task": d.pair.task,
+            "teacher_loss": d.teacher_loss if math.isfinite(d.teacher_loss) else None,
+            "personal_loss": d.personal_loss if math.isfinite(d.personal_loss) else None,
+            "margin": d.margin,
+            "replaced": d.replaced,
+        }
+        for d in decisions
+    ]
+    write_atomically(folder / DECISIONS, "".join(f"{json.dumps(d)}\n" for d in kept + new).encode())
+
+
+def read_decisions(folder: Path) -> list[dict[str, Any]]:
+    """All decisions of a client, in the order of rounds; none where there is no record.
+
+    Raises:
+        StorageError: the record is damaged.
+    """
+    path = folder / DECISIONS
+    if not path.exists():
+        return []
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        try:
+            found.append(parse_json(line))
+            check_type(found[-1], dict[str, Any], "it")
+            check_fields(found[-1], _DECISION, "it")
+        except PlainError as error:
+            raise StorageError(f"{path} is damaged in line {number}: {error}; remove the file to go on") from error
+    return found
+
+
+def record_evaluation(folder: Path, run: str, tasks: Mapping[str, Any], cosines: Sequence[Mapping[str, Any]]) -> None:
+    """Writes what the evaluation has found besides metrics: examples of each task, and gradient cosines."""
+    write_json(folder / EXAMPLES, {"schema": SCHEMA, "run": run, "tasks": tasks})
+    write_json(folder / GRADIENTS, {"schema": SCHEMA, "run": run, "pairs": list(cosines)})
+
+
+def read_examples(folder: Path) -> dict[str, Any]:
+    """Task name -> `kind` and `items`, see `methods.samples`; nothing where there is no record."""
+    return cast(dict[str, Any], _read(folder / EXAMPLES, "tasks", dict[str, Any]) or {})
+
+
+def read_gradients(folder: Path) -> list[dict[str, Any]]:
+    """Gradient cosines, see `methods.interference`; none where there is no record."""
+    return cast(list[dict[str, Any]], _read(folder / GRADIENTS, "pairs", list[dict[str, Any]]) or [])
+
+
+def _read(path: Path, key: str, kind: Any) -> Any:
+    if not path.exists():
+        return None
+    value = read_json(path).get(key)
+    try:
+        check_type(value, kind | None, key)
+    except PlainError as error:
+        raise StorageError(f"{path} is damaged: {error}; remove the file to go on") from error
+    return value
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error

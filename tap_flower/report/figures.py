@@ -1,0 +1,204 @@
+"""The report's figures: what of a run goes into which chart, and the table behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from tap_flower.report import charts
+from tap_flower.report.charts import Bar, Lane, Point, Row, Series
+from tap_flower.report.compare import Table, metric_of
+from tap_flower.report.results import headline, models_in
+from tap_flower.report.run_record import RunRecord
+from tap_flower.report.svg import number
+
+LOSS = {
+    "image_classification": "cross-entropy, nats (lower is better)",
+    "text_classification": "cross-entropy, nats (lower is better)",
+    "text_generation": "cross-entropy of a token, nats (lower is better)",
+    "image_generation": "squared error, normalised pixels (lower is better)",
+}
+"""Kind of task -> what its loss is; see `loss_of`."""
+_FEW = 60
+"""Decisions up to which the compared losses have marks of their own."""
+_MANY = 1500
+"""Points of a chart up to which each has a mark; more of them would hide each other."""
+_BARS = 12
+"""Components with a bar of their own."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its title, its legend and its table.
+
+    Attributes:
+        title: on top.
+        chart: the picture.
+        legend: names of the series, which can be switched off and on.
+        table: the numbers.
+        names: a picture of the rows' names, beside a chart that scrolls.
+    """
+
+    title: str
+    chart: Markup
+    table: Table
+    legend: Sequence[str] = ()
+    names: Markup | None = None
+
+
+def loss_of(kind: str) -> str:
+    """What the loss of a kind of task is, for an axis; a user's own kind says no more than that it is a loss."""
+    return LOSS.get(kind, "loss (lower is better)")
+
+
+def client_figures(run: RunRecord) -> Iterator[Figure]:
+    """For each task: every client's headline metric with every model."""
+    results = run.results
+    for task, by_model in results["tasks"].items():
+        metric, kind = headline(results["kinds"][task])[0], results["kinds"][task]
+        models = [model for model in models_in({task: by_model}) if metric in by_model[model]]
+        values = {
+            model: {
+                name: by_task[task][model][metric]
+                for name, by_task in results["clients"].items()
+                if metric in by_task.get(task, {}).get(model, {})
+            }
+            for model in models
+        }
+        rows = [Row(model, by_model[model][metric], values[model]) for model in models]
+        clients = sorted({name for of_model in values.values() for name in of_model})
+        table = Table(
+            f"{task}: {metric_of(kind)}, each client",
+            ["client", *models],
+            [[name, *(number(values[model].get(name)) for model in models)] for name in clients],
+        )
+        label = f"{task}: {metric} of each client and the mean, by model"
+        yield Figure(task, charts.dot_rows(rows, metric_of(kind), label), table)
+
+
+def loss_figures(run: RunRecord) -> Iterator[Figure]:
+    """For each task: the training loss of the server's copy on each client, by round."""
+    kinds = run.results["kinds"]
+    for task in sorted(kinds):
+        losses: dict[str, dict[int, float]] = {}
+        for event in run.rounds:
+            for client, report in event["clients"].items():
+                if task in report["losses"]:
+                    losses.setdefault(client, {})[event["round"]] = report["losses"][task]
+        if not losses:
+            continue
+        few = sum(map(len, losses.values())) <= _MANY
+        series = [
+            Series(client, [Point(r, v, f"{r}: {number(v)}") for r, v in by_round.items()], f"{client}, round ", few)
+            for client, by_round in sorted(losses.items())
+        ]
+        names = [one.name for one in series]
+        rounds = sorted({r for by_round in losses.values() for r in by_round})
+        rows = [[str(r), *(number(losses[n][r]) if r in losses[n] else "" for n in names)] for r in rounds]
+        table = Table(f"{task}: training loss, {loss_of(kinds[task])}", ["round", *names], rows)
+        label = f"{task}: training loss of the server's copy by round, {len(series)} clients"
+        yield Figure(
+            task,
+            charts.line_chart(series, charts.rounds_axis(run.results["rounds"]), loss_of(kinds[task]), label),
+            table,
+            names,
+        )
+
+
+def replacement_map(run: RunRecord) -> Figure | None:
+    """Client and task × round: where a client took part, and where its components were replaced."""
+    found: dict[tuple[str, str], dict[int, bool]] = {
+        (client, task): {} for client, by_task in run.results["clients"].items() for task in by_task
+    }
+    for event in run.rounds:
+        for client, report in event["clients"].items():
+            for task, replaced in report["replacements"].items():
+                found.setdefault((client, task), {})[event["round"]] = bool(replaced)
+    if not any(found.values()):
+        return None
+    lanes = [Lane(client, task, by_round) for (client, task), by_round in sorted(found.items(), key=_natural)]
+    rows = [
+        [lane.name, str(len(lane.replaced)), str(sum(lane.replaced.values())), _rounds(lane.replaced)] for lane in lanes
+    ]
+    table = Table("Replacements", ["client · task", "rounds", "replaced", "in rounds"], rows)
+    label = f"Replacements by client, task and round: {sum(sum(lane.replaced.values()) for lane in lanes)} in all"
+    names, chart = charts.round_map(lanes, run.results["rounds"], label)
+    return Figure("Replacements", chart, table, names=names)
+
+
+def _natural(item: tuple[tuple[str, str], Any]) -> tuple[int, str, str]:
+    (client, task), _ = item
+    return len(client), client, task
+
+
+def _rounds(replaced: Mapping[int, bool]) -> str:
+    return ", ".join(str(r) for r, was in replaced.items() if was)
+
+
+def decision_figures(run: RunRecord, client: str) -> Iterator[Figure]:
+    """For each of a client's tasks: the losses that were compared, by round, and what was decided."""
+    by_task: dict[str, list[Mapping[str, Any]]] = {}
+    for decision in run.clients[client].decisions:
+        by_task.setdefault(decision["task"], []).append(decision)
+    for task, decisions in by_task.items():
+        teacher, personal, rows = [], [], []
+        for d in decisions:
+            done = "replaced" if d["replaced"] else "kept"
+            losses = f"{number(d['teacher_loss'])} against {number(d['personal_loss'])}"
+            tip = f"{d['round']}: {losses}, margin {d['margin']:g}: {done}"
+            if d["teacher_loss"] is not None:
+                teacher.append(Point(d["round"], d["teacher_loss"], tip, filled=bool(d["replaced"])))
+            if d["personal_loss"] is not None:
+                personal.append(Point(d["round"], d["personal_loss"], tip, filled=False))
+            cells = (number(d["teacher_loss"]), number(d["personal_loss"]), f"{d['margin']:g}")
+            rows.append([str(d["round"]), *cells, done])
+        few = len(decisions) <= _FEW  # with more, the values are in the tips of the decisions alone
+        series = [Series("server's copy", teacher, "round "), Series("personal model", personal, "round ", few)]
+        unit = loss_of(run.results["kinds"].get(task, ""))
+        table = Table(
+            f"{task}: losses at each decision, {unit}",
+            ["round", "server's copy", "personal", "margin", "decision"],
+            rows,
+        )
+        label = (
+            f"{client}, {task}: losses at {len(decisions)} decisions, {sum(d['replaced'] for d in decisions)} replaced"
+        )
+        chart = charts.line_chart(series, charts.rounds_axis(run.results["rounds"]), unit, label)
+        yield Figure(task, chart, table, [one.name for one in series])
+
+
+def byte_figure(run: RunRecord) -> Figure | None:
+    """MB of each component, in both directions; the largest have bars."""
+    found = run.results["bytes"]["per_component"]
+    if not found:
+        return None
+    bars = [Bar(name, way["down"] / 1e6, way["up"] / 1e6) for name, way in found.items()]
+    bars.sort(key=lambda bar: -(bar.down + bar.up))
+    rows = [[bar.name, number(bar.down), number(bar.up)] for bar in bars]
+    rest = bars[_BARS:]
+    if rest:
+        name = f"the other {len(rest)}"
+        bars = [*bars[:_BARS], Bar(name, sum(b.down for b in rest), sum(b.up for b in rest))]
+    label = f"MB by component, to clients and back; the largest is {bars[0].name}"
+    table = Table("MB by component", ["component", "to clients", "back"], rows)
+    return Figure("MB by component", charts.byte_bars(bars, label), table, ["to clients", "back"])
+
+
+def gradient_figure(run: RunRecord, client: str) -> Figure | None:
+    """Cosines between the gradients of a client's pairs on what they share."""
+    pairs = run.clients[client].gradients
+    if not pairs:
+        return None
+    names = sorted({pair[end] for pair in pairs for end in ("a", "b")})
+    cells = {(pair["a"], pair["b"]): pair["cosine"] for pair in pairs}
+    rows = [
+        [f"{pair['a']} and {pair['b']}", component, number(cosine)]
+        for pair in pairs
+        for component, cosine in pair["components"].items()
+    ]
+    table = Table("Cosine on each shared component", ["pair", "component", "cosine"], rows)
+    label = "Cosine between gradients: " + "; ".join(f"{a} and {b} {number(c)}" for (a, b), c in cells.items())
+    return Figure(client, charts.matrix(names, cells, label), table)

@@ -1,0 +1,103 @@
+"""`report.html`: one file that shows one run or several, without a request to any network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from tap_flower.files import write_atomically
+from tap_flower.report import compare as comparison
+from tap_flower.report import figures
+from tap_flower.report.run_record import RunRecord, read_run
+from tap_flower.report.svg import SERIES, number
+
+REPORT = "report.html"
+ITEMS, FEWER_ITEMS, MANY_CLIENTS = 4, 2, 12
+"""Test items of a task that are shown, and fewer of them for more clients: pictures are a good part of the file."""
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """A run, ready for the page."""
+
+    run: RunRecord
+    clients: Sequence[figures.Figure]
+    losses: Sequence[figures.Figure]
+    replacements: figures.Figure | None
+    decisions: dict[str, list[figures.Figure]]
+    bytes: figures.Figure | None
+    gradients: Sequence[figures.Figure]
+
+    @property
+    def on_nodes(self) -> list[str]:
+        """Clients whose own folders are not at hand."""
+        return [name for name, client in self.run.clients.items() if not client.here]
+
+
+def write_report(folders: Sequence[Path], file: Path) -> None:
+    """Writes the page of some run folders.
+
+    Args:
+        folders: of finished runs, at least one.
+        file: where to.
+
+    Raises:
+        StorageError: a run has not finished, a file is damaged, or `file` cannot be written.
+    """
+    write_atomically(file, page([read_run(folder) for folder in folders]).encode())
+
+
+def page(runs: Sequence[RunRecord]) -> str:
+    """The page as HTML."""
+    grouped = comparison.groups(runs)
+    return _template("report.html").render(
+        runs=[_run_page(run) for run in runs],
+        headlines=[(group, comparison.headline_table(group)) for group in grouped],
+        side_by_side=comparison.side_by_side(grouped) if len(runs) > 1 else None,
+        differences=comparison.differences(runs),
+        items=ITEMS if max(len(run.clients) for run in runs) <= MANY_CLIENTS else FEWER_ITEMS,
+        series=SERIES,
+    )
+
+
+def write_study(title: str, lead: str, shown: Sequence[figures.Figure], file: Path) -> None:
+    """Writes the page of a study.
+
+    Args:
+        title: what was asked.
+        lead: how it was measured.
+        shown: its figures.
+        file: where to.
+    """
+    page = _template("study.html").render(title=title, lead=lead, figures=shown, series=SERIES)
+    write_atomically(file, page.encode())
+
+
+def _run_page(run: RunRecord) -> RunPage:
+    gradients = [figures.gradient_figure(run, client) for client in run.clients]
+    return RunPage(
+        run,
+        clients=list(figures.client_figures(run)),
+        losses=list(figures.loss_figures(run)),
+        replacements=figures.replacement_map(run),
+        decisions={client: list(figures.decision_figures(run, client)) for client in run.clients},
+        bytes=figures.byte_figure(run),
+        gradients=[figure for figure in gradients if figure is not None],
+    )
+
+
+@cache
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=PackageLoader("tap_flower.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    return environment.get_template(name)

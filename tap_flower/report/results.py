@@ -1,0 +1,148 @@
+"""`results.json`: the outcome of a run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tap_flower.core.tasks import TASK_KINDS
+from tap_flower.files import StorageError, read_json
+
+SCHEMA = 1
+RESULTS = "results.json"
+MODELS = ("server", "server+finetune", "personal", "tap")
+"""In the order in which they are shown."""
+Metrics = Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+def results(
+    *,
+    preset: str,
+    method: str,
+    seed: int,
+    rounds: int,
+    clients: Mapping[str, Metrics],
+    kinds: Mapping[str, str],
+    replacements: Mapping[str, Mapping[str, int]],
+    bytes_: Mapping[str, Any],
+    steps: Mapping[str, int],
+    seconds: Mapping[str, float],
+    privacy: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of `results.json`.
+
+    Args:
+        preset: name of the preset.
+        method: name of the method.
+        seed: of the run.
+        rounds: rounds of stage 1.
+        clients: client -> task -> model -> metric -> value on the client's test data.
+        kinds: task name -> name of its kind.
+        replacements: client -> task -> number of rounds in which its components were replaced.
+        bytes_: `down`, `up` and `per_component`.
+        steps: client -> optimiser steps that it made, both stages.
+        seconds: of each phase.
+        privacy: what a private run has spent; None leaves the key out.
+    """
+    collected: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    for _, by_task in sorted(clients.items()):
+        for task, by_model in by_task.items():
+            for model, by_metric in by_model.items():
+                for metric, value in by_metric.items():
+                    collected[task][model][metric].append(value)
+    return {
+        "schema": SCHEMA,
+        "preset": preset,
+        "method": method,
+        "seed": seed,
+        "rounds": rounds,
+        "clients": {name: clients[name] for name in sorted(clients)},
+        "tasks": {
+            task: {model: {metric: fmean(v) for metric, v in m.items()} for model, m in by_model.items()}
+            for task, by_model in sorted(collected.items())
+        },
+        "kinds": dict(sorted(kinds.items())),
+        "replacements": {name: dict(replacements[name]) for name in sorted(replacements)},
+        "bytes": dict(bytes_),
+        "steps": {name: steps[name] for name in sorted(steps)},
+        "seconds": dict(seconds),
+        **({} if privacy is None else {"privacy": dict(privacy)}),
+    }
+
+
+def read_results(run: Path) -> dict[str, Any]:
+    """Reads the results of a run folder.
+
+    Raises:
+        StorageError: there is no such folder, the run has not finished, or the file is damaged.
+    """
+    if not run.is_dir():
+        raise StorageError(f"{run} is no run folder: give the folder that `tap-flower simulate --out` wrote")
+    if not (run / RESULTS).exists():
+        raise StorageError(f"{run} holds no {RESULTS}: the run has not finished; go on with `--out {run} --resume`")
+    found = read_json(run / RESULTS)
+    if found.get("schema") != SCHEMA:
+        raise StorageError(
+            f"{run / RESULTS} has schema {found.get('schema')}, not {SCHEMA}: use the version that wrote it"
+        )
+    missing = {
+        "preset",
+        "method",
+        "seed",
+        "rounds",
+        "clients",
+        "tasks",
+        "kinds",
+        "replacements",
+        "bytes",
+    } - found.keys()
+    if missing:
+        raise StorageError(f"{run / RESULTS} is damaged: it lacks {', '.join(sorted(missing))}")
+    return found
+
+
+def mean_of_runs(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Task -> model -> metric -> mean over several runs, for what all of them have."""
+    first, *others = [run["tasks"] for run in found]
+    return {
+        task: {
+            model: {
+                metric: fmean([value, *(run[task][model][metric] for run in others)])
+                for metric, value in by_metric.items()
+                if all(metric in run[task][model] for run in others)
+            }
+            for model, by_metric in by_model.items()
+            if all(model in run[task] for run in others)
+        }
+        for task, by_model in first.items()
+        if all(task in run for run in others)
+    }
+
+
+def headline(kind: str) -> tuple[str, bool]:
+    """(metric that a kind of task is judged by, whether higher is better); a user's own kind is judged by its loss."""
+    found = TASK_KINDS.get(kind)
+    return ("loss", False) if found is None else (found.headline, found.higher_is_better)
+
+
+def models_in(tasks: Metrics) -> list[str]:
+    """The models that there are results of, in the order in which they are shown."""
+    present = {model for by_model in tasks.values() for model in by_model}
+    return [model for model in MODELS if model in present] + sorted(present - set(MODELS))
+
+
+def best(kind: str, values: Sequence[float | None]) -> float | None:
+    """The best of some values of the headline metric; None where there are none, or no two that differ."""
+    known = {value for value in values if value is not None}
+    return (max if headline(kind)[1] else min)(known) if len(known) > 1 else None
+
+
+def scores(found: Mapping[str, Any], model: str) -> dict[str, float]:
+    """Task -> score of a model in the results of a run, see `TaskKind.score`."""
+    kinds = found["kinds"]
+    return {task: TASK_KINDS[kinds[task]].score(by_model[model]) for task, by_model in found["tasks"].items()}

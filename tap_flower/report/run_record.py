@@ -1,0 +1,81 @@
+"""Everything that a run folder holds for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tap_flower.files import StorageError
+from tap_flower.report.client_records import read_decisions, read_examples, read_gradients
+from tap_flower.report.events import read_events
+from tap_flower.report.results import read_results
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """What lies in a client's own folder.
+
+    Attributes:
+        decisions: on replacement, in the order of rounds.
+        examples: task name -> `kind` and `items`.
+        gradients: cosines between pairs.
+        here: whether the folder is at hand; on a node of a real deployment it is not.
+    """
+
+    decisions: Sequence[Mapping[str, Any]] = ()
+    examples: Mapping[str, Mapping[str, Any]] | None = None
+    gradients: Sequence[Mapping[str, Any]] = ()
+    here: bool = False
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A finished run.
+
+    Attributes:
+        name: of its folder.
+        results: content of `results.json`.
+        rounds: events of complete rounds, in order.
+        config: content of `config.yaml`, or nothing.
+        clients: client name -> what lies in its own folder.
+    """
+
+    name: str
+    results: Mapping[str, Any]
+    rounds: Sequence[Mapping[str, Any]]
+    config: str
+    clients: Mapping[str, ClientRecord]
+
+    @property
+    def title(self) -> str:
+        """Folder and seed."""
+        return f"{self.name} (seed {self.results['seed']})"
+
+
+def read_run(run: Path) -> RunRecord:
+    """Reads a run folder. Only results are required; what else is missing is left out.
+
+    Raises:
+        StorageError: the run has not finished, or a file is damaged.
+    """
+    results = read_results(run)
+    try:
+        events = [event for event in read_events(run) if event["event"] == "round"]
+        config = run / "config.yaml"
+        text = config.read_text(encoding="utf-8") if config.exists() else ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"{run}: metrics.jsonl or config.yaml is damaged: {error}; restore it, or remove it"
+        ) from error
+    clients = {name: _client(run / "clients", name) for name in results["clients"]}
+    return RunRecord(run.resolve().name, results, events, text, clients)
+
+
+def _client(parent: Path, name: str) -> ClientRecord:
+    folder = parent / name
+    # A name comes from a client, over the wire: it must not lead out of the run folder.
+    if Path(name).name != name or not folder.is_dir():
+        return ClientRecord()
+    return ClientRecord(read_decisions(folder), read_examples(folder), read_gradients(folder), here=True)

@@ -1,0 +1,269 @@
+"""A whole run on this machine through Flower's simulation runtime.
+
+`flwr run` starts a SuperLink that it never stops, whose working directory and environment are those of the first run ever.
+Here every run has a SuperLink of its own: a neutral working directory, its own `FLWR_HOME` and port, no installation of
+dependencies, and an end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+import psutil
+
+from tap_flower.report.events import METRICS, read_events
+from tap_flower.report.results import read_results
+from tap_flower.run.flower import QUIET, flower_program, free_port, path_of_programs
+from tap_flower.run.resources import Resources
+
+CONNECTION = "tap-flower"
+"""The name of the SuperLink in its own configuration of Flower."""
+_START_SECONDS = 60.0
+_STATUS_SECONDS = 30.0
+"""Seconds without a new event after which Flower is asked whether the run is still alive."""
+
+
+class SimulationError(RuntimeError):
+    """The run failed; the message says why, or where the log is."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to run.
+
+    Attributes:
+        preset: name of a preset.
+        config: path of a YAML file, or nothing.
+        settings: `key=value` strings.
+        out: the run folder.
+        resume: whether to go on with the run in that folder.
+        clients: number of clients, one node each.
+        resources: what each of them gets.
+    """
+
+    preset: str
+    config: str
+    settings: tuple[str, ...]
+    out: Path
+    resume: bool
+    clients: int
+    resources: Resources
+
+
+def app_folder() -> Path:
+    """The folder of the Flower app: inside the package when installed from a wheel, else the source tree.
+
+    Raises:
+        SimulationError: it is in neither place.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "flower_app", package.parent):
+        if (folder / "client_app" / "app.py").exists() and (folder / "pyproject.toml").exists():
+            return folder
+    raise SimulationError(f"the Flower app (client_app, server_app) is not beside {package}: install tap-flower again")
+
+
+def simulate(launch: Launch, on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Runs to the end and returns the results.
+
+    Args:
+        launch: what to run.
+        on_event: called with each event of `metrics.jsonl` as it is written.
+
+    Raises:
+        SimulationError: Flower could not be started, or the run failed.
+    """
+    out = launch.out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # The events of a resumed run are rewritten when it starts: wait for that.
+    before = _identity(out / METRICS)
+    with (
+        ends_when_told(),
+        tempfile.TemporaryDirectory(prefix="tap-flower-") as work,
+        superlink(Path(work)) as flower,
+    ):
+        run_id = _submit(launch, out, flower)
+        seen, last = 0, time.monotonic()
+        while True:
+            new = list(read_events(out, seen)) if _identity(out / METRICS) != before else []
+            for event in new:
+                on_event(event)
+                if event["event"] == "failed":
+                    raise SimulationError(event["problem"])
+                if event["event"] == "end":
+                    return read_results(out)
+            seen, last = seen + len(new), time.monotonic() if new else last
+            if time.monotonic() - last > _STATUS_SECONDS:
+                status, last = status_of(flower, run_id), time.monotonic()
+                if status.startswith("finished"):
+                    raise SimulationError(f"the run ended with status {status}:\n{_tail(flower.log)}")
+            time.sleep(0.2)
+
+
+@contextmanager
+def ends_when_told() -> Iterator[None]:
+    """Makes SIGTERM an orderly end, as Ctrl-C is one: what was started ends too. Outside the main thread, nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@dataclass(frozen=True)
+class Flower:
+    """A SuperLink of one's own: its folder, the environment of commands to it, and its log."""
+
+    folder: Path
+    environment: dict[str, str]
+    log: Path
+
+
+@contextmanager
+def superlink(folder: Path) -> Iterator[Flower]:
+    """A SuperLink for one run, ended with everything that it started."""
+    port, home = free_port(), folder / "flwr"
+    home.mkdir()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+        f'address = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    environment = {**os.environ, **QUIET, **path_of_programs(), "FLWR_HOME": str(home)}
+    flower = Flower(folder, environment, folder / "flower.log")
+    with flower.log.open("wb") as log:
+        process = subprocess.Popen(
+            [
+                *(flower_program("flower-superlink"), "--insecure", "--simulation"),
+                *("--isolation", "subprocess", "--disable-runtime-dependency-installation"),
+                *("--host", "127.0.0.1", "--port", str(port)),
+            ],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + _START_SECONDS
+        while not _answers(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SimulationError(f"Flower's SuperLink did not start:\n{_tail(flower.log)}")
+            time.sleep(0.1)
+        yield flower
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the SuperLink and all that it has started, some of it in sessions of its own: politely, then for good."""
+    try:
+        root = psutil.Process(process.pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        family = []
+    for end, patience in ((psutil.Process.terminate, 15.0), (psutil.Process.kill, 5.0)):
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                end(member)
+        _, family = psutil.wait_procs(family, patience)
+    process.wait()
+
+
+def _submit(launch: Launch, out: Path, flower: Flower) -> int:
+    # A TOML file, since `--run-config` on the command line takes values with quotes and spaces apart.
+    values = {
+        "preset": launch.preset,
+        "config": str(Path(launch.config).resolve()) if launch.config else "",
+        "set": " ".join(launch.settings),
+        "out": str(out),
+    }
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()] + [
+        f"resume = {str(launch.resume).lower()}"
+    ]
+    run_config = flower.folder / "run.toml"
+    run_config.write_text("\n".join(lines) + "\n")
+    federation = {"num-supernodes": launch.clients, **launch.resources.federation_config()}
+    answer = flwr(
+        flower,
+        "run",
+        str(app_folder()),
+        CONNECTION,
+        "--run-config",
+        str(run_config),
+        "--federation-config",
+        " ".join(f"{key}={value}" for key, value in federation.items()),
+    )
+    if not answer.get("success", False):
+        raise SimulationError(f"Flower did not take the run: {answer.get('error-message', answer)}")
+    return int(answer["run-id"])
+
+
+def status_of(flower: Flower, run_id: int) -> str:
+    """Flower's status of a run, such as `finished:completed`."""
+    answer = flwr(flower, "ls", CONNECTION, "--run-id", str(run_id))
+    runs = answer.get("runs") or [{}]
+    return str(runs[0].get("status", "unknown"))
+
+
+def flwr(flower: Flower, *arguments: str) -> dict[str, Any]:
+    """What a command of Flower's answers to `--format json`.
+
+    Raises:
+        SimulationError: it failed.
+    """
+    done = subprocess.run(
+        [flower_program("flwr"), *arguments, "--format", "json"],
+        cwd=flower.folder,
+        env=flower.environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    start = done.stdout.find("{")
+    try:
+        answer = json.loads(done.stdout[start:])
+    except ValueError as error:
+        raise SimulationError(f"flwr {arguments[0]} failed: {(done.stderr or done.stdout).strip()}") from error
+    return dict(answer)
+
+
+def _answers(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=1.0).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Something that changes when the file is replaced, not when it grows; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_dev
+
+
+def _tail(log: Path, lines: int = 25) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

@@ -1,0 +1,100 @@
+"""A Flower SuperNode for one client: what `tap-flower node` becomes."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from tap_flower.config import ConfigError
+from tap_flower.run.flower import QUIET, flower_program, free_port, path_of_programs
+
+
+@dataclass(frozen=True)
+class NodeLaunch:
+    """What to start.
+
+    Attributes:
+        spec: the client spec's file.
+        superlink: address of the SuperLink, host:port.
+        state_dir: where the client keeps its models; Flower never sees it.
+        root_certificates: PEM file of the authority that signed the SuperLink's certificate; without it, the system's.
+        key: private key of the node, where the SuperLink asks for one.
+        insecure: no TLS.
+        port: of the node's own processes on this machine; without it, a free one.
+        data_root: a mirror of hub data sets.
+        meteor: whether to compute METEOR of generated texts.
+        bertscore: model of BERTScore, or nothing.
+    """
+
+    spec: Path
+    superlink: str
+    state_dir: Path
+    root_certificates: Path | None = None
+    key: Path | None = None
+    insecure: bool = False
+    port: int | None = None
+    data_root: Path | None = None
+    meteor: bool = False
+    bertscore: str = ""
+
+    def command(self) -> list[str]:
+        """The program and its arguments.
+
+        Raises:
+            ConfigError: a file is missing, a folder cannot be written, or options contradict each other.
+        """
+        if self.insecure and (self.root_certificates or self.key):
+            raise ConfigError("--insecure is without TLS and keys: leave it out, or --root-certificates and --key")
+        arguments = ["--insecure"] if self.insecure else []
+        for option, file in (
+            ("--root-certificates", self.root_certificates),
+            ("--auth-supernode-private-key", self.key),
+        ):
+            if file is not None:
+                if not file.is_file():
+                    raise ConfigError(f"there is no file {file}: give another one")
+                arguments += [option, str(file.resolve())]
+        try:
+            self.state_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"state folder {self.state_dir} cannot be made: {error.strerror}") from error
+        if not os.access(self.state_dir, os.W_OK):
+            raise ConfigError(f"state folder {self.state_dir} cannot be written: make it writable, or give another one")
+        return [
+            flower_program("flower-supernode"),
+            *("--superlink", self.superlink),
+            *("--port", str(self.port or free_port())),
+            *arguments,
+            *("--node-config", self._node_config()),
+        ]
+
+    def _node_config(self) -> str:
+        """As `federation.node` reads it."""
+        values = {"client-spec": str(self.spec.resolve()), "state-dir": str(self.state_dir.resolve())}
+        if self.data_root is not None:
+            values["data-root"] = str(self.data_root.resolve())
+        if self.bertscore:
+            values["bertscore-model"] = self.bertscore
+        told = [f"{name}={_quoted(value)}" for name, value in values.items()]
+        return " ".join([*told, *(["meteor=true"] if self.meteor else [])])
+
+
+def start(launch: NodeLaunch) -> None:
+    """Becomes the SuperNode: this process goes on as Flower's, so that signals reach it.
+
+    Raises:
+        ConfigError: as `NodeLaunch.command`.
+    """
+    command = launch.command()
+    os.execve(command[0], command, {**QUIET, **os.environ, **path_of_programs()})
+
+
+def _quoted(value: str) -> str:
+    """As Flower takes strings apart: in one kind of quotes, without any of that kind inside."""
+    if "'" not in value:
+        return f"'{value}'"
+    if '"' not in value:
+        return json.dumps(value, ensure_ascii=False)
+    raise ConfigError(f"{value} has both kinds of quotes, which Flower's --node-config cannot hold: use another path")

@@ -1,0 +1,1 @@
+"""Runs on the server: the strategy and what it keeps."""

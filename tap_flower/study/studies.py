@@ -1,0 +1,241 @@
+"""Studies: what changes as one thing changes. Each is a sweep with one page of figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from tap_flower.config import ConfigError, load_config, plain
+from tap_flower.core.initial import named_seed
+from tap_flower.core.tasks import TASK_KINDS
+from tap_flower.files import write_atomically
+from tap_flower.report.charts import Axis, Point, Series, line_chart
+from tap_flower.report.compare import Table
+from tap_flower.report.figures import Figure
+from tap_flower.report.html import write_study
+from tap_flower.report.results import headline, read_results, scores
+from tap_flower.report.svg import number
+from tap_flower.study.comparison import OVERALL
+from tap_flower.study.plan import PlannedRun
+from tap_flower.study.statistics import Estimate, estimate
+
+Curves = Mapping[str, Mapping[float, Estimate]]
+"""Name of a line -> x -> mean and interval over seeds."""
+Losses = Mapping[str, Mapping[str, float]]
+"""Task -> model -> test loss."""
+_COMPARED = ("server", "personal", "tap")
+"""The models of the study of pairs."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study, ready to run.
+
+    Attributes:
+        name: of its files.
+        title: what is asked.
+        lead: how it is measured.
+        axis: name of what changes.
+        runs: all of them.
+        measure: after the runs: title and unit of each figure -> its curves.
+    """
+
+    name: str
+    title: str
+    lead: str
+    axis: str
+    runs: tuple[PlannedRun, ...]
+    measure: Callable[[], Mapping[tuple[str, str], Curves]]
+
+    def write(self, out: Path) -> Path:
+        """Writes the page and the numbers as CSV; returns the page."""
+        found, lines = self.measure(), io.StringIO()
+        write = csv.writer(lines, lineterminator="\n").writerow
+        write(["figure", "line", self.axis, "mean", "half_interval_95", "seeds"])
+        for (title, _), curves in found.items():
+            for line, by_x in curves.items():
+                for x, one in by_x.items():
+                    write([title, line, x, one.mean, "" if one.half is None else one.half, one.count])
+        write_atomically(out / f"{self.name}.csv", lines.getvalue().encode())
+        shown = [_figure(title, unit, self.axis, curves) for (title, unit), curves in found.items()]
+        write_study(self.title, self.lead, shown, out / f"{self.name}.html")
+        return out / f"{self.name}.html"
+
+
+def pairs_study(preset: str, config: str, settings: Sequence[str], seeds: Sequence[int], out: Path) -> Study:
+    """How well one server model serves a pair as the number of pairs grows, at equal data and budget for each pair.
+
+    Every client is split into clients of one pair. For each seed the pairs are put into an order of its own, and as many as
+    the largest power of two are trained alone, in groups of 2, of 4 and so on, each group a federation in which all clients
+    take part in every round. A pair has the same clients, examples and optimiser steps in each; what differs is who else is
+    averaged into the components that it shares.
+
+    Args:
+        preset: name of a preset.
+        config: path of a YAML file, or nothing.
+        settings: `key=value` strings.
+        seeds: of the runs.
+        out: folder of the study.
+
+    Raises:
+        ConfigError: there are fewer than two tasks, or a setting is wrong.
+    """
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for client in plain(load_config(preset, config, settings))["clients"]:
+        for task in client["tasks"]:
+            one = {**client, "name": f"{client['name']}-{task['name']}", "tasks": [task]}
+            by_task.setdefault(task["name"], []).append(one)
+    if len(by_task) < 2:
+        raise ConfigError(f"the study of pairs needs clients with two tasks at least; {preset!r} has {len(by_task)}")
+    sizes = [2**n for n in range(len(by_task).bit_length()) if 2**n <= len(by_task)]
+    runs: dict[tuple[int, int], list[tuple[PlannedRun, list[str]]]] = {}
+    for seed in seeds:
+        order = sorted(by_task)
+        random.Random(named_seed(seed, "pairs")).shuffle(order)
+        for size in sizes:
+            for first in range(0, sizes[-1], size):
+                group = sorted(order[first : first + size])
+                clients = [client for task in group for client in by_task[task]]
+                file = out / "groups" / f"{'+'.join(group)}.yaml"
+                write_atomically(file, yaml.safe_dump({"clients": clients, "clients_per_round": len(clients)}).encode())
+                own = (*settings, "method=tap", f"seed={seed}")
+                folder = out / "+".join(group) / f"seed-{seed}"
+                run = PlannedRun(f"{size} pairs", seed, preset, str(file.resolve()), own, folder)
+                runs.setdefault((seed, size), []).append((run, group))
+
+    def measure() -> Mapping[tuple[str, str], Curves]:
+        losses: dict[tuple[int, int], Losses] = {
+            key: {
+                task: {model: metrics["loss"] for model, metrics in read_results(run.folder)["tasks"][task].items()}
+                for run, group in of_size
+                for task in group
+            }
+            for key, of_size in runs.items()
+        }
+        whole = {
+            model: {
+                size: estimate([_relative(losses[seed, size], losses[seed, 1], model) for seed in seeds])
+                for size in sizes
+            }
+            for model in _COMPARED
+        }
+        figures = {("Test loss, relative to the pair alone", "loss / loss alone (lower is better)"): whole}
+        for task in sorted(by_task):
+            drawn = [seed for seed in seeds if task in losses[seed, 1]]
+            if drawn:
+                figures[task, "test loss (lower is better)"] = {
+                    model: {size: estimate([losses[seed, size][task][model] for seed in drawn]) for size in sizes}
+                    for model in _COMPARED
+                }
+        return figures
+
+    return Study(
+        "pairs",
+        "Does one model for all serve each pair worse as their number grows?",
+        f"Preset {preset}; clients of one pair each, equal data and optimiser steps for a pair whatever their number; "
+        f"groups of {', '.join(map(str, sizes))} of {sizes[-1]} pairs, drawn anew for each seed. A pair's test loss is "
+        f"divided by its loss trained alone; mean over pairs, 95 % interval over seeds {', '.join(map(str, seeds))}. Below, "
+        "each pair's test loss, over the seeds that drew it.",
+        "pairs in the federation",
+        tuple(run for of_size in runs.values() for run, _ in of_size),
+        measure,
+    )
+
+
+def margin_study(
+    preset: str, config: str, settings: Sequence[str], seeds: Sequence[int], margins: Sequence[float], out: Path
+) -> Study:
+    """What the margin of the replacement does to the result and to the number of replacements.
+
+    Args:
+        preset: name of a preset.
+        config: path of a YAML file, or nothing.
+        settings: `key=value` strings.
+        seeds: of the runs.
+        margins: each is set for all kinds of task; clients' own margins go before it.
+        out: folder of the study.
+    """
+    runs = {
+        (margin, seed): PlannedRun(
+            f"margin {margin:g}",
+            seed,
+            preset,
+            config,
+            (*settings, "method=tap", *(f"replacement.margin.{kind}={margin}" for kind in TASK_KINDS), f"seed={seed}"),
+            out / f"margin-{margin:g}" / f"seed-{seed}",
+        )
+        for seed in seeds
+        for margin in margins
+    }
+
+    def measure() -> Mapping[tuple[str, str], Curves]:
+        found = {key: read_results(run.folder) for key, run in runs.items()}
+        figures: dict[tuple[str, str], dict[str, dict[float, Estimate]]] = {}
+        kinds = {task: kind for results in found.values() for task, kind in results["kinds"].items()}
+        for task, kind in sorted(kinds.items()):
+            metric, higher = headline(kind)
+            title = task, f"{metric} ({'higher' if higher else 'lower'} is better)"
+            for model in ("personal", "tap"):
+                figures.setdefault(title, {})[model] = {
+                    margin: estimate([found[margin, seed]["tasks"][task][model][metric] for seed in seeds])
+                    for margin in margins
+                }
+        overall = {
+            model: {
+                margin: estimate([fmean(scores(found[margin, seed], model).values()) for seed in seeds])
+                for margin in margins
+            }
+            for model in ("personal", "tap")
+        }
+        counts = {margin: estimate([_replaced(found[margin, seed]) for seed in seeds]) for margin in margins}
+        whole = OVERALL.capitalize(), "score (higher is better)"
+        return {
+            whole: overall,
+            **figures,
+            ("Replacements", "in a run, all clients and pairs"): {"replacements": counts},
+        }
+
+    return Study(
+        "margin",
+        "How much does the margin of the replacement matter?",
+        f"Preset {preset}, method tap; one margin for all kinds of task; test data, mean over clients and its 95 % interval "
+        f"over seeds {', '.join(map(str, seeds))}.",
+        "margin",
+        tuple(runs.values()),
+        measure,
+    )
+
+
+def _relative(losses: Losses, alone: Losses, model: str) -> float:
+    """Mean over pairs of the loss over the loss alone."""
+    return fmean(by_model[model] / alone[task][model] for task, by_model in losses.items())
+
+
+def _replaced(results: Mapping[str, Any]) -> int:
+    return sum(sum(by_task.values()) for by_task in results["replacements"].values())
+
+
+def _figure(title: str, unit: str, axis: str, curves: Curves) -> Figure:
+    marks = sorted({x for by_x in curves.values() for x in by_x})
+    series = [
+        Series(
+            name, [Point(x, one.mean, f"{name}, {axis} {x:g}: {said(one)}", half=one.half) for x, one in by_x.items()]
+        )
+        for name, by_x in curves.items()
+    ]
+    rows = [[f"{x:g}", *(said(by_x[x]) for by_x in curves.values())] for x in marks]
+    chart = line_chart(series, Axis(axis, marks), unit, f"{title}: {', '.join(curves)} by {axis}")
+    return Figure(title, chart, Table(f"{title}: {unit}", [axis, *curves], rows), list(curves))
+
+
+def said(one: Estimate) -> str:
+    """Mean and interval in words."""
+    return number(one.mean) + ("" if one.half is None else f" ± {number(one.half)}")

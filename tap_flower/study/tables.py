@@ -1,0 +1,134 @@
+"""A comparison as a table: for the terminal, in Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+
+from tap_flower.study.comparison import Comparison
+from tap_flower.study.statistics import Estimate
+
+_ESCAPES = str.maketrans(
+    {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One table of a comparison, as text.
+
+    Attributes:
+        title: what it shows.
+        header: names of the columns.
+        rows: cells.
+        strong: (row, column) of the cells that stand out.
+    """
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    strong: frozenset[tuple[int, int]]
+
+
+def parts(found: Comparison) -> list[Part]:
+    """Quality with mean ranks, paired differences to the reference, and costs."""
+    labels = list(found.labels)
+    others = [label for label in labels if label != found.reference]
+    seeds = f"{len(found.seeds)} seed{'s' if len(found.seeds) > 1 else ''} ({', '.join(map(str, found.seeds))})"
+    quality = [[row.name, row.unit, *(_cell(row.values.get(label)) for label in labels)] for row in found.quality]
+    strong = {(i, 2 + labels.index(label)) for i, row in enumerate(found.quality) for label in row.best}
+    if found.ranks:
+        lowest = min(found.ranks.values())
+        strong |= {(len(quality), 2 + labels.index(label)) for label, rank in found.ranks.items() if rank == lowest}
+        quality.append(["mean rank", "↓", *(f"{found.ranks[label]:.2f}" for label in labels)])
+    differences = [
+        [row.name, row.unit[:-2], *(_signed(row.differences.get(label)) for label in others)] for row in found.quality
+    ]
+    costs = [[row.name, row.unit, *(_cell(row.values.get(label)) for label in labels)] for row in found.costs]
+    found_parts = [
+        Part(f"Test data, mean ± 95 % interval over {seeds}", ["task", "metric", *labels], quality, frozenset(strong)),
+        Part(
+            f"Paired difference to {found.reference}: positive is better, * where the interval leaves out 0",
+            ["task", "metric", *others],
+            differences,
+            frozenset(),
+        ),
+        Part("Cost of a run", ["cost", "", *labels], costs, frozenset()),
+    ]
+    return [part for part in found_parts if part.rows and len(part.header) > 2]
+
+
+def terminal(part: Part) -> Table:
+    """For a terminal."""
+    table = Table(title=part.title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column, name in enumerate(part.header):
+        table.add_column(name, no_wrap=True, justify="left" if column < 2 else "right")
+    for i, row in enumerate(part.rows):
+        table.add_row(*(f"[bold]{cell}[/bold]" if (i, j) in part.strong else cell for j, cell in enumerate(row)))
+    return table
+
+
+def markdown(found: Sequence[Part]) -> str:
+    """As Markdown."""
+    blocks = []
+    for part in found:
+        lines = [f"**{part.title}**", "", "| " + " | ".join(part.header) + " |", "|" + "---|" * len(part.header)]
+        for i, row in enumerate(part.rows):
+            cells = (f"**{cell}**" if (i, j) in part.strong else cell for j, cell in enumerate(row))
+            lines.append("| " + " | ".join(cells) + " |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def latex(found: Sequence[Part]) -> str:
+    """As LaTeX tables for the package booktabs."""
+    blocks = []
+    for part in found:
+        lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(part.title)}}}"]
+        lines += [rf"\begin{{tabular}}{{ll{'r' * (len(part.header) - 2)}}}", r"\toprule"]
+        lines += [" & ".join(map(_latex, part.header)) + r" \\", r"\midrule"]
+        for i, row in enumerate(part.rows):
+            cells = (rf"\textbf{{{_latex(c)}}}" if (i, j) in part.strong else _latex(c) for j, c in enumerate(row))
+            lines.append(" & ".join(cells) + r" \\")
+        blocks.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def to_csv(found: Comparison) -> str:
+    """As CSV, a line for each number with all its digits: what, task or cost, unit, method, mean, half interval, seeds."""
+    out = io.StringIO()
+    write = csv.writer(out, lineterminator="\n").writerow
+    write(["what", "name", "unit", "method", "mean", "half_interval_95", "seeds"])
+    for what, rows in (("quality", found.quality), ("cost", found.costs)):
+        for row in rows:
+            for label, one in row.values.items():
+                write([what, row.name, row.unit, label, one.mean, "" if one.half is None else one.half, one.count])
+    for row in found.quality:
+        for label, one in row.differences.items():
+            half = "" if one.half is None else one.half
+            write([f"difference to {found.reference}", row.name, row.unit, label, one.mean, half, one.count])
+    for label, rank in found.ranks.items():
+        write(["mean rank", "", "", label, rank, "", len(found.seeds)])
+    return out.getvalue()
+
+
+def _cell(one: Estimate | None) -> str:
+    if one is None:
+        return "–"
+    digits = 3 if abs(one.mean) < 10 else 1 if abs(one.mean) < 1000 else 0
+    return f"{one.mean:.{digits}f}" + ("" if one.half is None else f" ± {one.half:.{digits}f}")
+
+
+def _signed(one: Estimate | None) -> str:
+    if one is None:
+        return "–"
+    return f"{one.mean:+.3f}" + ("" if one.half is None else f" ± {one.half:.3f}") + ("*" if one.significant else "")
+
+
+def _latex(text: str) -> str:
+    return text.translate(_ESCAPES).replace("±", r"$\pm$").replace("–", "--")

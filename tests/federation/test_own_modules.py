@@ -1,0 +1,142 @@
+"""A federation of users' own modules, in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Message
+from torch import nn
+
+from tap_flower import Client, TapStrategy, client_app, load_config, load_module
+from tap_flower.run.in_process import InProcessGrid
+from tap_flower.server.strategy import RunError
+from tap_flower.wire import messages
+from tests.own_clients import Net, client, digits, make, mood
+
+SETTINGS = ["rounds=2", "clients_per_round=3", "train.steps=30", "distill.iterations=30", "start_timeout=1"]
+
+
+def run(folder: Path, *settings: str, making: Any = make, **options: Any) -> tuple[TapStrategy, dict[str, Any]]:
+    nodes = [{"partition-id": i} for i in range(3)]
+    grid = InProcessGrid(client_app(making), nodes, {"state": str(folder / "state")}, **options)
+    strategy = TapStrategy(load_config("plug-in", settings=[*SETTINGS, *settings]), folder / "run")
+    return strategy, strategy.start(grid)
+
+
+def test_a_run(tmp_path: Path) -> None:
+    replies: dict[str, dict[str, torch.Tensor]] = {}
+    sent: dict[str, dict[str, torch.Tensor]] = {}
+
+    def watch(instruction: Message, reply: Message) -> Message:
+        if instruction.metadata.message_type == messages.TRAIN:
+            name = f"{messages.instruction(instruction).server_round}/{instruction.metadata.dst_node_id}"
+            replies[name] = messages.decode_tensors(reply.content)
+            sent[name] = messages.decode_tensors(instruction.content)
+        return reply
+
+    faster = ("train.learning_rate=0.01", "distill.learning_rate=0.01")
+    _, results = run(tmp_path, "replacement.evidence=training", *faster, tamper=watch)
+    assert {name: set(tasks) for name, tasks in results["clients"].items()} == {
+        "ann": {"digits"},
+        "bob": {"mood"},
+        "cleo": {"digits", "mood"},
+    }
+    assert results["kinds"] == {"digits": "image_classification", "mood": "regression"}
+    # The mean over the holders, weighted by the examples of their pairs that reach the component: 64 + 48, 48 and 64.
+    first = {node: tensors for node, tensors in replies.items() if node.startswith("1/")}
+    ann, bob, cleo = first["1/100"], first["1/101"], first["1/102"]
+    trunk, head = "components.trunk.0.weight", "components.heads.digits.weight"
+    mean = (64 * ann[trunk] + 48 * bob[trunk] + 112 * cleo[trunk]) / 224
+    torch.testing.assert_close(sent["2/100"][trunk], mean, atol=1e-6, rtol=0)
+    torch.testing.assert_close(sent["2/100"][head], (ann[head] + cleo[head]) / 2, atol=1e-6, rtol=0)
+    assert head not in bob
+    assert sent["1/100"][trunk].equal(sent["1/102"][trunk])  # from the name and the seed alone
+
+    # It learns: guessing has 1/3, and the mean of the target has the error 5/12.
+    assert results["tasks"]["digits"]["tap"]["accuracy"] > 0.7
+    assert results["tasks"]["mood"]["tap"]["loss"] < 5 / 12
+    (state,) = (tmp_path / "state" / "cleo").iterdir()
+    net = load_module(Net("digits", "mood"), state)
+    images, labels = next(iter(torch.utils.data.DataLoader(client(2).tasks[0].test, batch_size=32)))
+    accuracy = float((net.see(images).argmax(1) == labels).double().mean())
+    assert accuracy == results["clients"]["cleo"]["digits"]["tap"]["accuracy"]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["clients"] == results["clients"]
+
+
+def test_a_run_again_gives_the_same(tmp_path: Path) -> None:
+    (_, one), (_, other) = (run(tmp_path / name) for name in ("one", "other"))
+    assert one["clients"] == other["clients"]
+
+
+@pytest.mark.parametrize("method", ["local", "fedavg+finetune", "fedprox", "fedper", "ditto", "pfedme", "per-fedavg"])
+def test_every_method_runs(tmp_path: Path, method: str) -> None:
+    _, results = run(tmp_path, f"method={method}", "rounds=1", "train.steps=2", "distill.iterations=2")
+    assert set(results["clients"]) == {"ann", "bob", "cleo"}
+
+
+def test_a_method_that_needs_our_own_models_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="method=disentafl needs the fusion of tap-flower's own models"):
+        run(tmp_path, "method=disentafl")
+
+
+def test_other_shapes_under_one_name_are_refused_with_both_clients(tmp_path: Path) -> None:
+    def other(context: Context) -> Client:
+        made = make(context)
+        return (
+            Client("bob", lambda: Net("mood", width=7), [mood(1)], state_dir=tmp_path) if made.name == "bob" else made
+        )
+
+    with pytest.raises(
+        RunError, match=r"'components.trunk.0.weight' has shape \(7, 7\) on client 'bob' but \(6, 6\) on 'ann'"
+    ):
+        run(tmp_path, making=other)
+
+
+def test_what_a_client_lacks_is_told(tmp_path: Path) -> None:
+    def other(context: Context) -> Client:
+        made = make(context)
+        return (
+            Client("ann", lambda: Net("digits", "mood"), [digits(0)], state_dir=tmp_path)
+            if made.name == "ann"
+            else made
+        )
+
+    with pytest.raises(RunError, match="client 'ann': no task reaches the trainable tensor 'words.weight_ih_l0'"):
+        run(tmp_path, making=other)
+
+
+def test_what_a_clients_own_code_says_stays_in_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def other(context: Context) -> Client:
+        if context.node_config["partition-id"] == 1:
+            raise KeyError("patient 17")
+        return make(context)
+
+    with pytest.raises(RunError, match="unexpected KeyError at test_plugin.py:[0-9]+: the log of its node says more"):
+        run(tmp_path, making=other)
+    assert "patient 17" in capfd.readouterr().err
+
+
+def test_frozen_weights_are_neither_sent_nor_changed(tmp_path: Path) -> None:
+    backbone = nn.Linear(4, 6).requires_grad_(False)
+    before = backbone.weight.clone()
+
+    class Tuned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = backbone, nn.Linear(6, 3)
+
+        def see(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.relu(self.backbone(x)))
+
+    def tuned(context: Context) -> Client:
+        number = int(context.node_config["partition-id"])
+        return Client(f"c{number}", Tuned, [digits(number)], state_dir=tmp_path / "state")
+
+    _, results = run(tmp_path, "train.learning_rate=0.1", "distill.learning_rate=0.1", making=tuned)
+    assert set(results["bytes"]["per_component"]) == {"head"}
+    assert backbone.weight.equal(before)
+    assert results["tasks"]["digits"]["tap"]["accuracy"] > 0.6

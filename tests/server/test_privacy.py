@@ -1,0 +1,263 @@
+"""Differential privacy of a federation."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("dp_accounting", reason='needs: pip install "tap-flower[privacy]"')
+
+from tap_flower.core.averaging import BadUpdateError
+from tap_flower.files import read_record
+from tap_flower.report.events import read_events
+from tap_flower.server.accounting import Budget, Ledger
+from tap_flower.server.privacy import Privacy
+from tap_flower.server.roster import Roster
+from tap_flower.server.strategy import TapStrategy
+from tests.federations import Make, ToyFederation
+
+from tests.server.test_averaging import roster, update
+from tests.federation.test_federation import broken, lost
+
+
+def no_noise(count: int) -> bytes:
+    """The median of every value: 0."""
+    return (2**51).to_bytes(8, "little") * (count // 8)
+
+
+def private(needed: int = 1, clip_norm: float = 6.5, noise_multiplier: float = 2.0, source: Any = no_noise) -> Privacy:
+    return Privacy(Budget(8.0, 1e-5, 10, clip_norm, noise_multiplier, needed), Ledger(), source)
+
+
+def averaged(
+    privacy: Privacy, made: Roster, updates: dict[str, dict[str, Tensor] | None]
+) -> tuple[dict[str, Tensor], set[str], dict[str, Any]]:
+    """A round over some clients, None being one that does not answer: tensors, what was released, the event."""
+    told: dict[str, Any] = {}
+    average = privacy.average(made, list(updates), lambda event, **values: told.update(values, event=event))
+    for name, returned in updates.items():
+        if returned is not None:
+            held = made.manifests[name].component_of
+            changed = {
+                held[tensor] for tensor, value in returned.items() if not torch.equal(value, made.tensors[tensor])
+            }
+            sent = {tensor: value for tensor, value in returned.items() if held[tensor] in changed}
+            average.add(name, sent, set(held.values()) - changed)
+    return *average.finish(), told
+
+
+def test_every_holder_counts_once_and_whoever_is_silent_counts_as_no_change() -> None:
+    made = roster(ann={"a": 90}, bob={"a": 1, "b": 5}, cleo={"b": 7}, dan={"b": 7})
+    tensors, released, told = averaged(
+        privacy := private(),
+        made,
+        {
+            "ann": update(made, "ann", trunk=[0.0, 2.0, 0.0]),
+            "bob": update(made, "bob", trunk=[3.0, 4.0, 0.0], head_a=[12.0, 0.0]),  # ‖·‖ = 13: half of it counts
+            "cleo": None,
+        },
+    )
+    # Over 3 holders of the trunk, 2 of head/a, 2 of head/b
+    assert tensors["trunk.w"].tolist() == pytest.approx([1 + 1.5 / 3, 1 + 4.0 / 3, 1.0])
+    assert tensors["head/a.w"].tolist() == pytest.approx([1 + 6.0 / 2, 1.0])
+    assert tensors["head/b.w"].tolist() == pytest.approx([1.0, 1.0])
+    assert released == {"trunk", "head/a", "head/b"}  # head/b too, which nobody changed: that is a secret
+    assert told == {"event": "privacy_round", "norms": {"ann": 2.0, "bob": 13.0}, "withheld": {}, "holders_needed": 1}
+    assert privacy.ledger.clients == {"ann": 1, "bob": 1, "cleo": 1}  # dan was not asked
+
+
+def test_the_noise_of_a_component_goes_with_its_holders_in_the_round() -> None:
+    made = roster(ann={"a": 90}, bob={"a": 1, "b": 5}, cleo={"b": 7}, dan={"a": 1})
+    privacy, updates = private(source=Random(2).randbytes), dict.fromkeys(("ann", "bob", "cleo"))
+    drawn = [averaged(privacy, made, updates)[0] for _ in range(1500)]
+    # z · C = 2 · 6.5 over 3 holders (of 4 that there are), 2 and 2; 3,000 values and more
+    for name, holders in (("trunk.w", 3), ("head/a.w", 2), ("head/b.w", 2)):
+        values = torch.stack([tensors[name].double() for tensors in drawn])
+        assert float(values.std()) == pytest.approx(13.0 / holders, rel=0.05), name
+        assert float(values.mean()) == pytest.approx(1.0, abs=0.6), name
+
+
+def test_a_component_with_too_few_holders_keeps_its_value(caplog: pytest.LogCaptureFixture) -> None:
+    made = roster(ann={"a": 9}, bob={"a": 1}, cleo={"b": 7})
+    privacy = private(needed=2, source=secrets.token_bytes)
+    updates = {name: update(made, name, trunk=[1.0, 1.0, 1.0]) for name in ("ann", "bob", "cleo")}
+    updates["cleo"]["head/b.w"] += 5.0
+    tensors, released, told = averaged(privacy, made, updates)
+    assert released == {"trunk", "head/a"}
+    assert tensors["head/b.w"] is made.tensors["head/b.w"]
+    assert all(not torch.equal(tensors[f"{c}.w"], made.tensors[f"{c}.w"]) for c in released)
+    assert told["withheld"] == {"head/b": 1}
+    assert told["holders_needed"] == 2
+    assert "1 components keep their values: 'head/b' has 1 of 2 clients" in caplog.text
+    _, released, told = averaged(privacy, made, {"cleo": updates["cleo"]})
+    assert (released, told["withheld"]) == (set(), {"head/b": 1, "trunk": 1})
+    assert privacy.ledger == Ledger(
+        {"ann": 1, "bob": 1, "cleo": 1},  # cleo's second round released nothing
+        {"trunk": {"ann": 1, "bob": 1, "cleo": 1}, "head/a": {"ann": 1, "bob": 1}},
+        {"trunk": 1, "head/a": 1},
+    )
+
+
+def test_a_refused_reply_is_as_silent_as_none() -> None:
+    made = roster(ann={"a": 1}, bob={"a": 1})
+    good = update(made, "bob", trunk=[3.0, 0.0, 0.0])
+    average = private().average(made, ["ann", "bob"], lambda *_, **__: None)
+    with pytest.raises(BadUpdateError, match="not finite"):
+        average.add("ann", update(made, "ann", head_a=[math.nan, 0.0]), [])
+    with pytest.raises(BadUpdateError, match="lacks 1 tensors"):
+        average.add("ann", {"trunk.w": torch.ones(3)}, [])
+    average.add("bob", good, [])
+    assert average.finish()[0]["trunk.w"].tolist() == [2.5, 1.0, 1.0]
+
+
+changes = st.lists(st.floats(-(2.0**40), 2.0**40, width=32), min_size=7, max_size=7)
+
+
+@given(changes, changes, st.sampled_from([0.01, 1.0, 300.0]))
+def test_no_client_moves_the_sums_by_more_than_the_sensitivity(own: list[float], others: list[float], c: float) -> None:
+    """Before the noise: all components together, times their holders, with and without a client's change."""
+    made = roster(ann={"a": 1, "b": 1}, bob={"a": 1, "b": 1}, cleo={"b": 1})
+    updates = {
+        name: update(made, name, trunk=values[:3], head_a=values[3:5], head_b=values[5:])
+        for name, values in (("ann", own), ("bob", others), ("cleo", others))
+    }
+    found = []
+    for ann in (updates["ann"], None):
+        average = private(clip_norm=c).average(made, ["ann", "bob", "cleo"], lambda *_, **__: None)
+        for name, returned in {**updates, "ann": ann}.items():
+            if returned is not None:
+                average.add(name, returned, [])
+        found.append(average._means())
+    with_, without = found
+    holders = {"trunk.w": 3, "head/a.w": 2, "head/b.w": 3}
+    squares = [(m * (with_[n].double() - without[n])).square().sum() for n, m in holders.items()]
+    length = math.sqrt(sum(map(float, squares)))
+    norm = math.sqrt(sum(float((v.double() - 1).square().sum()) for v in updates["ann"].values()))
+    assert length <= c * (1 + 1e-6) + 1e-11
+    assert length == pytest.approx(min(c, norm), rel=1e-5, abs=1e-10)
+
+
+def test_what_is_spent_and_what_is_said_of_it() -> None:
+    made, privacy = roster(ann={"a": 1}, bob={"b": 1}, cleo={"b": 1}), private(needed=2, noise_multiplier=3.0)
+    told: dict[str, Any] = {}
+    privacy.announce(made, 3, lambda event, **values: told.update(values, event=event))
+    assert told["event"] == "privacy"
+    assert told["never"] == {"head/a": 1}
+    privacy.announce(made, 1, lambda event, **values: told.update(values))
+    assert told["never"] == {"head/a": 1, "head/b": 2, "trunk": 3}  # a round has one client
+    assert privacy.epsilon == 0.0
+    for names in (["ann", "bob"], ["bob", "cleo"], ["bob", "cleo"], ["ann"]):
+        averaged(privacy, made, dict.fromkeys(names))
+    spent = privacy.spent(made)
+    epsilon = privacy.budget.spent
+    assert spent["components"] == {
+        "head/a": {"epsilon": 0.0, "holders": 1, "rounds": 0},
+        "head/b": {"epsilon": epsilon(2), "holders": 2, "rounds": 2},
+        "trunk": {"epsilon": epsilon(3), "holders": 3, "rounds": 3},
+    }
+    assert spent["epsilon"] == privacy.epsilon == epsilon(3)  # bob took part in three releases
+    assert 0 < epsilon(2) < epsilon(3)
+
+
+def quick(federation: ToyFederation, *settings: str) -> ToyFederation:
+    federation.settings += ["method=fedavg", "train.steps=1", "privacy.epsilon=8", "privacy.max_noise=0.5", *settings]
+    return federation
+
+
+def test_a_private_run_and_one_that_is_resumed(make_federation: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = quick(make_federation(), "rounds=3")
+    strategy = whole.strategy()
+    results = strategy.start(whole.grid())
+    assert strategy.progress.dropped == 0
+    spent = results["privacy"]
+    assert spent == json.loads((whole.out / "results.json").read_text())["privacy"]
+    assert (spent["epsilon_requested"], spent["delta"], spent["clip_norm"]) == (8.0, 1e-5, 1.0)
+    # z = 1.105 for three rounds (√3 · .638); over .5, that is 3 holders. Four clients have words, two languages.
+    assert spent["noise_multiplier"] == pytest.approx(1.105, abs=0.002)
+    assert spent["holders_needed"] == 3
+    assert 7.99 < spent["epsilon"] <= 8.0
+    found = spent["components"]
+    assert found["encoder/words"] == {"epsilon": spent["epsilon"], "holders": 4, "rounds": 3}
+    assert found["head/languages"] == {"epsilon": 0.0, "holders": 2, "rounds": 0}
+    assert found["head/translation"] == {"epsilon": 0.0, "holders": 1, "rounds": 0}
+    initial: dict[str, Tensor] = {}
+    for manifest in strategy.roster.manifests.values():
+        initial |= manifest.initial_values(manifest.tensors, strategy.config.seed)
+    for name, value in strategy.roster.tensors.items():
+        released = found[strategy.roster.component_of[name]]["rounds"] > 0
+        assert torch.equal(value, initial[name]) != released, name
+    events = list(read_events(whole.out))
+    (start,) = [e for e in events if e["event"] == "privacy"]
+    assert start["never"]["head/translation"] == 1
+    rounds = [e for e in events if e["event"] == "privacy_round"]
+    assert [e["round"] for e in rounds] == [1, 2, 3]
+    assert all(e["withheld"]["head/translation"] == 1 and e["norms"].keys() == set(results["clients"]) for e in rounds)
+    assert [e["epsilon"] for e in events if e["event"] == "round"] == sorted(
+        strategy.privacy.budget.spent(n) for n in (1, 2, 3)
+    )  # type: ignore[union-attr]
+
+    class Crash(Exception):
+        pass
+
+    again = quick(make_federation(), "rounds=3")
+    train = TapStrategy._train
+
+    def crashing(self: Any, grid: Any, server_round: int, names: list[str]) -> Any:
+        # All of the round before is on disk, before anything of it is sent.
+        record = read_record(again.out / "server" / "server.safetensors") if server_round > 1 else {"round": 0}
+        assert record["round"] == server_round - 1
+        if server_round == 3:
+            raise Crash
+        return train(self, grid, server_round, names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TapStrategy, "_train", crashing)
+        with pytest.raises(Crash):
+            again.strategy().start(again.grid())
+    resumed = again.strategy(resume=True)
+    assert resumed.progress.privacy.clients == {"ann": 2, "bob": 2, "cleo": 2, "dan": 2}
+    after = resumed.start(again.grid())
+    assert after["privacy"] == spent
+    assert [e["round"] for e in read_events(again.out) if e["event"] == "privacy_round"] == [1, 2, 3]
+    assert after["clients"] != results["clients"]  # other noise: a private run cannot be repeated
+
+
+def huge(tensors: dict[str, Any]) -> None:
+    for name, value in tensors.items():
+        tensors[name] = value * 1e20 + 1e20
+
+
+def test_a_client_with_an_absurd_update_moves_the_server_no_further_than_any_other(make_federation: Make) -> None:
+    found, holders = [], dict[str, int]()
+    for tamper in (broken(huge), lost):
+        federation = quick(make_federation(), "rounds=1", "privacy.max_noise=10", "privacy.clip_norm=0.5")
+        grid, strategy = federation.grid(tamper=tamper), federation.strategy()
+        assert strategy.privacy is not None
+        strategy.privacy.random_bytes = no_noise
+        strategy._gather(grid)
+        strategy.config.round_timeout = 0.1
+        strategy._train(grid, 1, ["ann", "bob", "dan"])
+        found.append(strategy.roster.tensors)
+        holders = {c: part["holders"] for c, part in strategy.privacy.spent(strategy.roster)["components"].items()}
+        (event,) = [e for e in read_events(federation.out) if e["event"] == "privacy_round"]
+        assert ("ann" in event["norms"]) == (tamper is not lost)
+    assert min(event["norms"].values()) > 0
+    component_of = strategy.roster.component_of
+    asked = {"head/languages": 2, "encoder/words": 3, "head/translation": 1}
+    squares = 0.0
+    for name, value in found[0].items():
+        component = component_of[name]
+        count = sum(component in m.component_of.values() for n, m in strategy.roster.manifests.items() if n != "cleo")
+        assert count == asked.get(component, count)
+        squares += float((count * (value.double() - found[1][name])).square().sum())
+    assert holders["encoder/words"] == 4
+    assert math.sqrt(squares) == pytest.approx(0.5, rel=1e-3)  # C, and not a bit further

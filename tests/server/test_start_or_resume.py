@@ -1,0 +1,46 @@
+"""How a run begins, and why it may not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tap_flower.config import ConfigError
+from tap_flower.files import StorageError
+from tap_flower.report.trackers import TRACKERS
+from tests.federations import ToyFederation
+
+
+def test_a_used_folder_is_not_overwritten(federation: ToyFederation) -> None:
+    federation.out.mkdir()
+    (federation.out / "precious").write_text("x")
+    with pytest.raises(ConfigError, match="is not empty: give another folder.*--resume"):
+        federation.strategy()
+
+
+def test_a_folder_that_cannot_be_made_is_named(federation: ToyFederation) -> None:
+    federation.folder = federation.folder / "file" / "below"
+    federation.folder.parent.write_text("x")
+    with pytest.raises(StorageError, match="the run folder .*run cannot be made: Not a directory"):
+        federation.strategy()
+
+
+def test_a_run_whose_tracker_cannot_begin_is_not_in_the_way_of_the_next(
+    federation: ToyFederation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> Any:
+        raise ConnectionError("no server at localhost:5000")
+
+    monkeypatch.setitem(TRACKERS, "mlflow", refused)  # type: ignore[index]
+    federation.settings.append("trackers=mlflow")
+    with pytest.raises(ConfigError, match="'mlflow', which cannot begin"):
+        federation.strategy()
+    federation.settings.remove("trackers=mlflow")
+    federation.strategy()
+    assert (federation.out / "config.yaml").exists()
+
+
+def test_an_unreadable_checkpoint_is_named(federation: ToyFederation) -> None:
+    with pytest.raises(StorageError, match="server.safetensors does not exist"):
+        federation.strategy(resume=True)

@@ -1,0 +1,81 @@
+"""What a sweep file says, and what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tap_flower.config import ConfigError, load_config, to_yaml
+from tap_flower.files import write_json
+from tap_flower.study.plan import Sweep, read_sweep
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Any:
+    def read(**values: Any) -> Sweep:
+        file = tmp_path / "sweep.yaml"
+        file.write_text(yaml.safe_dump({"seeds": [1, 2], "methods": ["tap", "fedavg"], **values}, sort_keys=False))
+        return read_sweep(file, tmp_path / "out")
+
+    return read
+
+
+def test_methods_by_seeds(plan: Any, tmp_path: Path) -> None:
+    sweep = plan(set={"train.steps": 3, "replacement.enabled": False})
+    assert [(run.label, run.seed) for run in sweep.runs] == [("tap", 1), ("fedavg", 1), ("tap", 2), ("fedavg", 2)]
+    run = sweep.runs[1]
+    assert run.folder == tmp_path / "out" / "fedavg" / "seed-1"
+    found = run.resolved
+    assert (found.method, found.seed, found.train.steps, found.replacement.enabled) == ("fedavg", 1, 3, False)
+    assert sweep.result == {"tap": "tap", "fedavg": "server"}
+    assert sweep.reference == "tap"
+
+
+def test_labelled_variants(plan: Any) -> None:
+    methods = {"near": {"method": "fedprox", "baselines.fedprox_mu": 1.0}, "fedavg+finetune": None}
+    sweep = plan(methods=methods, seeds=[7])
+    near, plain = sweep.runs
+    assert (near.label, near.resolved.method, near.resolved.baselines.fedprox_mu) == ("near", "fedprox", 1.0)
+    assert (plain.resolved.method, sweep.result["fedavg+finetune"]) == ("fedavg+finetune", "server+finetune")
+    assert sweep.reference == "near"  # without a label `tap`, the first
+
+
+def test_a_config_file_lies_beside_the_sweep(plan: Any, tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text("rounds: 3\n")
+    assert plan(config="more.yaml").runs[0].resolved.rounds == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seeds": []}, r"seeds is \[\]: list different whole numbers"),
+        ({"seeds": [1, 1]}, r"seeds is \[1, 1\]"),
+        ({"seeds": ["a"]}, r"seeds is \['a'\]"),
+        ({"methods": []}, r"methods is \[\]: list names of methods"),
+        ({"methods": ["tapp"]}, r"tapp: unknown method 'tapp' \(did you mean 'tap'\?\)"),
+        ({"methods": {"a/b": {"method": "tap"}}}, r"methods has 'a/b'.*write a plain label"),
+        ({"methods": {"tap": 3}}, r"methods has 'tap': 3"),
+        ({"set": [1]}, r"set is \[1\]: write `key: value` lines"),
+        ({"set": {"train": {"steps": 3}}}, r"set has train: .*with dots in its key"),
+        ({"set": {"data.root": "a b"}}, r"a value with spaces goes into the `config` file"),
+        ({"set": {"train.stepps": 3}}, r"tap: .*train.stepps"),
+        ({"preset": "demoo"}, r"tap: unknown preset 'demoo'"),
+        ({"sedes": [1]}, r"unknown 'sedes': use preset, config, seeds, set, methods"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(plan: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(**values)
+
+
+def test_a_finished_run_of_another_configuration_is_not_taken_for_this_one(plan: Any) -> None:
+    (run, *_) = plan().runs
+    run.folder.mkdir(parents=True)
+    write_json(run.folder / "results.json", {})
+    (run.folder / "config.yaml").write_text(to_yaml(load_config(run.preset, "", run.settings)))
+    assert plan().runs[0].done
+    with pytest.raises(ConfigError, match=r"seed-1 holds a run with another configuration \(train differ\)"):
+        plan(set={"train.steps": 3})

@@ -1,0 +1,101 @@
+"""Studies: which runs they make, and what they measure."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tap_flower.config import ConfigError
+from tap_flower.files import write_json
+from tap_flower.study.studies import Study, margin_study, pairs_study
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Study:
+    return pairs_study("demo", "", ["rounds=2"], [1, 2], tmp_path)
+
+
+def clients_of(config: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load(Path(config).read_text())["clients"])
+
+
+def test_a_pair_has_the_same_clients_and_examples_whatever_the_number_of_pairs(pairs: Study) -> None:
+    by_task: dict[str, list[list[dict[str, Any]]]] = {}
+    for run in pairs.runs:
+        clients = clients_of(run.config)
+        assert all(len(client["tasks"]) == 1 for client in clients)
+        assert run.resolved.clients_per_round == len(clients)
+        for task in {client["tasks"][0]["name"] for client in clients}:
+            by_task.setdefault(task, []).append([c for c in clients if c["tasks"][0]["name"] == task])
+    assert len(by_task) >= 4
+    for groups in by_task.values():
+        assert all(group == groups[0] for group in groups)
+
+
+def test_every_pair_is_once_in_a_group_of_each_size(pairs: Study) -> None:
+    for seed in (1, 2):
+        sizes: dict[int, Counter[str]] = {}
+        for run in pairs.runs:
+            if run.seed == seed:
+                tasks = {client["tasks"][0]["name"] for client in clients_of(run.config)}
+                sizes.setdefault(len(tasks), Counter()).update(tasks)
+        assert sorted(sizes) == [1, 2, 4]
+        assert sizes[1] == sizes[2] == sizes[4]
+        assert set(sizes[1].values()) == {1}
+
+
+def test_losses_are_relative_to_the_pair_alone(pairs: Study, tmp_path: Path) -> None:
+    """Made-up losses: the server's grow by a tenth with each doubling, the personal ones stay."""
+    for run in pairs.runs:
+        tasks = sorted({client["tasks"][0]["name"] for client in clients_of(run.config)})
+        doublings = len(tasks).bit_length() - 1
+        losses = {"server": 2.0 + 0.2 * doublings, "personal": 1.0, "tap": 0.5}
+        found = {task: {model: {"loss": loss} for model, loss in losses.items()} for task in tasks}
+        keys = ("preset", "method", "seed", "rounds", "clients", "kinds", "replacements", "bytes")
+        write_json(run.folder / "results.json", {"schema": 1, **{key: {} for key in keys}, "tasks": found})
+    page = pairs.write(tmp_path)
+    html = page.read_text()
+    assert "Does one model for all serve each pair worse" in html
+    assert "http://" not in html.replace("http://www.w3.org", "")
+    with (tmp_path / "pairs.csv").open() as file:
+        found = list(csv.DictReader(file))
+    whole = [row for row in found if row["figure"] == "Test loss, relative to the pair alone"]
+    rows = {(row["line"], row["pairs in the federation"]): row for row in whole}
+    assert [float(rows["server", n]["mean"]) for n in "124"] == pytest.approx([1.0, 1.1, 1.2])
+    assert [float(rows["tap", n]["mean"]) for n in "124"] == [1.0, 1.0, 1.0]
+    assert rows["server", "4"]["seeds"] == "2"
+    of_pairs = [
+        row for row in found if (row["line"], row["pairs in the federation"]) == ("server", "4") and row not in whole
+    ]
+    assert sum(int(row["seeds"]) for row in of_pairs) == 2 * 4  # four pairs a seed
+    assert {float(row["mean"]) for row in of_pairs} == {2.4}
+
+
+def test_one_task_is_no_study(tmp_path: Path) -> None:
+    config = tmp_path / "one.yaml"
+    task = {"name": "a", "kind": "text_classification"}
+    config.write_text(yaml.safe_dump({"clients": [{"name": "ann", "tasks": [task]}]}))
+    with pytest.raises(ConfigError, match="needs clients with two tasks at least; 'demo' has 1"):
+        pairs_study("demo", str(config), [], [1], tmp_path)
+
+
+def test_margins(tmp_path: Path) -> None:
+    study = margin_study("demo", "", ["rounds=2"], [1, 2], [0.0, 0.5], tmp_path)
+    assert len(study.runs) == 4
+    assert {run.resolved.replacement.margin.text_generation for run in study.runs} == {0.0, 0.5}
+    for run in study.runs:
+        margin = run.resolved.replacement.margin.text_generation
+        found = {"t": {model: {"accuracy": 0.5 + margin, "loss": 1.0} for model in ("personal", "tap")}}
+        values = {"kinds": {"t": "text_classification"}, "replacements": {"ann": {"t": 3 - int(4 * margin)}}}
+        keys = ("preset", "method", "seed", "rounds", "clients", "bytes")
+        write_json(run.folder / "results.json", {"schema": 1, **{key: {} for key in keys}, **values, "tasks": found})
+    study.write(tmp_path)
+    with (tmp_path / "margin.csv").open() as file:
+        rows = {(row["figure"], row["line"], float(row["margin"])): float(row["mean"]) for row in csv.DictReader(file)}
+    assert rows["t", "tap", 0.5] == rows["Mean of scores", "tap", 0.5] == 1.0
+    assert [rows["Replacements", "replacements", margin] for margin in (0.0, 0.5)] == [3.0, 1.0]

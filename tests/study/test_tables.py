@@ -1,0 +1,99 @@
+"""A comparison of made-up results, in all its forms."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tap_flower.files import write_json
+from tap_flower.study.comparison import OVERALL, Comparison, compare
+from tap_flower.study.plan import PlannedRun, Sweep
+from tap_flower.study.tables import latex, markdown, parts, terminal, to_csv
+
+VALUES = {"tap": (0.8, 0.4), "fedavg": (0.6, 0.5), "local": (0.7, 0.4)}
+"""Method -> accuracy, squared error with seed 1; a hundredth more with each further seed."""
+
+
+def results(method: str, model: str, accuracy: float, error: float, seed: int) -> dict[str, Any]:
+    tasks = {"digits_1": {model: {"accuracy": accuracy, "loss": 1.0}}, "images": {model: {"mse": error, "loss": error}}}
+    return {
+        "schema": 1, "preset": "demo", "method": method, "seed": seed, "rounds": 2, "clients": {}, "tasks": tasks,
+        "kinds": {"digits_1": "image_classification", "images": "image_generation"}, "replacements": {},
+        "bytes": {"down": 2_000_000, "up": 1_000_000}, "steps": {"ann": 4, "bob": 6}, "seconds": {"total": 3.0},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Comparison:
+    model = {"tap": "tap", "fedavg": "server", "local": "local"}
+    runs = [
+        PlannedRun(label, seed, "demo", "", (), tmp_path / label / str(seed)) for seed in (1, 2) for label in VALUES
+    ]
+    for run in runs:
+        if (run.label, run.seed) != ("local", 2):  # not finished yet
+            accuracy, error = (value + 0.01 * (run.seed - 1) for value in VALUES[run.label])
+            write_json(run.folder / "results.json", results(run.label, model[run.label], accuracy, error, run.seed))
+    return compare(Sweep(tuple(runs), model, "tap"))
+
+
+def test_means_ranks_and_differences(found: Comparison) -> None:
+    digits, images, overall = found.quality
+    assert (digits.name, digits.unit, images.unit, overall.name) == ("digits_1", "accuracy ↑", "mse ↓", OVERALL)
+    assert digits.values["tap"].mean == pytest.approx(0.805)
+    assert digits.best == {"tap"}
+    assert digits.differences["fedavg"].mean == pytest.approx(-0.2)
+    assert digits.differences["fedavg"].half == pytest.approx(0.0, abs=1e-9)
+    assert digits.differences["local"].count == 1
+    assert images.differences["fedavg"].mean == pytest.approx(-0.1)  # a larger error is worse
+    assert overall.values["tap"].mean == pytest.approx(((0.8 + 0.6) / 2 + (0.81 + 0.59) / 2) / 2)
+    # Only seed 1 has all three: ranks 1, 3, 2 and 1.5, 3, 1.5.
+    assert found.ranks == {"tap": 1.25, "fedavg": 3.0, "local": 1.75}
+    assert {row.name: row.values["tap"].mean for row in found.costs} == {
+        "MB to clients": 2.0, "MB back": 1.0, "optimiser steps": 10, "seconds": 3.0,
+    }  # fmt: skip
+
+
+def test_nothing_has_finished(tmp_path: Path) -> None:
+    none = compare(Sweep((PlannedRun("tap", 1, "demo", "", (), tmp_path / "tap"),), {"tap": "tap"}, "tap"))
+    assert parts(none) == []
+    assert to_csv(none).splitlines() == ["what,name,unit,method,mean,half_interval_95,seeds"]
+
+
+def test_terminal_and_markdown(found: Comparison) -> None:
+    console = Console(width=160, record=True, file=io.StringIO())
+    for part in parts(found):
+        console.print(terminal(part))
+    text = console.export_text()
+    assert "0.805 ± 0.064" in text
+    assert "-0.200 ± 0.000*" in text
+    lines = markdown(parts(found)).splitlines()
+    assert "| digits_1 | accuracy ↑ | **0.805 ± 0.064** | 0.605 ± 0.064 | 0.700 |" in lines
+    assert "| mean rank | ↓ | **1.25** | 3.00 | 1.75 |" in lines
+    tables = [line for line in lines if line.startswith("|")]
+    assert all(line.count("|") in (5, 6) for line in tables)
+
+
+def test_csv_has_all_digits(found: Comparison) -> None:
+    rows = list(csv.DictReader(io.StringIO(to_csv(found))))
+    (row,) = [r for r in rows if (r["what"], r["name"], r["method"]) == ("quality", "digits_1", "tap")]
+    assert float(row["mean"]) == found.quality[0].values["tap"].mean
+    assert float(row["half_interval_95"]) == found.quality[0].values["tap"].half
+    assert {r["what"] for r in rows} == {"quality", "cost", "difference to tap", "mean rank"}
+
+
+def test_latex_escapes_and_compiles(found: Comparison, tmp_path: Path) -> None:
+    text = latex(parts(found))
+    assert r"digits\_1 & accuracy $\uparrow$ & \textbf{0.805 $\pm$ 0.064} & 0.605 $\pm$ 0.064 & 0.700 \\" in text
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 3
+    if (pdflatex := shutil.which("pdflatex")) is None:
+        pytest.skip("there is no pdflatex")
+    document = rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{text}\end{{document}}"
+    (tmp_path / "table.tex").write_text(document)
+    subprocess.run([pdflatex, "-halt-on-error", "table.tex"], cwd=tmp_path, check=True, capture_output=True)

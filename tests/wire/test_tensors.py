@@ -1,0 +1,165 @@
+"""The encodings of tensors: errors within their bounds, sizes, and arrays that are not what they say."""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tap_flower.config import Encoding
+from tap_flower.wire import tensors as encodings
+from tap_flower.wire.tensors import SHARED, EncodingError, from_array, rounded, to_array
+
+LOSSY = [Encoding.bfloat16, Encoding.int8]
+shapes = st.one_of(
+    st.just(()),
+    st.tuples(st.integers(0, 300)),
+    st.tuples(st.integers(0, 40), st.integers(0, 40)),
+    st.tuples(*[st.integers(0, 6)] * 4),
+)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    """Normal values of any size from 1e-40 to 1e30, with zeros and equal values among them."""
+    shape, random = draw(shapes), torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    values = torch.randn(shape, generator=random) * 10.0 ** draw(st.integers(-40, 30))
+    keep = draw(st.sampled_from([0.0, 0.5, 1.0]))
+    return values * (torch.rand(shape, generator=random) < keep)
+
+
+@pytest.mark.parametrize("encoding", Encoding)
+@given(tensor=tensors())
+def test_shape_and_values_come_back(encoding: Encoding, tensor: Tensor) -> None:
+    array = to_array(tensor, encoding)
+    found = from_array(array, encoding)
+    assert (found.shape, found.dtype) == (tensor.shape, torch.float32)
+    assert array.data == to_array(tensor.clone(), encoding).data
+    assert torch.equal(found, rounded(tensor, encoding))
+    if encoding is Encoding.float32:
+        assert torch.equal(found, tensor)
+        return
+    error, exact = (found.double() - tensor.double()).abs(), tensor.double().abs()
+    if encoding is Encoding.bfloat16:  # 7 bits after the point: half of the last is 2^-8 of the power of two below
+        assert bool((error <= exact * 2.0**-8 + 1e-40).all())
+        assert len(array.data) == 2 * tensor.numel()
+    else:
+        bound = float(exact.max()) / 254 * 1.0001 if tensor.numel() else 0.0
+        assert bool((error <= bound + 127 * 1.2e-38).all())
+        assert len(array.data) <= tensor.numel() * (1 + 4 / SHARED) + 4
+
+
+@given(st.integers(1, 20), st.integers(1, 400), st.integers(0, 2**31))
+def test_a_row_has_a_scale_of_its_own_and_short_rows_are_joined(rows: int, length: int, seed: int) -> None:
+    """Each row is ten times the one before: a shared scale of the whole tensor would leave nothing of the first ones."""
+    tensor = torch.randn(rows, length, generator=torch.Generator().manual_seed(seed))
+    tensor *= 10.0 ** torch.arange(rows)[:, None]
+    array, joined = to_array(tensor, Encoding.int8), math.ceil(SHARED / length)
+    assert len(array.data) == tensor.numel() + 4 * math.ceil(rows / joined)
+    error = (from_array(array, Encoding.int8) - tensor).abs()
+    for start in range(0, rows, joined):
+        group = slice(start, start + joined)
+        assert error[group].max() <= tensor[group].abs().max() / 254 * 1.0001
+
+
+def test_int8_by_hand() -> None:
+    row = torch.zeros(2, SHARED)
+    row[0, :5] = torch.tensor([127.0, -127.0, 1.4, -1.6, 0.5])
+    found = rounded(row, Encoding.int8)
+    assert found[0, :5].tolist() == [127.0, -127.0, 1.0, -2.0, 0.0]  # ties go to the even number
+    assert not found[1].any()
+    scales = struct.unpack("<2f", to_array(row, Encoding.int8).data[:8])
+    assert scales == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("encoding", Encoding)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
+def test_what_is_not_finite_is_not_encoded(encoding: Encoding, value: float) -> None:
+    tensor = torch.zeros(3, 200)
+    tensor[1, 7] = value
+    with pytest.raises(EncodingError, match=r"holds (nan|inf|3e\+38), which cannot be sent: lower the learning rate"):
+        to_array(tensor, encoding)
+
+
+NPY: dict[str, Any] = {k: getattr(Array(np.zeros(3, np.float32)), k) for k in ("dtype", "shape", "stype", "data")}
+INT8 = ("int8", (2, 200), "tap-flower.int8", struct.pack("<2f", 1.0, 1.0) + bytes(400))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "change", "problem"),
+    [
+        (Encoding.int8, {"data": INT8[3][:-1]}, r"has 407 bytes, not the 408 of \(2, 200\) in int8"),
+        (Encoding.int8, {"data": b""}, "has 0 bytes, not the 408"),
+        (Encoding.int8, {"shape": (2, 201)}, "has 408 bytes, not the 410"),
+        (Encoding.int8, {"shape": (2**40, 2**40)}, "impossible shape"),
+        (Encoding.int8, {"shape": (-2, -200)}, "impossible shape"),
+        (Encoding.int8, {"shape": (0, *[2**31] * 4), "data": b""}, "impossible shape"),
+        (Encoding.int8, {"data": struct.pack("<2f", 1.0, math.nan) + bytes(400)}, "not finite: a scale"),
+        (Encoding.int8, {"data": struct.pack("<2f", math.inf, 1.0) + bytes(400)}, "not finite: a scale"),
+        (Encoding.int8, {"stype": "cloudpickle"}, "is int8 in cloudpickle, not int8 in tap-flower.int8"),
+        (Encoding.int8, {"dtype": "float64"}, "is float64 in tap-flower.int8, not int8"),
+        (Encoding.bfloat16, {}, "is int8 in tap-flower.int8, not bfloat16 in tap-flower.bfloat16"),
+        (Encoding.bfloat16, {"dtype": "bfloat16", "stype": "tap-flower.bfloat16"}, "has 408 bytes, not the 800"),
+        (Encoding.float32, {}, "is int8 in tap-flower.int8, not float32 in numpy.ndarray"),
+        (Encoding.float32, {"dtype": "float32", "stype": "numpy.ndarray"}, "cannot be read"),
+        (Encoding.float32, NPY | {"data": b"PK\x03\x04" + bytes(60)}, "cannot be read"),
+        (
+            Encoding.float32,
+            NPY | {"data": Array(np.zeros(2, np.float32)).data},
+            r"has shape \(2,\) in its data, not \(3,\)",
+        ),
+        (Encoding.float32, NPY | {"data": NPY["data"].replace(b"(3,)", b"(((,")}, "cannot be read"),
+        (Encoding.float32, NPY | {"data": NPY["data"][:-1]}, r"has 11 bytes of values, not the 12 of \(3,\)"),
+        (Encoding.float32, NPY | {"data": NPY["data"] + b"x"}, "has 13 bytes of values, not the 12"),
+        (Encoding.float32, NPY | {"shape": (2**20, 2**20)}, "impossible shape"),
+        (Encoding.float32, NPY | {"shape": (1,) * 9}, "impossible shape"),
+    ],
+)
+def test_an_array_that_is_not_what_it_says_is_refused(
+    encoding: Encoding, change: dict[str, object], problem: str
+) -> None:
+    fields = dict(zip(("dtype", "shape", "stype", "data"), INT8, strict=True)) | change
+    with pytest.raises(EncodingError, match=problem):
+        from_array(Array(**fields), encoding)  # type: ignore[call-overload]
+
+
+def test_a_float32_array_that_holds_something_else_is_refused() -> None:
+    array = Array(np.zeros(3))
+    array.dtype = "float32"
+    with pytest.raises(EncodingError, match="is float64, not float32"):
+        from_array(array, Encoding.float32)
+
+
+@given(st.binary(max_size=64), st.lists(st.integers(-2, 2**31), max_size=5), st.sampled_from(Encoding))
+def test_whatever_comes_it_is_a_tensor_or_refused(data: bytes, shape: list[int], encoding: Encoding) -> None:
+    like = to_array(torch.zeros(1), encoding)
+    try:
+        found = from_array(Array(like.dtype, tuple(shape), like.stype, data), encoding)
+    except EncodingError:
+        return
+    assert found.dtype == torch.float32
+
+
+def test_an_array_in_columns_is_read() -> None:
+    values = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
+    assert from_array(Array(values), Encoding.float32).tolist() == values.tolist()
+
+
+def test_a_header_is_parsed_once_and_a_bad_one_refused_each_time() -> None:
+    encodings._header.cache_clear()
+    arrays = [to_array(torch.full((3, 2), float(number)), Encoding.float32) for number in range(4)]
+    assert [float(from_array(array, Encoding.float32).sum()) for array in arrays] == [0, 6, 12, 18]
+    assert encodings._header.cache_info().misses == 1
+    broken = arrays[0]
+    broken.data = b"\x93NUMPX" + broken.data[6:]
+    for _ in range(2):
+        with pytest.raises(EncodingError, match="cannot be read: the magic string is not correct"):
+            from_array(broken, Encoding.float32)
