@@ -1,14 +1,5 @@
 """The ClientApp of clients that a client spec describes."""
 
-from tap_flower.client.app import app_over
-from tap_flower.client.handlers import Handlers
+from tap_flower.client.app import spec_client_app
 
-
-def handlers() -> Handlers:
-    """Imported by the first message."""
-    from tap_flower.client.evaluation import HANDLERS
-
-    return HANDLERS
-
-
-app = app_over(handlers)
+app = spec_client_app()

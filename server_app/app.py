@@ -1,9 +1,12 @@
 """The ServerApp: configuration, strategy, start."""
 
+import logging
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from tap_flower.server import main as server
+from tap_flower.server.strategy import TapStrategy
+from tap_flower.wire.run_config import simulated_run
 
 app = ServerApp()
 
@@ -11,4 +14,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Runs TAP over the nodes of the grid."""
-    server.run(grid, context)
+    logging.basicConfig(level=logging.WARNING)
+    config, folder = simulated_run(context)
+    strategy = TapStrategy(config=config, run_folder=folder, resume=bool(context.run_config.get("resume", False)))
+    strategy.start(grid=grid)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tap_flower.client.module import load_module as load_module
-    from tap_flower.client.plugin import client_app as client_app
+    from tap_flower.client.app import TapClientApp as TapClientApp
     from tap_flower.client.task import Client as Client
     from tap_flower.client.task import Task as Task
     from tap_flower.config import Config as Config
@@ -40,7 +40,7 @@ _HOMES = {
         "TEXT_GENERATION",
         "TaskKind",
     ),
-    "tap_flower.client.plugin": ("client_app",),
+    "tap_flower.client.app": ("TapClientApp",),
     "tap_flower.server.strategy": ("TapStrategy",),
     "tap_flower.personal.personal_model": ("PersonalModel",),
     "tap_flower.client.task": ("Client", "Task"),

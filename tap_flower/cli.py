@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from tap_flower.client.text_metrics import missing
-from tap_flower.config import ConfigError, Model, client_specs, load_config, presets, read_yaml
-from tap_flower.data.spec import SpecError
-from tap_flower.files import StorageError, read_tensors, write_atomically
+from tap_flower.config import Model, client_specs, load_config, presets, read_yaml
+from tap_flower.errors import ConfigError, SpecError, StorageError
+from tap_flower.files import read_tensors, write_atomically
 from tap_flower.methods.registry import find_method
 from tap_flower.personal import commands as personal_commands
 from tap_flower.personal.folders import PersonalError
@@ -29,7 +29,7 @@ from tap_flower.run.resources import CLUSTER, ResourcesError, shared, shared_clu
 from tap_flower.run.simulation import Launch, SimulationError, simulate
 from tap_flower.run.supernode import NodeLaunch
 from tap_flower.run.supernode import start as start_node
-from tap_flower.server.accounting import budget_of
+from tap_flower.server.privacy import budget_of
 from tap_flower.study.comparison import compare
 from tap_flower.study.execute import Outcome, execute
 from tap_flower.study.plan import PlannedRun, read_sweep
@@ -211,8 +211,8 @@ def check_command(
     # Imported here: they bring transformers and datasets, which the other commands do without.
     from tap_flower.client.from_spec import exchanged
     from tap_flower.data.checking import Problem, check_data, check_spec
+    from tap_flower.errors import BackboneError
     from tap_flower.models.backbones import locate
-    from tap_flower.models.errors import BackboneError
     from tap_flower.report.check_tables import data_table, example_table, exchange_line
 
     console, run = Console(), load_config(preset, config, tuple(set_ or ()))

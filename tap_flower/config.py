@@ -20,12 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tap_flower.core.training import Optimisation
 from tap_flower.data.patterns import expand
-from tap_flower.data.spec import ClientSpec, SpecError, client_spec
+from tap_flower.data.spec import ClientSpec, client_spec
+from tap_flower.errors import ConfigError, SpecError
 from tap_flower.plain import DEEPEST, PlainError, parse_yaml, shown
-
-
-class ConfigError(ValueError):
-    """An option is wrong; the message names the key, the value and the remedy."""
 
 
 class ReplacementSource(Enum):

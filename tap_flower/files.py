@@ -15,16 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from tap_flower.errors import StorageError
 from tap_flower.plain import check_type, parse_json
 
 _RECORD, _CHECKSUM = "tap_flower", "sha256"
 T = TypeVar("T")
 Identity = tuple[int, int, int, int]
 """Of a file's content: device, inode, time of writing in nanoseconds, size."""
-
-
-class StorageError(RuntimeError):
-    """A file cannot be read or written; the message names it and what to do."""
 
 
 def write_atomically(path: Path, content: bytes) -> Identity:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from tap_flower.config import Config, load_config
 from tap_flower.core.components import cpu_state
-from tap_flower.methods.session import LocalClient
+from tap_flower.methods.session import Session
+from tap_flower.server.result import TapResult
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
 from tap_flower.wire.run_config import simulated_run
@@ -114,7 +115,7 @@ class ToyFederation:
         return InProcessGrid(nodes, {}, toy_app(self.toys, self.out / "clients"), **options)
 
     def strategy(self, resume: bool = False) -> TapStrategy:
-        return TapStrategy(deepcopy(plug_in_config(*self.settings)), self.out, resume)
+        return TapStrategy(config=deepcopy(plug_in_config(*self.settings)), run_folder=self.out, resume=resume)
 
 
 @dataclass
@@ -145,7 +146,7 @@ class Federation:
 
     def strategy(self, resume: bool = False) -> TapStrategy:
         config, out = simulated_run(self.grid().contexts[100])
-        return TapStrategy(deepcopy(config), out, resume)
+        return TapStrategy(config=deepcopy(config), run_folder=out, resume=resume)
 
 
 def federation_of_toys(folder: Path, toys: Sequence[Toy] = TOYS, *settings: str) -> ToyFederation:
@@ -218,7 +219,7 @@ class Whole:
     federation: ToyFederation | Federation
     grid: InProcessGrid
     strategy: TapStrategy
-    results: dict[str, Any]
+    results: TapResult
     started: list[tuple[str, dict[str, Tensor]]]
 
     def returned(self, server_round: int) -> dict[str, dict[str, Tensor]]:
@@ -234,14 +235,14 @@ class Whole:
 def server_copies(patch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Tensor]]]:
     """(client, tensors) of every server copy before it trains, from now on."""
     found: list[tuple[str, dict[str, Tensor]]] = []
-    train = LocalClient.train
+    train = Session.train
 
-    def spy(self: LocalClient, model: Any, optimisation: Any, **names: Any) -> dict[str, float]:
+    def spy(self: Session, model: Any, optimisation: Any, **names: Any) -> dict[str, float]:
         if names["noise"][-1] == "server":
-            found.append((self.holdings.name, cpu_state(model)))
+            found.append((self.name, cpu_state(model)))
         return train(self, model, optimisation, **names)
 
-    patch.setattr(LocalClient, "train", spy)
+    patch.setattr(Session, "train", spy)
     return found
 
 

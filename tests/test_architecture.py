@@ -26,7 +26,7 @@ def test_import_contracts() -> None:
         ("tap_flower", {"torch", "flwr", "transformers", "datasets"}),
         ("tap_flower.core.replacement", {"flwr", "transformers", "datasets", "omegaconf", "ray"}),
         ("tap_flower.core.averaging", {"flwr", "transformers", "datasets", "omegaconf", "ray"}),
-        ("tap_flower.core.distillation", {"flwr", "transformers", "datasets", "omegaconf", "ray"}),
+        ("tap_flower.core.objectives", {"flwr", "transformers", "datasets", "omegaconf", "ray"}),
         ("tap_flower.models.model", {"flwr", "datasets", "omegaconf", "ray"}),
         ("tap_flower.personal.personal_model", {"flwr", "ray", "gradio"}),
         ("tap_flower.personal.commands", {"flwr", "transformers", "datasets", "ray", "gradio"}),

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from tap_flower import IMAGE_GENERATION, TEXT_CLASSIFICATION, TEXT_GENERATION, Client, Task, TaskKind, client_app
+from tap_flower import IMAGE_GENERATION, TEXT_CLASSIFICATION, TEXT_GENERATION, Client, TapClientApp, Task, TaskKind
 from tap_flower.core.initial import named_seed
 from tap_flower.core.tasks import IGNORE
 
@@ -186,7 +186,10 @@ TOYS = [
 def toy_app(toys: Sequence[Toy], state_dir: Path) -> ClientApp:
     """The ClientApp of nodes that find their client by `partition-id`."""
 
+    app = TapClientApp()
+
+    @app.client()
     def make(context: Context) -> Client:
         return toys[int(context.node_config["partition-id"])].client(state_dir)
 
-    return client_app(make)
+    return app

@@ -1,40 +1,96 @@
-"""A ClientApp over handlers."""
+"""`TapClientApp`: the ClientApp whose clients take part in TAP."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 
 if TYPE_CHECKING:
     from tap_flower.client.handlers import Handlers
+    from tap_flower.client.task import Client
+    from tap_flower.config import HyperParameters
+
+MakeClient = Callable[..., Any]
+"""(context) or (context, hyper-parameters) -> `Client`."""
 
 
-def app_over(handlers: Callable[[], Handlers]) -> ClientApp:
-    """The ClientApp that answers every message of the protocol.
+class TapClientApp(ClientApp):
+    """A Flower ClientApp that answers the messages of `TapStrategy`.
+
+    Nothing heavy is imported before the first message: Flower's simulation loads the app in a process that handles none, and
+    would start Ray only after the imports.
 
     Args:
-        handlers: imports them. The first message calls it: Flower's simulation loads the app in a process that handles none,
-            and would start Ray only after the import of what the clients need.
+        mods: Flower's mods, around every message.
+        quotes: whether the server may be told what went wrong where the words may quote this node's data, such as a label.
+            By default they go to the node's log alone.
+
+    Example:
+        >>> app = TapClientApp()
+        >>> @app.client()
+        ... def client(context):
+        ...     return Client("ann", Net, [Task("digits", IMAGE_CLASSIFICATION, ["image"], train, test, forward, target)])
     """
-    app = ClientApp()
 
-    @app.query("manifest")
-    def manifest(message: Message, context: Context) -> Message:
-        return handlers().manifest(message, context)
+    def __init__(self, mods: list[Mod] | None = None, quotes: Callable[[Context], bool] = lambda _: False) -> None:
+        super().__init__(mods=mods)
+        self._quotes = quotes
+        self._make_client: MakeClient | None = None
+        self._handlers: Handlers | None = None
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return handlers().train(message, context)
+        @self.query("manifest")
+        def manifest(message: Message, context: Context) -> Message:
+            return self._loaded().manifest(message, context)
 
-    @app.train("distill")
-    def distill(message: Message, context: Context) -> Message:
-        return handlers().distill(message, context)
+        @self.train()
+        def train(message: Message, context: Context) -> Message:
+            return self._loaded().train(message, context)
 
-    @app.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        return handlers().evaluate(message, context)
+        @self.train("personalise")
+        def personalise(message: Message, context: Context) -> Message:
+            return self._loaded().personalise(message, context)
+
+        @self.evaluate()
+        def evaluate(message: Message, context: Context) -> Message:
+            return self._loaded().evaluate(message, context)
+
+    def client(self) -> Callable[[MakeClient], MakeClient]:
+        """Registers the function that makes the client of a node; a process calls it once for each node and run.
+
+        The function takes Flower's `Context`, and if it has a second parameter the run's `HyperParameters`.
+        """
+
+        def register(make: MakeClient) -> MakeClient:
+            takes_settings = len(inspect.signature(make).parameters) > 1
+            self._make_client = make if takes_settings else lambda context, _: make(context)
+            return make
+
+        return register
+
+    def _loaded(self) -> Handlers:
+        from tap_flower.client.handlers import Handlers
+
+        if self._make_client is None:
+            raise RuntimeError("the TapClientApp has no client: decorate the function that makes it with @app.client()")
+        if self._handlers is None:
+            self._handlers = Handlers(self._make_client, self._quotes)
+        return self._handlers
+
+
+def spec_client_app() -> TapClientApp:
+    """The ClientApp of nodes whose client a client spec describes: tap-flower's own."""
+    # A simulated node has no client spec of its own: it is on the server's machine, which may be told everything.
+    app = TapClientApp(quotes=lambda context: "client-spec" not in context.node_config)
+
+    @app.client()
+    def client(context: Context, settings: HyperParameters) -> Client:
+        from tap_flower.client.from_spec import client_of_node
+
+        return client_of_node(context, settings)
 
     return app

@@ -1,182 +1,128 @@
-"""The client's handlers: one for each message of the protocol, whatever the client's models are made of."""
+"""Answers the server's messages, one function a message, whatever the client's models are made of."""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from statistics import fmean
 
-from flwr.app import Context, Error, Message, RecordDict
+from cachetools import LRUCache
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 
-from tap_flower.client.interference import gradient_cosines
-from tap_flower.client.state import ClientStore, Kept, Received
-from tap_flower.config import ConfigError, Encoding
-from tap_flower.core.averaging import BadUpdateError, check_form
-from tap_flower.core.components import ComponentModel, trainable_state
-from tap_flower.core.training import DivergedError, Observer
-from tap_flower.data.spec import SpecError
-from tap_flower.errors import ClientError
-from tap_flower.files import StorageError
-from tap_flower.methods.method import Memory, Method, State
+from tap_flower.client.evaluation import evaluate_models
+from tap_flower.client.state import ClientState, StateFolder
+from tap_flower.client.task import Client
+from tap_flower.config import Encoding, HyperParameters, hyper_parameters
+from tap_flower.core.averaging import check_form
+from tap_flower.core.components import State, trainable_state
+from tap_flower.errors import MessageError, SpecError, TapFlowerError
+from tap_flower.methods.method import Memory, Method
 from tap_flower.methods.registry import find_method
-from tap_flower.methods.session import LocalClient
-from tap_flower.models.errors import BackboneError
+from tap_flower.methods.session import Session
 from tap_flower.report.client_records import record_decisions, record_evaluation
 from tap_flower.wire import messages
-from tap_flower.wire.manifest import Manifest, TaskInfo, TensorInfo, encode_manifest
-from tap_flower.wire.messages import Instruction, LackingError, MessageError
-from tap_flower.wire.reports import Metrics, Report, encode_report
-from tap_flower.wire.tensors import EncodingError
-from tap_flower.wire.updates import make_update, restore
+from tap_flower.wire.messages import Evaluation, Instruction, Manifest, Report, TaskInfo, TensorInfo
+from tap_flower.wire.tensors import encode_tensors, make_update, moved_to
 
 REFUSED = 1001
 """Error code of a reply whose reason is meant for the person who runs the server or the node."""
-
-EXPECTED = (
-    BackboneError,
-    BadUpdateError,
-    ClientError,
-    ConfigError,
-    DivergedError,
-    EncodingError,
-    MessageError,
-    SpecError,
-    StorageError,
-)
-"""Errors whose text says what is wrong and what to do."""
+OPEN_CLIENTS = 1024
+"""Clients that a process keeps open; a process of a simulation serves many."""
 log = logging.getLogger("tap_flower")
-
-
-class Witness(Protocol):
-    """Sees what the models under evaluation make of the test data."""
-
-    @property
-    def samples(self) -> dict[str, Any]:
-        """What they made of a few test items; see `methods.samples`."""
-        ...
-
-    def begin(self, name: str, model: ComponentModel) -> Observer:
-        """What is to be shown the batches of the next model's evaluation."""
-        ...
-
-    def metrics(self) -> dict[str, dict[str, float]]:
-        """Task name -> further metrics of the model whose evaluation has ended."""
-        ...
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A client as its node knows it.
-
-    Attributes:
-        local: with its data, and the run's hyper-parameters.
-        folder: of its state in this run.
-        witness: makes what sees the evaluation of the run's method; None where the metrics of the kinds are all.
-        describe: writes into the folder what its tensors are of.
-    """
-
-    local: LocalClient
-    folder: Path
-    witness: Callable[[Method], Witness] | None = None
-    describe: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
 class Participant:
-    """A client that has received an instruction."""
+    """A client with an instruction of the server's.
 
-    opened: Opened
-    store: ClientStore
+    Attributes:
+        client: the client.
+        session: its model, data and the run's hyper-parameters.
+        folder: its state.
+        instruction: what the server sent.
+    """
+
+    client: Client
+    session: Session
+    folder: StateFolder
     instruction: Instruction
 
     @property
-    def local(self) -> LocalClient:
-        """With its data, and the run's hyper-parameters."""
-        return self.opened.local
+    def encoding(self) -> Encoding:
+        """Encoding of the run."""
+        return self.session.settings.wire.encoding
 
-    @property
+    @cached_property
     def method(self) -> Method:
-        """Of the run.
+        """Method of the run.
 
         Raises:
             ConfigError: this version has no such method.
         """
-        return find_method(self.local.settings.method)
+        return find_method(self.session.settings.method)
 
-    @property
-    def encoding(self) -> Encoding:
-        """Of the run."""
-        return self.local.settings.wire.encoding
-
-    def at_the_end(self) -> Kept | None:
-        """The client's state after stage 1: the latest, or that of the best round where the run may stop early."""
-        best = self.instruction.best
-        return self.store.load() if best is None else self.store.load_best(best)
-
-    @property
+    @cached_property
     def exchanged(self) -> dict[str, str]:
-        """Tensor -> component, of what the client and the server send each other."""
-        component_of = self.local.outline.component_map.component_of
-        return {name: component for name, component in component_of.items() if self.method.exchanges(component)}
+        """Tensor -> component, for the tensors that client and server exchange."""
+        component_of = self.session.outline.component_map.component_of
+        exchanges = {component: self.method.exchanges(component) for component in set(component_of.values())}
+        return {name: component for name, component in component_of.items() if exchanges[component]}
+
+    def state_after_stage_1(self) -> ClientState | None:
+        """The client's latest state, or that of the best round where the run may stop early."""
+        best = self.instruction.best
+        return self.folder.load() if best is None else self.folder.load_best(best)
 
     def receive(self, message: Message) -> State:
-        """The server's values of all of the client's tensors: those in the message, and those that it left out.
+        """The server's tensors for this client.
 
         Raises:
-            LackingError: tensors were left out, and the client has no copy of them: its folder is lost, or it has other
-                tasks than before.
-            BadUpdateError: the server sent others than the client's tensors, or values that are not finite.
+            MessageError: the server sent others than the client's tensors, or values that are not finite.
         """
-        state, held = self.instruction.state, self.instruction.held
-        exact = self.encoding is Encoding.float32
-        sent = messages.decode_tensors(message.content, self.encoding)
-        tensors = restore(sent, {} if exact or not sent else self.local.initial_values(), self.encoding)
-        if held is not None:
-            kept = self.store.received()
-            if kept is None or not held <= kept.state <= state:
-                has = "none" if kept is None else f"that of round {kept.state}"
-                raise LackingError(f"the client was to hold the server's tensors of round {held}, and has {has}")
-            own = {name: tensor for name, tensor in kept.tensors.items() if name in self.exchanged}
-            if not tensors and kept.state == state and own.keys() == self.exchanged.keys():
-                return own
-            tensors = {**own, **tensors}
-        if missing := sorted(self.exchanged.keys() - tensors.keys()):
-            raise LackingError(f"the client was not sent {len(missing)} of its tensors, such as {missing[0]!r}")
-        check_form("the server's message", tensors, self.exchanged, trainable_state(self.local.outline))
+        sent = messages.tensors_of(message.content, self.encoding)
+        first = {} if self.encoding is Encoding.float32 or not sent else self.session.initial_values()
+        tensors = moved_to(sent, first, self.encoding)
+        check_form("the server's message", tensors, self.exchanged, trainable_state(self.session.outline))
         if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
-            raise BadUpdateError(f"the server's tensor {broken[0]!r} holds a value that is not finite")
-        self.store.save_received(Received(state, tensors))
+            raise MessageError(f"the server's tensor {broken[0]!r} holds a value that is not finite")
+        self.folder.save_server(tensors)
         return tensors
 
 
 @dataclass(frozen=True)
 class Handlers:
-    """Answers the server's messages, as a ClientApp's functions.
+    """The functions of a `TapClientApp`.
 
     Attributes:
-        open: (context, instruction) -> the client. It raises one of `EXPECTED` with what is wrong.
-        quotes: whether the server may be told what went wrong where the words may quote the node's own: a simulation is one
-            machine. Elsewhere they go to the node's log alone.
+        make_client: (context, hyper-parameters) -> the node's client.
+        quotes: whether the server may be told what went wrong where the words may quote the node's data.
+        known: (run, node, hyper-parameters) -> clients that are open.
     """
 
-    open: Callable[[Context, Instruction], Opened]
+    make_client: Callable[[Context, HyperParameters], Client]
     quotes: Callable[[Context], bool]
+    known: LRUCache[tuple[str, int, str], tuple[Client, Session]] = field(
+        default_factory=lambda: LRUCache(OPEN_CLIENTS), init=False
+    )
 
     def manifest(self, message: Message, context: Context) -> Message:
-        """`query.manifest`: who the client is, what it has, which tensors it holds."""
+        """`query.manifest`: who the client is, what it has, which tensors it exchanges."""
         return self._answer(message, context, _manifest)
 
     def train(self, message: Message, context: Context) -> Message:
-        """`train`: one participation in stage 1."""
+        """`train`: one round of stage 1."""
         return self._answer(message, context, _train)
 
-    def distill(self, message: Message, context: Context) -> Message:
-        """`train.distill`: stage 2."""
-        return self._answer(message, context, _distill)
+    def personalise(self, message: Message, context: Context) -> Message:
+        """`train.personalise`: stage 2."""
+        return self._answer(message, context, _personalise)
 
     def evaluate(self, message: Message, context: Context) -> Message:
         """`evaluate`: the metrics of every model that the client has, on its test data."""
@@ -185,18 +131,18 @@ class Handlers:
     def _answer(
         self, message: Message, context: Context, handler: Callable[[Participant, Message], RecordDict]
     ) -> Message:
-        """Runs a handler; what goes wrong in a way that somebody can mend is answered in plain words."""
+        """Runs a handler; an error is answered in plain words."""
         try:
-            instruction = messages.instruction(message)
-            opened = self.open(context, instruction)
-            participant = Participant(opened, ClientStore(opened.folder, instruction.run), instruction)
-            with participant.store.locked():
+            instruction = messages.decode(message.content, Instruction, "the server")
+            client, session = self._open(context, instruction)
+            folder = StateFolder(_state_folder(client, context, instruction.run), instruction.run, instruction.epochs)
+            participant = Participant(client, session, folder, instruction)
+            with folder.locked():
                 content = handler(participant, message)
-                opened.describe()  # not before: a message that is refused leaves nothing behind
+                if client.describe is not None:  # not before: a message that is refused leaves nothing behind
+                    client.describe(folder.folder, session, instruction)
             return Message(content, reply_to=message)
-        except LackingError as error:
-            return Message(Error(LackingError.CODE, str(error)), reply_to=message)
-        except EXPECTED as error:
+        except TapFlowerError as error:
             reason = str(error)
             if isinstance(error, SpecError) and not self.quotes(context):
                 log.error("%s", error)
@@ -209,89 +155,124 @@ class Handlers:
             reason = str(error) if self.quotes(context) else "the log of its node says more"
             return Message(Error(REFUSED, f"unexpected {type(error).__name__} at {where}: {reason}"), reply_to=message)
 
+    def _open(self, context: Context, instruction: Instruction) -> tuple[Client, Session]:
+        key = (instruction.run, context.node_id, json.dumps(instruction.hyper_parameters, sort_keys=True))
+        if key not in self.known:
+            settings = hyper_parameters(instruction.hyper_parameters)
+            client = self.make_client(context, settings)
+            self.known[key] = client, client.session(settings)
+        return self.known[key]
+
+
+def _state_folder(client: Client, context: Context, run: str) -> Path:
+    """`state-dir` of the node's configuration, the client's `state_dir`, or Flower's home; in it NAME/RUN."""
+    if client.folder is not None:
+        return client.folder
+    home = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")) / "tap-flower"
+    return Path(str(context.node_config.get("state-dir") or client.state_dir or home)) / client.name / run
+
 
 def _manifest(participant: Participant, _: Message) -> RecordDict:
-    local = participant.local
-    model, exchanges, component_of = local.outline, participant.method.exchanges, participant.exchanged
+    session, exchanged = participant.session, participant.exchanged
+    model = session.outline
     participant.method.suits(model)
-    component_map = model.component_map
-    shapes = {name: tuple(tensor.shape) for name, tensor in trainable_state(model).items() if name in component_of}
-    examples = local.data.sizes("train")
-    return encode_manifest(
+    examples = session.data.sizes("train")
+    kept = set(exchanged.values())
+    return messages.encode(
         Manifest(
-            client=local.holdings.name,
-            fingerprint=local.holdings.fingerprint,
+            client=session.name,
+            fingerprint=session.fingerprint,
             tasks=tuple(
-                TaskInfo(task.pair, task.kind.name, task.domains, task.head_size, examples[task.pair.task])
-                for task in local.holdings.tasks
+                TaskInfo(
+                    task.pair.task,
+                    task.pair.modalities,
+                    task.kind.name,
+                    task.domains,
+                    task.head_size,
+                    examples[task.pair.task],
+                )
+                for task in session.tasks
             ),
             tensors={
-                name: TensorInfo(component_of[name], shape, model.initials[name]) for name, shape in shapes.items()
+                name: TensorInfo(exchanged[name], tuple(tensor.shape), model.initials[name])
+                for name, tensor in trainable_state(model).items()
+                if name in exchanged
             },
-            reach={
-                pair.task: frozenset(filter(exchanges, components)) for pair, components in component_map.reach.items()
-            },
+            reach={pair.task: components & kept for pair, components in model.component_map.reach.items()},
         )
     )
 
 
 def _train(participant: Participant, message: Message) -> RecordDict:
-    server_round, best = participant.instruction.server_round, participant.instruction.best
-    kept = participant.store.load(before_round=server_round)
-    if best is not None:
-        participant.store.keep_best(best)
-    received, before = participant.receive(message), participant.local.steps
-    result = participant.method.participate(participant.local, server_round, received, _memory(kept))
+    session, folder, instruction = participant.session, participant.folder, participant.instruction
+    # Step 1: the state before this round, also where the server repeats it.
+    state = folder.load(before_round=instruction.round)
+    if instruction.best is not None:
+        folder.keep_best(instruction.best)
+    # Step 2: the method's round.
+    received, steps = participant.receive(message), session.steps
+    result = participant.method.participate(session, instruction.round, received, _memory(state))
+    # Step 3: what the server gets, Δ = trained − received, and what stays here.
+    update = make_update(received, result.returned, {} if state is None else state.residual, participant.encoding)
     replaced = {decision.pair.task: int(decision.replaced) for decision in result.decisions}
-    counts = Counter(replaced) + (Counter() if kept is None else kept.replacements)
-    residual, encoding = {} if kept is None else kept.residual, participant.encoding
-    component_of = participant.local.outline.component_map.component_of
-    update = make_update(received, result.returned, residual, component_of, encoding)
-    examples = participant.local.data.sizes("train")
-    steps, unchanged = participant.local.steps - before, tuple(sorted(update.unchanged))
-    scores = {} if best is None else _scores(participant, received, result.memory)
-    report = Report(server_round, examples, result.losses, steps, replaced, unchanged, scores)
-    content = encode_report(report, messages.encode_tensors(update.tensors, encoding))
-    record_decisions(participant.store.folder, participant.instruction.run, server_round, result.decisions)
-    participant.store.save(Kept(server_round, result.memory, counts, update.residual))
+    report = Report(
+        round=instruction.round,
+        examples=session.data.sizes("train"),
+        losses=result.losses,
+        steps=session.steps - steps,
+        replacements=replaced,
+        validation={} if instruction.best is None else _own_scores(participant, received, result.memory),
+    )
+    content = messages.encode(report, encode_tensors(update.difference, participant.encoding), metrics=_metrics(report))
+    # Step 4: the new state is on the disk before the answer leaves.
+    counts = Counter(replaced) + (Counter() if state is None else state.replacements)
+    record_decisions(folder.folder, instruction.run, instruction.round, result.decisions)
+    folder.save(ClientState(instruction.round, result.memory, counts, update.residual))
     return content
 
 
-def _distill(participant: Participant, message: Message) -> RecordDict:
-    kept = participant.at_the_end()
-    received, before = participant.receive(message), participant.local.steps
-    result = participant.method.second_stage(participant.local, received, _memory(kept))
-    participant.store.save_second_stage(result.models)
-    examples, steps = participant.local.data.sizes("train"), participant.local.steps - before
-    return encode_report(Report(participant.instruction.server_round, examples, result.losses, steps, {}))
+def _personalise(participant: Participant, message: Message) -> RecordDict:
+    session, state = participant.session, participant.state_after_stage_1()
+    received, steps = participant.receive(message), session.steps
+    result = participant.method.second_stage(session, received, _memory(state))
+    participant.folder.save_models(result.models)
+    report = Report(
+        round=participant.instruction.round,
+        examples=session.data.sizes("train"),
+        losses=result.losses,
+        steps=session.steps - steps,
+    )
+    return messages.encode(report, metrics=_metrics(report))
 
 
 def _evaluate(participant: Participant, message: Message) -> RecordDict:
-    local = participant.local
-    method, memory = participant.method, _memory(participant.at_the_end())
-    models = method.models(local, participant.receive(message), memory)
-    models |= participant.store.second_stage(method.results)
-    metrics: Metrics = {task: {} for task in local.kinds}
-    witness = None if participant.opened.witness is None else participant.opened.witness(method)
-    cosines: list[dict[str, Any]] = []
-    for name, state in models.items():
-        model = local.model(state)
-        if name == "server":
-            cosines = gradient_cosines(local, model)
-        found = local.evaluate(model, "test", None if witness is None else witness.begin(name, model))
-        further = {} if witness is None else witness.metrics()
-        for task, values in found.items():
-            metrics[task][name] = values | further.get(task, {})
-    samples = {} if witness is None else witness.samples
-    record_evaluation(participant.store.folder, participant.instruction.run, samples, cosines)
-    return messages.encode({"metrics": metrics})
+    session, method, folder = participant.session, participant.method, participant.folder
+    received, memory = participant.receive(message), _memory(participant.state_after_stage_1())
+    models = method.models(received, memory, session.initial_values) | folder.load_models(method.results)
+    observer = None if participant.client.observe is None else participant.client.observe(session, method)
+    found = evaluate_models(session, models, observer)
+    record_evaluation(folder.folder, participant.instruction.run, found.samples, found.cosines)
+    judged = [session.kinds[task].score(by_model[found.last]) for task, by_model in found.metrics.items()]
+    examples = sum(session.data.sizes("test").values())
+    return messages.encode(
+        Evaluation(found.metrics), metrics=MetricRecord({"num-examples": examples, "score": fmean(judged)})
+    )
 
 
-def _scores(participant: Participant, received: State, memory: Memory) -> dict[str, float]:
-    """Validation scores of the client's own model: the last one of those that there are to evaluate."""
-    models = participant.method.models(participant.local, received, memory)
-    return participant.local.scores(participant.local.model(models[next(reversed(models))]), "validation")
+def _metrics(report: Report) -> MetricRecord:
+    """Flower's record of a round: examples, and the mean loss over the client's tasks."""
+    found: dict[str, int | float] = {"num-examples": sum(report.examples.values())}
+    if report.losses:
+        found["train-loss"] = fmean(report.losses.values())
+    return MetricRecord(dict(found))
 
 
-def _memory(kept: Kept | None) -> Memory:
-    return Memory() if kept is None else kept.memory
+def _own_scores(participant: Participant, received: State, memory: Memory) -> dict[str, float]:
+    """Task name -> validation score of the client's own model: the last one of those that there are to evaluate."""
+    session = participant.session
+    models = participant.method.models(received, memory, session.initial_values)
+    return session.scores(session.model(models[next(reversed(models))]), "validation")
+
+
+def _memory(state: ClientState | None) -> Memory:
+    return Memory() if state is None else state.memory

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from tap_flower.core.components import ComponentModel
-from tap_flower.methods.session import LocalClient
+from tap_flower.methods.session import Session
 
 
-def gradient_cosines(client: LocalClient, model: ComponentModel) -> list[dict[str, Any]]:
+def gradient_cosines(session: Session, model: ComponentModel) -> list[dict[str, Any]]:
     """Cosines between the gradients of every two pairs of a client, on the components that both reach.
 
     The gradient of a pair is that of its mean loss on one batch of its training examples, without dropout; no step is made.
 
     Args:
-        client: with its data; one with a single pair has no cosines.
-        model: the server's, on the client's device.
+        session: the client at work; one with a single pair has no cosines.
+        model: the server's, on the session's device.
 
     Returns:
         For every two tasks `a` and `b`: their `cosine` over all shared tensors, and `components`, the cosine on each. A
@@ -36,9 +36,9 @@ def gradient_cosines(client: LocalClient, model: ComponentModel) -> list[dict[st
         names = [n for n in component_map.tensors_of(pair) if held[component_map.component_of[n]] > 1]
         if not names:
             continue
-        size = client.data.splits["train"][pair.task][0].batch_size or client.settings.train.batch_size
-        batch = client.data.first("train", pair.task, size, client.device)
-        loss = client.kinds[pair.task].losses(model(pair.task, batch.inputs), batch.target).mean()
+        size = session.data.splits["train"][pair.task][0].batch_size or session.settings.train.batch_size
+        batch = session.data.first("train", pair.task, size, session.device)
+        loss = session.kinds[pair.task].losses(model(pair.task, batch.inputs), batch.target).mean()
         found = torch.autograd.grad(loss, [parameters[n] for n in names])
         gradients[pair.task] = {name: value.double() for name, value in zip(names, found, strict=True)}
     cosines = []
@@ -64,8 +64,8 @@ def cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor], names: Iterab
 
     Args:
         one: tensor name -> value.
-        other: likewise, of the same shapes.
-        names: of the tensors that count.
+        other: tensor name -> value, of equal shapes.
+        names: names of the tensors that count.
     """
     products = [[(one[n] * other[n]).sum(), (one[n] ** 2).sum(), (other[n] ** 2).sum()] for n in names]
     dot, square, other_square = (float(sum(column)) for column in zip(*products, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,6 @@ from tap_flower.core.initial import Initial, initial_values
 from tap_flower.errors import ClientError
 from tap_flower.files import read_tensors
 
-PREFIX = "components."
-"""Begins the names of all tensors that are sent."""
 Forward = Callable[[Any, Any], Tensor]
 """(module, batch) -> output of a task."""
 Patterns = Mapping[str, str | Sequence[str]]
@@ -30,8 +28,8 @@ class OwnModel(ComponentModel):
     Args:
         module: any.
         forwards: task name -> how the module runs it.
-        component_map: see `ComponentModel`; tensors are named as in the module, after `PREFIX`.
-        initials: likewise.
+        component_map: which trainable tensor belongs to which component, and what each pair reaches.
+        initials: tensor name -> how it starts.
     """
 
     def __init__(
@@ -42,14 +40,21 @@ class OwnModel(ComponentModel):
         initials: Mapping[str, Initial],
     ) -> None:
         super().__init__()
-        self.components = module
+        # Tensors keep the names that they have in the module: nothing is wrapped.
+        self._parameters, self._buffers, self._modules = module._parameters, module._buffers, module._modules
+        self.__dict__["_module"] = module
         self.component_map = component_map
         self.initials = initials
         self._forwards = forwards
 
     def forward(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
         """The output of a task for a batch of the client's own data."""
-        return self._forwards[task](self.components, inputs[OWN])
+        return self._forwards[task](self._module, inputs[OWN])
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the module to training or evaluation mode."""
+        self._module.training = mode
+        return super().train(mode)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -107,7 +112,7 @@ def component_map(
                     f"them belong together"
                 )
     reach = {pair: frozenset(component_of[name] for name in tensors) for pair, tensors in of.items()}
-    return ComponentMap({PREFIX + name: component for name, component in component_of.items()}, reach)
+    return ComponentMap(component_of, reach)
 
 
 def reached_by(module: nn.Module, loss: Tensor) -> list[str]:
@@ -139,7 +144,7 @@ def initials(module: nn.Module) -> dict[str, Initial]:
         found = initial_values(module, lambda part, _: Initial("constant", 0.0) if part in frozen else None)
     except TypeError as error:
         raise ClientError(str(error)) from error
-    return {PREFIX + name: found[name] for name in names}
+    return {name: found[name] for name in names}
 
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -158,16 +163,26 @@ def load_module(module: _M, folder: str | Path, which: str = "tap") -> _M:
         ValueError: its tensors are not those of the module.
     """
     tensors, _ = read_tensors(Path(folder) / f"{which}.safetensors")
-    own = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
+    own = {name: value for name, value in tensors.items() if ":" not in name}  # the others belong to other models
     load_trainable_state(module, own)
     return module
 
 
-def prefixed(model: ComponentModel) -> tuple[ComponentMap, dict[str, Initial]]:
-    """Components and initial values of a model that knows them, as those of the module in an `OwnModel`."""
-    component_of = {PREFIX + name: component for name, component in model.component_map.component_of.items()}
-    found = {PREFIX + name: initial for name, initial in model.initials.items()}
-    return ComponentMap(component_of, model.component_map.reach), found
+def adapted(module: nn.Module, forwards: Mapping[str, Forward]) -> ComponentModel:
+    """A `ComponentModel` that also runs the batches of a client's own data.
+
+    Args:
+        module: a `ComponentModel`, changed in place; its tensors keep their names.
+        forwards: task name -> how the module runs a batch; a task without one takes its batches as they are.
+    """
+    assert isinstance(module, ComponentModel)
+    forward = module.forward
+
+    def run(task: str, inputs: Mapping[str, Any]) -> Tensor:
+        return forwards[task](module, inputs[OWN]) if OWN in inputs else forward(task, inputs)
+
+    module.forward = run  # type: ignore[method-assign]
+    return module
 
 
 def _layer(name: str) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from tap_flower.config import ConfigError, Metrics, read_yaml
-from tap_flower.data.spec import ClientSpec, SpecError, client_spec
+from tap_flower.config import Metrics, read_yaml
+from tap_flower.data.spec import ClientSpec, client_spec
+from tap_flower.errors import ConfigError, SpecError
 from tap_flower.wire.run_config import simulated_clients, simulated_run
 
 
@@ -19,23 +20,24 @@ class Node:
 
     Attributes:
         spec: of its client.
-        folder: of the client's state in this run.
+        state_dir: folder for the states of the node's client, as STATE_DIR/CLIENT/RUN.
+        folder: in a simulation, folder of the client's state, in place of STATE_DIR/CLIENT/RUN.
         data_root: folder with a mirror of the hub's data sets, or nothing.
         metrics: which further metrics it computes.
     """
 
     spec: ClientSpec
-    folder: Path
+    state_dir: Path | None
+    folder: Path | None
     data_root: str
     metrics: Metrics
 
 
-def this_node(context: Context, run: str) -> Node:
+def this_node(context: Context) -> Node:
     """The settings of the node that runs this: from its `--node-config`, or in a simulation from the run's configuration.
 
     Args:
         context: Flower's.
-        run: identity of the run. A node keeps the states of its runs apart, as STATE-DIR/CLIENT/RUN.
 
     Raises:
         ConfigError: a simulation has more nodes than clients.
@@ -46,8 +48,7 @@ def this_node(context: Context, run: str) -> Node:
         if "state-dir" not in node:
             raise SpecError('the node has a client-spec but no state-dir: add state-dir="FOLDER" to its --node-config')
         spec = client_spec(read_yaml(Path(str(node["client-spec"])), "client spec"))
-        folder = Path(str(node["state-dir"])) / spec.name / run
-        return Node(spec, folder, str(node.get("data-root", "")), _metrics(node))
+        return Node(spec, Path(str(node["state-dir"])), None, str(node.get("data-root", "")), _metrics(node))
     if "partition-id" not in node:
         raise SpecError(
             'the node has no client-spec: start it with --node-config \'client-spec="FILE" state-dir="FOLDER"\''
@@ -59,7 +60,7 @@ def this_node(context: Context, run: str) -> Node:
             f"there are more nodes than the {len(specs)} clients of preset {config.preset!r}: "
             f"use num-supernodes={len(specs)}"
         )
-    return Node(specs[partition], out / "clients" / specs[partition].name, config.data.root, config.metrics)
+    return Node(specs[partition], None, out / "clients" / specs[partition].name, config.data.root, config.metrics)
 
 
 def _metrics(node: Mapping[str, object]) -> Metrics:

@@ -17,7 +17,7 @@ from tap_flower.core.components import ComponentModel
 from tap_flower.core.training import Batch
 from tap_flower.data.collate import denormalise
 from tap_flower.data.spec import TaskSpec
-from tap_flower.methods.session import LocalClient
+from tap_flower.methods.session import Session
 
 ITEMS = 4
 """Test items of each task that are shown."""
@@ -28,7 +28,7 @@ class Samples:
     """The first test items of each task of a client, and models' answers to them.
 
     Attributes:
-        client: whose items.
+        session: the client at work.
         specs: its tasks.
         decode: token ids -> text, without special tokens.
         end: id of the separator that closes a text.
@@ -38,7 +38,7 @@ class Samples:
             label's `probability`, or the `mse` of an image's normalised pixels.
     """
 
-    client: LocalClient
+    session: Session
     specs: Sequence[TaskSpec]
     decode: Callable[[list[int]], str]
     end: int
@@ -52,7 +52,7 @@ class Samples:
             return
         model.eval()
         for task in self.specs:
-            batch = self.client.data.first("test", task.name, ITEMS, self.client.device)
+            batch = self.session.data.first("test", task.name, ITEMS, self.session.device)
             found = self.tasks.setdefault(task.name, {"kind": task.kind, "items": self._inputs(batch)})
             answers = self._answers(task.kind, task.classes, batch, model(batch.task, batch.inputs))
             for item, (target, answer) in zip(found["items"], answers, strict=True):
@@ -79,7 +79,7 @@ class Samples:
                 for prediction, reference in generated(batch, output, self.decode, self.end)
             ]
         if kind == "image_generation":
-            errors = self.client.kinds[batch.task].losses(output, batch.target).tolist()
+            errors = self.session.kinds[batch.task].losses(output, batch.target).tolist()
             return [({}, {"image": _encoded(image), "mse": error}) for image, error in zip(output, errors, strict=True)]
         probability, label = output.softmax(-1).max(-1)
         return [

@@ -1,102 +1,103 @@
-"""A client's durable state: what its method keeps between rounds, and what stage 2 made of it."""
+"""A client's durable state: what its method keeps between rounds, and the models of stage 2."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
+from cachetools import LRUCache
 from filelock import FileLock
+from msgspec import Struct
 
-from tap_flower.files import (
-    Identity,
-    StorageError,
-    identity,
-    keep_as,
-    read_record,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
-from tap_flower.methods.method import Memory, State
-from tap_flower.plain import PlainError, check_fields
-from tap_flower.recent import Recent
+from tap_flower.core.components import State
+from tap_flower.errors import StorageError
+from tap_flower.files import Identity, identity, keep_as, read_record, read_tensors, write_json, write_tensors
+from tap_flower.methods.method import Memory
+from tap_flower.wire.messages import Count, Epoch
 
-SCHEMA = 3
-PERSONAL, RECEIVED = "personal.safetensors", "received.safetensors"
-STATES = (PERSONAL, "personal.previous.safetensors", "personal.earlier.safetensors")
-"""The latest state and the two before it. A server that crashes in round r has the checkpoint of r - 1 or, where that was
-still being written, of r - 2: it repeats r - 1, and clients must go back to their state before that."""
+SCHEMA = 4
+PERSONAL, PREVIOUS = "personal.safetensors", "personal.previous.safetensors"
+"""The latest state, and the one before it, which counts when the server repeats the round of the latest. There is no need
+of more: the checkpoint of a round is on the server's disk before the next round begins."""
 BEST = "personal.best.safetensors"
 """The state of the best round so far, where a run may stop early; a second name of one of the others, or what it was."""
-_RESIDUAL = "residual/"
+SERVER = "server.safetensors"
+"""The tensors that the server sent last."""
+_RESIDUAL = "residual:"
 """Begins the names of the residual's tensors, in the file of the personal model."""
-_STATE = {"round": int, "models": list[str], "record": dict[str, Any], "replacements": dict[str, int]}
-"""What the record of a state says beside schema and run."""
-STATE_BYTES = 256 << 20
-"""Of states that a process remembers: those of fifteen two-task clients at full size."""
-_states: Recent[Path, tuple[Identity, State, dict[str, Any]]] = Recent(STATE_BYTES)
-"""Identity, tensors and record of files as this process last read or wrote them; the file says whether they still hold."""
+_CACHE_BYTES = 256 << 20
+"""Size limit of the in-process cache of states: about 15 full-size two-task clients."""
+_Record = TypeVar("_Record", bound="_FileRecord")
+
+
+class _FileRecord(Struct, frozen=True, kw_only=True):
+    """What every file says of itself."""
+
+    schema: int
+    run: str
+
+
+class _StateRecord(_FileRecord, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    history: str
+    round: Count
+    models: list[str]
+    record: dict[str, Any]
+    replacements: dict[str, Count]
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A client's state after a participation.
+class ClientState:
+    """A client's state after a round.
 
     Attributes:
-        server_round: of that participation.
-        memory: of the method.
+        round: the round, counted from 1.
+        memory: what the method keeps.
         replacements: task name -> how often its components were replaced so far.
-        residual: name -> what the wire's encoding has taken from the client's updates so far; see `updates`.
+        residual: tensor name -> what the wire's encoding has taken from the client's differences so far.
     """
 
-    server_round: int
+    round: int
     memory: Memory
     replacements: Counter[str] = field(default_factory=Counter)
     residual: State = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Received:
-    """The server's tensors that a client holds.
-
-    Attributes:
-        state: number of complete rounds that they come from; see `messages.Instruction`.
-        tensors: of all components of the client.
-    """
-
-    state: int
-    tensors: State
+_states: LRUCache[Path, tuple[Identity, State, dict[str, Any]]] = LRUCache(
+    _CACHE_BYTES, getsizeof=lambda kept: sum(tensor.nbytes for tensor in kept[1].values())
+)
+"""Identity, tensors and record of the files that this process last read or wrote; the identity says whether they hold."""
 
 
-class ClientStore:
+class StateFolder:
     """The state folder of one client in one run.
 
     `personal.safetensors` holds the models of the method's memory, the one named `personal` under its tensors' own names and
-    the others as MODEL/NAME, together with the method's record, counters and residual, so that they cannot disagree after a
-    crash; the two states before it are kept beside it, for a server that repeats rounds after a crash of its own.
-    `received.safetensors` is a copy of what the server sent last, so that it need not send it twice. Each model of stage 2
-    has a file of its name. `state.json` is a readable copy. The process remembers the states that it used last. A file that
-    another process has replaced since is read again, so that the processes of a simulation may serve a client in turn.
+    the others as MODEL:NAME, together with the method's record, counters and residual, so that they cannot disagree after a
+    crash. Each model of stage 2 has a file of its name. `state.json` is a readable copy of the record. A state counts only
+    if it was written in one of the run's epochs, for a round that the next epoch did not repeat.
 
     Args:
-        folder: of the client.
+        folder: folder of the client.
         run: identity of the run; state of another run is refused.
+        epochs: the run's start and its resumes, oldest first.
     """
 
-    def __init__(self, folder: Path, run: str) -> None:
+    def __init__(self, folder: Path, run: str, epochs: Sequence[Epoch]) -> None:
         self.folder = folder
         self.run = run
+        self.epochs = tuple(epochs)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Waits until no other process works on this folder, and keeps others out meanwhile.
 
-        A node that was started twice, or that answers a message which it had been thought too slow for, works on one after
+        A node that was started twice, or that answers a message for which it had been thought too slow, works on one after
         the other. The lock ends with the process, however that ends.
 
         Raises:
@@ -115,149 +116,157 @@ class ClientStore:
         finally:
             lock.release()
 
-    def load(self, before_round: int | None = None) -> Kept | None:
-        """The latest state, or None before the first participation.
+    def load(self, before_round: int | None = None) -> ClientState | None:
+        """The latest state that counts, or None before the client's first round.
 
         Args:
-            before_round: only a state from before this round: the round is being repeated.
+            before_round: takes only a state from before this round, which the server repeats.
 
         Raises:
             StorageError: the state is damaged, of another run, or has gone on beyond what can be repeated.
         """
-        rounds = self._rounds()
-        for name, server_round in rounds.items():
-            if before_round is None or server_round < before_round:
+        found = self._records()
+        for name, record in found.items():
+            if self._counts(record) and (before_round is None or record.round < before_round):
                 return self._read(name)
-        if len(rounds) == len(STATES):
+        if len(found) == 2:
+            rounds = " and ".join(str(record.round) for record in found.values())
             raise StorageError(
-                f"{self.folder}: the client is at round {min(rounds.values())} or later, the server repeats {before_round}: "
-                f"start a new run, or restore the client's folder"
+                f"{self.folder} holds the states of rounds {rounds}, and neither belongs to the run as the server goes on "
+                f"with it: restore the client's folder, or remove it to begin anew"
             )
         return None
 
-    def save(self, kept: Kept) -> None:
-        """Keeps the state after a participation; states that a repeated round has made void are dropped."""
-        rounds = self._rounds()
-        earlier = [name for name, server_round in rounds.items() if server_round < kept.server_round]
-        for void in rounds.keys() - set(earlier):
+    def save(self, state: ClientState) -> None:
+        """Keeps the state after a round; states that a repeated round has made void are removed."""
+        found = self._records()
+        earlier = [name for name, record in found.items() if self._counts(record) and record.round < state.round]
+        for void in found.keys() - set(earlier[:1]):
             (self.folder / void).unlink()
-        for name, moved in reversed(list(zip(earlier, STATES[1:], strict=False))):
-            (self.folder / name).replace(self.folder / moved)
-        record = self._record(kept)
-        tensors = {f"{_RESIDUAL}{name}": value for name, value in kept.residual.items()}
-        for model, state in kept.memory.models.items():
-            tensors |= {f"{_prefix(model)}{name}": value for name, value in state.items()}
-        self._remember(PERSONAL, write_tensors(self.folder / PERSONAL, tensors, record), tensors, record)
-        write_json(self.folder / "state.json", record)
+        if earlier and earlier[0] != PREVIOUS:
+            (self.folder / earlier[0]).replace(self.folder / PREVIOUS)
+        record = _StateRecord(
+            schema=SCHEMA,
+            run=self.run,
+            history=self.epochs[-1].history,
+            round=state.round,
+            models=sorted(state.memory.models),
+            record=deepcopy(dict(state.memory.record)),
+            replacements=dict(state.replacements),
+        )
+        tensors = {f"{_RESIDUAL}{name}": value for name, value in state.residual.items()}
+        for model, own in state.memory.models.items():
+            tensors |= {f"{_prefix(model)}{name}": value for name, value in own.items()}
+        plain = msgspec.to_builtins(record)
+        self._remember(PERSONAL, write_tensors(self.folder / PERSONAL, tensors, plain), tensors, plain)
+        write_json(self.folder / "state.json", plain)
 
     def keep_best(self, best_round: int) -> None:
-        """Keeps the state as of the run's best round so far; to be called before each participation.
+        """Keeps the state as of the run's best round so far; called before each round.
 
         Args:
-            best_round: the latest state that is of it, or of a round before it, is the client's state as of then.
+            best_round: the latest state of it, or of a round before it, is the client's state as of then.
         """
-        latest = next(iter(self._rounds().items()), None)
+        latest = self._latest()
         if latest is not None and latest[1] <= best_round:  # else the best one has been kept before
             keep_as(self.folder / latest[0], self.folder / BEST)
 
-    def load_best(self, best_round: int) -> Kept | None:
+    def load_best(self, best_round: int) -> ClientState | None:
         """The state as of the run's best round, or None where the client first took part after it."""
-        latest = next(iter(self._rounds().items()), None)
+        latest = self._latest()
         if latest is not None and latest[1] <= best_round:
             return self._read(latest[0])
         return self._read(BEST) if (self.folder / BEST).exists() else None
 
-    def save_second_stage(self, models: Mapping[str, State]) -> None:
+    def save_models(self, models: Mapping[str, State]) -> None:
         """Keeps the models that stage 2 has made, each in a file of its name."""
         for model, state in models.items():
             write_tensors(self._file(model), state, {"schema": SCHEMA, "run": self.run})
 
-    def save_received(self, received: Received) -> None:
-        """Keeps the server's tensors."""
-        record = {"schema": SCHEMA, "run": self.run, "state": received.state}
-        write_tensors(self.folder / RECEIVED, received.tensors, record)
-
-    def received(self) -> Received | None:
-        """The server's tensors, or None where there is no readable copy of this run's: the server can send them again."""
-        try:
-            tensors, record = read_tensors(self.folder / RECEIVED)
-            self._check(RECEIVED, record, {"state": int})
-        except StorageError:
-            return None
-        return Received(record["state"], tensors)
-
-    def second_stage(self, names: Iterable[str]) -> dict[str, State]:
-        """Model name -> its tensors, of the models of stage 2 that exist."""
+    def load_models(self, names: Iterable[str]) -> dict[str, State]:
+        """Name -> tensors of the models of stage 2 that there are."""
         found = {}
         for model in names:
             if (file := self._file(model)).exists():
                 tensors, record = read_tensors(file)
-                self._check(file.name, record, {})
+                self._check(file.name, record, _FileRecord)
                 found[model] = tensors
         return found
+
+    def save_server(self, tensors: State) -> None:
+        """Keeps the tensors that the server sent."""
+        write_tensors(self.folder / SERVER, tensors, {"schema": SCHEMA, "run": self.run})
+
+    def load_server(self) -> State | None:
+        """The tensors that the server sent last, or None where there is no readable copy of this run's."""
+        try:
+            tensors, record = read_tensors(self.folder / SERVER)
+            self._check(SERVER, record, _FileRecord)
+        except StorageError:
+            return None
+        return tensors
 
     def _file(self, model: str) -> Path:
         return self.folder / f"{model}.safetensors"
 
-    def _rounds(self) -> dict[str, int]:
-        """File -> round of the states that there are, the latest first. A crash in `save` may leave gaps."""
-        found = {}
-        for name in STATES:
-            if (self.folder / name).exists():
-                record = read_record(self.folder / name)
-                self._check(name, record, _STATE)
-                found[name] = record["round"]
-        return found
+    def _counts(self, record: _StateRecord) -> bool:
+        """Whether a state belongs to the run as the server goes on with it."""
+        ends = [epoch.start for epoch in self.epochs[1:]]
+        for epoch, end in zip(self.epochs, [*ends, record.round], strict=True):
+            if epoch.history == record.history:
+                return record.round <= end
+        return False
 
-    def _record(self, kept: Kept) -> dict[str, Any]:
+    def _records(self) -> dict[str, _StateRecord]:
+        """File -> record of the states that there are, the latest first."""
         return {
-            "schema": SCHEMA,
-            "run": self.run,
-            "round": kept.server_round,
-            "models": sorted(kept.memory.models),
-            "record": deepcopy(dict(kept.memory.record)),
-            "replacements": dict(kept.replacements),
+            name: self._check(name, read_record(self.folder / name), _StateRecord)
+            for name in (PERSONAL, PREVIOUS)
+            if (self.folder / name).exists()
         }
 
-    def _read(self, name: str) -> Kept:
+    def _latest(self) -> tuple[str, int] | None:
+        """File and round of the latest state that counts."""
+        counting = [(name, record.round) for name, record in self._records().items() if self._counts(record)]
+        return counting[0] if counting else None
+
+    def _read(self, name: str) -> ClientState:
         found, on_disk = _states.get(self.folder / name), identity(self.folder / name)
         if found is not None and found[0] == on_disk:
-            _, tensors, record = found
+            _, tensors, plain = found
         else:
-            tensors, record = read_tensors(self.folder / name)
+            tensors, plain = read_tensors(self.folder / name)
             if on_disk is not None and identity(self.folder / name) == on_disk:  # else it was replaced meanwhile
-                self._remember(name, on_disk, tensors, record)
-        self._check(name, record, _STATE)
+                self._remember(name, on_disk, tensors, plain)
+        record = self._check(name, plain, _StateRecord)
         tensors = dict(tensors)
         residual = _taken(tensors, _RESIDUAL)
         # Those under their own names, the personal model's, are what is left at the end.
-        models = {
-            model: _taken(tensors, _prefix(model)) for model in sorted(record["models"], key=_prefix, reverse=True)
-        }
-        memory = Memory(models, deepcopy(record["record"]))
-        return Kept(record["round"], memory, Counter(record["replacements"]), residual)
+        models = {model: _taken(tensors, _prefix(model)) for model in sorted(record.models, key=_prefix, reverse=True)}
+        return ClientState(
+            record.round, Memory(models, deepcopy(record.record)), Counter(record.replacements), residual
+        )
 
     def _remember(self, name: str, content: Identity, tensors: State, record: dict[str, Any]) -> None:
-        _states.put(self.folder / name, (content, dict(tensors), record), sum(t.nbytes for t in tensors.values()))
+        kept = (content, dict(tensors), record)
+        if _states.getsizeof(kept) <= _CACHE_BYTES:
+            _states[self.folder / name] = kept
 
-    def _check(self, name: str, record: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    def _check(self, name: str, record: dict[str, Any], kind: type[_Record]) -> _Record:
+        path = self.folder / name
         if record.get("schema") != SCHEMA:
-            raise StorageError(
-                f"{self.folder / name} has schema {record.get('schema')}, not {SCHEMA}: use the same version"
-            )
+            raise StorageError(f"{path} has schema {record.get('schema')}, not {SCHEMA}: use the version that wrote it")
         if record.get("run") != self.run:
-            raise StorageError(
-                f"{self.folder / name} belongs to run {record.get('run')}, not {self.run}: use another state folder"
-            )
+            raise StorageError(f"{path} belongs to run {record.get('run')}, not {self.run}: use another state folder")
         try:
-            check_fields(record, {"schema": int, "run": str, **fields}, "its record")
-        except PlainError as error:
-            raise StorageError(f"{self.folder / name} is damaged: {error}; restore it, or start a new run") from error
+            return msgspec.convert(record, kind)
+        except msgspec.ValidationError as error:
+            raise StorageError(f"{path} is damaged: {error}; restore it, or start a new run") from error
 
 
 def _prefix(model: str) -> str:
     """Begins the names of a model's tensors in the file of the client's state."""
-    return "" if model == "personal" else f"{model}/"
+    return "" if model == "personal" else f"{model}:"
 
 
 def _taken(tensors: State, prefix: str) -> State:

@@ -1,11 +1,10 @@
-"""What a user says of a client that brings its own model: name, model, tasks."""
+"""Defining a client: its name, its model, its tasks and their data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tap_flower.client.examples import OWN, DatasetExamples, examples_of
-from tap_flower.client.module import Forward, OwnModel, Patterns, component_map, initials, prefixed, reached_by
-from tap_flower.core.components import ComponentMap, ComponentModel, Pair
-from tap_flower.core.initial import Initial, named_seed
+from tap_flower.client.evaluation import TestObserver
+from tap_flower.client.examples import OWN, examples_of
+from tap_flower.client.module import Forward, OwnModel, Patterns, adapted, component_map, initials, reached_by
+from tap_flower.config import HyperParameters
+from tap_flower.core.components import ComponentModel, Pair
+from tap_flower.core.initial import named_seed
 from tap_flower.core.tasks import TaskKind
-from tap_flower.data.batching import ClientData, set_aside
+from tap_flower.data.batching import ClientData, Examples, set_aside
 from tap_flower.data.spec import NAME
 from tap_flower.errors import ClientError
-from tap_flower.methods.session import LocalTask
+from tap_flower.methods.method import Method
+from tap_flower.methods.session import Session, SessionTask
+from tap_flower.wire.messages import Instruction
 
 _TRACED = 2
 """Examples in the batch that a forward pass is traced with."""
+Data = Dataset[Any] | DataLoader[Any] | Sequence[Examples]
+"""A data set with a length and an index, a DataLoader (its data set, collate function and batch size count), or examples
+that make their own batches, those of each source apart."""
 
 
 @dataclass(frozen=True)
@@ -34,29 +40,34 @@ class Task:
     Attributes:
         name: clients that use one name share what belongs to the task.
         kind: its loss, distillation and metrics: one of `TASK_KINDS`, or one of your own (`TaskKind.of`).
-        modalities: of the input, in your own words.
-        train: a data set with a length and an index, or a DataLoader: its data set, collate function and batch size count.
-        test: likewise.
-        forward: (module, batch) -> output, as the kind wants it.
-        target: batch -> target, as the kind wants it.
-        validation: held-out examples, or None: a run that needs them sets a fifth of the training examples aside.
+        modalities: names of the input's modalities, in your own words.
+        train: training data.
+        test: test data.
+        forward: (module, batch) -> output, as the kind wants it. None where the model is a `ComponentModel` that takes the
+            batches as they are.
+        target: (batch) -> target, as the kind wants it. None where the data are `Examples`.
+        validation: held-out data, or None: a run that needs them sets a fifth of the training examples aside.
         margin: the client's own replacement margin; None takes the run's for the kind.
         batch_size: the task's own number of training examples in a batch; None takes the loader's, or the run's.
+        domains: domains of the data.
+        head_size: number of classes, on which clients that share the task must agree; 0 where it says nothing.
     """
 
     name: str
     kind: TaskKind
     modalities: Sequence[str]
-    train: Dataset[Any] | DataLoader[Any]
-    test: Dataset[Any] | DataLoader[Any]
-    forward: Forward
-    target: Callable[[Any], Tensor]
-    validation: Dataset[Any] | DataLoader[Any] | None = None
+    train: Data
+    test: Data
+    forward: Forward | None = None
+    target: Callable[[Any], Tensor] | None = None
+    validation: Data | None = None
     margin: float | None = None
     batch_size: int | None = None
+    domains: Sequence[str] = ()
+    head_size: int = 0
 
     def __post_init__(self) -> None:
-        for word in (self.name, self.kind.name, *self.modalities):
+        for word in (self.name, self.kind.name, *self.modalities, *self.domains):
             if not NAME.fullmatch(word):
                 raise ClientError(
                     f"task {self.name!r}: {word!r} is no name: use letters, digits, '-' and '_', at most 64"
@@ -71,17 +82,24 @@ class Task:
         """Its name and modalities."""
         return Pair(self.name, tuple(self.modalities))
 
-    def examples(self, source: Dataset[Any] | DataLoader[Any]) -> DatasetExamples:
-        """The examples of one of its data sets.
+    def parts(self, source: Data) -> list[Examples]:
+        """The examples of one of its data, those of each source apart.
 
         Raises:
-            ClientError: it has no length, no index, or is empty.
+            ClientError: a data set has no length or index, or is empty, or the task has no `target`.
         """
-        try:
-            found = examples_of(self.name, source, self.target, self.batch_size)
-        except TypeError as error:
-            raise ClientError(str(error)) from error
-        if not len(found):
+        if isinstance(source, list | tuple):
+            found: list[Examples] = list(source)
+        elif self.target is None:
+            raise ClientError(
+                f"task {self.name!r} has no `target`: give (batch) -> what the loss compares the output with"
+            )
+        else:
+            try:
+                found = [examples_of(self.name, source, self.target, self.batch_size)]
+            except TypeError as error:
+                raise ClientError(str(error)) from error
+        if not found or not all(map(len, found)):
             raise ClientError(f"task {self.name!r} has a data set without examples: give it at least one")
         return found
 
@@ -92,14 +110,19 @@ class Client:
 
     Attributes:
         name: stable, and of this client alone: its personal model is found by it.
-        model: builds the module; called for every model that a round needs. All calls must give the same names and shapes.
-            A `ComponentModel`, such as `models.model.TapModel`, knows its components and initial values itself.
+        model: builds the module; called for every model that a round needs. All calls must give equal names and shapes.
+            A `ComponentModel`, such as `models.model.TapModel`, knows its components and first values itself.
             Tensors with `requires_grad` are trained and averaged with those of the same name on other clients; the others
             are yours to load, and never leave the client.
-        tasks: with their data.
+        tasks: its tasks, with their data.
         components: name of a component -> patterns of its tensors' names; None makes a component of every layer.
         state_dir: folder for personal models, as STATE_DIR/NAME/RUN; `state-dir` of the node's configuration goes first.
             None is `tap-flower` in Flower's home.
+        folder: folder of this client's state in this run, in place of STATE_DIR/NAME/RUN.
+        fingerprint: fingerprint of what is frozen in the model, on which all clients of a run must agree.
+        outline: builds a model that is looked at only, whose tensors may be without memory; by default `model`.
+        observe: (session, method) -> what collects predictions during an evaluation.
+        describe: (folder, session, instruction) writes into the state folder what its tensors belong to.
     """
 
     name: str
@@ -107,6 +130,11 @@ class Client:
     tasks: Sequence[Task]
     components: Patterns | None = None
     state_dir: str | Path | None = None
+    folder: Path | None = None
+    fingerprint: str = "own-modules"
+    outline: Callable[[], ComponentModel] | None = None
+    observe: Callable[[Session, Method], TestObserver] | None = None
+    describe: Callable[[Path, Session, Instruction], None] | None = None
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -115,85 +143,78 @@ class Client:
         if not names or len(set(names)) < len(names):
             raise ClientError(f"client {self.name!r} has the tasks {names}: give at least one, each with its own name")
 
+    def session(self, settings: HyperParameters) -> Session:
+        """The client at work in a run.
+
+        Args:
+            settings: the run's hyper-parameters.
+
+        Raises:
+            ClientError: a data set cannot be used, or the model does not fit the tasks.
+        """
+        data = self.data(settings.seed, settings.needs_validation)
+        build = self._build(data)
+        return Session(
+            name=self.name,
+            tasks=[
+                SessionTask(task.pair, task.kind, tuple(task.domains), task.head_size, task.margin)
+                for task in self.tasks
+            ],
+            build=build,
+            outline=build() if self.outline is None else self.outline(),
+            data=data,
+            settings=settings,
+            fingerprint=self.fingerprint,
+        )
+
     def data(self, seed: int, hold_out: bool) -> ClientData:
         """Its examples.
 
         Args:
-            seed: of the run; it decides what is set aside.
-            hold_out: whether a task without validation examples sets a fifth of its training examples aside.
+            seed: seed of the run, which decides what is set aside.
+            hold_out: whether a task without validation data sets a fifth of its training examples aside.
 
         Raises:
             ClientError: a data set cannot be used.
         """
-        splits: dict[str, dict[str, Sequence[DatasetExamples]]] = {"train": {}, "validation": {}, "test": {}}
+        splits: dict[str, dict[str, Sequence[Examples]]] = {"train": {}, "validation": {}, "test": {}}
         with _told(f"client {self.name!r}"):
             for task in self.tasks:
-                train, test = task.examples(task.train), task.examples(task.test)
-                held = [] if task.validation is None else [task.examples(task.validation)]
+                train, test = task.parts(task.train), task.parts(task.test)
+                held = [] if task.validation is None else task.parts(task.validation)
                 if hold_out and not held:
-                    if len(train) < 2:
+                    if min(map(len, train)) < 2:
                         raise ClientError(f"task {task.name!r} has one training example, and one is to be set aside")
-                    train, aside = set_aside(train, named_seed(seed, self.name, task.name, "held out", 0))
-                    held = [aside]
-                for split, parts in zip(splits, ([train], held, [test]), strict=True):
+                    halves = [
+                        set_aside(part, named_seed(seed, self.name, task.name, "held out", number))
+                        for number, part in enumerate(train)
+                    ]
+                    train, held = [rest for rest, _ in halves], [aside for _, aside in halves]
+                for split, parts in zip(splits, (train, held, test), strict=True):
                     splits[split][task.name] = parts
         return ClientData(splits)
 
-
-@dataclass(frozen=True)
-class ClientHoldings:
-    """A client's tasks and model, as a method works with them.
-
-    Attributes:
-        client: as the user says it.
-        data: its examples; the forward pass of each pair is traced with the first of them.
-    """
-
-    client: Client
-    data: ClientData
-
-    @property
-    def name(self) -> str:
-        """Of the client."""
-        return self.client.name
-
-    @property
-    def fingerprint(self) -> str:
-        """The same for all: what is frozen in a module is its client's own."""
-        return "own-modules"
-
-    @cached_property
-    def tasks(self) -> Sequence[LocalTask]:
-        """Of the client."""
-        return [LocalTask(task.pair, task.kind, margin=task.margin) for task in self.client.tasks]
-
-    def new_model(self) -> OwnModel:
-        """A model of the client's; its trainable tensors have whatever values the client's `model` gave them."""
-        forwards = {task.name: task.forward for task in self.client.tasks}
-        return OwnModel(self.client.model(), forwards, *self._traced)
-
-    def outline(self) -> OwnModel:
-        """The same."""
-        return self.new_model()
-
-    @cached_property
-    def _traced(self) -> tuple[ComponentMap, dict[str, Initial]]:
-        """Components and initial values, found once.
+    def _build(self, data: ClientData) -> Callable[[], ComponentModel]:
+        """What makes the client's models; a plain module's forward passes are traced once, on a batch of each task.
 
         Raises:
             ClientError: the model does not fit the tasks.
         """
-        with _told(f"client {self.client.name!r}"):
-            module, cpu = self.client.model().train(), torch.device("cpu")
+        forwards = {task.name: task.forward for task in self.tasks if task.forward is not None}
+        with _told(f"client {self.name!r}"):
+            module, cpu = self.model().train(), torch.device("cpu")
             if isinstance(module, ComponentModel):
-                return prefixed(module)
+                return lambda: adapted(self.model(), forwards)
             reached = {}
-            for task in self.client.tasks:
-                batch = self.data.first("train", task.name, _TRACED, cpu)
-                losses = task.kind.losses(task.forward(module, batch.inputs[OWN]), batch.target)
+            for task in self.tasks:
                 with _told(f"task {task.name!r}"):
+                    if task.forward is None:
+                        raise ClientError("it has no `forward`: give (module, batch) -> output")
+                    batch = data.first("train", task.name, _TRACED, cpu)
+                    losses = task.kind.losses(task.forward(module, batch.inputs[OWN]), batch.target)
                     reached[task.pair] = reached_by(module, losses.sum())
-            return component_map(module, reached, self.client.components), initials(module)
+            components, first = component_map(module, reached, self.components), initials(module)
+        return lambda: OwnModel(self.model(), forwards, components, first)
 
 
 @contextmanager

@@ -1,84 +1,85 @@
-"""Averaging: every component over the clients that hold it, streamed, and independent of the order of arrival."""
+"""Averaging: the mean difference of each component over the clients that hold it; clipping; noise for privacy.
+
+What a client returns is a difference, Δ = trained − received. The server's new value of component c is
+θ_c + Σ_i n_ic Δ_ic / Σ_i n_ic over the clients i that hold c (Lee et al., arXiv 2509.26524, Section 3).
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from tap_flower.errors import MessageError
+
 _FRACTION_BITS = 39
-"""Weighted values are rounded to multiples of 2^-39 (1.8e-12), the unit of the sums."""
+"""Weighted differences are rounded to multiples of 2^-39 (1.8e-12), the unit of the sums."""
 LARGEST_VALUE = 2.0**12
 """Magnitude from which on a value is refused: weighted and in units of 2^-39, all that are smaller lie below 2^51."""
 _BIAS = 1.5 * 2.0**52
 """A float64 in [2^52, 2^53) is an integer, so _BIAS + v, with |v| < 2^51, is _BIAS plus v rounded to an integer."""
 _NEXT_BIAS = {False: torch.tensor(_BIAS, dtype=torch.float64), True: torch.tensor(-_BIAS, dtype=torch.float64)}
-"""Whether a sum holds _BIAS -> what the next update is rounded with."""
+"""Whether a sum holds _BIAS -> the bias that rounds the next difference."""
 _BLOCK = 1 << 17
 """Values that are converted, checked, rounded and added at a time: they stay in the processor's cache."""
+RandomBytes = Callable[[int], bytes]
+"""Number of bytes -> as many random bytes."""
+_DRAWN = 1 << 16
+"""Values of noise that are drawn at a time."""
 
 
-class BadUpdateError(ValueError):
-    """A client's update cannot be used; the message names the client, the tensor, the value and the remedy."""
+class Averaging:
+    """The exact weighted mean of one round's differences, independent of the order in which they arrive.
 
-
-class Aggregator:
-    """The weighted mean of one round: θ_c = Σ_i n_ic θ_ic / Σ_i n_ic over the clients i that answered for component c.
-
-    n_ic is the number of examples of client i's pairs that reach component c. Where i left c as it was and out of its
-    update, θ_ic is the previous value, weighted once for all such clients. Updates are added one by one and not kept.
-    E being the examples that are expected of the component, and s the power of two in [E/2^39, 2E/2^39), n_ic θ_ic / s is
-    rounded to an integer v_i, half to even, and the integers are summed in float64. There |Σ v_i| < 2^51 is exact: the
-    result is the same, bit for bit, in whatever order the replies arrive, and what was added can be taken back without a
-    trace. Rounding moves the mean of k clients by less than k · 2^-38 (3.7e-12) over the share of E that has arrived;
-    then it is rounded to the tensor's dtype.
-
-    A sum holds ±_BIAS + Σ v_i or Σ v_i in turns: adding θ n/s to ±_BIAS rounds it, and the next bias takes the last away.
+    n_ic is the number of examples of client i's pairs that reach component c. Differences are added one by one and not
+    kept, so that memory does not grow with the number of clients. E being the examples that the round expects of the
+    component, and s the power of two in [E/2^39, 2E/2^39), n_ic Δ_ic / s is rounded to an integer v_i, half to even, and
+    the integers are summed in float64. There |Σ v_i| < 2^51 is exact: the result is the same, bit for bit, in whatever
+    order the replies arrive, and a refused difference is taken back without a trace. Rounding moves the mean of k
+    clients by less than k · 2^-38 (3.7e-12) over the share of E that has arrived.
 
     Args:
-        previous: tensor name -> current value on the server (float32). Shapes and names are checked against it.
+        like: tensor name -> tensor with the shape and dtype (float32) that differences must have.
         component_of: tensor name -> component.
-        expected: component -> sum of the examples of all clients that were asked for it this round.
+        expected: component -> sum of the weights of all clients that were asked this round.
     """
 
     def __init__(
-        self, previous: Mapping[str, Tensor], component_of: Mapping[str, str], expected: Mapping[str, int]
+        self, like: Mapping[str, Tensor], component_of: Mapping[str, str], expected: Mapping[str, int]
     ) -> None:
-        self._previous = previous
+        self._like = like
         self._component_of = component_of
         self._expected = expected
         # A power of two keeps the scaling exact.
         self._scale = {c: 2.0 ** (_FRACTION_BITS - math.ceil(math.log2(n))) for c, n in expected.items() if n > 0}
         self._sums: dict[tuple[str, ...], _Sum] = {}
         self._arrived: dict[str, int] = {}
-        self._unchanged: dict[str, int] = {}
         self._buffer = torch.empty(_BLOCK, dtype=torch.float64)
 
-    def add(self, client: str, update: Mapping[str, Tensor], asked: set[str], weights: Mapping[str, int]) -> None:
-        """Folds in one client's update, or refuses it; a refused one leaves no trace.
+    def add(self, client: str, difference: Mapping[str, Tensor], weights: Mapping[str, int]) -> None:
+        """Adds one client's difference, or refuses it without a trace.
 
         Args:
-            client: name, for the message.
-            update: tensor name -> value (float32).
-            asked: the names of the tensors that the update must hold.
-            weights: component -> number of examples of the client's pairs that reach it. A component without a tensor in
-                the update counts with its previous value: training left it unchanged.
+            client: name of the client, for error messages.
+            difference: tensor name -> Δ (float32), for exactly the tensors that the client exchanges; see `check_form`.
+            weights: component -> n_ic, for each component of these tensors.
 
         Raises:
-            BadUpdateError: a tensor is missing or unknown, has another shape or dtype, or holds a value that is not finite
-                or too large; a weight is negative, or with those before it above what the round expects.
+            MessageError: a value is not finite or too large, or a weight is negative or, with those before it, above what
+                the round expects.
         """
-        self.check_form(client, update, asked)
         parts: dict[str, list[str]] = {}
-        for name in update:
+        for name in difference:
             parts.setdefault(self._component_of[name], []).append(name)
-        for component in weights.keys() | parts.keys():
+        for component in parts:
             self._check_weight(client, component, weights[component])
         folded = [(self._sum(component, names), weights[component]) for component, names in parts.items()]
+        # An addition alternates between rounding with +_BIAS and taking the bias away with -_BIAS.
         steps = [
             (block, weight * sum_.scale, _NEXT_BIAS[sum_.biased])
             for sum_, weight in folded
@@ -86,56 +87,43 @@ class Aggregator:
             for block in sum_.blocks
         ]
         for number, (block, factor, bias) in enumerate(steps):
-            if not block.add(update, factor, bias):
-                for earlier, its_factor, its_bias in steps[:number]:
-                    earlier.add(update, -its_factor, -its_bias)
-                raise BadUpdateError(f"client {client!r}: {_out_of_range(update)}")
+            if not block.add(difference, factor, bias):
+                for earlier, its_factor, its_bias in steps[:number]:  # exact sums: this leaves no trace
+                    earlier.add(difference, -its_factor, -its_bias)
+                raise MessageError(f"client {client!r}: {_out_of_range(difference)}")
         for sum_, weight in folded:
             if weight:
                 sum_.weight += weight
                 sum_.biased = not sum_.biased
-        for component, weight in weights.items():
-            self._arrived[component] = self._arrived.get(component, 0) + weight
-            if component not in parts:
-                self._unchanged[component] = self._unchanged.get(component, 0) + weight
+        for component in parts:
+            self._arrived[component] = self._arrived.get(component, 0) + weights[component]
 
-    def result(self) -> dict[str, Tensor]:
-        """The new server tensors (float32): means where something arrived, the previous value, bit for bit, elsewhere."""
+    def means(self, divisors: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+        """The mean difference of each tensor that some client returned.
+
+        Args:
+            divisors: component -> number that its sum is divided by; by default the sum of the weights that arrived.
+
+        Returns:
+            Tensor name -> mean difference (float64, the tensor's shape).
+        """
         sums: dict[str, list[tuple[Tensor, int]]] = {}
         for sum_ in self._sums.values():
             if sum_.weight:
                 for name, total in sum_.totals().items():
                     sums.setdefault(name, []).append((total, sum_.weight))
-        merged: dict[str, Tensor] = {}
-        for name, previous in self._previous.items():
-            merged[name] = previous
-            if name in sums:
-                component = self._component_of[name]
-                scale, unchanged = self._scale[component], self._unchanged.get(component, 0)
-                total = torch.stack([total for total, _ in sums[name]]).sum(0)
-                if unchanged:
-                    total += previous.reshape(-1).double().mul_(unchanged * scale).round_()
-                total /= (sum(weight for _, weight in sums[name]) + unchanged) * scale
-                merged[name] = total.to(previous.dtype).view(previous.shape)
-        return merged
-
-    @property
-    def changed(self) -> set[str]:
-        """The components that somebody returned with new values."""
-        return {self._component_of[name] for names, sum_ in self._sums.items() if sum_.weight for name in names}
-
-    def check_form(self, client: str, update: Mapping[str, Tensor], asked: set[str]) -> None:
-        """Refuses an update that has not the tensors, shapes and dtypes that were asked for; `add` does so, too.
-
-        Raises:
-            BadUpdateError: with what is wrong.
-        """
-        check_form(f"client {client!r}: the reply", update, asked, self._previous)
+        means = {}
+        for name, found in sums.items():
+            component = self._component_of[name]
+            weight = sum(weight for _, weight in found) if divisors is None else divisors[component]
+            total = torch.stack([total for total, _ in found]).sum(0)
+            means[name] = (total / (weight * self._scale[component])).view(self._like[name].shape)
+        return means
 
     def _check_weight(self, client: str, component: str, weight: int) -> None:
         rest = self._expected.get(component, 0) - self._arrived.get(component, 0)
         if not 0 <= weight <= rest:
-            raise BadUpdateError(
+            raise MessageError(
                 f"client {client!r}: component {component!r} has weight {weight}, "
                 f"not between 0 and the {rest} examples of this round that have not arrived"
             )
@@ -144,9 +132,19 @@ class Aggregator:
         """The sum that these tensors of a component go into; clients that hold the same ones share it."""
         key = tuple(sorted(names))
         if key not in self._sums:
-            shapes = {name: self._previous[name].shape for name in key}
+            shapes = {name: self._like[name].shape for name in key}
             self._sums[key] = _Sum(shapes, self._scale.get(component, 0.0), self._buffer)
         return self._sums[key]
+
+
+def moved(values: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The server's new values, θ + mean difference; a tensor without a mean keeps its value, bit for bit.
+
+    Args:
+        values: tensor name -> θ (float32).
+        means: tensor name -> mean difference (float64), from `Averaging.means`.
+    """
+    return {n: value if n not in means else (value.double() + means[n]).to(value.dtype) for n, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,7 @@ class _Block:
 
     Attributes:
         total: float64 [n], of the sum.
-        values: float64 [n], where an update's values are worked on.
+        values: float64 [n], where a difference's values are worked on.
         pieces: (a part of `values`, a tensor's name, which of its values or None for all).
     """
 
@@ -163,10 +161,10 @@ class _Block:
     values: Tensor
     pieces: list[tuple[Tensor, str, slice | None]]
 
-    def add(self, update: Mapping[str, Tensor], factor: float, bias: Tensor) -> bool:
-        """Adds factor · update + bias, rounded; False, and nothing is added, where a value is out of range."""
+    def add(self, difference: Mapping[str, Tensor], factor: float, bias: Tensor) -> bool:
+        """Adds factor · difference + bias, rounded; False, and nothing is added, where a value is out of range."""
         for place, name, part in self.pieces:
-            place.copy_(update[name] if part is None else update[name].reshape(-1)[part])
+            place.copy_(difference[name] if part is None else difference[name].reshape(-1)[part])
         # A sum of squares is never below any of them, rounded or not, and NaN compares as false.
         if not (float(torch.dot(self.values, self.values)) < LARGEST_VALUE**2 or _in_range(self.values)):
             return False
@@ -234,19 +232,19 @@ def check_form(message: str, tensors: Mapping[str, Tensor], asked: Collection[st
         like: name -> a tensor of the right shape and dtype, for all of these.
 
     Raises:
-        BadUpdateError: a tensor is missing or unknown, or has another shape or dtype.
+        MessageError: a tensor is missing or unknown, or has another shape or dtype.
     """
     if missing := sorted(set(asked) - tensors.keys()):
-        raise BadUpdateError(f"{message} lacks {len(missing)} tensors, such as {missing[0]!r}")
+        raise MessageError(f"{message} lacks {len(missing)} tensors, such as {missing[0]!r}")
     if unknown := sorted(tensors.keys() - set(asked)):
-        raise BadUpdateError(f"{message} holds {len(unknown)} tensors that were not sent, such as {unknown[0][:300]!r}")
+        raise MessageError(f"{message} holds {len(unknown)} tensors that were not sent, such as {unknown[0][:300]!r}")
     for name, tensor in tensors.items():
         if tensor.shape != like[name].shape:
-            raise BadUpdateError(
+            raise MessageError(
                 f"{message}'s tensor {name!r} has shape {tuple(tensor.shape)}, not {tuple(like[name].shape)}"
             )
         if tensor.dtype != like[name].dtype:
-            raise BadUpdateError(f"{message}'s tensor {name!r} is {tensor.dtype}, not {like[name].dtype}")
+            raise MessageError(f"{message}'s tensor {name!r} is {tensor.dtype}, not {like[name].dtype}")
 
 
 def _in_range(values: Tensor) -> bool:
@@ -260,3 +258,89 @@ def _out_of_range(update: Mapping[str, Tensor]) -> str:
     if not math.isfinite(largest):
         return f"tensor {name!r} holds a value that is not finite"
     return f"tensor {name!r} holds {largest:g}; values from {LARGEST_VALUE:g} on are refused"
+
+
+def clip(change: Mapping[str, Tensor], longest: float) -> tuple[dict[str, Tensor], float]:
+    """Scales a client's change Δ to min(1, longest / ‖Δ‖₂) · Δ, the norm being that of all its tensors together.
+
+    Args:
+        change: tensor name -> returned value minus the value that was sent (float32, any shapes).
+        longest: the largest L2 norm, above 0.
+
+    Returns:
+        The change (float32), and its norm before. A change whose norm is not finite comes back as it is: it cannot be
+        scaled, and is to be refused.
+    """
+    squares = [float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 for tensor in change.values()]
+    norm = math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
+    if not longest < norm < math.inf:
+        return dict(change), norm
+    # In float64: a factor may be too small for float32.
+    return {name: (tensor.double() * (longest / norm)).to(tensor.dtype) for name, tensor in change.items()}, norm
+
+
+def holders_needed(noise_multiplier: float, max_noise: float) -> int:
+    """The smallest m with z / m ≤ max_noise: with fewer holders in a round, a component's mean is too noisy to be of use."""
+    return max(1, math.ceil(noise_multiplier / max_noise))
+
+
+def sensitivity(clip_norm: float, holders: int, values: int) -> float:
+    """By how much one client moves the sums of a round, in L2: C, and a little for what is rounded on the way.
+
+    Taking a client out, that is putting a difference of zero in its place, moves the sums of all components, seen as one
+    vector, by C at most. Noise of standard deviation z · C on every value of the sums makes the round one Gaussian mechanism
+    with the noise multiplier z; the mean of a component with m_c holders then has noise of z · C / m_c. Clipped differences
+    are float32, which is 2^-24 off, relatively. In sums every value is off by less than holders · 2^-39 (`Averaging`).
+
+    Args:
+        clip_norm: C.
+        holders: the most that any component has in the round.
+        values: of all tensors together.
+    """
+    return clip_norm * (1.0 + holders * 2.0**-22) + math.sqrt(values) * holders * 2.0**-39
+
+
+def gaussian(count: int, random_bytes: RandomBytes = os.urandom) -> Tensor:
+    """Independent standard normal values (float64 [count]).
+
+    Each value is the normal quantile of 52 bits of the operating system's secure random numbers. A generator of torch is
+    out of the question: on the CPU it has 2^32 different states to start from, which can all be tried.
+
+    Args:
+        count: of the values.
+        random_bytes: where the randomness comes from; another source is for tests.
+    """
+    bits = torch.frombuffer(bytearray(random_bytes(8 * count)), dtype=torch.int64) if count else torch.empty(0)
+    # The middles of 2^52 equal parts of (0, 1): none is 0 or 1, and all are exact.
+    uniform = (bits.long() & (2**52 - 1)).double().add_(0.5).mul_(2.0**-52)
+    normal: Tensor = torch.special.ndtri(uniform)
+    return normal
+
+
+def release(
+    values: Mapping[str, Tensor],
+    means: Mapping[str, Tensor],
+    component_of: Mapping[str, str],
+    holders: Mapping[str, int],
+    noise: float,
+    random_bytes: RandomBytes = os.urandom,
+) -> dict[str, Tensor]:
+    """The server's values after a private round: θ_c + Δ̄_c + N(0, (noise / m_c)²) for each released component c.
+
+    Args:
+        values: tensor name -> θ (float32).
+        means: tensor name -> sum of the clipped differences over the m_c holders, divided by m_c (float64); a tensor that
+            nobody returned is missing and counts as zero.
+        component_of: tensor name -> component.
+        holders: component -> m_c, for the components that are released; all others keep their values, bit for bit.
+        noise: standard deviation of the noise on a sum, z · C.
+        random_bytes: source of the randomness, see `gaussian`.
+    """
+    released = dict(values)
+    for name, value in values.items():
+        if (count := holders.get(component_of[name])) is not None:
+            flat = (value.double() + means.get(name, 0.0)).flatten()
+            for part in torch.split(flat, _DRAWN):  # views: they are changed in place
+                part.add_(gaussian(len(part), random_bytes), alpha=noise / count)
+            released[name] = flat.view(value.shape).to(value.dtype)
+    return released

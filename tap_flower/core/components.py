@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from tap_flower.core.initial import Initial, initialise
 
+State = dict[str, Tensor]
+"""Tensor name -> value (float32), on the CPU."""
+
 
 @dataclass(frozen=True, order=True)
 class Pair:

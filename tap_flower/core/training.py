@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tap_flower.core.tasks import Statistics, TaskKind
+from tap_flower.errors import DivergedError
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,6 @@ class Optimisation:
     accumulation: int = 1
     clip_norm: float = 1.0
     factors: Mapping[str, float] = field(default_factory=dict)
-
-
-class DivergedError(RuntimeError):
-    """Training produced a loss that is not finite."""
 
 
 def train(

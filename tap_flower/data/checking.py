@@ -15,8 +15,9 @@ from tap_flower.data.images import IMAGE_SIZE, images_of
 from tap_flower.data.labels import Labels
 from tap_flower.data.loading import too_few_rows
 from tap_flower.data.sources import RowError, SourceError, missing_columns, open_source, rows_of, values_of
-from tap_flower.data.spec import ClientSpec, Field, Source, SpecError, TaskSpec, client_spec, task_spec
+from tap_flower.data.spec import ClientSpec, Field, Source, TaskSpec, client_spec, task_spec
 from tap_flower.data.texts import load_tokenizer, text_of, token_ids
+from tap_flower.errors import SpecError
 
 EXAMPLES = 3
 """Examples of each split that are shown."""

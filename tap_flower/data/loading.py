@@ -19,8 +19,9 @@ from tap_flower.data.collate import model_inputs, pad_targets
 from tap_flower.data.images import LazyImages, images_of
 from tap_flower.data.labels import Labels
 from tap_flower.data.sources import SourceError, missing_columns, open_source, rows_of, values_of
-from tap_flower.data.spec import ClientSpec, Field, Source, SpecError, TaskSpec
+from tap_flower.data.spec import ClientSpec, Field, Source, TaskSpec
 from tap_flower.data.texts import Tokens, tokenised
+from tap_flower.errors import SpecError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tap_flower.data.spec import SpecError, check_keys
+from tap_flower.data.spec import check_keys
+from tap_flower.errors import SpecError
 from tap_flower.plain import shown
 
 _REST = "rest"

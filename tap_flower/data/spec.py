@@ -13,6 +13,7 @@ from typing import Any
 from tap_flower.core.components import Pair
 from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.data import templates
+from tap_flower.errors import SpecError
 from tap_flower.plain import shown
 
 MODALITIES = ("image", "text")
@@ -47,10 +48,6 @@ _KINDS: Mapping[str, tuple[Any, ...]] = {
     "revision": _MARK,
 }
 """Key -> (what its value is, in words, and in types); `null` stands for a key that is not there."""
-
-
-class SpecError(ValueError):
-    """A client spec is wrong, or does not fit the data; the message names the client, the key, the value and the remedy."""
 
 
 @dataclass(frozen=True)

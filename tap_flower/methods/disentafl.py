@@ -9,20 +9,17 @@ those that the groups of the client's other tasks had in their last mini-batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tap_flower.config import ConfigError
+from tap_flower.core.components import ComponentModel, State
 from tap_flower.core.training import Batch
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage, State
-from tap_flower.methods.steps import finetune, train_round
-
-if TYPE_CHECKING:
-    from tap_flower.core.components import ComponentModel
-    from tap_flower.methods.session import LocalClient
+from tap_flower.errors import ConfigError
+from tap_flower.methods.method import Memory, Method, Participation, SecondStage
+from tap_flower.methods.session import Session
 
 NAME, WEIGHT = "disentafl", 0.5
 Latents = Mapping[tuple[str, str], Tensor]
@@ -56,16 +53,16 @@ class Disentanglement:
         return loss
 
 
-def participate(client: LocalClient, server_round: int, received: State, memory: Memory) -> Participation:
+def participate(session: Session, server_round: int, received: State, memory: Memory) -> Participation:
     """Trains the server's copy, with the further loss."""
     del memory
-    return Participation(*train_round(client, server_round, received, "server", Disentanglement))
+    return Participation(*session.train_round(server_round, received, "server", Disentanglement))
 
 
-def second_stage(client: LocalClient, received: State, memory: Memory) -> SecondStage:
+def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
     """Fine-tunes the server's copy, without the further loss."""
     del memory
-    finetuned, losses = finetune(client, received, "server")
+    finetuned, losses = session.finetune(received, "server")
     return SecondStage({NAME: finetuned}, losses)
 
 

@@ -6,35 +6,33 @@ the client received in round t.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage, Start, State
-from tap_flower.methods.steps import finetune, near, train_round
-
-if TYPE_CHECKING:
-    from tap_flower.methods.session import LocalClient
+from tap_flower.core.components import State
+from tap_flower.methods.method import Memory, Method, Participation, SecondStage
+from tap_flower.methods.session import Session
 
 NAME, PERSONAL = "ditto", "personal"
 
 
-def participate(client: LocalClient, server_round: int, received: State, memory: Memory) -> Participation:
+def participate(session: Session, server_round: int, received: State, memory: Memory) -> Participation:
     """Trains the server's copy, then the personal model near what was received."""
-    returned, losses = train_round(client, server_round, received, "server")
-    penalty = near(client, received, client.settings.baselines.ditto_lambda)
-    personal, _ = train_round(client, server_round, memory.models.get(PERSONAL), PERSONAL, penalty)
+    returned, losses = session.train_round(server_round, received, "server")
+    penalty = session.near(received, session.settings.baselines.ditto_lambda)
+    personal, _ = session.train_round(server_round, memory.models.get(PERSONAL), PERSONAL, penalty)
     return Participation(returned, losses, Memory({PERSONAL: personal}))
 
 
-def second_stage(client: LocalClient, received: State, memory: Memory) -> SecondStage:
+def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
     """Fine-tunes the personal model near the last server's."""
-    penalty = near(client, received, client.settings.baselines.ditto_lambda)
-    personal, losses = finetune(client, memory.models.get(PERSONAL), PERSONAL, penalty)
+    penalty = session.near(received, session.settings.baselines.ditto_lambda)
+    personal, losses = session.finetune(memory.models.get(PERSONAL), PERSONAL, penalty)
     return SecondStage({NAME: personal}, losses)
 
 
-def models(client: Start, received: State, memory: Memory) -> dict[str, State | None]:
+def models(received: State, memory: Memory, first: Callable[[], State]) -> dict[str, State | None]:
     """The server's copy, and the personal model, which a client that was never sampled has with its initial values."""
-    del client
+    del first
     return {"server": received, PERSONAL: memory.models.get(PERSONAL)}
 
 

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage, State
-from tap_flower.methods.steps import finetune, train_round
-
-if TYPE_CHECKING:
-    from tap_flower.methods.session import LocalClient
+from tap_flower.core.components import State
+from tap_flower.methods.method import Memory, Method, Participation, SecondStage
+from tap_flower.methods.session import Session
 
 FINETUNED = "server+finetune"
 
 
-def participate(client: LocalClient, server_round: int, received: State, memory: Memory) -> Participation:
+def participate(session: Session, server_round: int, received: State, memory: Memory) -> Participation:
     """Trains the server's copy."""
     del memory
-    return Participation(*train_round(client, server_round, received, "server"))
+    return Participation(*session.train_round(server_round, received, "server"))
 
 
-def nothing(client: LocalClient, received: State, memory: Memory) -> SecondStage:
+def nothing(session: Session, received: State, memory: Memory) -> SecondStage:
     """FedAvg itself has no stage 2: its result is the server's copy as it is."""
-    del client, received, memory
+    del session, received, memory
     return SecondStage()
 
 
-def second_stage(client: LocalClient, received: State, memory: Memory) -> SecondStage:
+def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
     """Fine-tunes the server's copy."""
     del memory
-    finetuned, losses = finetune(client, received, "server")
+    finetuned, losses = session.finetune(received, "server")
     return SecondStage({FINETUNED: finetuned}, losses)
 
 

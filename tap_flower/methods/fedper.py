@@ -5,13 +5,11 @@ The personalisation layers are the heads. A client trains both together.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage, Start, State
-from tap_flower.methods.steps import finetune, train_round
-
-if TYPE_CHECKING:
-    from tap_flower.methods.session import LocalClient
+from tap_flower.core.components import State
+from tap_flower.methods.method import Memory, Method, Participation, SecondStage
+from tap_flower.methods.session import Session
 
 NAME, HEADS = "fedper", "heads"
 
@@ -21,28 +19,28 @@ def is_base(component: str) -> bool:
     return not component.startswith("head/")
 
 
-def with_heads(client: Start, received: State, memory: Memory) -> State:
-    """The server's base and the client's own heads, before the first participation with their initial values."""
-    return {**client.initial_values(), **memory.models.get(HEADS, {}), **received}
+def with_heads(received: State, memory: Memory, first: Callable[[], State]) -> State:
+    """The server's base and the client's own heads, which have their first values before the client's first round."""
+    return {**first(), **memory.models.get(HEADS, {}), **received}
 
 
-def participate(client: LocalClient, server_round: int, received: State, memory: Memory) -> Participation:
+def participate(session: Session, server_round: int, received: State, memory: Memory) -> Participation:
     """Trains base and heads; the base is returned, the heads are kept."""
-    trained, losses = train_round(client, server_round, with_heads(client, received, memory), "server")
+    trained, losses = session.train_round(server_round, with_heads(received, memory, session.initial_values), "server")
     base = {name: value for name, value in trained.items() if name in received}
     heads = {name: value for name, value in trained.items() if name not in received}
     return Participation(base, losses, Memory({HEADS: heads}))
 
 
-def second_stage(client: LocalClient, received: State, memory: Memory) -> SecondStage:
+def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
     """Fine-tunes base and heads."""
-    finetuned, losses = finetune(client, with_heads(client, received, memory), "server")
+    finetuned, losses = session.finetune(with_heads(received, memory, session.initial_values), "server")
     return SecondStage({NAME: finetuned}, losses)
 
 
-def models(client: Start, received: State, memory: Memory) -> dict[str, State | None]:
+def models(received: State, memory: Memory, first: Callable[[], State]) -> dict[str, State | None]:
     """The server's base with the client's own heads."""
-    return {"personal": with_heads(client, received, memory)}
+    return {"personal": with_heads(received, memory, first)}
 
 
 METHOD = Method(NAME, participate, second_stage, (NAME,), models, is_base)

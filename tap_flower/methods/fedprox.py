@@ -5,28 +5,24 @@ A client minimises `F(w) + μ/2 · ||w − w_t||²`, where w_t is what it receiv
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage, State
-from tap_flower.methods.steps import finetune, near, train_round
-
-if TYPE_CHECKING:
-    from tap_flower.methods.session import LocalClient
+from tap_flower.core.components import State
+from tap_flower.methods.method import Memory, Method, Participation, SecondStage
+from tap_flower.methods.session import Session
 
 NAME = "fedprox"
 
 
-def participate(client: LocalClient, server_round: int, received: State, memory: Memory) -> Participation:
+def participate(session: Session, server_round: int, received: State, memory: Memory) -> Participation:
     """Trains the server's copy near where it started."""
     del memory
-    penalty = near(client, received, client.settings.baselines.fedprox_mu)
-    return Participation(*train_round(client, server_round, received, "server", penalty))
+    penalty = session.near(received, session.settings.baselines.fedprox_mu)
+    return Participation(*session.train_round(server_round, received, "server", penalty))
 
 
-def second_stage(client: LocalClient, received: State, memory: Memory) -> SecondStage:
+def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
     """Fine-tunes the server's copy, without the penalty."""
     del memory
-    finetuned, losses = finetune(client, received, "server")
+    finetuned, losses = session.finetune(received, "server")
     return SecondStage({NAME: finetuned}, losses)
 
 

@@ -1,34 +1,19 @@
-"""What a method is: what a client does in a round and in stage 2, what it keeps and exchanges, what it is judged by."""
+"""What a method is: what a client does in a round and in stage 2, what it keeps, and what it exchanges with the server."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-from torch import Tensor
-
-from tap_flower.core.components import ComponentModel
+from tap_flower.core.components import ComponentModel, State
 from tap_flower.core.replacement import Decision
-
-if TYPE_CHECKING:
-    from tap_flower.methods.session import LocalClient
-
-State = dict[str, Tensor]
-"""Tensor name -> value, on the CPU."""
-
-
-class Start(Protocol):
-    """What knows a client's initial values."""
-
-    def initial_values(self) -> State:
-        """The run's initial values of the client's tensors."""
-        ...
+from tap_flower.methods.session import Session
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a client keeps from one participation to the next; it never leaves the client.
+    """What a client keeps from one round to the next; it never leaves the client.
 
     Attributes:
         models: name of a model -> its tensors, or those of them that the method keeps.
@@ -47,7 +32,7 @@ class Participation:
         returned: the trained tensors of all components that the method exchanges.
         losses: task name -> mean training loss.
         memory: stays on the client.
-        decisions: on the replacement of each pair's components (TAP); they stay on the client, which reports their counts.
+        decisions: on the replacement of each pair's components (TAP); they stay on the client, which reports counts.
     """
 
     returned: State
@@ -69,46 +54,49 @@ class SecondStage:
     losses: dict[str, float] = field(default_factory=dict)
 
 
-def server_copy(client: Start, received: State, memory: Memory) -> dict[str, State | None]:
-    """The server's copy alone: all that there is to evaluate before stage 2 where a client keeps nothing."""
-    del client, memory
+Models = Callable[[State, Memory, Callable[[], State]], dict[str, State | None]]
+"""(received, memory, makes the first values) -> name -> tensors; None stands for the first values."""
+
+
+def server_copy(received: State, memory: Memory, first: Callable[[], State]) -> dict[str, State | None]:
+    """The `models` of a method whose clients keep nothing: the server's copy alone."""
+    del memory, first
     return {"server": received}
 
 
 def every_component(component: str) -> bool:
-    """Whether a component is exchanged: all are."""
+    """The `exchanges` of a method that exchanges all components."""
     del component
     return True
 
 
 def any_model(model: ComponentModel) -> None:
-    """Whether the method can work with a client's model: it can with all."""
+    """The `suits` of a method that works with any model."""
     del model
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method, as a client runs it; the server averages what comes back, whatever the method.
+    """A method, as a client runs it; the server averages differences, whatever the method.
 
-    Each function gets the server's values of all exchanged tensors of the client, and the client's memory, which is
-    empty before its first participation.
+    Every function receives `received` (the server's tensors for this client) and `memory` (what the client kept from
+    earlier rounds; empty at first).
 
     Attributes:
-        name: `--set method=NAME`.
-        participate: (client, round counted from 1, received, memory) -> result of the round.
-        second_stage: (client, received, memory) -> result of stage 2, after the last round.
-        results: names of the models that stage 2 makes; a file and a column of the results each.
-        models: (client, received, memory) -> name -> tensors of the models to evaluate as stage 1 left them; None is the
-            run's initial values.
-        exchanges: name of a component -> whether server and clients send it each other.
+        name: as in `--set method=NAME`.
+        participate: (session, round counted from 1, received, memory) -> result of the round.
+        second_stage: (session, received, memory) -> result of stage 2, after the last round.
+        results: names of the models that stage 2 makes; each has a file and a column of the results.
+        models: makes the models that are evaluated as stage 1 left them.
+        exchanges: (name of a component) -> whether server and clients exchange it.
         suits: raises a ConfigError where the method cannot work with a client's model.
     """
 
     name: str
-    participate: Callable[[LocalClient, int, State, Memory], Participation]
-    second_stage: Callable[[LocalClient, State, Memory], SecondStage]
+    participate: Callable[[Session, int, State, Memory], Participation]
+    second_stage: Callable[[Session, State, Memory], SecondStage]
     results: tuple[str, ...]
-    models: Callable[[Start, State, Memory], dict[str, State | None]] = server_copy
+    models: Models = server_copy
     exchanges: Callable[[str], bool] = every_component
     suits: Callable[[ComponentModel], None] = any_model
 

@@ -7,16 +7,12 @@ participation, so that every method sees as many mini-batches; w moves in every 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.optim import Optimizer
 
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage, State
-from tap_flower.methods.steps import finetune, train_round
-
-if TYPE_CHECKING:
-    from tap_flower.methods.session import LocalClient
+from tap_flower.core.components import State
+from tap_flower.methods.method import Memory, Method, Participation, SecondStage
+from tap_flower.methods.session import Session
 
 NAME = "per-fedavg"
 
@@ -51,12 +47,11 @@ class LookAhead:
         optimizer.step()
 
 
-def participate(client: LocalClient, server_round: int, received: State, memory: Memory) -> Participation:
+def participate(session: Session, server_round: int, received: State, memory: Memory) -> Participation:
     """Trains the server's copy for the loss after a step."""
     del memory
-    rate, steps = client.settings.baselines.per_fedavg_rate, client.settings.train.steps
-    returned, losses = train_round(
-        client,
+    rate, steps = session.settings.baselines.per_fedavg_rate, session.settings.train.steps
+    returned, losses = session.train_round(
         server_round,
         received,
         "server",
@@ -65,10 +60,10 @@ def participate(client: LocalClient, server_round: int, received: State, memory:
     return Participation(returned, losses)
 
 
-def second_stage(client: LocalClient, received: State, memory: Memory) -> SecondStage:
+def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
     """The adaptation: fine-tunes the server's copy."""
     del memory
-    finetuned, losses = finetune(client, received, "server")
+    finetuned, losses = session.finetune(received, "server")
     return SecondStage({NAME: finetuned}, losses)
 
 

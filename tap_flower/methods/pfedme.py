@@ -7,18 +7,12 @@ in `pfedme_inner_steps` optimiser steps that go on from the θ before, and follo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.optim import Optimizer
 
-from tap_flower.core.components import trainable_state
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage, State
-from tap_flower.methods.steps import finetune, near, train_round
-
-if TYPE_CHECKING:
-    from tap_flower.core.components import ComponentModel
-    from tap_flower.methods.session import LocalClient
+from tap_flower.core.components import ComponentModel, State, trainable_state
+from tap_flower.methods.method import Memory, Method, Participation, SecondStage
+from tap_flower.methods.session import Session
 
 NAME = "pfedme"
 
@@ -46,26 +40,26 @@ class Envelope:
                 value -= self.rate * (value - self.theta[name])
 
 
-def participate(client: LocalClient, server_round: int, received: State, memory: Memory) -> Participation:
+def participate(session: Session, server_round: int, received: State, memory: Memory) -> Participation:
     """R optimiser steps of θ, which starts at w_t; w follows."""
     del memory
-    settings = client.settings.baselines
-    w = {name: value.to(client.device, copy=True) for name, value in received.items()}
+    settings = session.settings.baselines
+    w = {name: value.to(session.device, copy=True) for name, value in received.items()}
 
     def follow(model: ComponentModel) -> Envelope:
-        rate, steps = settings.pfedme_rate * settings.pfedme_lambda, client.settings.train.steps
+        rate, steps = settings.pfedme_rate * settings.pfedme_lambda, session.settings.train.steps
         return Envelope(w, trainable_state(model), rate, settings.pfedme_inner_steps, steps)
 
-    penalty = near(client, w, settings.pfedme_lambda)
-    _, losses = train_round(client, server_round, received, "server", penalty, follow)
+    penalty = session.near(w, settings.pfedme_lambda)
+    _, losses = session.train_round(server_round, received, "server", penalty, follow)
     return Participation({name: value.cpu() for name, value in w.items()}, losses)
 
 
-def second_stage(client: LocalClient, received: State, memory: Memory) -> SecondStage:
+def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
     """Solves for the personal model θ of the last w, in the K optimiser steps of stage 2."""
     del memory
-    theta, losses = finetune(
-        client, received, "server", near(client, received, client.settings.baselines.pfedme_lambda)
+    theta, losses = session.finetune(
+        received, "server", session.near(received, session.settings.baselines.pfedme_lambda)
     )
     return SecondStage({NAME: theta}, losses)
 

@@ -1,92 +1,99 @@
-"""TAP: Two-Stage Adaptive Personalization (Lee et al., arXiv 2509.26524), Algorithms 1 and 2."""
+"""TAP: Two-Stage Adaptive Personalization (Lee et al., arXiv 2509.26524).
+
+`participate` is the client's part of the paper's Algorithm 1, federated rounds with adaptive replacement; `second_stage` is
+Algorithm 2, distillation after the last round. The server's part, sampling and averaging, is `server.strategy`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 from tap_flower.config import ReplacementEvidence, ReplacementSource, StageTwo
-from tap_flower.core.components import cpu_state
-from tap_flower.core.distillation import Distillation
+from tap_flower.core.components import State, cpu_state
+from tap_flower.core.objectives import Distillation
 from tap_flower.core.replacement import decide, replace
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage, Start, State
-from tap_flower.methods.steps import finetune
-
-if TYPE_CHECKING:
-    from tap_flower.methods.session import LocalClient
+from tap_flower.methods.method import Memory, Method, Participation, SecondStage
+from tap_flower.methods.session import Session
 
 PERSONAL, LOSSES = "personal", "personal_losses"
-"""In the memory: the personal model, and task name -> its mean training loss at its last participation."""
+"""In the memory: the personal model, and task name -> its mean training loss in its last round."""
 
 
-def participate(client: LocalClient, server_round: int, received: State, memory: Memory) -> Participation:
+def participate(session: Session, server_round: int, received: State, memory: Memory) -> Participation:
     """Stage 1: train the server's copy, replace where it beats the personal model by a margin, train the personal model.
 
     With `replacement.enabled` false nothing is compared and nothing is replaced.
 
     Args:
-        client: the client.
+        session: the client at work.
         server_round: counted from 1.
-        received: the server's values of all tensors of the client.
-        memory: the personal model and its losses, from the last participation.
+        received: the server's tensors for this client.
+        memory: the personal model and its losses, from the client's last round.
     """
-    settings = client.settings.replacement
-    optimisation = client.settings.train.optimisation(server_round)
+    settings = session.settings.replacement
+    optimisation = session.settings.train.optimisation(server_round)
     on_validation = settings.evidence is ReplacementEvidence.validation
     copies_received = settings.source is ReplacementSource.received
     personal = memory.models.get(PERSONAL)
 
-    teacher = client.model(received)
+    # Algorithm 1, local training of the server's components θ_i: R optimiser steps. The loss of each pair is the evidence
+    # for its replacement, either on held-out examples or as seen in training.
+    teacher = session.model(received)
     source_losses: Mapping[str, float] = {}  # a pair without a loss is not decided on
     if settings.enabled and copies_received:
-        source_losses = client.losses(teacher, "validation" if on_validation else "train")
-    losses = client.train(teacher, optimisation, order=(server_round,), noise=(server_round, "server"))
+        source_losses = session.losses(teacher, "validation")
+    losses = session.train(teacher, optimisation, order=(server_round,), noise=(server_round, "server"))
     returned = cpu_state(teacher)
     if settings.enabled and not copies_received:
-        source_losses = client.losses(teacher, "validation") if on_validation else losses
+        source_losses = session.losses(teacher, "validation") if on_validation else losses
 
-    student = client.model(personal)
-    personal_losses: Mapping[str, float] = {}  # what is missing counts as infinity
+    # Algorithm 1, adaptive replacement: for each pair with loss(server) + margin < loss(personal), the components that the
+    # pair reaches are copied into the personal model. Before its first round the personal loss is infinite.
+    student = session.model(personal)
+    personal_losses: Mapping[str, float] = {}
     if settings.enabled and personal is not None:
-        personal_losses = client.losses(student, "validation") if on_validation else memory.record[LOSSES]
-    decisions = decide(student.component_map, source_losses, personal_losses, client.margins)
+        personal_losses = session.losses(student, "validation") if on_validation else memory.record[LOSSES]
+    decisions = decide(student.component_map, source_losses, personal_losses, session.margins)
     replaced = replace(student, received if copies_received else returned, student.component_map, decisions)
-    # After a replacement the personal model sees other mini-batches than the copy that it was taken from.
+
+    # Algorithm 1, local training of the personal model φ_i: R steps. After a replacement it sees other mini-batches than
+    # the copy that it was taken from.
     order = (server_round, "replaced") if replaced else (server_round,)
-    trained_losses = client.train(student, optimisation, order=order, noise=(server_round, "personal"))
+    trained_losses = session.train(student, optimisation, order=order, noise=(server_round, "personal"))
     kept = Memory({PERSONAL: cpu_state(student)}, {LOSSES: trained_losses})
     return Participation(returned, losses, kept, decisions)
 
 
-def second_stage(client: LocalClient, received: State, memory: Memory) -> SecondStage:
+def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
     """Stage 2: fine-tune the server's copy, then fine-tune the personal model with distillation from it.
 
     The ablations fine-tune the personal model alone: for K steps, or for the 2K that teacher and student take together.
 
     Args:
-        client: the client.
-        received: the server's values of all tensors of the client after the last round.
-        memory: the personal model; a client that was never sampled starts from the initial values.
+        session: the client at work.
+        received: the server's tensors for this client after the last round.
+        memory: the personal model; a client that was never sampled starts from its first values.
     """
-    settings, personal = client.settings.distill, memory.models.get(PERSONAL)
+    settings, personal = session.settings.distill, memory.models.get(PERSONAL)
     if settings.stage is not StageTwo.distillation:
         times = 2 if settings.stage is StageTwo.finetuning_twice else 1
-        tap, losses = finetune(client, personal, "personal", times=times)
+        tap, losses = session.finetune(personal, "personal", times=times)
         return SecondStage({"tap": tap}, losses)
-    finetuned, losses = finetune(client, received, "server")
-    teacher = client.model(finetuned)
-    tap, _ = finetune(
-        client,
+    # Algorithm 2, teacher: θ_i fine-tuned for K steps. By itself this is the baseline "FedAvg + fine-tuning".
+    finetuned, losses = session.finetune(received, "server")
+    teacher = session.model(finetuned)
+    # Algorithm 2, student: K steps of φ_i on task loss + w · divergence(teacher -> student).
+    tap, _ = session.finetune(
         personal,
         "personal",
-        lambda _: Distillation(teacher, client.kinds, client.distillation_weights, settings.temperature),
+        lambda _: Distillation(teacher, session.kinds, session.distillation_weights, settings.temperature),
     )
     return SecondStage({"server+finetune": finetuned, "tap": tap}, losses)
 
 
-def models(client: Start, received: State, memory: Memory) -> dict[str, State | None]:
-    """The server's copy, and the personal model, which a client that was never sampled has with its initial values."""
-    del client
+def models(received: State, memory: Memory, first: Callable[[], State]) -> dict[str, State | None]:
+    """The server's copy and the personal model; a client that was never sampled has its first values."""
+    del first
     return {"server": received, "personal": memory.models.get(PERSONAL)}
 
 

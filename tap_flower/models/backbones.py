@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import has_file
 
 from tap_flower import hub
-from tap_flower.models.errors import BackboneError
+from tap_flower.errors import BackboneError
 from tap_flower.models.experts import FrozenLayer
 from tap_flower.models.lora import LoraSettings
 

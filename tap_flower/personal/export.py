@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
@@ -12,18 +13,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from transformers import AutoConfig
 
-from tap_flower.client.description import DESCRIPTION, Description, description_of, read_description
-from tap_flower.client.from_spec import model_tasks
-from tap_flower.config import ConfigError
+from tap_flower.client.description import DESCRIPTION, Description, read_description
+from tap_flower.client.from_spec import model_task
 from tap_flower.data.catalogue import CATALOGUE
-from tap_flower.data.spec import SpecError
 from tap_flower.data.texts import load_tokenizer
-from tap_flower.files import StorageError, read_json, write_atomically, write_json
+from tap_flower.errors import StorageError
+from tap_flower.files import read_json, write_atomically, write_json
 from tap_flower.models.backbones import DEMO, from_config, locate, outline
 from tap_flower.models.merged import merged_outline, merged_state
 from tap_flower.personal.folders import PersonalError
 from tap_flower.personal.personal_model import Device, PersonalModel
-from tap_flower.plain import PlainError, shown
+from tap_flower.plain import shown
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _PIPELINES = {
@@ -92,7 +92,7 @@ def export(folder: Path, out: Path, task: str, which: str | None = None, run: Pa
     model.task(task)
     shape = described.settings.model
     backbone = outline(described.backbone, shape.layers, shape.image_size, described.revision)
-    (only,) = (t for t in model_tasks(described, shape.text_length) if t.pair.task == task)
+    (only,) = (model_task(t, shape.text_length) for t in described.tasks if t.name == task)
     with torch.device("meta"):
         merged = merged_outline(backbone, only)
     tensors = merged_state(model.model, merged)
@@ -120,8 +120,8 @@ def load_export(folder: Path | str, device: Device = None) -> PersonalModel:
     folder = Path(folder)
     values = read_json(folder / CONFIG)
     try:
-        described = description_of(values["tap_flower"])
-        (task,) = model_tasks(described, described.settings.model.text_length)
+        described = msgspec.convert(values["tap_flower"], Description)
+        (task,) = (model_task(t, described.settings.model.text_length) for t in described.tasks)
         architecture = dict(values["backbone_config"])
         config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
         shape = described.settings.model
@@ -131,7 +131,7 @@ def load_export(folder: Path | str, device: Device = None) -> PersonalModel:
             raise ValueError(f"{len(other)} tensors are missing or unknown, such as {other[0]!r}")
         model.load_state_dict(tensors)
         return PersonalModel(described, str(values["model"]), model, load_tokenizer(str(folder)), device)
-    except (KeyError, TypeError, PlainError, SpecError, ConfigError) as error:
+    except (KeyError, TypeError, msgspec.ValidationError) as error:
         raise StorageError(
             f"{folder / CONFIG} is damaged, or was not written by `tap-flower export`: {error}"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tap_flower.client.description import DESCRIPTION, TaskDescription, read_description
-from tap_flower.files import StorageError
+from tap_flower.errors import StorageError
 
 
 class PersonalError(ValueError):

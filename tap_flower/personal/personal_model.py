@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,16 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from tap_flower.client.description import Description, TaskDescription, read_description
 from tap_flower.client.from_spec import client_model
-from tap_flower.client.state import RECEIVED, ClientStore
-from tap_flower.core.components import cpu_state, load_trainable_state
+from tap_flower.client.state import SERVER, StateFolder
+from tap_flower.core.components import State, cpu_state, load_trainable_state
 from tap_flower.data.collate import model_inputs
 from tap_flower.data.images import open_image, pixels_of
 from tap_flower.data.texts import load_tokenizer, token_ids
-from tap_flower.files import StorageError
-from tap_flower.methods.method import Memory, State
+from tap_flower.errors import BackboneError, StorageError
+from tap_flower.methods.method import Memory
 from tap_flower.methods.registry import find_method
 from tap_flower.models.backbones import load_backbone, locate
-from tap_flower.models.errors import BackboneError
 from tap_flower.models.model import TapModel
 from tap_flower.personal.answers import Answer, class_answers, image_answers, text_answers
 from tap_flower.personal.folders import PersonalError
@@ -34,17 +32,6 @@ T = TypeVar("T")
 Picture = Image.Image | str | Path | NDArray[np.uint8]
 """An image, a file of one, or pixels [H, W, 3] or [H, W], uint8."""
 Device = torch.device | str | None
-
-
-@dataclass(frozen=True)
-class _Start:
-    """The initial values of a model."""
-
-    model: TapModel
-    seed: int
-
-    def initial_values(self) -> State:
-        return cpu_state(self.model.initialise(self.seed))
 
 
 class PersonalModel:
@@ -94,10 +81,10 @@ class PersonalModel:
         folder = Path(folder)
         description = read_description(folder)
         model = outlined(description, dtype)
-        states = _states(folder, description, _Start(model, description.settings.seed))
+        states = _states(folder, description, model)
         if not states:
             raise StorageError(
-                f"{folder} holds no model yet, or {RECEIVED} is damaged: wait for the client's first round, or restore it"
+                f"{folder} holds no model yet, or {SERVER} is damaged: wait for the client's first round, or restore it"
             )
         result = find_method(description.settings.method).result
         which = which or (result if result in states else next(reversed(states)))
@@ -231,14 +218,18 @@ def _tokenizer(description: Description) -> PreTrainedTokenizerBase:
         raise PersonalError(f"backbone {description.backbone!r} has no tokenizer: {error}") from error
 
 
-def _states(folder: Path, description: Description, start: _Start) -> dict[str, State | None]:
-    """Name -> tensors of the client's models as an evaluation would have them; None is the run's initial values."""
-    store, method = ClientStore(folder, description.run), find_method(description.settings.method)
-    kept = store.load() if description.best is None else store.load_best(description.best)
-    received = store.received()
-    memory = Memory() if kept is None else kept.memory
-    models = {} if received is None else method.models(start, received.tensors, memory)
-    return {**models, **store.second_stage(method.results)}
+def _states(folder: Path, description: Description, model: TapModel) -> dict[str, State | None]:
+    """Name -> tensors of the client's models as an evaluation would have them; None stands for the run's first values."""
+    states = StateFolder(folder, description.run, description.epochs)
+    method = find_method(description.settings.method)
+    state = states.load() if description.best is None else states.load_best(description.best)
+    received, memory = states.load_server(), Memory() if state is None else state.memory
+
+    def first() -> State:
+        return cpu_state(model.initialise(description.settings.seed))
+
+    models = {} if received is None else method.models(received, memory, first)
+    return {**models, **states.load_models(method.results)}
 
 
 def _pixels(picture: Picture) -> Tensor:

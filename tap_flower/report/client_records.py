@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from tap_flower.core.replacement import Decision
-from tap_flower.files import StorageError, read_json, write_atomically, write_json
+from tap_flower.errors import StorageError
+from tap_flower.files import read_json, write_atomically, write_json
 from tap_flower.plain import PlainError, check_fields, check_type, parse_json
 
 SCHEMA = 1

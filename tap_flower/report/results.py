@@ -9,7 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from tap_flower.core.tasks import TASK_KINDS
-from tap_flower.files import StorageError, read_json
+from tap_flower.errors import StorageError
+from tap_flower.files import read_json
 
 SCHEMA = 1
 RESULTS = "results.json"

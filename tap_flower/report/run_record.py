@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tap_flower.files import StorageError
+from tap_flower.errors import StorageError
 from tap_flower.report.client_records import read_decisions, read_examples, read_gradients
 from tap_flower.report.events import read_events
 from tap_flower.report.results import read_results

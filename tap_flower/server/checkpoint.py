@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import logging
+import uuid
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, get_type_hints
+from typing import Any
 
+import msgspec
 from torch import Tensor
 
-from tap_flower.files import StorageError, read_tensors, write_json, write_tensors
-from tap_flower.plain import PlainError, check_fields
-from tap_flower.server.accounting import Ledger
+from tap_flower.config import Config, plain, to_yaml
+from tap_flower.errors import ConfigError, StorageError
+from tap_flower.files import read_tensors, write_atomically, write_json, write_tensors
 from tap_flower.server.early_stopping import Validation
+from tap_flower.server.privacy import Ledger
+from tap_flower.wire.messages import Epoch
 
-SCHEMA = 3
+SCHEMA = 4
 _BEST = "best/"
 """Begins the names of the best round's tensors in the file, of those that have other values now."""
-log = logging.getLogger("tap_flower")
 
 
 @dataclass
@@ -30,97 +30,114 @@ class Progress:
     Attributes:
         run: identity of the run; clients keep their state under it.
         config: the resolved configuration, as plain values.
+        epochs: the run's start and its resumes, oldest first.
         round: last complete round of stage 1.
         replacements: client -> task -> rounds in which its components were replaced.
         down: component -> bytes sent to clients.
         up: component -> bytes received from clients.
         steps: client -> optimiser steps that it made, both stages.
         dropped: replies that could not be used.
-        holds: client -> the number of complete rounds as of which it holds all of its tensors.
-        changed: component -> the round in which it got its values.
         validation: where the run may stop early.
         privacy: what a private run has released.
     """
 
     run: str
     config: dict[str, Any]
+    epochs: list[Epoch] = field(default_factory=list)
     round: int = 0
     replacements: dict[str, dict[str, int]] = field(default_factory=dict)
     down: dict[str, int] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
     dropped: int = 0
-    holds: dict[str, int] = field(default_factory=dict)
-    changed: dict[str, int] = field(default_factory=dict)
     validation: Validation = field(default_factory=Validation)
     privacy: Ledger = field(default_factory=Ledger)
 
+    def begin(self) -> None:
+        """Begins a new epoch: what clients have written since the last complete round is void."""
+        self.epochs.append(Epoch(uuid.uuid4().hex, self.round))
 
-class Writer:
-    """Writes checkpoints in the background, one at a time, while the next round runs.
 
-    `save` waits for the write before, so that the checkpoint on disk is at most one round behind. A write that failed is
-    an error of the next `save` or `flush`. As a context it ends with a flush, also where the run has failed.
+@dataclass
+class Checkpoint:
+    """A run after a complete round.
 
-    Args:
-        folder: the server's.
+    Attributes:
+        progress: what the run has done so far.
+        tensors: tensor name -> the server's value (float32).
+        best: tensor name -> value after the best round, where the run may stop early; else empty.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[None] | None = None
-
-    def save(self, progress: Progress, tensors: Mapping[str, Tensor], best: Mapping[str, Tensor]) -> None:
-        """Begins to write what progress and tensors are now.
-
-        Args:
-            progress: copied before this returns.
-            tensors: name -> value; values must not be changed in place, the mapping may be.
-            best: likewise, those of the best round, or nothing.
-
-        Raises:
-            StorageError: the write before this one has failed.
-        """
-        self.flush()
-        record = {"schema": SCHEMA, **asdict(progress)}
-        # What has not changed since the best round is in the file once.
-        earlier = {f"{_BEST}{name}": tensor for name, tensor in best.items() if tensors.get(name) is not tensor}
-        self._pending = self._thread.submit(_write, self.folder, record, {**tensors, **earlier})
-
-    def flush(self) -> None:
-        """Waits until everything is on disk.
-
-        Raises:
-            StorageError: the last write has failed.
-        """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
-        try:
-            self.flush()
-        except Exception as problem:
-            if error is None:
-                raise
-            log.error("%s", problem)
-            error.add_note(str(problem))
-        finally:
-            self._thread.shutdown()
+    progress: Progress
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
 
 
-def _write(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Tensors and progress in one file, and a readable copy of the progress."""
-    write_tensors(folder / "server.safetensors", tensors, record)
+def start_or_resume(config: Config, folder: Path, resume: bool) -> Checkpoint:
+    """Where a run begins: anew, or after its last complete round.
+
+    A new run's folder stays empty, so that a run which cannot begin after all is not in the way of the next.
+
+    Args:
+        config: the resolved configuration.
+        folder: the run folder.
+        resume: whether to go on with the run that the folder holds.
+
+    Raises:
+        ConfigError: a new run's folder holds another run, or a resumed run was started with another configuration.
+        StorageError: the folder cannot be made, or the checkpoint cannot be read.
+    """
+    if resume:
+        found = load(folder / "server")
+        old, new = found.progress.config, plain(config)
+        if different := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
+            raise ConfigError(
+                f"{folder} was started with another configuration ({', '.join(different)} differ): resume it with the "
+                f"same preset, file and settings"
+            )
+        return found
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty: give another folder with `--out`, or go on with `--resume`")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"the run folder {folder} cannot be made: {error.strerror}") from error
+    return Checkpoint(Progress(uuid.uuid4().hex, plain(config)))
+
+
+def record_config(config: Config, folder: Path) -> None:
+    """Writes a new run's configuration to its folder.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    write_atomically(folder / "config.yaml", to_yaml(config).encode())
+
+
+def save(folder: Path, progress: Progress, tensors: Mapping[str, Tensor], best: Mapping[str, Tensor]) -> None:
+    """Writes tensors and progress in one file, and a readable copy of the progress.
+
+    It returns when they are on the disk. The messages of the next round leave after that, so that no client is ever more
+    than one round ahead of the checkpoint, and a private round is never released twice.
+
+    Args:
+        folder: folder of the server.
+        progress: what the run has done so far.
+        tensors: tensor name -> value (float32).
+        best: tensor name -> value after the best round, or empty.
+
+    Raises:
+        StorageError: they cannot be written; the checkpoint before is intact.
+    """
+    record = {"schema": SCHEMA, **msgspec.to_builtins(progress)}
+    # What has not changed since the best round is in the file once.
+    earlier = {f"{_BEST}{name}": tensor for name, tensor in best.items() if tensors.get(name) is not tensor}
+    write_tensors(folder / "server.safetensors", {**tensors, **earlier}, record)
     write_json(folder / "state.json", record)
 
 
-def load(folder: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
-    """Reads the server's folder: progress, tensors, and those of the best round.
+def load(folder: Path) -> Checkpoint:
+    """Reads what `save` wrote.
 
     Raises:
         StorageError: there is none, or it is damaged or of another schema.
@@ -129,12 +146,8 @@ def load(folder: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
     if record.pop("schema", None) != SCHEMA:
         raise StorageError(f"{folder} was written by another version of tap-flower: use that version to resume it")
     try:
-        parts = {"validation": Validation, "privacy": Ledger}
-        check_fields(record, get_type_hints(Progress) | dict.fromkeys(parts, dict[str, Any]), "its record")
-        for key, part in parts.items():
-            check_fields(record[key], get_type_hints(part), key)
-    except PlainError as error:
+        progress = msgspec.convert(record, Progress)
+    except msgspec.ValidationError as error:
         raise StorageError(f"{folder} is damaged: {error}; restore it, or start a new run") from error
-    progress = Progress(**{**record, **{key: part(**record[key]) for key, part in parts.items()}})
     earlier = {name.removeprefix(_BEST): tensors.pop(name) for name in list(tensors) if name.startswith(_BEST)}
-    return progress, tensors, {**tensors, **earlier} if progress.validation.best_round else {}
+    return Checkpoint(progress, tensors, {**tensors, **earlier} if progress.validation.best_round else {})

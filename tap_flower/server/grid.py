@@ -1,18 +1,19 @@
-"""Sending a message to each of some nodes, and getting the replies as they come."""
+"""A Grid that hands on replies as they come, and says of every message what has become of it."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import httpx
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-FOREIGN = 1003
-"""Error code that stands for a reply which is none: not of the node that was asked, or not its first."""
+FOREIGN, SILENT = 1003, 1004
+"""Error codes of replies that this grid makes: in place of one that is not of the node that was asked, or not its first; and
+for a node that has not answered in time."""
 _POLL, _LONGEST_POLL = 0.1, 1.0
 """Seconds between looks for replies: half as long again after each look in vain. Ten looks a second took a SuperLink with
 TLS and a database 44 % of a core."""
@@ -22,63 +23,95 @@ log = logging.getLogger("tap_flower")
 T = TypeVar("T")
 
 
-def exchange(
-    grid: Grid,
-    nodes: Mapping[str, int],
-    content: Callable[[str], RecordDict],
-    message_type: str,
-    group: int,
-    timeout: float,
-) -> Iterator[tuple[str, Message | None]]:
-    """Sends one message to each node and yields the replies in the order of their arrival.
+class StreamingGrid(Grid):
+    """Wraps Flower's grid, so that the server's memory does not grow with the number of messages.
+
+    `send_and_receive` pushes messages one by one, so that a generator holds one client's payload at a time, and yields
+    replies in the order of their arrival. Errors come from the node that was asked (`src_node_id`), whoever reports them.
 
     Args:
-        grid: Flower's.
-        nodes: client name -> node id.
-        content: client name -> content of its message; called once a client, when it is sent.
-        message_type: one of `messages`.
-        group: number of the round.
-        timeout: seconds until those that have not answered are given up.
-
-    Yields:
-        (client name, its reply), and in the end (client name, None) for each that did not answer. A second reply, and one of
-        another node, is replaced by an error that says so.
+        grid: Flower's grid.
     """
-    waiting: dict[str, str] = {}
-    answered: dict[str, str] = {}
-    for name, node in nodes.items():
-        # One at a time: only one client's payload is in memory. A node that comes back later does not find it any more.
-        message = Message(
-            content=content(name), dst_node_id=node, message_type=message_type, group_id=str(group), ttl=timeout
-        )
-        for message_id in patiently(lambda: grid.push_messages([message])):  # noqa: B023
-            waiting[message_id] = name
-    deadline, pause = time.monotonic() + timeout, _POLL
-    while waiting and time.monotonic() < deadline:
-        arrived = list(patiently(lambda: grid.pull_messages(list(waiting))))
-        for reply in arrived:
-            message_id = reply.metadata.reply_to_message_id or ""
-            sender = waiting.get(message_id) or answered.get(message_id)
-            if sender is not None:
-                problem = _problem(reply, nodes[sender], message_id in answered)
-                if problem:
-                    yield sender, Message(Error(FOREIGN, problem), reply_to=reply)
-                    continue
-                answered[message_id] = waiting.pop(message_id)
-                yield sender, reply
-        pause = _POLL if arrived else min(1.5 * pause, _LONGEST_POLL)
-        if waiting and not arrived:
-            time.sleep(pause)
-    for silent in waiting.values():
-        yield silent, None
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def set_run(self, run: Any) -> None:
+        """Sets the run of the wrapped grid."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """The run of the wrapped grid."""
+        return self._grid.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Makes a message, deprecated in Flower."""
+        return self._grid.create_message(*args, **kwargs)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The nodes that are there."""
+        return list(patiently(self._grid.get_node_ids))
+
+    def get_nodes(self) -> Iterable[Any]:
+        """What Flower knows of the nodes that are there."""
+        return list(patiently(self._grid.get_nodes))
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Pushes messages; returns their identities."""
+        listed = list(messages)
+        return list(patiently(lambda: self._grid.push_messages(listed)))
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Pulls the replies that have come to some messages."""
+        listed = list(message_ids)
+        return list(patiently(lambda: self._grid.pull_messages(listed)))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Sends messages and yields a reply or an error for each, errors of silent nodes last.
+
+        Args:
+            messages: pushed one by one, as they are drawn.
+            timeout: seconds until those that have not answered are given up; None waits as long as their `ttl`.
+        """
+        waiting, answered = dict[str, Message](), dict[str, Message]()
+        longest = 0.0
+        for message in messages:
+            if timeout is not None:
+                message.metadata.ttl = timeout  # a node that comes back later does not find it any more
+            longest = max(longest, message.metadata.ttl)
+            asked = Message(RecordDict(), message.metadata.dst_node_id, message.metadata.message_type)
+            for message_id in self.push_messages([message]):
+                waiting[message_id] = asked
+        deadline, pause = time.monotonic() + longest, _POLL
+        while waiting and time.monotonic() < deadline:
+            arrived = self.pull_messages(waiting)
+            for reply in arrived:
+                message_id = reply.metadata.reply_to_message_id or ""
+                asked_of = waiting.get(message_id) or answered.get(message_id)
+                if asked_of is not None:
+                    checked = _checked(reply, asked_of, message_id in answered)
+                    if checked is reply or reply.has_error():
+                        answered[message_id] = waiting.pop(message_id, asked_of)
+                    yield checked
+            pause = _POLL if arrived else min(1.5 * pause, _LONGEST_POLL)
+            if waiting and not arrived:
+                time.sleep(pause)
+        for silent in waiting.values():
+            yield Message(Error(SILENT, "no answer in time (raise the timeout, or look at the node)"), reply_to=silent)
 
 
-def _problem(reply: Message, asked: int, again: bool) -> str | None:
-    """Why a reply is not one of the node that was asked, or None. An error may be the server's own word about a node."""
-    sender = reply.metadata.src_node_id
-    if sender != asked and not reply.has_error():
-        return f"node {sender} answered for it; its own node is {asked}"
-    return "it answered a second time" if again else None
+def _checked(reply: Message, asked: Message, again: bool) -> Message:
+    """The reply, or an error in its place. An error may be the server's own word about a node."""
+    sender, node = reply.metadata.src_node_id, asked.metadata.dst_node_id
+    if again:
+        return Message(Error(FOREIGN, "it answered a second time"), reply_to=asked)
+    if reply.has_error():
+        return Message(reply.error, reply_to=asked)
+    if sender != node:
+        problem = f"node {sender} answered for it; its own node is {node}"
+        return Message(Error(FOREIGN, problem), reply_to=asked)
+    return reply
 
 
 def patiently(ask: Callable[[], T]) -> T:

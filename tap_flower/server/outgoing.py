@@ -1,41 +1,83 @@
-"""The server's tensors as they are sent: each is encoded once for all clients that get it."""
+"""The server's values as they are sent: each tensor is encoded once for all clients that get it."""
 
 from __future__ import annotations
 
-from flwr.app import Array
+from collections.abc import Mapping
+
+from flwr.app import Array, ArrayRecord
+from torch import Tensor
 
 from tap_flower.config import Encoding
 from tap_flower.core.initial import Initial
 from tap_flower.server.roster import Roster
-from tap_flower.wire.messages import encode_tensors
-from tap_flower.wire.updates import moved
+from tap_flower.wire.tensors import decode_tensors, encode_tensors, moved_from
+
+
+class Values:
+    """The server's values as an ArrayRecord, and as tensors again.
+
+    Tensors that have not changed since the record before are not encoded again, and a record made here is not decoded.
+
+    Args:
+        others: arrays that are in every record, although no client exchanges them.
+    """
+
+    def __init__(self, others: Mapping[str, Array]) -> None:
+        self._others = dict(others)
+        self._tensors: Mapping[str, Tensor] = {}
+        self._record = ArrayRecord()
+
+    def record(self, tensors: Mapping[str, Tensor]) -> ArrayRecord:
+        """The record of some tensors (float32), and the other arrays."""
+        known = {name: self._record[name] for name, tensor in tensors.items() if self._tensors.get(name) is tensor}
+        new = encode_tensors({n: tensor for n, tensor in tensors.items() if n not in known}, Encoding.float32)
+        self._tensors = dict(tensors)
+        self._record = ArrayRecord({**self._others, **known, **new})
+        return self._record
+
+    def tensors(self, record: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors (float32) of a record.
+
+        Args:
+            record: from `record`, or one that a subclass of the strategy has made.
+            like: tensor name -> tensor, for all that are wanted.
+
+        Raises:
+            MessageError: an array is no float32 array.
+            KeyError: an array is missing.
+        """
+        if record is self._record:
+            return dict(self._tensors)
+        return decode_tensors(ArrayRecord({name: record[name] for name in like}), Encoding.float32)
 
 
 class Outgoing:
     """The encoded tensors of one phase, in which the server's values stay as they are.
 
     Args:
-        roster: of the run.
-        encoding: likewise.
+        roster: clients of the run.
+        record: the server's values (float32).
+        tensors: the server's values as tensors.
+        encoding: encoding of the run.
     """
 
-    def __init__(self, roster: Roster, encoding: Encoding) -> None:
-        self._roster, self._encoding = roster, encoding
-        # An encoding that rounds sends the difference to the initial value, which is a client's to say.
+    def __init__(self, roster: Roster, record: ArrayRecord, tensors: Mapping[str, Tensor], encoding: Encoding) -> None:
+        self._roster, self._record, self._tensors, self._encoding = roster, record, tensors, encoding
+        # An encoding that rounds sends the difference to the first value, which is a client's to say.
         self._encoded: dict[tuple[str, Initial], Array] = {}
 
-    def arrays_for(self, client: str) -> tuple[dict[str, Array], int | None]:
-        """As `Roster.tensors_for`, encoded.
+    def arrays_for(self, client: str) -> ArrayRecord:
+        """The arrays of a client's tensors.
 
         Raises:
             MessageError: a tensor cannot be encoded.
         """
-        tensors, held = self._roster.tensors_for(client)
         manifest = self._roster.manifests[client]
-        keys = {name: (name, manifest.tensors[name].initial) for name in tensors}
-        new = {name: tensor for name, tensor in tensors.items() if keys[name] not in self._encoded}
-        exact = self._encoding is Encoding.float32
-        initial = {} if exact else manifest.initial_values(new, self._roster.seed)
-        for name, array in encode_tensors(moved(new, initial, self._encoding), self._encoding).items():
-            self._encoded[keys[name]] = array
-        return {name: self._encoded[key] for name, key in keys.items()}, held
+        if self._encoding is Encoding.float32:
+            return ArrayRecord({name: self._record[name] for name in manifest.tensors})
+        keys = {name: (name, info.initial) for name, info in manifest.tensors.items()}
+        new = {name: self._tensors[name] for name, key in keys.items() if key not in self._encoded}
+        first = manifest.first_values(new, self._roster.seed)
+        encoded = encode_tensors(moved_from(new, first, self._encoding), self._encoding)
+        self._encoded |= {keys[name]: array for name, array in encoded.items()}
+        return ArrayRecord({name: self._encoded[key] for name, key in keys.items()})

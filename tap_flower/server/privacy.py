@@ -1,24 +1,149 @@
-"""Differential privacy of a run: clients are protected from each other; the server is trusted. See the page on privacy."""
+"""Differential privacy of a run: its budget, what has been spent of it, and the average of a private round.
+
+Clients are protected from each other; the server is trusted. See the documentation's page on privacy.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tap_flower.core.averaging import Aggregator
-from tap_flower.core.clipping import clip
-from tap_flower.core.privacy import RandomBytes, release, sensitivity
-from tap_flower.server.accounting import Budget, Ledger
+from tap_flower.config import Config
+from tap_flower.core.averaging import Averaging, RandomBytes, check_form, clip, holders_needed, release, sensitivity
+from tap_flower.errors import ConfigError
 from tap_flower.server.roster import Roster
 from tap_flower.server.rounds import Tell
 
 log = logging.getLogger("tap_flower")
+
+
+@dataclass
+class Ledger:
+    """Who took part in what was released. To have been asked is to take part: whether a client answered is its secret.
+
+    Attributes:
+        clients: client -> rounds in which it took part and something of a component that it holds was released.
+        holders: component -> client -> rounds in which the client took part and the component was released.
+        rounds: component -> rounds in which it was released.
+    """
+
+    clients: dict[str, int] = field(default_factory=dict)
+    holders: dict[str, dict[str, int]] = field(default_factory=dict)
+    rounds: dict[str, int] = field(default_factory=dict)
+
+    def take(self, held: Mapping[str, Collection[str]], released: Collection[str]) -> None:
+        """Takes in a round.
+
+        Args:
+            held: client that was asked -> components that it holds.
+            released: the components that got new values.
+        """
+        for component in released:
+            self.rounds[component] = self.rounds.get(component, 0) + 1
+        for client, components in held.items():
+            own = sorted(set(components) & set(released))
+            self.clients[client] = self.clients.get(client, 0) + bool(own)
+            for component in own:
+                counts = self.holders.setdefault(component, {})
+                counts[client] = counts.get(client, 0) + 1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A run's ε and δ, and the noise that follows from them.
+
+    Attributes:
+        epsilon: ε that was asked for.
+        delta: δ.
+        rounds: the largest number of rounds in which a client can take part.
+        clip_norm: C.
+        noise_multiplier: z, the smallest with ε(rounds) ≤ ε.
+        holders_needed: holders that a component must have in a round to be released.
+    """
+
+    epsilon: float
+    delta: float
+    rounds: int
+    clip_norm: float
+    noise_multiplier: float
+    holders_needed: int
+
+    def spent(self, releases: int) -> float:
+        """ε after a client took part in a number of releases."""
+        return _epsilon(self.noise_multiplier, self.delta, releases)
+
+
+def budget_of(config: Config) -> Budget | None:
+    """The budget of a run; None where it has no differential privacy.
+
+    Raises:
+        ConfigError: the package is not installed, or no round can ever have enough clients.
+    """
+    wanted = config.privacy
+    if wanted.epsilon is None:
+        return None
+    noise_multiplier = calibrate(wanted.epsilon, wanted.delta, config.rounds)
+    needed = holders_needed(noise_multiplier, wanted.max_noise)
+    most = min(config.clients_per_round, len(config.clients) or config.clients_per_round)
+    if needed > most:
+        raise ConfigError(
+            f"privacy.epsilon = {wanted.epsilon:g} over rounds = {config.rounds} takes a noise multiplier of "
+            f"{noise_multiplier:.3g}; privacy.max_noise = {wanted.max_noise:g} then needs {needed} clients that hold a "
+            f"component in one round, and a round has {most} (clients_per_round = {config.clients_per_round}, "
+            f"{len(config.clients)} clients in the configuration): nothing would ever be released. Have more clients in a "
+            f"round, fewer rounds, a larger epsilon, or from privacy.max_noise = {noise_multiplier / most:.3g} on"
+        )
+    return Budget(wanted.epsilon, wanted.delta, config.rounds, wanted.clip_norm, noise_multiplier, needed)
+
+
+@cache
+def calibrate(epsilon: float, delta: float, rounds: int) -> float:
+    """The smallest noise multiplier z of `rounds` Gaussian mechanisms, composed, that are (ε, δ)-private: to 1e-6.
+
+    Raises:
+        ConfigError: the package `dp-accounting` is not installed, or it finds none.
+    """
+    accounting, accountant = _package()
+
+    def events(noise_multiplier: float) -> Any:
+        return accounting.SelfComposedDpEvent(accounting.GaussianDpEvent(noise_multiplier), rounds)
+
+    try:
+        return float(accounting.calibrate_dp_mechanism(accountant, events, epsilon, delta))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"privacy: no noise gives epsilon = {epsilon:g} at delta = {delta:g} over {rounds} rounds ({error}): "
+            f"choose a larger epsilon or delta"
+        ) from error
+
+
+@cache
+def _epsilon(noise_multiplier: float, delta: float, releases: int) -> float:
+    """ε of the composition of Gaussian mechanisms (Rényi accountant)."""
+    if not releases:
+        return 0.0
+    accounting, accountant = _package()
+    return float(accountant().compose(accounting.GaussianDpEvent(noise_multiplier), releases).get_epsilon(delta))
+
+
+def _package() -> tuple[Any, Any]:
+    """The package, and its Rényi accountant."""
+    try:
+        import dp_accounting
+        from dp_accounting.rdp import RdpAccountant
+    except ImportError as error:
+        raise ConfigError(
+            f"privacy.epsilon is set, and the package dp-accounting is not installed ({error}): "
+            f"pip install 'tap-flower[privacy]'"
+        ) from error
+    return dp_accounting, RdpAccountant
 
 
 class Privacy:
@@ -87,14 +212,14 @@ class Privacy:
 
 
 class PrivateAverage:
-    """Each component's mean change over its holders of the round, with noise; an `averaging.Average`.
+    """Each component's mean difference over its holders of the round, with noise; used in place of a `WeightedAverage`.
 
-    Every holder that was asked counts with weight 1: one that does not answer, or whose reply is refused, as a change of
+    Every holder that was asked counts with weight 1: one that does not answer, or whose reply is refused, as a difference of
     zero. A component with too few holders is not released.
 
     Args:
-        privacy: of the run.
-        roster: likewise.
+        privacy: budget and ledger of the run.
+        roster: clients and values of the run.
         names: the clients of the round.
         tell: is told of the norms, and of the components that are not released.
     """
@@ -104,40 +229,38 @@ class PrivateAverage:
         self._held = {name: set(roster.manifests[name].component_of.values()) for name in names}
         self._holders = _holders(roster, names)
         self._norms: dict[str, float] = {}
-        # Changes are averaged, not values: rounding is then relative to what is clipped.
-        zeros = {name: torch.zeros((), dtype=t.dtype).expand(t.shape) for name, t in roster.tensors.items()}
-        self._aggregator = Aggregator(zeros, roster.component_of, self._holders)
+        self._averaging = Averaging(roster.tensors, roster.component_of, self._holders)
 
-    def add(self, client: str, update: Mapping[str, Tensor], unchanged: Iterable[str]) -> None:
-        """See `averaging.Average`."""
-        asked, tensors = self._roster.manifests[client].tensors_without(unchanged), self._roster.tensors
-        self._aggregator.check_form(client, update, asked)
-        change, norm = clip(
-            {name: value - tensors[name] for name, value in update.items()}, self._privacy.budget.clip_norm
-        )
-        self._aggregator.add(client, change, asked, dict.fromkeys(self._held[client], 1))
+    def add(self, client: str, difference: Mapping[str, Tensor]) -> None:
+        """Adds a client's difference, clipped, or refuses it without a trace.
+
+        Args:
+            client: name of the client.
+            difference: tensor name -> Δ (float32).
+
+        Raises:
+            MessageError: tensors are missing or unknown, or their values cannot be used.
+        """
+        tensors = self._roster.tensors
+        check_form(f"client {client!r}: the reply", difference, self._roster.manifests[client].tensors, tensors)
+        clipped, norm = clip(difference, self._privacy.budget.clip_norm)
+        self._averaging.add(client, clipped, dict.fromkeys(self._held[client], 1))
         self._norms[client] = norm
 
-    def finish(self) -> tuple[dict[str, Tensor], set[str]]:
-        """See `averaging.Average`. What is released goes into the ledger."""
+    def finish(self) -> dict[str, Tensor]:
+        """The server's new values (float32), with noise. What is released goes into the ledger."""
         privacy, budget, roster = self._privacy, self._privacy.budget, self._roster
         released = {c: count for c, count in self._holders.items() if count >= budget.holders_needed}
         withheld = {c: count for c, count in self._holders.items() if c not in released}
         values = sum(tensor.numel() for tensor in roster.tensors.values())
-        moved = sensitivity(budget.clip_norm, max(self._holders.values(), default=0), values)
-        noise, means = budget.noise_multiplier * moved, self._means()
+        longest = sensitivity(budget.clip_norm, max(self._holders.values(), default=0), values)
+        noise, means = budget.noise_multiplier * longest, self._averaging.means(self._holders)
         tensors = release(roster.tensors, means, roster.component_of, released, noise, privacy.random_bytes)
         privacy.ledger.take(self._held, released)
         if withheld:
             log.warning("%d components keep their values: %s", len(withheld), _few(withheld, budget.holders_needed))
         self._tell("privacy_round", norms=self._norms, withheld=withheld, holders_needed=budget.holders_needed)
-        return tensors, set(released)
-
-    def _means(self) -> dict[str, Tensor]:
-        """The mean changes, without noise; whoever has not answered counts as a change of zero."""
-        for name in self._held.keys() - self._norms.keys():
-            self._aggregator.add(name, {}, set(), dict.fromkeys(self._held[name], 1))
-        return self._aggregator.result()
+        return tensors
 
 
 def _holders(roster: Roster, names: Iterable[str]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""One run of a sweep in one process, with the ServerApp's main and the handlers that Flower's own processes would have.
+"""One run of a sweep in one process, with the strategy and the ClientApp that Flower's own processes would have.
 
 Importing this module imports all that a run needs, so that a process which is forked after it begins at once.
 """
@@ -9,13 +9,13 @@ import os
 from pathlib import Path
 
 import torch
-from flwr.app import Context, RecordDict
 
-from tap_flower.client import evaluation as spec_client
-from tap_flower.client.app import app_over
-from tap_flower.config import client_specs, load_config
+import tap_flower.client.from_spec
+import tap_flower.client.handlers  # noqa: F401
+from tap_flower.client.app import spec_client_app
+from tap_flower.config import load_config
 from tap_flower.run.in_process import InProcessGrid
-from tap_flower.server import main as server
+from tap_flower.server.strategy import TapStrategy
 from tap_flower.study.plan import PlannedRun
 
 
@@ -44,7 +44,7 @@ def run(planned: PlannedRun, resume: bool) -> None:
         "out": str(planned.folder.resolve()),
         "resume": resume,
     }
-    clients = len(client_specs(load_config(planned.preset, planned.config, planned.settings)))
-    app = app_over(lambda: spec_client.HANDLERS)
-    grid = InProcessGrid(app, [{"partition-id": number} for number in range(clients)], run_config)
-    server.run(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=run_config))
+    config = load_config(planned.preset, planned.config, planned.settings)
+    nodes = [{"partition-id": number} for number in range(len(config.clients))]
+    grid = InProcessGrid(spec_client_app(), nodes, run_config)
+    TapStrategy(config=config, run_folder=planned.folder.resolve(), resume=resume).start(grid)

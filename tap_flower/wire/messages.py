@@ -1,241 +1,347 @@
-"""The wire: what is in a message, and how it is checked.
+"""Messages between server and clients: their fields, with bounds, and how they are checked.
 
-Every message has a ConfigRecord `tap` with the one key `json`, and, where tensors travel, an ArrayRecord `tensors`. Tensors
-are trainable and by name, in the encoding of the run. Nothing else is ever sent; nothing is pickled. Here is what all
-messages share, and what the server asks; what clients answer is in `manifest` and `reports`.
+A message holds a ConfigRecord `tap`, whose key `json` has the fields of one of the classes below; an ArrayRecord `arrays`
+where tensors travel; Flower's `config` (server to client) and `metrics` (client to server). Nothing is pickled.
+
+| message | server to client | client to server |
+|---|---|---|
+| `query.manifest` | `Instruction` | `Manifest` |
+| `train` | `Instruction`, the client's tensors | `Report`, Δ of each tensor |
+| `train.personalise` | `Instruction`, the client's tensors | `Report` |
+| `evaluate` | `Instruction`, the client's tensors | `Evaluation` |
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar, cast
+import math
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Annotated, Any, TypeVar
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+import msgspec
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from msgspec import Meta, Struct
 from torch import Tensor
 
 import tap_flower
 from tap_flower.config import Encoding
+from tap_flower.core.components import ComponentMap, Pair
+from tap_flower.core.initial import Initial
 from tap_flower.data.spec import NAME
-from tap_flower.plain import PlainError, check_fields, check_type, parse_json, shown
-from tap_flower.wire.tensors import EncodingError, from_array, to_array
+from tap_flower.errors import MessageError
+from tap_flower.plain import shown
+from tap_flower.wire.tensors import decode_tensors
 
-PROTOCOL = 4
-LARGEST_NUMBER = 1e305
-"""Magnitude from which on a loss, score or metric is refused: a thousand smaller ones have a finite sum."""
-MANIFEST, TRAIN, DISTILL, EVALUATE = "query.manifest", "train", "train.distill", "evaluate"
-_PLAIN, _TENSORS = "tap", "tensors"
-_From = TypeVar("_From")
-_To = TypeVar("_To")
+PROTOCOL = 5
+MANIFEST, TRAIN, PERSONALISE, EVALUATE = "query.manifest", "train", "train.personalise", "evaluate"
+FIELDS, ARRAYS, CONFIG, METRICS = "tap", "arrays", "config", "metrics"
+"""Names of the records of a message."""
+LARGEST_CLIENT = 2**29
+"""Values of all tensors of a client, 2 GiB in float32; more are refused before anything is allocated for them."""
+
+Name = Annotated[str, Meta(pattern=rf"\A{NAME.pattern}\Z")]
+Word = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_+.-]{0,63}\Z")]
+"""Name of a model or a metric."""
+Component = Annotated[
+    str, Meta(max_length=256, pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*\Z")
+]
+TensorName = Component
+"""Name of a tensor. Files of tensors hold other names, with a colon, beside these."""
+Count = Annotated[int, Meta(ge=0, lt=2**53)]
+Examples = Annotated[int, Meta(ge=1, lt=2**53)]
+Number = Annotated[float, Meta(gt=-1e305, lt=1e305)]
+"""A loss, score or metric: a thousand of them have a finite sum."""
+_Fields = TypeVar("_Fields", bound=Struct)
 
 
-class MessageError(ValueError):
-    """A message is not what the protocol says; the text names the field and the value."""
+class Epoch(Struct, frozen=True, forbid_unknown_fields=True):
+    """A start or a resume of a run.
+
+    Attributes:
+        history: random identity of the start or resume.
+        start: number of complete rounds that it began with.
+    """
+
+    history: Name
+    start: Count
 
 
-class LackingError(RuntimeError):
-    """The server left out tensors that the client was to hold, and it does not: they are to be sent again."""
-
-    CODE = 1002
-
-
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the server sends.
 
     Attributes:
         run: identity of the run.
-        server_round: counted from 1; 0 in a manifest query.
+        epochs: the run's start and its resumes, oldest first. A client's state counts only if it was written in one of them
+            for a round that the next one did not repeat; values of another history are never mixed in.
+        round: counted from 1; 0 in a manifest query.
         hyper_parameters: nested plain values of `config.HyperParameters`.
-        state: number of complete rounds that the server's tensors come from.
-        held: the `state` as of which the client is known to hold all of its tensors; those that have not changed since
-            are left out. None where the message has them all.
         best: where the run may stop early, its best round so far: the client keeps its state as of then, and goes on from it
             in stage 2. 0 before there is one, None where the run does not stop early.
+        protocol: version of the protocol.
+        version: version of tap-flower.
     """
 
-    run: str
-    server_round: int
+    run: Name
+    epochs: Annotated[tuple[Epoch, ...], Meta(min_length=1)]
+    round: Count
     hyper_parameters: dict[str, Any]
-    state: int = 0
-    held: int | None = None
-    best: int | None = None
+    best: Count | None = None
+    protocol: int = PROTOCOL
+    version: str = tap_flower.__version__
 
 
-def encode(values: Mapping[str, Any], arrays: Mapping[str, Array] | None = None) -> RecordDict:
+class TensorInfo(Struct, frozen=True, forbid_unknown_fields=True):
+    """A tensor that a client exchanges.
+
+    Attributes:
+        component: its component.
+        shape: its shape.
+        initial: how its first value is made from its name and the run's seed.
+    """
+
+    component: Component
+    shape: Annotated[tuple[Annotated[int, Meta(ge=1, le=LARGEST_CLIENT)], ...], Meta(max_length=8)]
+    initial: Initial
+
+    def __post_init__(self) -> None:
+        self.initial.check(self.shape)
+
+
+class TaskInfo(Struct, frozen=True, forbid_unknown_fields=True):
+    """A pair that a client has.
+
+    Attributes:
+        task: name of the task.
+        modalities: modalities of its input, sorted.
+        kind: name of the kind of task.
+        domains: domains of its data.
+        head_size: number of classes; 0 where the head has none.
+        examples: number of training examples.
+    """
+
+    task: Name
+    modalities: Annotated[tuple[Name, ...], Meta(min_length=1)]
+    kind: Name
+    domains: tuple[Name, ...]
+    head_size: Count
+    examples: Examples
+
+    def __post_init__(self) -> None:
+        if len(set(self.modalities)) < len(self.modalities):
+            raise ValueError(f"task {self.task!r} names a modality twice: {shown(self.modalities)}")
+
+    @property
+    def pair(self) -> Pair:
+        """The modality-task pair."""
+        return Pair(self.task, self.modalities)
+
+
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
+    """What a client has, before the first round. Names of classes and columns are not in it.
+
+    Attributes:
+        client: stable name of the client.
+        fingerprint: fingerprint of its frozen backbone.
+        tasks: its pairs.
+        tensors: tensor name -> component, shape and first value of each tensor that it exchanges.
+        reach: task name -> components that the pair's forward pass reaches, of those that it exchanges.
+        protocol: version of the protocol.
+        version: version of tap-flower.
+    """
+
+    client: Name
+    fingerprint: Name
+    tasks: Annotated[tuple[TaskInfo, ...], Meta(min_length=1)]
+    tensors: dict[TensorName, TensorInfo]
+    reach: dict[Name, frozenset[Component]]
+    protocol: int = PROTOCOL
+    version: str = tap_flower.__version__
+
+    def __post_init__(self) -> None:
+        names = [task.task for task in self.tasks]
+        if sorted(names) != sorted(self.reach):
+            raise ValueError(f"tasks are {shown(names)}, reach is about {shown(sorted(self.reach))}")
+        if (total := sum(math.prod(info.shape) for info in self.tensors.values())) > LARGEST_CLIENT:
+            raise ValueError(f"the tensors have {total} values, more than {LARGEST_CLIENT}")
+        _ = self.component_map  # its own checks
+
+    @cached_property
+    def component_of(self) -> dict[str, str]:
+        """Tensor name -> component."""
+        return {name: info.component for name, info in self.tensors.items()}
+
+    @cached_property
+    def component_map(self) -> ComponentMap:
+        """Tensor -> component, pair -> components."""
+        return ComponentMap(self.component_of, {task.pair: self.reach[task.task] for task in self.tasks})
+
+    @cached_property
+    def examples(self) -> dict[str, int]:
+        """Task name -> number of training examples."""
+        return {task.task: task.examples for task in self.tasks}
+
+    @cached_property
+    def weights(self) -> dict[str, int]:
+        """Component -> n_c, the examples of the client's pairs that reach it: the client's weight in the average."""
+        return self.component_map.examples_per_component({task.pair: task.examples for task in self.tasks})
+
+    def first_values(self, names: Iterable[str], seed: int) -> dict[str, Tensor]:
+        """The run's first values (float32, CPU) of some tensors."""
+        return {n: self.tensors[n].initial.value(n, self.tensors[n].shape, seed) for n in names}
+
+
+class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a client returns of a round, or of stage 2, beside tensors.
+
+    Attributes:
+        round: round of the instruction.
+        examples: task name -> training examples.
+        losses: task name -> mean training loss of the server's copy.
+        steps: optimiser steps that the client made for it, of all models.
+        replacements: task name -> 1 where the personal model's components were replaced, else 0.
+        validation: task name -> validation score of the client's own model, where the run may stop early.
+    """
+
+    round: Count
+    examples: dict[Name, Examples]
+    losses: dict[Name, Number]
+    steps: Count
+    replacements: dict[Name, Count] = {}
+    validation: dict[Name, Number] = {}
+
+    def check(self, manifest: Manifest, server_round: int) -> None:
+        """Refuses a report on another round, other tasks or other counts of examples.
+
+        Raises:
+            MessageError: with the value.
+        """
+        if self.round != server_round:
+            raise MessageError(f"the reply is for round {self.round}, not {server_round}")
+        if self.examples != manifest.examples:
+            raise MessageError(f"the reply counts {self.examples} examples, the manifest {manifest.examples}")
+        for field in ("losses", "replacements", "validation"):
+            if unknown := sorted(getattr(self, field).keys() - manifest.examples.keys()):
+                raise MessageError(f"{field} names the task {unknown[0]!r}, not one of {sorted(manifest.examples)}")
+
+
+Metrics = dict[str, dict[str, dict[str, float]]]
+"""Task name -> model (`server`, `tap`, …) -> metric -> value."""
+
+
+class Evaluation(Struct, frozen=True, forbid_unknown_fields=True):
+    """The metrics of every model that a client has, on its test data.
+
+    Attributes:
+        metrics: task name -> model -> metric -> value.
+    """
+
+    metrics: dict[Name, dict[Word, dict[Word, Number]]]
+
+    def check(self, manifest: Manifest) -> None:
+        """Refuses metrics of other tasks than the client's.
+
+        Raises:
+            MessageError: with both lists.
+        """
+        if self.metrics.keys() != manifest.examples.keys():
+            raise MessageError(
+                f"the metrics are about {sorted(self.metrics)}, not about the tasks {sorted(manifest.examples)}"
+            )
+
+
+def encode(fields: Struct, arrays: ArrayRecord | None = None, **records: ConfigRecord | MetricRecord) -> RecordDict:
     """The content of a message.
 
     Args:
-        values: plain values, nested.
-        arrays: tensors by name, from `encode_tensors`, or None where the message carries none.
+        fields: one of the classes of this module.
+        arrays: encoded tensors, where the message carries any.
+        records: Flower's `config` or `metrics`.
     """
-    content = RecordDict({_PLAIN: ConfigRecord({"json": json.dumps(values)})})
+    content = RecordDict({FIELDS: ConfigRecord({"json": msgspec.json.encode(fields).decode()}), **records})
     if arrays is not None:
-        content[_TENSORS] = ArrayRecord(dict(arrays))
+        content[ARRAYS] = arrays
     return content
 
 
-def encode_tensors(tensors: Mapping[str, Tensor], encoding: Encoding = Encoding.float32) -> dict[str, Array]:
-    """Tensors (float32) as they travel, by name.
+def decode(content: RecordDict, kind: type[_Fields], sender: str) -> _Fields:
+    """The fields of a message, checked.
+
+    Args:
+        content: content of the message.
+        kind: class of the fields.
+        sender: who sent it, for error messages.
 
     Raises:
-        MessageError: a tensor is not finite.
+        MessageError: the sender speaks another protocol or version, a record is unknown, or a field is missing, unknown,
+            of another type or out of bounds; the message names the field and shows its value.
     """
-    return {name: _named(name, to_array, tensor, encoding) for name, tensor in tensors.items()}
-
-
-def decode(content: RecordDict) -> dict[str, Any]:
-    """The plain values of a message.
-
-    Raises:
-        MessageError: there are none.
-    """
-    record = content.config_records.get(_PLAIN)
+    record = content.config_records.get(FIELDS)
     text = None if record is None else record.get("json")
     if not isinstance(text, str):
-        raise MessageError(f"the message has no record {_PLAIN!r} with a text 'json': it is not one of tap-flower's")
-    if unknown := sorted(content.keys() - {_PLAIN, _TENSORS}):
-        raise MessageError(f"the message has the record {shown(unknown[0])}, which the protocol does not know")
+        raise MessageError(f"{sender}: the message has no record {FIELDS!r} with a text 'json': it is not tap-flower's")
+    if unknown := sorted(content.keys() - {FIELDS, ARRAYS, CONFIG, METRICS}):
+        raise MessageError(
+            f"{sender}: the message has the record {shown(unknown[0])}, which the protocol does not know"
+        )
     try:
-        values = parse_json(text)
-        check_type(values, dict[str, Any], "the whole")
-    except PlainError as error:
-        raise MessageError(f"the message's plain values cannot be read: {error}") from error
-    return cast(dict[str, Any], values)
+        if kind in (Instruction, Manifest):
+            _check_version(text, sender)
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
+        raise MessageError(f"{sender}: the message cannot be read: {_with_value(str(error), text)}") from error
 
 
-def refuse_tensors(content: RecordDict) -> None:
-    """Checks that a message carries plain values alone.
-
-    Raises:
-        MessageError: it has tensors.
-    """
-    if _TENSORS in content:
-        raise MessageError(f"the message has the record {_TENSORS!r}, which does not belong in it")
-
-
-def decode_tensors(content: RecordDict, encoding: Encoding = Encoding.float32) -> dict[str, Tensor]:
-    """The tensors of a message (float32), as they came: names, shapes and values are the receiver's to check.
+def tensors_of(content: RecordDict, encoding: Encoding) -> dict[str, Tensor]:
+    """The tensors of a message (float32, CPU), as they came: names, shapes and values are the receiver's to check.
 
     Raises:
         MessageError: there are none, or one is not in `encoding`.
     """
-    record = content.array_records.get(_TENSORS)
-    if record is None:
-        raise MessageError(f"the message has no record {_TENSORS!r}")
-    return {name: _named(name, from_array, array, encoding) for name, array in record.items()}
+    if ARRAYS not in content.array_records:
+        raise MessageError(f"the message has no record {ARRAYS!r}")
+    return decode_tensors(content.array_records[ARRAYS], encoding)
 
 
-def _named(name: str, convert: Callable[[_From, Encoding], _To], value: _From, encoding: Encoding) -> _To:
-    try:
-        return convert(value, encoding)
-    except EncodingError as error:
-        raise MessageError(f"tensor {shown(name)} {error}") from error
+def refuse_tensors(content: RecordDict) -> None:
+    """Refuses tensors in a message that has none.
+
+    Raises:
+        MessageError: it has some.
+    """
+    if ARRAYS in content:
+        raise MessageError(f"the message has the record {ARRAYS!r}, which does not belong in it")
 
 
 def payload_bytes(content: RecordDict) -> dict[str, int]:
     """Tensor name -> bytes on the wire."""
-    record = content.array_records.get(_TENSORS)
-    return {} if record is None else {name: len(array.data) for name, array in record.items()}
+    record = content.array_records.get(ARRAYS, {})
+    return {name: len(array.data) for name, array in record.items()}
 
 
-def instruction(message: Message) -> Instruction:
-    """Reads what the server wants.
-
-    Raises:
-        MessageError: another protocol or package version, or a malformed instruction.
-    """
-    values = decode(message.content)
-    check_version(values, "the server")
-    check_values(values, _INSTRUCTION, "the instruction")
-    server_round, state = whole(values, "round", 0), whole(values, "state", 0)
-    if not NAME.fullmatch(values["run"]):
-        raise MessageError(f"run is {shown(values['run'])}, not 1 to 64 letters and digits")
-    held, best = (None if values.get(key) is None else whole(values, key, 0) for key in ("held", "best"))
-    return Instruction(values["run"], server_round, values["hyper_parameters"], state, held, best)
+class _Version(Struct):
+    protocol: Any = None
+    version: Any = None
 
 
-def encode_instruction(wanted: Instruction, arrays: Mapping[str, Array] | None = None) -> RecordDict:
-    """What `instruction` reads, with the client's tensors."""
-    values = asdict(wanted)
-    values["round"] = values.pop("server_round")
-    return encode({**version(), **values}, arrays)
-
-
-def check_version(values: Mapping[str, Any], sender: str) -> None:
-    """Refuses another protocol or another version of tap-flower.
-
-    Raises:
-        MessageError: with both versions.
-    """
-    theirs, ours = (values.get("protocol"), values.get("version")), tuple(version().values())
-    if theirs != ours:
-        found = f"protocol {str(theirs[0])[:40]} of tap-flower {str(theirs[1])[:40]}"
+def _check_version(text: str, sender: str) -> None:
+    """Refuses another protocol or another version of tap-flower before any other field is looked at."""
+    theirs = msgspec.json.decode(text, type=_Version)
+    if (theirs.protocol, theirs.version) != (PROTOCOL, tap_flower.__version__):
         raise MessageError(
-            f"{sender} speaks {found}, here is protocol {ours[0]} of tap-flower {ours[1]}: install the same version on the "
-            f"server and on every node"
+            f"{sender} speaks protocol {shown(theirs.protocol)} of tap-flower {shown(theirs.version)}, here is protocol "
+            f"{PROTOCOL} of tap-flower {tap_flower.__version__}: install one version on the server and on every node"
         )
 
 
-def version() -> dict[str, Any]:
-    """What `check_version` checks."""
-    return {"protocol": PROTOCOL, "version": tap_flower.__version__}
-
-
-def whole(values: Mapping[str, Any], key: str, low: int) -> int:
-    """The value of a key, a whole number from `low` on.
-
-    Raises:
-        MessageError: it is anything else.
-    """
-    value = values.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**53:
-        raise MessageError(f"{key} is {shown(value)}, not a whole number from {low} on")
-    return value
-
-
-def check_number(value: float, what: str) -> None:
-    """Refuses what is not finite, or too large.
-
-    Raises:
-        MessageError: with the value.
-    """
-    if not abs(value) < LARGEST_NUMBER:
-        raise MessageError(f"{what} is {value!r}, not a finite number below {LARGEST_NUMBER:g}")
-
-
-def check_name(value: str, what: str) -> None:
-    """Refuses what cannot be a name.
-
-    Raises:
-        MessageError: with the value.
-    """
-    if not NAME.fullmatch(value):
-        raise MessageError(f"{what} is {shown(value)}, not 1 to 64 letters, digits, '-' and '_'")
-
-
-def check_values(values: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
-    """Refuses values that lack a field, or have one that is unknown or of another type.
-
-    Raises:
-        MessageError: with the field.
-    """
-    try:
-        check_fields(values, kinds, where)
-    except PlainError as error:
-        raise MessageError(str(error)) from error
-
-
-VERSION = {"protocol": int, "version": str}
-"""Field -> its type, of what `version` gives."""
-_INSTRUCTION = {
-    **VERSION,
-    "run": str,
-    "round": int,
-    "hyper_parameters": dict[str, Any],
-    "state": int,
-    "held": int | None,
-    "best": int | None,
-}
-"""Field -> its type, of the plain values of an instruction."""
+def _with_value(problem: str, text: str) -> str:
+    """Msgspec's message with the value that it is about, where its path leads to one."""
+    path = re.search(r" - at `\$((?:\.\w+|\[\d+\])+)`$", problem)
+    if path is None:
+        return problem
+    value: Any = msgspec.json.decode(text)
+    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path[1]):
+        if not isinstance(value, dict if key else list):
+            return problem
+        value = value[key] if key else value[int(index)]
+    return f"{path[1].lstrip('.')} is {shown(value)}: {problem[: path.start()]}"

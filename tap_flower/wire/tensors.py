@@ -1,4 +1,9 @@
-"""Tensors on the wire: as they are, in half the bytes, or in a quarter of them with scales. Nothing is pickled.
+"""Tensors on the wire: differences, their encodings, and error feedback. Nothing is pickled.
+
+A client returns Δ = trained − received. The server sends its values: in float32 as they are, in an encoding that rounds as
+the difference to the first value, which every client can compute. A difference is small, and so is the error of encoding
+it. What the encoding took from a client's Δ, the client keeps and adds to its next one (error feedback, Seide et al.,
+Interspeech 2014): over the rounds nothing is lost.
 
 | encoding | bytes of a value | largest error |
 |---|---|---|
@@ -14,18 +19,20 @@ Every function here is deterministic: sender and receiver compute the same value
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord
 from torch import Tensor
 from torch.nn.functional import pad
 
 from tap_flower.config import Encoding
+from tap_flower.errors import MessageError
 from tap_flower.plain import shown
 
 SHARED = 128
@@ -42,10 +49,89 @@ _DIMENSIONS = 8
 _LARGEST_SHAPE = 2**40
 """Product of a shape's sizes, each counted as 1 at least, from which on torch might not take it."""
 _TINY = torch.finfo(torch.float32).tiny
+_From = TypeVar("_From")
+_To = TypeVar("_To")
 
 
-class EncodingError(ValueError):
-    """A tensor cannot be sent, or an array is not what its encoding says; the message says what is wrong."""
+@dataclass(frozen=True)
+class Update:
+    """What a client returns of one round, and what it keeps.
+
+    Attributes:
+        difference: tensor name -> Δ (float32), with the residual of the rounds before, as it is to be encoded.
+        residual: tensor name -> what the encoding takes from it (float32); empty in float32.
+    """
+
+    difference: dict[str, Tensor]
+    residual: dict[str, Tensor]
+
+
+def make_update(
+    received: Mapping[str, Tensor], trained: Mapping[str, Tensor], residual: Mapping[str, Tensor], encoding: Encoding
+) -> Update:
+    """The difference that a client returns.
+
+    Args:
+        received: tensor name -> value that training started from (float32, CPU).
+        trained: tensor name -> value that it ended with; equal names and shapes.
+        residual: from the client's round before; zero where a name is missing.
+        encoding: encoding of the run.
+
+    Raises:
+        MessageError: a value is not finite; the message names the tensor.
+    """
+    difference = {name: value - received[name] for name, value in trained.items()}
+    if encoding is Encoding.float32:
+        return Update(difference, {})
+    for name in difference.keys() & residual.keys():
+        difference[name] += residual[name]
+    decoded = decode_tensors(encode_tensors(difference, encoding), encoding)
+    return Update(difference, {name: value - decoded[name] for name, value in difference.items()})
+
+
+def moved_from(values: Mapping[str, Tensor], first: Mapping[str, Tensor], encoding: Encoding) -> dict[str, Tensor]:
+    """What the server sends for its values: themselves in float32, else how far they have moved from the first ones."""
+    if encoding is Encoding.float32:
+        return dict(values)
+    return {name: value - first[name] for name, value in values.items()}
+
+
+def moved_to(sent: Mapping[str, Tensor], first: Mapping[str, Tensor], encoding: Encoding) -> dict[str, Tensor]:
+    """The values that `moved_from` was given, up to the encoding's error.
+
+    Names and shapes have not been checked yet: what fits no first value is returned as it came.
+    """
+    if encoding is Encoding.float32:
+        return dict(sent)
+    return {
+        name: first[name] + value if name in first and first[name].shape == value.shape else value
+        for name, value in sent.items()
+    }
+
+
+def encode_tensors(tensors: Mapping[str, Tensor], encoding: Encoding) -> ArrayRecord:
+    """Tensors (float32, CPU) as Flower sends them.
+
+    Raises:
+        MessageError: a value is not finite, or too large; the message names the tensor.
+    """
+    return ArrayRecord({name: _named(name, to_array, tensor, encoding) for name, tensor in tensors.items()})
+
+
+def decode_tensors(record: ArrayRecord, encoding: Encoding) -> dict[str, Tensor]:
+    """Tensors (float32, CPU) as they came: names, shapes and values are the receiver's to check.
+
+    Raises:
+        MessageError: an array is not in `encoding`; the message names it.
+    """
+    return {name: _named(name, from_array, array, encoding) for name, array in record.items()}
+
+
+def _named(name: str, convert: Callable[[_From, Encoding], _To], value: _From, encoding: Encoding) -> _To:
+    try:
+        return convert(value, encoding)
+    except MessageError as error:
+        raise MessageError(f"tensor {shown(name)} {error}") from error
 
 
 def to_array(tensor: Tensor, encoding: Encoding) -> Array:
@@ -53,14 +139,14 @@ def to_array(tensor: Tensor, encoding: Encoding) -> Array:
 
     Args:
         tensor: float32, on the CPU.
-        encoding: of the run.
+        encoding: encoding of the run.
 
     Raises:
-        EncodingError: a value is not finite, or too large to be encoded.
+        MessageError: a value is not finite, or too large to be encoded.
     """
     largest = float(tensor.abs().max()) if tensor.numel() else 0.0
     if not largest < _LARGEST:
-        raise EncodingError(f"holds {largest:g}, which cannot be sent: lower the learning rate, or look at the data")
+        raise MessageError(f"holds {largest:g}, which cannot be sent: lower the learning rate, or look at the data")
     if encoding is Encoding.float32:
         return Array(tensor.numpy())
     pack = _pack_bfloat16 if encoding is Encoding.bfloat16 else _pack_int8
@@ -68,40 +154,31 @@ def to_array(tensor: Tensor, encoding: Encoding) -> Array:
 
 
 def from_array(array: Array, encoding: Encoding) -> Tensor:
-    """What `to_array` was given, up to the encoding's error; float32, on the CPU.
+    """The tensor that `to_array` was given, up to the encoding's error (float32, CPU).
 
     Args:
         array: as it came; nothing about it is taken for granted.
-        encoding: of the run.
+        encoding: encoding of the run.
 
     Raises:
-        EncodingError: it is in another encoding, or its data are not what shape and encoding say.
+        MessageError: it is in another encoding, or its data are not what shape and encoding say.
     """
     if (array.stype, array.dtype) != (_STYPES[encoding], encoding.value):
         found = f"{array.dtype[:40]} in {array.stype[:40]}"
-        raise EncodingError(f"is {found}, not {encoding.value} in {_STYPES[encoding]}")
+        raise MessageError(f"is {found}, not {encoding.value} in {_STYPES[encoding]}")
     shape = tuple(array.shape)
     if len(shape) > _DIMENSIONS or min(shape, default=0) < 0:
-        raise EncodingError(f"has the impossible shape {shown(shape)}")
+        raise MessageError(f"has the impossible shape {shown(shape)}")
     if math.prod(max(size, 1) for size in shape) >= _LARGEST_SHAPE:
-        raise EncodingError(f"has the impossible shape {shown(shape)}")
+        raise MessageError(f"has the impossible shape {shown(shape)}")
     values = math.prod(shape)
     if encoding is Encoding.float32:
         return _from_numpy(array, values)
     expected = 2 * values if encoding is Encoding.bfloat16 else 4 * _scales(shape) + values
     if len(array.data) != expected:
-        raise EncodingError(f"has {len(array.data)} bytes, not the {expected} of {shape} in {encoding.value}")
+        raise MessageError(f"has {len(array.data)} bytes, not the {expected} of {shape} in {encoding.value}")
     unpack = _unpack_bfloat16 if encoding is Encoding.bfloat16 else _unpack_int8
     return unpack(array.data, shape) if values else torch.zeros(shape)
-
-
-def rounded(tensor: Tensor, encoding: Encoding) -> Tensor:
-    """What the receiver of a tensor gets.
-
-    Raises:
-        EncodingError: as `to_array`.
-    """
-    return tensor if encoding is Encoding.float32 else from_array(to_array(tensor, encoding), encoding)
 
 
 def _from_numpy(array: Array, values: int) -> Tensor:
@@ -110,14 +187,14 @@ def _from_numpy(array: Array, values: int) -> Tensor:
     try:
         shape, in_columns, dtype = _header(array.data[:end])
     except Exception as error:  # whatever NumPy's parser of headers raises
-        raise EncodingError(f"cannot be read: {str(error)[:200]}") from error
+        raise MessageError(f"cannot be read: {str(error)[:200]}") from error
     if dtype != np.float32:
-        raise EncodingError(f"is {dtype}, not float32")
+        raise MessageError(f"is {dtype}, not float32")
     if shape != array.shape:
-        raise EncodingError(f"has shape {shown(shape)} in its data, not {shown(array.shape)}")
+        raise MessageError(f"has shape {shown(shape)} in its data, not {shown(array.shape)}")
     rest = memoryview(array.data)[end:]
     if len(rest) != 4 * values:
-        raise EncodingError(f"has {len(rest)} bytes of values, not the {4 * values} of {shape} in float32")
+        raise MessageError(f"has {len(rest)} bytes of values, not the {4 * values} of {shape} in float32")
     found = np.frombuffer(rest, dtype).reshape(shape, order="F" if in_columns else "C")
     return torch.from_numpy(np.array(found, dtype=np.float32, order="C"))
 
@@ -174,6 +251,6 @@ def _unpack_int8(data: bytes, shape: Sequence[int]) -> Tensor:
     count, values = _scales(shape), math.prod(shape)
     scales = torch.from_numpy(np.frombuffer(data, "<f4", count).astype(np.float32))
     if not bool(scales.isfinite().all()):
-        raise EncodingError("holds a value that is not finite: a scale")
+        raise MessageError("holds a value that is not finite: a scale")
     steps = torch.from_numpy(np.frombuffer(data, np.int8, values, offset=4 * count).astype(np.float32))
     return steps.mul_(scales.repeat_interleave(_values_of_a_scale(shape))[:values]).view(shape)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tap_flower.client.state import ClientStore, Kept
-from tap_flower.files import StorageError
+from tap_flower.errors import StorageError
 from tap_flower.methods.method import Memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and users as Linux has them")

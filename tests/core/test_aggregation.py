@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tap_flower.core import averaging as aggregation
-from tap_flower.core.averaging import LARGEST_VALUE, Aggregator, BadUpdateError
+from tap_flower.core.averaging import LARGEST_VALUE, Aggregator, MessageError
 
 COMPONENTS = {"a": "one", "b": "two"}
 NEXT_BELOW = float(torch.nextafter(torch.tensor(LARGEST_VALUE), torch.tensor(0.0)))
@@ -111,9 +111,9 @@ def test_what_is_returned_with_a_weight_of_zero_has_not_changed() -> None:
 def test_an_update_that_leaves_out_more_than_the_round_expects_is_refused(weight: int) -> None:
     merging = aggregator(one=5, two=5)
     merging.add("bob", {"b": torch.ones(3)}, {"b"}, {"one": 2, "two": 2})
-    with pytest.raises(BadUpdateError, match=f"'one' has weight {weight}, not between 0 and the 3 examples"):
+    with pytest.raises(MessageError, match=f"'one' has weight {weight}, not between 0 and the 3 examples"):
         merging.add("eve", {"b": torch.zeros(3)}, {"b"}, {"one": weight, "two": 1})
-    with pytest.raises(BadUpdateError, match="'b' holds a value that is not finite"):
+    with pytest.raises(MessageError, match="'b' holds a value that is not finite"):
         merging.add("eve", {"b": torch.full((3,), math.nan)}, {"b"}, {"one": 3, "two": 3})
     merging.add("ann", tensors(9.0, 1.0), {"a", "b"}, {"one": 3, "two": 3})
     assert torch.equal(merging.result()["a"], torch.full((2, 2), 5.0))  # (2 · -1 + 3 · 9) / 5
@@ -243,7 +243,7 @@ def test_a_bad_update_is_refused_by_name_and_leaves_no_trace(
     for number, (a, b) in enumerate([(0.3, 0.7), (-0.1, NEXT_BELOW)]):
         for one in (merging, untouched):
             one.add("bob", tensors(a, b), {"a", "b"}, {"one": 5, "two": 5})
-        with pytest.raises(BadUpdateError, match=f"client 'eve'.*{problem}"):
+        with pytest.raises(MessageError, match=f"client 'eve'.*{problem}"):
             merging.add("eve", update, {"a", "b"}, {"one": 5, "two": 5})
         assert all(torch.equal(value, untouched.result()[name]) for name, value in merging.result().items()), number
 
@@ -251,24 +251,24 @@ def test_a_bad_update_is_refused_by_name_and_leaves_no_trace(
 @pytest.mark.parametrize("weight", [-1, 6, 10**18])
 def test_a_weight_beyond_what_the_round_expects_is_refused(weight: int) -> None:
     problem = f"^client 'eve': component 'one' has weight {weight}, not between 0 and the 5 examples"
-    with pytest.raises(BadUpdateError, match=problem):
+    with pytest.raises(MessageError, match=problem):
         aggregator(one=5, two=5).add("eve", tensors(1.0, 1.0), {"a", "b"}, {"one": weight, "two": 5})
 
 
 def test_more_examples_than_the_round_expects_are_refused() -> None:
     merging = aggregator(one=5, two=5)
     merging.add("bob", tensors(1.0, 1.0), {"a", "b"}, {"one": 3, "two": 0})
-    with pytest.raises(BadUpdateError, match="'one' has weight 3, not between 0 and the 2 examples"):
+    with pytest.raises(MessageError, match="'one' has weight 3, not between 0 and the 2 examples"):
         merging.add("eve", tensors(2.0, 2.0), {"a", "b"}, {"one": 3, "two": 0})
     merging.add("ann", tensors(1.0, 1.0), {"a", "b"}, {"one": 2, "two": 0})
-    with pytest.raises(BadUpdateError, match="'one' has weight 1, not between 0 and the 0 examples"):
+    with pytest.raises(MessageError, match="'one' has weight 1, not between 0 and the 0 examples"):
         merging.add("eve", tensors(2.0, 2.0), {"a", "b"}, {"one": 1, "two": 0})
     assert torch.equal(merging.result()["a"], torch.ones(2, 2))
 
 
 def test_a_component_that_the_round_does_not_expect_is_refused() -> None:
     merging = Aggregator(tensors(-1.0, -2.0), COMPONENTS, {"one": 5})
-    with pytest.raises(BadUpdateError, match="^client 'eve': component 'two' has weight 1, not between 0 and the 0 ex"):
+    with pytest.raises(MessageError, match="^client 'eve': component 'two' has weight 1, not between 0 and the 0 ex"):
         merging.add("eve", tensors(1.0, 1.0), {"a", "b"}, {"one": 5, "two": 1})
     merging.add("ann", tensors(1.0, 1.0), {"a", "b"}, {"one": 5, "two": 0})
     assert torch.equal(merging.result()["b"], torch.full((3,), -2.0))

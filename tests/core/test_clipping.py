@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tap_flower.core.clipping import clip
+from tap_flower.core.averaging import clip
 
 values = st.floats(-(2.0**100), 2.0**100, width=32)
 changes = st.dictionaries(st.sampled_from("abcd"), st.lists(values, min_size=1, max_size=6), min_size=1)

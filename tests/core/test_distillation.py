@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tap_flower.core.distillation import Distillation
+from tap_flower.core.objectives import Distillation
 from tap_flower.core.tasks import IGNORE, IMAGE_GENERATION, TEXT_CLASSIFICATION, TEXT_GENERATION
 from tap_flower.core.training import Batch
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tap_flower.core.privacy import gaussian, holders_needed, release, sensitivity
+from tap_flower.core.averaging import gaussian, holders_needed, release, sensitivity
 
 COMPONENT = {"w": "one", "b": "one", "v": "two", "u": "three"}
 HALF = (2**51).to_bytes(8, "little")

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tap_flower.core.distillation import Distillation
+from tap_flower.core.objectives import Distillation
 from tap_flower.core.tasks import IMAGE_GENERATION, TEXT_CLASSIFICATION
-from tap_flower.core.training import Batch, DivergedError, Optimisation, evaluate, train
+from tap_flower.core.training import Batch, Optimisation, evaluate, train
+from tap_flower.errors import DivergedError
 
 KINDS = {"a": IMAGE_GENERATION, "b": IMAGE_GENERATION}
 

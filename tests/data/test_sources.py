@@ -18,7 +18,8 @@ from tap_flower.config import client_specs, load_config, read_yaml
 from tap_flower.data.batching import ClientData
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.sources import SourceError, open_source, rows_of
-from tap_flower.data.spec import ClientSpec, Source, SpecError, client_spec
+from tap_flower.data.spec import ClientSpec, Source, client_spec
+from tap_flower.errors import SpecError
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.models.backbones import locate
 from tests import mirror

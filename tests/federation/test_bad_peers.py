@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tap_flower.config import Config
 from tap_flower.report.events import read_events
-from tap_flower.server.strategy import RunError, TapStrategy
+from tap_flower.errors import RunError, TapStrategy
 from tap_flower.wire import messages
 from tap_flower.wire.messages import DISTILL, EVALUATE, MANIFEST, TRAIN
 from tests.federations import federation_of_toys

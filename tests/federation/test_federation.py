@@ -22,19 +22,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tap_flower.client.from_spec import exchanged
-from tap_flower.config import ConfigError, client_specs
+from tap_flower.config import client_specs
+from tap_flower.errors import ConfigError
 from tap_flower.core.averaging import Aggregator
 from tap_flower.core.tasks import IGNORE, IMAGE_STD, TASK_KINDS
-from tap_flower.core.training import DivergedError
+from tap_flower.errors import DivergedError
 from tap_flower.data.batching import ClientData
-from tap_flower.files import StorageError, read_tensors
+from tap_flower.files import read_tensors
+from tap_flower.errors import StorageError
 from tap_flower.methods import tap
 from tap_flower.methods.registry import METHODS
 from tap_flower.report.check_tables import exchange_line
 from tap_flower.report.events import read_events
 from tap_flower.run.in_process import Tamper
 from tap_flower.server import grid as exchange
-from tap_flower.server.strategy import RunError
+from tap_flower.errors import RunError
 from tap_flower.wire import messages
 from tap_flower.wire.manifest import Manifest
 from tests.federations import (

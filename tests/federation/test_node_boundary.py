@@ -19,7 +19,7 @@ import pytest
 import yaml
 from flwr.common.serde import recorddict_to_proto
 
-from tap_flower.server.strategy import RunError
+from tap_flower.errors import RunError
 from tap_flower.wire.messages import DISTILL, EVALUATE, MANIFEST, TRAIN
 from tests.federations import CLIENTS, Federation, MakeSpecs
 

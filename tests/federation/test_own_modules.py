@@ -13,7 +13,7 @@ from torch import nn
 
 from tap_flower import Client, TapStrategy, client_app, load_config, load_module
 from tap_flower.run.in_process import InProcessGrid
-from tap_flower.server.strategy import RunError
+from tap_flower.errors import RunError
 from tap_flower.wire import messages
 from tests.own_clients import Net, client, digits, make, mood
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tap_flower.client import text_metrics
-from tap_flower.server.strategy import RunError
+from tap_flower.errors import RunError
 from tap_flower.wire import messages
 from tests.federations import CLIENTS, Federation, MakeSpecs
 

@@ -24,20 +24,14 @@ from tap_flower import files as storage
 from tap_flower.client import state as store
 from tap_flower.client.description import read_description
 from tap_flower.client.state import ClientStore, Kept, Received
-from tap_flower.config import (
-    ConfigError,
-    Encoding,
-    HyperParameters,
-    client_specs,
-    hyper_parameters,
-    load_config,
-    plain,
-    read_yaml,
-)
+from tap_flower.config import Encoding, HyperParameters, client_specs, hyper_parameters, load_config, plain, read_yaml
+from tap_flower.errors import ConfigError
 from tap_flower.core.components import Pair
 from tap_flower.core.initial import Initial
-from tap_flower.data.spec import SpecError, client_spec
-from tap_flower.files import StorageError, read_json, read_record, read_tensors, write_tensors
+from tap_flower.data.spec import client_spec
+from tap_flower.errors import SpecError
+from tap_flower.files import read_json, read_record, read_tensors, write_tensors
+from tap_flower.errors import StorageError
 from tap_flower.methods.method import Memory
 from tap_flower.plain import PlainError, parse_json
 from tap_flower.recent import Recent
@@ -46,7 +40,7 @@ from tap_flower.server import checkpoint
 from tap_flower.server.accounting import Ledger
 from tap_flower.server.checkpoint import Progress, Writer
 from tap_flower.server.early_stopping import Validation
-from tap_flower.server.roster import Roster, RosterError
+from tap_flower.server.roster import Roster, MessageError
 from tap_flower.wire import messages
 from tap_flower.wire.manifest import Manifest, TaskInfo, TensorInfo, decode_manifest, encode_manifest
 from tap_flower.wire.messages import Instruction, MessageError
@@ -148,7 +142,7 @@ def _of_messages() -> dict[str, Reader]:
     }
 
     def reader(decode: Callable[[RecordDict], object], content: RecordDict) -> Reader:
-        return Reader(lambda data: decode(content_of(data)), (text_of(content),), (MessageError, RosterError), "json")
+        return Reader(lambda data: decode(content_of(data)), (text_of(content),), (MessageError, MessageError), "json")
 
     def every(data: bytes) -> None:
         """A whole message as it travels; what Flower does not take is not ours."""
@@ -173,7 +167,7 @@ def _of_messages() -> dict[str, Reader]:
         "json",
     )
     found = {name: reader(*parts) for name, parts in known.items()}
-    return found | {"hyper_parameters": hyper, "record": Reader(every, whole, (MessageError, RosterError), "bytes")}
+    return found | {"hyper_parameters": hyper, "record": Reader(every, whole, (MessageError, MessageError), "bytes")}
 
 
 def array_input(array: Array) -> bytes:

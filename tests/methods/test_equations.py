@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tap_flower.core import training
-from tap_flower.core.proximal import Proximal
+from tap_flower.core.objectives import Proximal
 from tap_flower.methods import ditto, fedavg, fedper, fedprox, local_only, per_fedavg, pfedme
 from tap_flower.methods.disentafl import Disentanglement, disentanglement
 from tap_flower.methods.method import Memory, Method, State

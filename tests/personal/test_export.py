@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
-from tap_flower.files import StorageError
+from tap_flower.errors import StorageError
 from tap_flower.models import backbones
 from tap_flower.models.backbones import demo_folder
 from tap_flower.personal.export import export, load_export

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tap_flower.core.averaging import BadUpdateError
+from tap_flower.errors import MessageError
 from tap_flower.core.components import Pair
 from tap_flower.core.initial import Initial
 from tap_flower.report.events import read_events
@@ -104,7 +104,7 @@ def test_what_training_left_alone_has_no_length() -> None:
 def test_a_bad_update_is_refused_with_clipping_as_without(bad: Tensor, problem: str, clip_norm: float | None) -> None:
     made, told = roster(ann={"a": 1}), list[Any]()
     average = WeightedAverage(made, ["ann"], clip_norm, lambda *event, **values: told.append(event))
-    with pytest.raises(BadUpdateError, match=f"^client 'ann': .*{problem}"):
+    with pytest.raises(MessageError, match=f"^client 'ann': .*{problem}"):
         average.add("ann", {**update(made, "ann"), "trunk.w": bad}, [])
     assert told == []
     assert average.finish()[1] == set()

@@ -14,7 +14,8 @@ import torch
 from flwr.app import Message
 
 from tap_flower.client.state import PERSONAL
-from tap_flower.files import StorageError, read_record, read_tensors, write_tensors
+from tap_flower.files import read_record, read_tensors, write_tensors
+from tap_flower.errors import StorageError
 from tap_flower.report.events import read_events
 from tap_flower.server import checkpoint
 from tap_flower.server.checkpoint import Progress, Writer

@@ -16,7 +16,7 @@ from torch import Tensor
 
 pytest.importorskip("dp_accounting", reason='needs: pip install "tap-flower[privacy]"')
 
-from tap_flower.core.averaging import BadUpdateError
+from tap_flower.errors import MessageError
 from tap_flower.files import read_record
 from tap_flower.report.events import read_events
 from tap_flower.server.accounting import Budget, Ledger
@@ -111,9 +111,9 @@ def test_a_refused_reply_is_as_silent_as_none() -> None:
     made = roster(ann={"a": 1}, bob={"a": 1})
     good = update(made, "bob", trunk=[3.0, 0.0, 0.0])
     average = private().average(made, ["ann", "bob"], lambda *_, **__: None)
-    with pytest.raises(BadUpdateError, match="not finite"):
+    with pytest.raises(MessageError, match="not finite"):
         average.add("ann", update(made, "ann", head_a=[math.nan, 0.0]), [])
-    with pytest.raises(BadUpdateError, match="lacks 1 tensors"):
+    with pytest.raises(MessageError, match="lacks 1 tensors"):
         average.add("ann", {"trunk.w": torch.ones(3)}, [])
     average.add("bob", good, [])
     assert average.finish()[0]["trunk.w"].tolist() == [2.5, 1.0, 1.0]

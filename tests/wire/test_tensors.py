@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tap_flower.config import Encoding
 from tap_flower.wire import tensors as encodings
-from tap_flower.wire.tensors import SHARED, EncodingError, from_array, rounded, to_array
+from tap_flower.wire.tensors import SHARED, MessageError, from_array, rounded, to_array
 
 LOSSY = [Encoding.bfloat16, Encoding.int8]
 shapes = st.one_of(
@@ -85,7 +85,7 @@ def test_int8_by_hand() -> None:
 def test_what_is_not_finite_is_not_encoded(encoding: Encoding, value: float) -> None:
     tensor = torch.zeros(3, 200)
     tensor[1, 7] = value
-    with pytest.raises(EncodingError, match=r"holds (nan|inf|3e\+38), which cannot be sent: lower the learning rate"):
+    with pytest.raises(MessageError, match=r"holds (nan|inf|3e\+38), which cannot be sent: lower the learning rate"):
         to_array(tensor, encoding)
 
 
@@ -127,14 +127,14 @@ def test_an_array_that_is_not_what_it_says_is_refused(
     encoding: Encoding, change: dict[str, object], problem: str
 ) -> None:
     fields = dict(zip(("dtype", "shape", "stype", "data"), INT8, strict=True)) | change
-    with pytest.raises(EncodingError, match=problem):
+    with pytest.raises(MessageError, match=problem):
         from_array(Array(**fields), encoding)  # type: ignore[call-overload]
 
 
 def test_a_float32_array_that_holds_something_else_is_refused() -> None:
     array = Array(np.zeros(3))
     array.dtype = "float32"
-    with pytest.raises(EncodingError, match="is float64, not float32"):
+    with pytest.raises(MessageError, match="is float64, not float32"):
         from_array(array, Encoding.float32)
 
 
@@ -143,7 +143,7 @@ def test_whatever_comes_it_is_a_tensor_or_refused(data: bytes, shape: list[int],
     like = to_array(torch.zeros(1), encoding)
     try:
         found = from_array(Array(like.dtype, tuple(shape), like.stype, data), encoding)
-    except EncodingError:
+    except MessageError:
         return
     assert found.dtype == torch.float32
 
@@ -161,5 +161,5 @@ def test_a_header_is_parsed_once_and_a_bad_one_refused_each_time() -> None:
     broken = arrays[0]
     broken.data = b"\x93NUMPX" + broken.data[6:]
     for _ in range(2):
-        with pytest.raises(EncodingError, match="cannot be read: the magic string is not correct"):
+        with pytest.raises(MessageError, match="cannot be read: the magic string is not correct"):
             from_array(broken, Encoding.float32)

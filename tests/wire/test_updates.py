@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tap_flower.config import Encoding
-from tap_flower.wire.tensors import EncodingError, rounded
+from tap_flower.wire.tensors import MessageError, rounded
 from tap_flower.wire.updates import make_update, moved, restore
 
 COMPONENTS = {"a": "one", "b": "one", "c": "two"}
@@ -81,7 +81,7 @@ def test_float32_is_sent_as_it_is() -> None:
 def test_a_value_that_is_not_finite_is_named() -> None:
     received = state(1)
     trained = {**received, "b": received["b"] * float("nan")}
-    with pytest.raises(EncodingError, match="tensor 'b' holds nan, which cannot be sent"):
+    with pytest.raises(MessageError, match="tensor 'b' holds nan, which cannot be sent"):
         make_update(received, trained, {}, COMPONENTS, Encoding.int8)
 
 

@@ -1,4 +1,4 @@
-"""Stage 2: distillation from the fine-tuned server copy (teacher) into the personal model (student)."""
+"""Losses that are added to a task's own: distillation (TAP's stage 2) and the proximal term (FedProx, Ditto, pFedMe)."""
 
 from __future__ import annotations
 
@@ -48,3 +48,26 @@ class Distillation:
         with torch.no_grad():
             target = self.teacher(batch.task, batch.inputs)
         return weight * kind.divergences(output, target, batch.target, self.temperature).mean()
+
+
+@dataclass(frozen=True)
+class Proximal:
+    """`weight / 2 · ||w − anchor||²` over all trainable tensors; its gradient is `weight · (w − anchor)`.
+
+    An instance is an objective for `core.training.train`.
+
+    Attributes:
+        model: the model that is trained, w.
+        anchor: tensor name -> value, on the model's device; it may be changed between steps.
+        weight: μ of FedProx, λ of Ditto and pFedMe.
+    """
+
+    model: PairModel
+    anchor: Mapping[str, Tensor]
+    weight: float
+
+    def __call__(self, batch: Batch, output: Tensor) -> Tensor:
+        """The penalty, a scalar; it does not depend on the batch."""
+        del batch, output
+        parts = [(p - self.anchor[n]).square().sum() for n, p in self.model.named_parameters() if p.requires_grad]
+        return self.weight / 2 * torch.stack(parts).sum()
