@@ -25,14 +25,9 @@ from flwr.serverapp.strategy import FedAvg
 
 from benchmarks.measure import parser, show
 from client_app.app import app as tap_app
-from tap_flower.client.from_spec import SpecHoldings
 from tap_flower.config import Config, client_specs, load_config
 from tap_flower.core.components import cpu_state
-from tap_flower.data.loading import load_client_data
-from tap_flower.data.texts import load_tokenizer
-from tap_flower.methods.session import LocalClient
-from tap_flower.models.backbones import load_backbone, locate
-from tap_flower.report.events import EventLog
+from tap_flower.methods.session import Session
 from tap_flower.run.in_process import InProcessGrid
 from tap_flower.server.strategy import TapStrategy
 
@@ -96,40 +91,38 @@ class _Enough(Exception):
     """Stage 1 is over."""
 
 
-class Stopwatch(EventLog):
-    """Notes when rounds begin and end, and ends the run after the last."""
+class StageOne(TapStrategy):
+    """Notes when rounds begin and when the last one ends, and ends the run there."""
 
-    def __init__(self, run: Path) -> None:
-        super().__init__(run)
-        self.begun: list[Stamp] = []
-        self.ended: list[Stamp] = []
+    def __init__(self, config: Config, folder: Path) -> None:
+        super().__init__(config=config, run_folder=folder)
+        self.stamps: list[Stamp] = []
 
-    def write(self, event: str, **values: Any) -> None:
-        """As the log does."""
-        super().write(event, **values)
-        if event == "distill_start":
-            self.ended.append(_now())
-            raise _Enough
-        if event == "round_start":
-            self.begun.append(_now())
+    def configure_train(self, *args: Any) -> Iterable[Message]:
+        """Notes the time."""
+        self.stamps.append(_now())
+        return super().configure_train(*args)
+
+    def configure_personalise(self, *args: Any) -> Iterable[Message]:
+        """Ends the run."""
+        self.stamps.append(_now())
+        raise _Enough
 
 
-def stage_one(config: Config, run_config: dict[str, Any]) -> tuple[TapStrategy, Stopwatch]:
-    """Stage 1 of a run in this process, with all of its clients; returns its strategy, and when its rounds were."""
-    folder = Path(run_config["out"])
+def stage_one(config: Config, run_config: dict[str, Any]) -> StageOne:
+    """Stage 1 of a run in this process, with all of its clients; returns its strategy, which knows when rounds were."""
     grid = InProcessGrid(tap_app, [{"partition-id": i} for i in range(len(client_specs(config)))], run_config)
-    strategy = TapStrategy(config, folder)
-    watch = strategy.events = Stopwatch(folder)
+    strategy = StageOne(config, Path(run_config["out"]))
     with contextlib.suppress(_Enough):
         strategy.start(grid)
-    return strategy, watch
+    return strategy
 
 
 def tap(config: Config, run_config: dict[str, Any]) -> tuple[Stamp, int]:
     """Seconds of a round, and bytes of tensors in both directions in all rounds."""
-    strategy, watch = stage_one(config, run_config)
+    strategy = stage_one(config, run_config)
     sent = sum(strategy.progress.down.values()) + sum(strategy.progress.up.values())
-    return _round([*watch.begun, *watch.ended]), sent
+    return _round(strategy.stamps), sent
 
 
 def fedavg(config: Config) -> Stamp:
@@ -157,12 +150,9 @@ def fedavg(config: Config) -> Stamp:
     return _round(stamps)
 
 
-def _local(config: Config, number: int) -> LocalClient:
-    spec = client_specs(config)[number]
-    backbone = load_backbone(spec.backbone, config.model.layers, config.model.image_size, spec.revision)
-    tokenizer = load_tokenizer(locate(spec.backbone), spec.revision)
-    data = load_client_data(spec, tokenizer, config.model.text_length, config.seed)
-    return LocalClient(SpecHoldings(spec, backbone, config.model.text_length), data, config)
+def _local(config: Config, number: int) -> Session:
+    node = Node(client_specs(config)[number], None, None, "", config.metrics)
+    return client_from_spec(node, config).session(config)
 
 
 def _now() -> Stamp:

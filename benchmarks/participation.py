@@ -30,7 +30,7 @@ from tap_flower.core.training import Batch
 from tap_flower.data.batching import ClientData
 from tap_flower.methods import tap
 from tap_flower.methods.method import Memory
-from tap_flower.methods.session import LocalClient
+from tap_flower.methods.session import Session
 from tap_flower.models.backbones import from_config, locate
 from tap_flower.models.model import TapModel
 
@@ -65,24 +65,24 @@ class Clock:
 
 
 @dataclass
-class TimedClient(LocalClient):
+class TimedClient(Session):
     """A client whose parts are timed."""
 
     clock: Clock = field(default_factory=lambda: Clock(torch.device("cpu")))
 
     def model(self, state: Any = None) -> TapModel:
-        """As `LocalClient.model`."""
+        """As `Session.model`."""
         return cast(TapModel, self.clock.run("models", lambda: super(TimedClient, self).model(state)))
 
     def train(self, model: ComponentModel, *arguments: Any, **options: Any) -> dict[str, float]:
-        """As `LocalClient.train`."""
+        """As `Session.train`."""
         return cast(dict[str, float], self.clock.run("compute", lambda: self._train(model, *arguments, **options)))
 
     def _train(self, *arguments: Any, **options: Any) -> dict[str, float]:
         return super().train(*arguments, **options)
 
     def losses(self, model: ComponentModel, split: str) -> dict[str, float]:
-        """As `LocalClient.losses`."""
+        """As `Session.losses`."""
         return cast(dict[str, float], self.clock.run("evidence", lambda: super(TimedClient, self).losses(model, split)))
 
 

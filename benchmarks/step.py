@@ -18,21 +18,21 @@ from benchmarks.measure import Row, count_flop, matmul_speed, parser, peak_bytes
 from benchmarks.workload import MadeUpData, backbone_of, client
 from tap_flower.core.components import ComponentModel
 from tap_flower.core.training import Batch, Optimisation, train
-from tap_flower.methods.session import LocalClient
+from tap_flower.methods.session import Session
 
 
-def one_step(local: LocalClient, model: ComponentModel, batch: Batch) -> None:
+def one_step(local: Session, model: ComponentModel, batch: Batch) -> None:
     """Forward, backward and optimiser, as in every participation."""
     train(model, local.kinds, iter([batch]), Optimisation(1, 1e-4))
 
 
-def steps(local: LocalClient, model: ComponentModel, batches: Sequence[Batch]) -> None:
+def steps(local: Session, model: ComponentModel, batches: Sequence[Batch]) -> None:
     """One step with each batch."""
     for batch in batches:
         one_step(local, model, batch)
 
 
-def batches_of(local: LocalClient, batch_size: int) -> list[Batch]:
+def batches_of(local: Session, batch_size: int) -> list[Batch]:
     """A random batch of each of a client's tasks, on its device."""
     data, random = cast(MadeUpData, local.data), torch.Generator().manual_seed(0)
     return [data.batch(task, batch_size, random, local.device) for task in data.spec.tasks]

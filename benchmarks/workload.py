@@ -14,7 +14,7 @@ from tap_flower.config import client_specs, load_config
 from tap_flower.core.training import Batch
 from tap_flower.data.batching import ClientData
 from tap_flower.data.spec import ClientSpec, TaskSpec
-from tap_flower.methods.session import LocalClient
+from tap_flower.methods.session import Session
 from tap_flower.models.backbones import Backbone, from_config
 from tap_flower.models.heads import IMAGE_SIZE
 
@@ -40,7 +40,7 @@ def client(
     dtype: torch.dtype = torch.float32,
     recompute: bool = False,
     device: torch.device = torch.device("cpu"),  # noqa: B008
-) -> LocalClient:
+) -> Session:
     """The client of a pattern, of the first group, with the preset's hyper-parameters.
 
     Args:
@@ -58,10 +58,10 @@ def client(
     backbone = from_config(configuration(model, size), config.model.layers, config.model.image_size)
     backbone.computing(dtype, recompute)
     data = cast(ClientData, MadeUpData(spec, backbone, min(length, backbone.text_length)))
-    return LocalClient(SpecHoldings(spec, backbone, config.model.text_length), data, config, device)
+    return Session(SpecHoldings(spec, backbone, config.model.text_length), data, config, device)
 
 
-def backbone_of(local: LocalClient) -> Backbone:
+def backbone_of(local: Session) -> Backbone:
     """The backbone of a client that `client` made."""
     return cast(SpecHoldings, local.holdings).backbone
 

@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tap_flower.client.module import load_module as load_module
     from tap_flower.client.app import TapClientApp as TapClientApp
+    from tap_flower.client.module import load_module as load_module
     from tap_flower.client.task import Client as Client
     from tap_flower.client.task import Task as Task
     from tap_flower.config import Config as Config

@@ -21,7 +21,6 @@ from torch import Tensor
 from tap_flower.config import Config, load_config
 from tap_flower.core.components import cpu_state
 from tap_flower.methods.session import Session
-from tap_flower.server.result import TapResult
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
 from tap_flower.wire.run_config import simulated_run
@@ -219,7 +218,7 @@ class Whole:
     federation: ToyFederation | Federation
     grid: InProcessGrid
     strategy: TapStrategy
-    results: TapResult
+    results: dict[str, Any]
     started: list[tuple[str, dict[str, Tensor]]]
 
     def returned(self, server_round: int) -> dict[str, dict[str, Tensor]]:
@@ -251,7 +250,7 @@ def run_whole(kind: str, folder: Path) -> Whole:
     grid, strategy = federation.grid(), federation.strategy()
     with pytest.MonkeyPatch.context() as patch:
         started = server_copies(patch)
-        return Whole(kind, federation, grid, strategy, strategy.start(grid), started)
+        return Whole(kind, federation, grid, strategy, strategy.start(grid).summary, started)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,20 @@ from typing import Any
 import pytest
 import yaml
 
-from tap_flower.config import Config, Distill, ReplacementEvidence, Train, client_specs, hyper_parameters, load_config, options, plain, presets, sent_hyper_parameters, to_yaml
+from tap_flower.config import (
+    Config,
+    Distill,
+    ReplacementEvidence,
+    Train,
+    client_specs,
+    hyper_parameters,
+    load_config,
+    options,
+    plain,
+    presets,
+    sent_hyper_parameters,
+    to_yaml,
+)
 from tap_flower.errors import ConfigError
 
 

@@ -68,7 +68,7 @@ def test_simulate(tmp_path: Path, config_file: Path, environment: dict[str, str]
     # The same clients in one process give the same numbers: neither Ray nor the order of replies matters.
     federation = Federation(tmp_path / "in-process", config_file, settings=list(SETTINGS))
     federation.folder.mkdir()
-    again = federation.strategy().start(federation.grid())
+    again = federation.strategy().start(federation.grid()).summary
     assert again["clients"] == results["clients"]
     assert again["replacements"] == results["replacements"]
     assert again["bytes"] == results["bytes"]

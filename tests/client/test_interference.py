@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from tap_flower.config import HyperParameters
 from tap_flower.core.components import ComponentMap, ComponentModel, Pair
 from tap_flower.core.tasks import TaskKind
 from tap_flower.data.batching import ClientData
-from tap_flower.methods.session import LocalClient, LocalTask
+from tap_flower.methods.session import Session, SessionTask
 
 REACHED = {"a": {"u", "w", "head/a"}, "b": {"u", "w"}, "c": {"w"}, "d": {"head/d"}}
 """Task -> the components that it reaches, each of one tensor."""
@@ -52,7 +51,7 @@ class Sum(ComponentModel):
         return torch.stack([part.expand(len(x)) for part in parts]).sum(0)
 
 
-def client(tasks: str) -> LocalClient:
+def client(tasks: str) -> Session:
     def examples(task: str) -> DatasetExamples:
         rows = [(torch.tensor(x), torch.tensor(target)) for x, target in DATA[task]]
         own = 2 if task == "a" else None
@@ -60,11 +59,11 @@ def client(tasks: str) -> LocalClient:
             task, rows, range(len(rows)), torch.utils.data.default_collate, lambda batch: batch[1], own
         )
 
-    holdings = SimpleNamespace(tasks=[LocalTask(Pair(task, ("x",)), KIND) for task in tasks])
     settings = HyperParameters()
     settings.train.batch_size = 1
     data = ClientData({"train": {task: [examples(task)] for task in tasks}})
-    return LocalClient(holdings, data, settings, torch.device("cpu"))  # type: ignore[arg-type]
+    tasks_ = [SessionTask(Pair(task, ("x",)), KIND) for task in tasks]
+    return Session("ann", tasks_, lambda: Sum(tasks), Sum(tasks), data, settings, "none", torch.device("cpu"))
 
 
 def test_the_gradients_of_a_clients_pairs() -> None:

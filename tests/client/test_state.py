@@ -13,8 +13,8 @@ import torch
 
 from tap_flower.client import state as store_module
 from tap_flower.client.state import PERSONAL, RECEIVED, SCHEMA, STATE_BYTES, STATES, ClientStore, Kept, Received
-from tap_flower.files import read_json, read_tensors, write_atomically, write_tensors
 from tap_flower.errors import StorageError
+from tap_flower.files import read_json, read_tensors, write_atomically, write_tensors
 from tap_flower.methods.method import Memory
 from tap_flower.recent import Recent
 from tap_flower.report.client_records import DECISIONS, read_decisions

@@ -13,8 +13,8 @@ from tap_flower.config import client_specs, load_config
 from tap_flower.data.checking import Problem, check_data, check_spec
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec, client_spec
-from tap_flower.errors import SpecError
 from tap_flower.data.texts import load_tokenizer
+from tap_flower.errors import SpecError
 from tap_flower.models.backbones import locate
 
 NOTES = "title,note,urgency\n"

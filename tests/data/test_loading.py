@@ -16,8 +16,8 @@ from tap_flower.data.collate import IMAGE_MEAN, normalise, pad_inputs, pad_targe
 from tap_flower.data.images import LazyImages
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec, Source
-from tap_flower.errors import SpecError
 from tap_flower.data.texts import load_tokenizer
+from tap_flower.errors import SpecError
 from tap_flower.models.backbones import locate
 from tap_flower.recent import Recent
 

@@ -20,8 +20,8 @@ import httpx
 import psutil
 
 from tap_flower.client.state import RECEIVED, ClientStore, Kept
-from tap_flower.files import read_record
 from tap_flower.errors import StorageError
+from tap_flower.files import read_record
 from tap_flower.report.events import METRICS, read_events
 from tap_flower.run.flower import QUIET, free_port
 

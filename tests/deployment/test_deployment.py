@@ -51,8 +51,10 @@ def undisturbed(folder: Path, specs: list[dict[str, Any]]) -> dict[str, Any]:
         file.parent.mkdir(exist_ok=True)
         file.write_text(yaml.safe_dump(spec))
         nodes.append({"client-spec": str(file), "state-dir": str(folder / "state")})
-    results = TapStrategy(load_config("demo", "", SETTINGS.split()), folder / "run").start(
-        InProcessGrid(app, nodes, {})
+    results = (
+        TapStrategy(config=load_config("demo", "", SETTINGS.split()), run_folder=folder / "run")
+        .start(InProcessGrid(app, nodes, {}))
+        .summary
     )
     return {key: value for key, value in results.items() if key != "seconds"}
 

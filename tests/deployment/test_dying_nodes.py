@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tap_flower.methods.method import State
+from tap_flower.core.components import State
 from tap_flower.server import checkpoint
 
 from . import toy

@@ -117,5 +117,5 @@ def undisturbed(folder: Path, names: list[str], settings: str) -> dict[str, Any]
     """What the same run finds in one process, without its seconds."""
     config = load_config("plug-in", "", f"{SETTINGS} {settings}".split())
     nodes = [{"client": name, "state-dir": str(folder / "state")} for name in names]
-    results = TapStrategy(config, folder / "run").start(InProcessGrid(app, nodes, {}))
+    results = TapStrategy(config=config, run_folder=folder / "run").start(InProcessGrid(app, nodes, {})).summary
     return {key: value for key, value in results.items() if key != "seconds"}

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from tap_flower.wire.manifest import Manifest, TaskInfo, TensorInfo, encode_manifest
+from tap_flower.wire.reports import Report, encode_report
 from torch import Tensor
 
 from tap_flower.config import load_config
@@ -19,8 +21,6 @@ from tap_flower.core.initial import Initial
 from tap_flower.run.in_process import InProcessGrid
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
-from tap_flower.wire.manifest import Manifest, TaskInfo, TensorInfo, encode_manifest
-from tap_flower.wire.reports import Report, encode_report
 
 COMPONENTS = ("encoder", "fusion", "head")
 SHAPES = {f"components.{component}.{name}": (64, 64) for component in COMPONENTS for name in "abc"}
@@ -77,7 +77,7 @@ def soak(folder: Path, clients: int, rounds: int, measure: Callable[[], int]) ->
     """A run: the dropped replies, and what was measured before the first round, after it, and so on."""
     settings = [f"rounds={rounds}", f"clients_per_round={clients}", "start_timeout=1"]
     grid = WatchedGrid(clients, measure)
-    strategy = TapStrategy(load_config("plug-in", "", settings), folder)
+    strategy = TapStrategy(config=load_config("plug-in", "", settings), run_folder=folder)
     strategy.start(grid)
     before_round_1 = 2  # asked twice at the start
     return strategy.progress.dropped, grid.found[before_round_1 : before_round_1 + rounds + 1]

@@ -18,8 +18,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from torch import Tensor
 
 from tap_flower.config import Config
-from tap_flower.report.events import read_events
 from tap_flower.errors import RunError, TapStrategy
+from tap_flower.report.events import read_events
 from tap_flower.wire import messages
 from tap_flower.wire.messages import DISTILL, EVALUATE, MANIFEST, TRAIN
 from tests.federations import federation_of_toys
@@ -69,7 +69,7 @@ def play(honest: tuple[Config, Replies], tmp_path_factory: pytest.TempPathFactor
             return [Message(content, reply_to=message)]
 
         out = tmp_path_factory.mktemp("run")
-        strategy = TapStrategy(config, out)
+        strategy = TapStrategy(config=config, run_folder=out)
         strategy.start(Changed(replies, changed))
         return strategy, list(read_events(out))
 

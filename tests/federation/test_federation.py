@@ -18,27 +18,24 @@ import torch
 import yaml
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from safetensors.torch import load_file
+from tap_flower.wire.manifest import Manifest
 from torch import Tensor
 from torch.nn import functional as F
 
 from tap_flower.client.from_spec import exchanged
 from tap_flower.config import client_specs
-from tap_flower.errors import ConfigError
 from tap_flower.core.averaging import Aggregator
 from tap_flower.core.tasks import IGNORE, IMAGE_STD, TASK_KINDS
-from tap_flower.errors import DivergedError
 from tap_flower.data.batching import ClientData
+from tap_flower.errors import ConfigError, DivergedError, RunError, StorageError
 from tap_flower.files import read_tensors
-from tap_flower.errors import StorageError
 from tap_flower.methods import tap
 from tap_flower.methods.registry import METHODS
 from tap_flower.report.check_tables import exchange_line
 from tap_flower.report.events import read_events
 from tap_flower.run.in_process import Tamper
 from tap_flower.server import grid as exchange
-from tap_flower.errors import RunError
 from tap_flower.wire import messages
-from tap_flower.wire.manifest import Manifest
 from tests.federations import (
     CLIENTS,
     LANGUAGES,
@@ -167,8 +164,8 @@ def test_two_runs_with_one_seed_are_equal_whatever_the_order_of_replies(
     one = whole_toys if kind == "toys" else run_whole(kind, tmp_path / "one")
     two, other = federation_of(kind, tmp_path / "two"), federation_of(kind, tmp_path / "other", "seed=5")
     found = without_times(one.results)
-    assert without_times(two.strategy().start(two.grid(order=lambda ids: ids[::-1]))) == found
-    assert without_times(other.strategy().start(other.grid()))["clients"] != found["clients"]
+    assert without_times(two.strategy().start(two.grid(order=lambda ids: ids[::-1])).summary) == found
+    assert without_times(other.strategy().start(other.grid()).summary)["clients"] != found["clients"]
 
 
 def test_after_aggregation_every_client_starts_from_exactly_the_servers_tensors(whole: Whole) -> None:
@@ -371,7 +368,7 @@ def test_a_bad_reply_is_dropped_and_logged_and_the_round_goes_on(
     federation: ToyFederation, replies: Replies, change: Change, problem: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     strategy = federation.strategy()
-    results = strategy.start(Playback(replies, tamper=broken(change)))
+    results = strategy.start(Playback(replies, tamper=broken(change))).summary
     (event,) = [e for e in read_events(federation.out) if e["event"] == "dropped"]
     assert event["who"] == "client 'ann'"
     assert re.search(problem, event["problem"])
@@ -426,7 +423,7 @@ def test_a_client_that_fails_is_named_and_the_round_goes_on(
 
     monkeypatch.setitem(METHODS, "tap", replace(tap.METHOD, participate=fail))
     strategy = federation.strategy()
-    results = strategy.start(federation.grid())
+    results = strategy.start(federation.grid()).summary
     dropped = [(e["who"], e["problem"]) for e in read_events(federation.out) if e["event"] == "dropped"]
     assert [who for who, _ in dropped] == ["client 'bob'", "client 'cleo'"]
     assert dropped[0][1] == "the training loss of task 'languages' is nan: lower the learning rate (code 1001)"
@@ -478,7 +475,7 @@ def test_a_node_too_many_is_refused_and_the_run_goes_on(federation: ToyFederatio
     federation.settings.append("rounds=1")
     grid, strategy = federation.grid(), federation.strategy()
     grid.contexts[104] = replace(grid.contexts[103], node_id=104, node_config={"partition-id": 4})  # of four
-    assert strategy.start(grid)["clients"].keys() == EVERYBODY
+    assert strategy.start(grid).summary["clients"].keys() == EVERYBODY
     problems = {(e["who"], e["problem"]) for e in read_events(federation.out) if e["event"] == "dropped"}
     assert {who for who, _ in problems} == {"node 104"}
     assert all("unexpected IndexError at toys.py" in problem for _, problem in problems)
@@ -488,7 +485,7 @@ def test_a_second_node_of_one_name_is_refused_while_the_first_is_there(federatio
     federation.settings += ["rounds=1", "clients_per_round=3"]
     grid, strategy = federation.grid(), federation.strategy()
     grid.contexts[103].node_config["partition-id"] = 0
-    assert set(strategy.start(grid)["clients"]) == {"ann", "bob", "cleo"}
+    assert set(strategy.start(grid).summary["clients"]) == {"ann", "bob", "cleo"}
     assert strategy.roster.nodes["ann"] == 100
     problems = {e["problem"] for e in read_events(federation.out) if e["event"] == "dropped"}
     assert any("client 'ann' is already there on node 100: node 103 is refused" in problem for problem in problems)
@@ -540,7 +537,7 @@ def test_a_resumed_run_gives_the_results_of_an_uninterrupted_one(
         with pytest.raises(StorageError):
             crashed.strategy(resume=True)
         return
-    resumed = without_times(crashed.strategy(resume=True).start(crashed.grid()))
+    resumed = without_times(crashed.strategy(resume=True).start(crashed.grid()).summary)
     whole = whole_toys if kind == "toys" else run_whole(kind, tmp_path / "whole")
     assert resumed == without_times(whole.results)
     assert [e["round"] for e in read_events(crashed.out) if e["event"] == "round"] == [1, 2]
@@ -577,7 +574,7 @@ def test_a_new_client_with_a_new_pair_may_join_in_any_round(federation: ToyFeder
         return reply
 
     grid.tamper = join
-    results = strategy.start(grid)
+    results = strategy.start(grid).summary
     assert "dan" in results["clients"]
     assert not any("translation" in name for name in known[0])
     first = next(t for r, node, t in sent(grid, messages.TRAIN) if node == 103)
@@ -597,7 +594,7 @@ def test_a_deployed_node_is_configured_on_the_node(make_spec_federation: MakeSpe
         spec.write_text(yaml.safe_dump(client))
         node.node_config = {"client-spec": str(spec), "state-dir": str(tmp_path / "state")}
         node.run_config = {"preset": "nonsense", "out": "/nonexistent"}  # what a server says of these is not read
-    results = federation.strategy().start(grid)
+    results = federation.strategy().start(grid).summary
     assert set(results["clients"]) == {"ann", "bob"}
     (run,) = (tmp_path / "state" / "ann").iterdir()
     assert (run / "tap.safetensors").exists()
@@ -640,7 +637,7 @@ def test_a_busy_superlink_is_asked_again(
             return real(*arguments)
 
         monkeypatch.setattr(grid, name, busy)
-    assert without_times(federation.strategy().start(grid)) == without_times(whole_toys.results)
+    assert without_times(federation.strategy().start(grid).summary) == without_times(whole_toys.results)
     assert all(count < 0 for count in failures.values())
 
 

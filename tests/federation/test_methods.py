@@ -56,7 +56,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> RunOf:
 
 def finished(kind: str, folder: Path, *settings: str) -> Run:
     federation = federation_of(kind, folder, *settings, count=2)
-    return federation, federation.strategy().start(federation.grid())
+    return federation, federation.strategy().start(federation.grid()).summary
 
 
 def test_every_method_is_listed_here() -> None:
@@ -160,7 +160,7 @@ def test_a_run_that_crashed_before_stage_2_ends_the_same(run_of: RunOf, kind: st
     strategy._second_stage = crash  # type: ignore[method-assign]
     with pytest.raises(Crash):
         strategy.start(federation.grid())
-    results = federation.strategy(resume=True).start(federation.grid())
+    results = federation.strategy(resume=True).start(federation.grid()).summary
     assert results["clients"] == whole["clients"]
     assert results["steps"] == whole["steps"]
 

@@ -12,8 +12,8 @@ from flwr.app import Context, Message
 from torch import nn
 
 from tap_flower import Client, TapStrategy, client_app, load_config, load_module
-from tap_flower.run.in_process import InProcessGrid
 from tap_flower.errors import RunError
+from tap_flower.run.in_process import InProcessGrid
 from tap_flower.wire import messages
 from tests.own_clients import Net, client, digits, make, mood
 
@@ -23,8 +23,8 @@ SETTINGS = ["rounds=2", "clients_per_round=3", "train.steps=30", "distill.iterat
 def run(folder: Path, *settings: str, making: Any = make, **options: Any) -> tuple[TapStrategy, dict[str, Any]]:
     nodes = [{"partition-id": i} for i in range(3)]
     grid = InProcessGrid(client_app(making), nodes, {"state": str(folder / "state")}, **options)
-    strategy = TapStrategy(load_config("plug-in", settings=[*SETTINGS, *settings]), folder / "run")
-    return strategy, strategy.start(grid)
+    strategy = TapStrategy(config=load_config("plug-in", settings=[*SETTINGS, *settings]), run_folder=folder / "run")
+    return strategy, strategy.start(grid).summary
 
 
 def test_a_run(tmp_path: Path) -> None:

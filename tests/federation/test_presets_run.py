@@ -69,7 +69,7 @@ def prepare(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pr
         config, out = load_config(preset, "", settings), tmp_path / "run"
         run_config = {"preset": preset, "config": "", "set": " ".join(settings), "out": str(out)}
         grid = InProcessGrid([{"partition-id": number} for number in range(len(config.clients))], run_config)
-        return Preset(TapStrategy(config, out), grid, image_tasks, opened, read, checkpoint)
+        return Preset(TapStrategy(config=config, run_folder=out), grid, image_tasks, opened, read, checkpoint)
 
     return prepared
 
@@ -94,7 +94,7 @@ def test_a_group_of_clients_comes_together_and_one_trains(prepare: Prepare, pres
 @pytest.mark.parametrize("preset", ["flava", "vilt"])
 def test_all_thirty_clients(prepare: Prepare, preset: str) -> None:
     whole = prepare(preset, "rounds=2", "clients_per_round=8")
-    results = whole.strategy.start(whole.grid)
+    results = whole.strategy.start(whole.grid).summary
     assert whole.strategy.progress.dropped == 0
     assert len(results["clients"]) == 30
     assert len([task for task in results["tasks"] if "image" in task]) == whole.image_tasks

@@ -42,7 +42,7 @@ def found(clients: dict[str, Any], client: str, task: str) -> dict[str, float]:
 def test_a_simulation_asks_in_its_configuration(make_spec_federation: MakeSpecs, asked: list[tuple[str, ...]]) -> None:
     federation = make_spec_federation(CLIENTS[1:], *SHORT, "metrics.meteor=true", "metrics.bertscore=some/model")
     grid = federation.grid()
-    results = federation.strategy().start(grid)
+    results = federation.strategy().start(grid).summary
     for client, task in (("cleo", "answers"), ("dan", "translation")):
         metrics = found(results["clients"], client, task)
         assert metrics.keys() == {"loss", "exact_match", "perplexity", "meteor", "bertscore_f1"}

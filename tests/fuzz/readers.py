@@ -19,32 +19,30 @@ import yaml
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
+from tap_flower.server.accounting import Ledger
+from tap_flower.wire.manifest import Manifest, TaskInfo, TensorInfo, decode_manifest, encode_manifest
+from tap_flower.wire.reports import Report, decode_metrics, decode_report, encode_report
 
 from tap_flower import files as storage
 from tap_flower.client import state as store
 from tap_flower.client.description import read_description
 from tap_flower.client.state import ClientStore, Kept, Received
 from tap_flower.config import Encoding, HyperParameters, client_specs, hyper_parameters, load_config, plain, read_yaml
-from tap_flower.errors import ConfigError
 from tap_flower.core.components import Pair
 from tap_flower.core.initial import Initial
 from tap_flower.data.spec import client_spec
-from tap_flower.errors import SpecError
+from tap_flower.errors import ConfigError, SpecError, StorageError
 from tap_flower.files import read_json, read_record, read_tensors, write_tensors
-from tap_flower.errors import StorageError
 from tap_flower.methods.method import Memory
 from tap_flower.plain import PlainError, parse_json
 from tap_flower.recent import Recent
 from tap_flower.report.client_records import read_decisions
 from tap_flower.server import checkpoint
-from tap_flower.server.accounting import Ledger
 from tap_flower.server.checkpoint import Progress, Writer
 from tap_flower.server.early_stopping import Validation
-from tap_flower.server.roster import Roster, MessageError
+from tap_flower.server.roster import MessageError, Roster
 from tap_flower.wire import messages
-from tap_flower.wire.manifest import Manifest, TaskInfo, TensorInfo, decode_manifest, encode_manifest
 from tap_flower.wire.messages import Instruction, MessageError
-from tap_flower.wire.reports import Report, decode_metrics, decode_report, encode_report
 from tap_flower.wire.tensors import from_array, to_array
 
 RUN, TASK = "r1", "triage"

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from tap_flower.core import training
+from tap_flower.core.components import State
 from tap_flower.core.objectives import Proximal
 from tap_flower.methods import ditto, fedavg, fedper, fedprox, local_only, per_fedavg, pfedme
 from tap_flower.methods.disentafl import Disentanglement, disentanglement
-from tap_flower.methods.method import Memory, Method, State
+from tap_flower.methods.method import Memory, Method
 from tests.methods.toy import Toy, ToyClient, numbers, plain_descent, state
 
 
@@ -109,10 +110,10 @@ def test_fedper_keeps_the_heads(client: ToyClient) -> None:
     assert numbers(done.memory.models["heads"]) == {"head": 0.02}
     assert fedper.METHOD.exchanges("encoder/text")
     assert not fedper.METHOD.exchanges("head/languages")
-    personal = fedper.models(client.local, state(base=1.0), memory)["personal"]
+    personal = fedper.models(state(base=1.0), memory, client.initial_values)["personal"]
     assert personal is not None
     assert numbers(personal) == {"base": 1.0, "head": 0.5}
-    (never,) = fedper.models(client.local, state(base=1.0), Memory()).values()
+    (never,) = fedper.models(state(base=1.0), Memory(), client.initial_values).values()
     assert never is not None
     assert numbers(never) == {"base": 1.0, "head": 0.0}
     assert numbers(fedper.second_stage(client.local, state(base=1.0), memory).models["fedper"]) == {

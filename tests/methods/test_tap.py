@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from tap_flower.config import ReplacementEvidence, ReplacementSource, StageTwo
 from tap_flower.core import training
-from tap_flower.core.components import ComponentMap, Pair, load_trainable_state
+from tap_flower.core.components import ComponentMap, Pair, State, load_trainable_state
 from tap_flower.core.tasks import TaskKind
 from tap_flower.methods import tap
-from tap_flower.methods.method import Memory, State
+from tap_flower.methods.method import Memory
 from tests.methods.toy import ToyClient, numbers, plain_descent, state
 
 KIND = TaskKind.of(

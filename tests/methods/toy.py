@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from tap_flower.config import HyperParameters
 from tap_flower.core import training
-from tap_flower.core.components import load_trainable_state
+from tap_flower.core.components import State, load_trainable_state
 from tap_flower.core.tasks import IMAGE_GENERATION
-from tap_flower.methods.method import State
-from tap_flower.methods.session import LocalClient
+from tap_flower.methods.session import Session
 
 BASE, HEAD = "base", "head"
 
@@ -68,9 +67,11 @@ class ToyClient:
         batches = itertools.repeat(training.Batch("t", {}, torch.zeros(1, 1)))
         return training.train(model, {"t": IMAGE_GENERATION}, batches, optimisation, **more)
 
+    train_round, finetune, near = Session.train_round, Session.finetune, Session.near
+
     @property
-    def local(self) -> LocalClient:
-        return cast(LocalClient, self)
+    def local(self) -> Session:
+        return cast(Session, self)
 
 
 def plain_descent(groups: Any, **options: Any) -> torch.optim.Optimizer:

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from tap_flower.wire.manifest import Manifest, TaskInfo, TensorInfo
 from torch import Tensor
 
-from tap_flower.errors import MessageError
 from tap_flower.core.components import Pair
 from tap_flower.core.initial import Initial
+from tap_flower.errors import MessageError
 from tap_flower.report.events import read_events
 from tap_flower.server.roster import Roster
 from tap_flower.server.rounds import WeightedAverage
-from tap_flower.wire.manifest import Manifest, TaskInfo, TensorInfo
 from tests.federations import ToyFederation
 
 SIZES = {"trunk": 3, "head/a": 2, "head/b": 2}

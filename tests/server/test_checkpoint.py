@@ -14,8 +14,8 @@ import torch
 from flwr.app import Message
 
 from tap_flower.client.state import PERSONAL
-from tap_flower.files import read_record, read_tensors, write_tensors
 from tap_flower.errors import StorageError
+from tap_flower.files import read_record, read_tensors, write_tensors
 from tap_flower.report.events import read_events
 from tap_flower.server import checkpoint
 from tap_flower.server.checkpoint import Progress, Writer
@@ -87,7 +87,7 @@ def test_a_crash_before_a_checkpoint_is_there_goes_on_from_the_one_before(
     small: Callable[[], ToyFederation], tried: Any, tmp_path: Path
 ) -> None:
     whole = small()
-    expected = whole.strategy().start(whole.grid())
+    expected = whole.strategy().start(whole.grid()).summary
 
     crashed, image = small(), tmp_path / "after the crash"
     over = threading.Event()
@@ -117,7 +117,7 @@ def test_a_crash_before_a_checkpoint_is_there_goes_on_from_the_one_before(
     tried(lambda _, now: now())
     shutil.rmtree(crashed.out)
     shutil.copytree(image, crashed.out)
-    resumed = crashed.strategy(resume=True).start(crashed.grid())
+    resumed = crashed.strategy(resume=True).start(crashed.grid()).summary
     assert {**resumed, "seconds": 0, "bytes": 0} == {**expected, "seconds": 0, "bytes": 0}
     assert resumed["bytes"]["up"] == expected["bytes"]["up"]
     assert resumed["bytes"]["down"] > expected["bytes"]["down"]  # the server does not know any more what clients hold

@@ -13,15 +13,14 @@ import pytest
 from tap_flower.client.state import BEST, ClientStore
 from tap_flower.core.components import cpu_state
 from tap_flower.files import read_tensors
-from tap_flower.methods.session import LocalClient
+from tap_flower.methods.session import Session
 from tap_flower.report.events import read_events
 from tap_flower.server.early_stopping import Validation
 from tap_flower.server.strategy import TapStrategy
+from tests.federation.test_federation import sent
 from tests.federations import Make, ToyFederation, federation_of_toys
 from tests.grid import InProcessGrid
 from tests.toys import TOYS
-
-from tests.federation.test_federation import sent
 
 
 def test_the_best_round_is_that_of_the_best_mean_over_all_clients_so_far() -> None:
@@ -65,7 +64,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[ToyFederation, In
     federation = stopping(tmp_path_factory.mktemp("stopped"))
     grid = federation.grid()
     with best_after_round_2():
-        return federation, grid, federation.strategy().start(grid)
+        return federation, grid, federation.strategy().start(grid).summary
 
 
 def test_stage_1_ends_after_the_patience_and_stage_2_starts_from_the_best_round(
@@ -114,7 +113,7 @@ def test_a_resumed_run_stops_at_the_same_round(
             crashes.setattr(TapStrategy, "_train", crashing)
             with pytest.raises(Crash):
                 again.strategy().start(again.grid())
-        results = again.strategy(resume=True).start(again.grid())
+        results = again.strategy(resume=True).start(again.grid()).summary
     assert results["clients"] == whole["clients"]
     assert results["rounds"] == whole["rounds"]
 
@@ -123,14 +122,14 @@ def test_scores_are_the_clients_own_models_on_validation_data(
     federation: ToyFederation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     federation.settings += ["rounds=1", "stopping.patience=1", "train.steps=1", "distill.iterations=1"]
-    scores, seen = LocalClient.scores, dict[str, tuple[str, Any, dict[str, float]]]()
+    scores, seen = Session.scores, dict[str, tuple[str, Any, dict[str, float]]]()
 
-    def watched(self: LocalClient, model: Any, split: str) -> dict[str, float]:
+    def watched(self: Session, model: Any, split: str) -> dict[str, float]:
         found = scores(self, model, split)
         seen[self.holdings.name] = split, cpu_state(model), found
         return found
 
-    monkeypatch.setattr(LocalClient, "scores", watched)
+    monkeypatch.setattr(Session, "scores", watched)
     federation.strategy().start(federation.grid())
     run = read_tensors(federation.out / "server" / "server.safetensors")[1]["run"]
     for name, (split, state, _) in seen.items():

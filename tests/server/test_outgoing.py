@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from tap_flower.wire.manifest import Manifest, TaskInfo, TensorInfo
+from tap_flower.wire.updates import restore
 from torch import Tensor
 
 from tap_flower.config import Encoding
@@ -13,9 +15,7 @@ from tap_flower.server.outgoing import Outgoing
 from tap_flower.server.roster import Roster
 from tap_flower.wire import messages
 from tap_flower.wire import tensors as encodings
-from tap_flower.wire.manifest import Manifest, TaskInfo, TensorInfo
 from tap_flower.wire.tensors import from_array
-from tap_flower.wire.updates import restore
 
 SHARED, OWN = "components.fusion.weight", "components.head/{}.weight"
 

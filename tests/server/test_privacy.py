@@ -16,17 +16,17 @@ from torch import Tensor
 
 pytest.importorskip("dp_accounting", reason='needs: pip install "tap-flower[privacy]"')
 
+from tap_flower.server.accounting import Budget, Ledger
+
 from tap_flower.errors import MessageError
 from tap_flower.files import read_record
 from tap_flower.report.events import read_events
-from tap_flower.server.accounting import Budget, Ledger
 from tap_flower.server.privacy import Privacy
 from tap_flower.server.roster import Roster
 from tap_flower.server.strategy import TapStrategy
-from tests.federations import Make, ToyFederation
-
-from tests.server.test_averaging import roster, update
 from tests.federation.test_federation import broken, lost
+from tests.federations import Make, ToyFederation
+from tests.server.test_averaging import roster, update
 
 
 def no_noise(count: int) -> bytes:
@@ -176,7 +176,7 @@ def quick(federation: ToyFederation, *settings: str) -> ToyFederation:
 def test_a_private_run_and_one_that_is_resumed(make_federation: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = quick(make_federation(), "rounds=3")
     strategy = whole.strategy()
-    results = strategy.start(whole.grid())
+    results = strategy.start(whole.grid()).summary
     assert strategy.progress.dropped == 0
     spent = results["privacy"]
     assert spent == json.loads((whole.out / "results.json").read_text())["privacy"]

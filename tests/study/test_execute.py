@@ -38,7 +38,7 @@ def here(run: PlannedRun, folder: Path) -> dict[str, Any]:
     """The same run in this process, as the tests of the federation do it."""
     run_config = {"preset": run.preset, "config": run.config, "set": " ".join(run.settings), "out": str(folder)}
     grid = InProcessGrid([{"partition-id": n} for n in range(2)], run_config)
-    found = TapStrategy(run.resolved, folder).start(grid)
+    found = TapStrategy(config=run.resolved, run_folder=folder).start(grid).summary
     return {key: value for key, value in found.items() if key != "seconds"}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from tap_flower.wire.updates import moved, restore
 from torch import Tensor
 
 from tap_flower.client.state import RECEIVED, ClientStore
@@ -23,7 +24,6 @@ from tap_flower.report.events import read_events
 from tap_flower.wire import messages
 from tap_flower.wire.messages import LackingError
 from tap_flower.wire.tensors import rounded
-from tap_flower.wire.updates import moved, restore
 from tests.federations import Federation, Make, each_kind, federation_of, server_copies
 from tests.grid import round_of
 from tests.toys import TOYS, Toy
@@ -58,7 +58,7 @@ def test_a_run_with_rounded_messages(
         update(tensors, *rest)
 
     strategy.roster.update = spy  # type: ignore[method-assign]
-    results = strategy.start(grid)
+    results = strategy.start(grid).summary
     masters.append(strategy.roster.tensors)
     assert strategy.progress.dropped == 0
     assert len(masters) == 3
@@ -109,7 +109,7 @@ def test_a_run_with_rounded_messages(
 
 def test_a_repeated_round_starts_from_the_residual_before_it(make_federation: Make) -> None:
     whole, crashed = (make_federation([ANN], "wire.encoding=int8") for _ in range(2))
-    expected = whole.strategy().start(whole.grid())
+    expected = whole.strategy().start(whole.grid()).summary
     grid = crashed.grid()
 
     def crash(message: Message, reply: Message) -> Message:
@@ -120,7 +120,7 @@ def test_a_repeated_round_starts_from_the_residual_before_it(make_federation: Ma
     grid.tamper = crash
     with pytest.raises(KeyboardInterrupt):
         crashed.strategy().start(grid)
-    assert crashed.strategy(resume=True).start(crashed.grid())["clients"] == expected["clients"]
+    assert crashed.strategy(resume=True).start(crashed.grid()).summary["clients"] == expected["clients"]
     found = []
     for federation in (whole, crashed):
         progress = json.loads((federation.out / "server" / "state.json").read_text())
@@ -163,7 +163,7 @@ def test_a_component_that_did_not_change_does_not_travel(
     monkeypatch.setitem(METHODS, "tap", replace(tap.METHOD, participate=still))
     federation = make_federation([DAN])
     grid, strategy = federation.grid(), federation.strategy()
-    results = strategy.start(grid)
+    results = strategy.start(grid).summary
     assert strategy.progress.dropped == 0
     component_of = strategy.roster.component_of
     travelled = [
@@ -211,7 +211,7 @@ def test_a_client_that_lost_what_it_held_gets_it_again(make_federation: Make, lo
         return reply
 
     grid, strategy = federation.grid(tamper=lose), federation.strategy()
-    results = strategy.start(grid)
+    results = strategy.start(grid).summary
     assert strategy.progress.dropped == 0
     sent = [len(messages.decode_tensors(m.content)) for m in of_type(grid.sent, messages.EVALUATE)]
     assert sent == [0, len(strategy.roster.manifests["ann"].tensors)]
@@ -230,7 +230,7 @@ def test_a_client_that_always_lacks_something_is_dropped(make_federation: Make) 
         return Message(Error(LackingError.CODE, "I lack something"), reply_to=message) if ann else reply
 
     grid, strategy = federation.grid(tamper=tamper), federation.strategy()
-    assert set(strategy.start(grid)["clients"]) == {"bob"}
+    assert set(strategy.start(grid).summary["clients"]) == {"bob"}
     assert strategy.progress.dropped == 4  # a round, stage 2 twice, the evaluation
 
 
@@ -254,7 +254,7 @@ def test_a_client_that_comes_back_with_another_task_is_refused(make_federation: 
         return reply
 
     grid, strategy = federation.grid(tamper=change), federation.strategy()
-    assert set(strategy.start(grid)["clients"]) == {"bob"}
+    assert set(strategy.start(grid).summary["clients"]) == {"bob"}
     problems = {e["problem"] for e in read_events(federation.out) if e["event"] == "dropped"}
     assert problems == {
         "client 'ann' has come back with the tasks ['languages', 'translation'], and had ['languages'] before: "

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tap_flower.wire.updates import make_update, moved, restore
 from torch import Tensor
 
 from tap_flower.config import Encoding
 from tap_flower.wire.tensors import MessageError, rounded
-from tap_flower.wire.updates import make_update, moved, restore
 
 COMPONENTS = {"a": "one", "b": "one", "c": "two"}
 State = dict[str, Tensor]

@@ -6,7 +6,7 @@ from flwr.app import Context
 
 from backbones.data import LANGUAGES, digits, names, share
 from backbones.model import backbone
-from tap_flower import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, Client, Pair, Task, client_app
+from tap_flower import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, Client, Pair, TapClientApp, Task
 from tap_flower.models.model import ModelTask, TapModel
 
 CLIENTS = {"ann": ["digits"], "bob": ["digits", "languages"]}
@@ -26,6 +26,10 @@ def read(net: TapModel, batch: list) -> object:
     return net("languages", {"input_ids": batch[0], "attention_mask": batch[0] != 0, "domain": "names"})
 
 
+app = TapClientApp()
+
+
+@app.client()
 def client(context: Context) -> Client:
     """The client of this node."""
     number = int(context.node_config["partition-id"])
@@ -40,6 +44,3 @@ def client(context: Context) -> Client:
         if task in has
     ]
     return Client(name, partial(TapModel, backbone(), [TASKS[task] for task in has]), tasks)
-
-
-app = client_app(client)

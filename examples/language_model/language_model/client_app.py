@@ -6,7 +6,7 @@ from flwr.app import Context
 
 from language_model.data import examples, names
 from language_model.model import Net
-from tap_flower import TEXT_GENERATION, Client, Task, client_app
+from tap_flower import TEXT_GENERATION, Client, TapClientApp, Task
 
 TRANSLATION = replace(TEXT_GENERATION, name="translation", headline="perplexity", higher_is_better=False)
 """Exact matches of whole words would be too much to ask of so small a model."""
@@ -28,11 +28,12 @@ def task(name: str, number: int) -> Task:
     )
 
 
+app = TapClientApp()
+
+
+@app.client()
 def client(context: Context) -> Client:
     """The client of this node."""
     number = int(context.node_config["partition-id"])
     name, tasks = list(CLIENTS.items())[number]
     return Client(name, lambda: Net(tasks), [task(each, number) for each in tasks])
-
-
-app = client_app(client)

@@ -16,6 +16,6 @@ def main(grid: Grid, context: Context) -> None:
     rounds = context.run_config["num-server-rounds"]
     few = ["train.steps=20", "distill.iterations=20", "train.learning_rate=5e-3", "distill.learning_rate=5e-3"]
     config = load_config("plug-in", settings=["clients_per_round=3", f"rounds={rounds}", *few])
-    results = TapStrategy(config, Path(str(context.run_config["out"])).absolute()).start(grid)
-    for task, models in results["tasks"].items():
+    result = TapStrategy(config=config, run_folder=Path(str(context.run_config["out"])).absolute()).start(grid)
+    for task, models in result.tasks.items():
         print(task, {name: round(metrics["perplexity"], 3) for name, metrics in models.items()})

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset, random_split
 
 from regression.kind import REGRESSION
-from tap_flower import Client, Task, client_app
+from tap_flower import Client, TapClientApp, Task
 
 BMI, CLINICS = 2, 2
 
@@ -33,6 +33,10 @@ def patients(clinic: int) -> tuple[Tensor, dict[str, Tensor]]:
     return known, {"progression": (progression - 150) / 75, "bmi": table[:, BMI]}
 
 
+app = TapClientApp()
+
+
+@app.client()
 def client(context: Context) -> Client:
     """The clinic of this node."""
     clinic = int(context.node_config["partition-id"])
@@ -54,6 +58,3 @@ def client(context: Context) -> Client:
             )
         )
     return Client(f"clinic-{clinic}", lambda: Net(*names), tasks)
-
-
-app = client_app(client)

@@ -14,6 +14,6 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """A whole run."""
     config = load_config("plug-in", settings=[f"rounds={context.run_config['num-server-rounds']}"])
-    results = TapStrategy(config, Path(str(context.run_config["out"])).absolute()).start(grid)
-    for task, models in results["tasks"].items():
+    result = TapStrategy(config=config, run_folder=Path(str(context.run_config["out"])).absolute()).start(grid)
+    for task, models in result.tasks.items():
         print(task, {name: round(metrics["r2"], 3) for name, metrics in models.items()})

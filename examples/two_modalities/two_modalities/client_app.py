@@ -2,14 +2,17 @@
 
 from flwr.app import Context
 
-from tap_flower import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, Client, Task, client_app
+from tap_flower import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, Client, TapClientApp, Task
 from two_modalities.data import ALPHABET, LANGUAGES, digits, names, share
 from two_modalities.model import Net
 
 CLIENTS = {"camera": ["digits"], "reader": ["languages"], "both": ["digits", "languages"]}
 CLASSES = {"digits": 10, "languages": len(LANGUAGES)}
 
+app = TapClientApp()
 
+
+@app.client()
 def client(context: Context) -> Client:
     """The client of this node."""
     number = int(context.node_config["partition-id"])
@@ -34,6 +37,3 @@ def client(context: Context) -> Client:
     }
     classes = {task: CLASSES[task] for task in has}
     return Client(name, lambda: Net(classes, len(ALPHABET) + 1), [tasks[task]() for task in has])
-
-
-app = client_app(client)

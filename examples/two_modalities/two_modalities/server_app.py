@@ -15,6 +15,6 @@ def main(grid: Grid, context: Context) -> None:
     """A whole run."""
     rounds = context.run_config["num-server-rounds"]
     config = load_config("plug-in", settings=["clients_per_round=3", f"rounds={rounds}"])
-    results = TapStrategy(config, Path(str(context.run_config["out"])).absolute()).start(grid)
-    for task, models in results["tasks"].items():
+    result = TapStrategy(config=config, run_folder=Path(str(context.run_config["out"])).absolute()).start(grid)
+    for task, models in result.tasks.items():
         print(task, {name: round(metrics["accuracy"], 3) for name, metrics in models.items()})

@@ -9,7 +9,7 @@ from flwr.app import Context
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from tap_flower import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, Client, Task, TaskKind, client_app
+from tap_flower import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, Client, TapClientApp, Task, TaskKind
 
 from .faults import wait_where_told
 
@@ -44,6 +44,10 @@ def examples(name: str, task: str, count: int) -> TensorDataset:
     return TensorDataset(inputs, inputs[:, :3] if task == "mood" else inputs[:, :3].argmax(1))
 
 
+app = TapClientApp()
+
+
+@app.client()
 def client(context: Context) -> Client:
     """The client of this node."""
     name = str(context.node_config["client"])
@@ -60,6 +64,3 @@ def client(context: Context) -> Client:
         target=lambda batch: batch[1],
     )
     return Client(name, lambda: Net(task), [whole])
-
-
-app = client_app(client)
