@@ -18,7 +18,7 @@ import pytest
 import yaml
 from torch import Tensor
 
-from tap_flower.config import Config, load_config
+from tap_flower.config import Config, Encoding, load_config
 from tap_flower.core.components import cpu_state
 from tap_flower.methods.session import Session
 from tap_flower.server.strategy import TapStrategy
@@ -222,12 +222,13 @@ class Whole:
     started: list[tuple[str, dict[str, Tensor]]]
 
     def returned(self, server_round: int) -> dict[str, dict[str, Tensor]]:
-        """Client -> tensors that it returned."""
+        """Client -> differences that it returned."""
         names = {node: name for name, node in self.strategy.roster.nodes.items()}
         return {
-            names[m.metadata.src_node_id]: messages.decode_tensors(m.content)
+            names[m.metadata.src_node_id]: messages.tensors_of(m.content, Encoding.float32)
             for m in self.grid.received
-            if m.metadata.message_type == messages.TRAIN and messages.decode(m.content)["server_round"] == server_round
+            if m.metadata.message_type == messages.TRAIN
+            and messages.decode(m.content, messages.Report, "the client").round == server_round
         }
 
 

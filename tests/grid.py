@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 from client_app.app import app as spec_app
 from tap_flower.run import in_process
-from tap_flower.wire.messages import decode
+from tap_flower.wire.messages import Instruction, decode
 
 
 class InProcessGrid(in_process.InProcessGrid):
@@ -45,7 +45,7 @@ Replies = dict[tuple[str, int, int], RecordDict]
 
 def round_of(message: Message) -> int:
     """Of an instruction."""
-    return int(decode(message.content)["round"])
+    return decode(message.content, Instruction, "the server").round
 
 
 class Playback(InProcessGrid):

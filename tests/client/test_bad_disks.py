@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tap_flower.client.state import ClientStore, Kept
+from tap_flower.client.state import ClientState, StateFolder
 from tap_flower.errors import StorageError
 from tap_flower.methods.method import Memory
+from tap_flower.wire.messages import Epoch
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and users as Linux has them")
 resource = pytest.importorskip("resource", reason="limits and users as Linux has them")
@@ -29,10 +30,10 @@ def save(folder: Path, limit: int, told: Connection) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     elif os.geteuid() == 0:
         os.setuid(65534)  # nobody; the superuser may write everywhere
-    store = ClientStore(folder, "r1")
+    store = StateFolder(folder, "r1", [Epoch("h", 0)])
     try:
         with store.locked():
-            store.save(Kept(2, Memory({"personal": {"w": torch.full((5000,), 2.0)}}, {})))
+            store.save(ClientState(2, Memory({"personal": {"w": torch.full((5000,), 2.0)}}, {})))
     except StorageError as error:
         told.send(str(error))
     else:
@@ -51,9 +52,9 @@ def test_what_cannot_be_written_is_said_and_the_state_before_is_intact(
     tmp_path: Path, limit: int, problem: str
 ) -> None:
     folder = tmp_path / "ann"
-    store = ClientStore(folder, "r1")
+    store = StateFolder(folder, "r1", [Epoch("h", 0)])
     with store.locked():
-        store.save(Kept(1, Memory({"personal": {"w": torch.ones(3)}}, {})))
+        store.save(ClientState(1, Memory({"personal": {"w": torch.ones(3)}}, {})))
     for each in [folder, *folder.iterdir()]:
         each.chmod(0o555 if each == folder else 0o444)
     for parent in (tmp_path, *tmp_path.parents):
@@ -70,6 +71,6 @@ def test_what_cannot_be_written_is_said_and_the_state_before_is_intact(
     assert process.exitcode == 0
     found = store.load()
     assert found is not None
-    assert found.server_round == 1
+    assert found.round == 1
     assert found.memory.models["personal"]["w"].tolist() == [1.0, 1.0, 1.0]
     assert not list(folder.glob(".*.tmp"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,33 +10,34 @@ import torch
 from torch import nn
 
 from tap_flower import Client, Initial, Pair, Task
-from tap_flower.client.module import component_map
-from tap_flower.client.task import ClientHoldings
+from tap_flower.client.module import OwnModel, adapted, component_map
+from tap_flower.config import HyperParameters
+from tap_flower.core.components import ComponentMap, ComponentModel
 from tap_flower.errors import ClientError
 from tests.own_clients import REGRESSION, Net, client, digits, mood, pixels
 
 BOTH = client(2)
 
 
-def holdings(made: Client) -> ClientHoldings:
-    return ClientHoldings(made, made.data(1, hold_out=True))
+def outline(made: Client) -> ComponentModel:
+    return made.session(HyperParameters(seed=1)).outline
 
 
 def test_components_are_layers_and_each_pair_reaches_its_own() -> None:
-    found = holdings(BOTH).outline().component_map
+    found = outline(BOTH).component_map
     shared = {"trunk.0", "trunk.1"}
     assert found.reach == {
         Pair("digits", ("image",)): shared | {"image", "heads.digits"},
         Pair("mood", ("words",)): shared | {"words", "heads.mood"},
     }
-    assert found.component_of["components.trunk.1.bias"] == "trunk.1"
-    assert {c for n, c in found.component_of.items() if n.startswith("components.words.")} == {"words"}
+    assert found.component_of["trunk.1.bias"] == "trunk.1"
+    assert {c for n, c in found.component_of.items() if n.startswith("words.")} == {"words"}
 
 
 def test_components_by_patterns() -> None:
     patterns = {"encoder/image": "image.*", "encoder/words": "words.*", "trunk": ["trunk.*"], "head/all": "heads.*"}
     made = Client("cleo", BOTH.model, [BOTH.tasks[0], BOTH.tasks[1]], components=patterns)
-    found = holdings(made).outline().component_map
+    found = outline(made).component_map
     assert found.reach[Pair("mood", ("words",))] == {"encoder/words", "trunk", "head/all"}
 
 
@@ -50,7 +52,7 @@ def test_components_by_patterns() -> None:
 def test_patterns_that_do_not_fit(patterns: dict[str, str], problem: str) -> None:
     made = Client("cleo", BOTH.model, BOTH.tasks, components=patterns)
     with pytest.raises(ClientError, match=problem) as error:
-        holdings(made).outline()
+        outline(made)
     assert str(error.value).startswith("client 'cleo': ")
 
 
@@ -86,10 +88,10 @@ class Said(Odd):
 
 def test_how_a_tensor_of_ones_own_starts_must_be_said() -> None:
     with pytest.raises(ClientError, match="no initial value is defined for Odd.own .* INITIALS"):
-        holdings(Client("ann", Odd, [digits(0)])).outline()
-    said = holdings(Client("ann", Said, [digits(0)])).outline()
-    assert said.component_map.component_of == {"components.own": "own"}
-    assert said.initialise(1).components.own.tolist() == [2.0, 2.0, 2.0]
+        outline(Client("ann", Odd, [digits(0)]))
+    said = outline(Client("ann", Said, [digits(0)]))
+    assert said.component_map.component_of == {"own": "own"}
+    assert said.initialise(1).get_parameter("own").tolist() == [2.0, 2.0, 2.0]
 
 
 def normed() -> nn.Module:
@@ -109,7 +111,7 @@ def test_models_that_are_refused(model: Any, problem: str) -> None:
         "t", REGRESSION, ["x"], pixels(8, 1), pixels(8, 2), lambda net, b: net(b[0].to(net_dtype(net))), one_hot
     )
     with pytest.raises(ClientError, match=problem):
-        holdings(Client("ann", model, [task])).outline()
+        outline(Client("ann", model, [task]))
 
 
 def net_dtype(net: nn.Module) -> torch.dtype:
@@ -123,7 +125,7 @@ def one_hot(batch: Any) -> torch.Tensor:
 def test_a_task_whose_loss_reaches_nothing() -> None:
     task = Task("t", REGRESSION, ["x"], pixels(8, 1), pixels(8, 2), lambda _, batch: batch[0][:, :3], one_hot)
     with pytest.raises(ClientError, match="client 'ann': task 't': its loss depends on no trainable tensor"):
-        holdings(Client("ann", lambda: Net("digits"), [task])).outline()
+        outline(Client("ann", lambda: Net("digits"), [task]))
 
 
 @pytest.mark.parametrize(
@@ -138,3 +140,35 @@ def test_a_task_whose_loss_reaches_nothing() -> None:
 def test_definitions_that_are_refused(wrong: Any, problem: str) -> None:
     with pytest.raises(ClientError, match=problem):
         wrong()
+
+
+def test_an_own_model_keeps_names_and_modes_of_its_module() -> None:
+    net = Net("digits", "mood", dropout=0.5)
+    made = OwnModel(net, {}, ComponentMap({}, {}), {})
+    assert dict(made.named_parameters()).keys() == dict(net.named_parameters()).keys()
+    assert not made.eval().training
+    assert not net.training
+    assert not net.trunk[2].training
+    assert made.train().training
+    assert net.training
+    made.to(torch.float64)
+    assert {p.dtype for p in net.parameters()} == {torch.float64}
+
+
+class Doubled(ComponentModel):
+    def forward(self, task: str, inputs: Any) -> torch.Tensor:
+        return 2 * inputs["x"]
+
+
+def test_a_component_model_runs_its_own_inputs_and_the_batches_of_a_users_data() -> None:
+    model = adapted(Doubled(), {"t": lambda net, batch: net("t", {"x": batch[0]}) + 1})
+    assert float(model("t", {"x": torch.tensor(3.0)})) == 6.0
+    assert float(model("t", {"batch": [torch.tensor(3.0)]})) == 7.0
+
+
+def test_a_task_without_forward_or_target() -> None:
+    whole = digits(0)
+    with pytest.raises(ClientError, match="client 'ann': task 'digits': it has no `forward`"):
+        outline(Client("ann", lambda: Net("digits"), [replace(whole, forward=None)]))
+    with pytest.raises(ClientError, match="client 'ann': task 'digits' has no `target`"):
+        outline(Client("ann", lambda: Net("digits"), [replace(whole, target=None)]))

@@ -11,18 +11,21 @@ import torch
 from flwr.app import Context, Message
 from torch import nn
 
-from tap_flower import Client, TapStrategy, client_app, load_config, load_module
+from tap_flower import Client, TapClientApp, TapStrategy, load_config, load_module
+from tap_flower.config import Encoding
 from tap_flower.errors import RunError
 from tap_flower.run.in_process import InProcessGrid
 from tap_flower.wire import messages
+from tests.grid import round_of
 from tests.own_clients import Net, client, digits, make, mood
 
 SETTINGS = ["rounds=2", "clients_per_round=3", "train.steps=30", "distill.iterations=30", "start_timeout=1"]
 
 
 def run(folder: Path, *settings: str, making: Any = make, **options: Any) -> tuple[TapStrategy, dict[str, Any]]:
-    nodes = [{"partition-id": i} for i in range(3)]
-    grid = InProcessGrid(client_app(making), nodes, {"state": str(folder / "state")}, **options)
+    nodes, app = [{"partition-id": i} for i in range(3)], TapClientApp()
+    app.client()(making)
+    grid = InProcessGrid(app, nodes, {"state": str(folder / "state")}, **options)
     strategy = TapStrategy(config=load_config("plug-in", settings=[*SETTINGS, *settings]), run_folder=folder / "run")
     return strategy, strategy.start(grid).summary
 
@@ -33,9 +36,10 @@ def test_a_run(tmp_path: Path) -> None:
 
     def watch(instruction: Message, reply: Message) -> Message:
         if instruction.metadata.message_type == messages.TRAIN:
-            name = f"{messages.instruction(instruction).server_round}/{instruction.metadata.dst_node_id}"
-            replies[name] = messages.decode_tensors(reply.content)
-            sent[name] = messages.decode_tensors(instruction.content)
+            name = f"{round_of(instruction)}/{instruction.metadata.dst_node_id}"
+            sent[name] = messages.tensors_of(instruction.content, Encoding.float32)
+            differences = messages.tensors_of(reply.content, Encoding.float32)
+            replies[name] = {tensor: value + sent[name][tensor] for tensor, value in differences.items()}
         return reply
 
     faster = ("train.learning_rate=0.01", "distill.learning_rate=0.01")
@@ -49,7 +53,7 @@ def test_a_run(tmp_path: Path) -> None:
     # The mean over the holders, weighted by the examples of their pairs that reach the component: 64 + 48, 48 and 64.
     first = {node: tensors for node, tensors in replies.items() if node.startswith("1/")}
     ann, bob, cleo = first["1/100"], first["1/101"], first["1/102"]
-    trunk, head = "components.trunk.0.weight", "components.heads.digits.weight"
+    trunk, head = "trunk.0.weight", "heads.digits.weight"
     mean = (64 * ann[trunk] + 48 * bob[trunk] + 112 * cleo[trunk]) / 224
     torch.testing.assert_close(sent["2/100"][trunk], mean, atol=1e-6, rtol=0)
     torch.testing.assert_close(sent["2/100"][head], (ann[head] + cleo[head]) / 2, atol=1e-6, rtol=0)
@@ -68,7 +72,7 @@ def test_a_run(tmp_path: Path) -> None:
 
 
 def test_a_run_again_gives_the_same(tmp_path: Path) -> None:
-    (_, one), (_, other) = (run(tmp_path / name) for name in ("one", "other"))
+    (_, one), (_, other) = (run(tmp_path / name, "train.steps=3", "distill.iterations=3") for name in ("one", "other"))
     assert one["clients"] == other["clients"]
 
 
@@ -90,9 +94,7 @@ def test_other_shapes_under_one_name_are_refused_with_both_clients(tmp_path: Pat
             Client("bob", lambda: Net("mood", width=7), [mood(1)], state_dir=tmp_path) if made.name == "bob" else made
         )
 
-    with pytest.raises(
-        RunError, match=r"'components.trunk.0.weight' has shape \(7, 7\) on client 'bob' but \(6, 6\) on 'ann'"
-    ):
+    with pytest.raises(RunError, match=r"'trunk.0.weight' has shape \(7, 7\) on client 'bob' but \(6, 6\) on 'ann'"):
         run(tmp_path, making=other)
 
 
@@ -115,7 +117,9 @@ def test_what_a_clients_own_code_says_stays_in_its_log(tmp_path: Path, capfd: py
             raise KeyError("patient 17")
         return make(context)
 
-    with pytest.raises(RunError, match="unexpected KeyError at test_plugin.py:[0-9]+: the log of its node says more"):
+    with pytest.raises(
+        RunError, match="unexpected KeyError at test_own_modules.py:[0-9]+: the log of its node says more"
+    ):
         run(tmp_path, making=other)
     assert "patient 17" in capfd.readouterr().err
 

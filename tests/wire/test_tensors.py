@@ -15,10 +15,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tap_flower.config import Encoding
+from tap_flower.errors import MessageError
 from tap_flower.wire import tensors as encodings
-from tap_flower.wire.tensors import SHARED, MessageError, from_array, rounded, to_array
+from tap_flower.wire.tensors import SHARED, from_array, make_update, moved_from, moved_to, to_array
 
 LOSSY = [Encoding.bfloat16, Encoding.int8]
+State = dict[str, Tensor]
+
+
+def rounded(tensor: Tensor, encoding: Encoding) -> Tensor:
+    """What the receiver gets."""
+    return from_array(to_array(tensor, encoding), encoding)
+
+
 shapes = st.one_of(
     st.just(()),
     st.tuples(st.integers(0, 300)),
@@ -163,3 +172,72 @@ def test_a_header_is_parsed_once_and_a_bad_one_refused_each_time() -> None:
     for _ in range(2):
         with pytest.raises(MessageError, match="cannot be read: the magic string is not correct"):
             from_array(broken, Encoding.float32)
+
+
+def state(seed: int, size: float = 1.0) -> State:
+    random = torch.Generator().manual_seed(seed)
+    shapes = {"a": (3, 200), "b": (5,), "c": (2, 2, 2)}
+    return {name: torch.randn(shape, generator=random) * size for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("encoding", LOSSY)
+@given(seed=st.integers(0, 2**31), rounds=st.integers(1, 12))
+def test_what_arrives_adds_up_to_what_was_trained(encoding: Encoding, seed: int, rounds: int) -> None:
+    """After any number of rounds the server's sum lags behind the true one by the last residual, and by no more."""
+    received, residual = state(seed), dict[str, Tensor]()
+    true = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in received.items()}
+    arrived = dict(true)
+    for number in range(rounds):
+        step = state(seed + number + 1, 0.01)
+        trained = {name: value + step[name] for name, value in received.items()}
+        update = make_update(received, trained, residual, encoding)
+        residual = update.residual
+        for name in true:
+            true[name] = true[name] + (trained[name] - received[name]).double()
+            arrived[name] = arrived[name] + rounded(update.difference[name], encoding).double()
+    for name, value in true.items():
+        gap = value - arrived[name]
+        torch.testing.assert_close(gap, residual[name].double(), atol=1e-7, rtol=0)
+        assert gap.abs().max() <= 0.06 / 127  # half a step of the largest difference: 5 sigma and a residual
+
+
+def test_without_feedback_small_steps_would_be_lost() -> None:
+    """One value moves by 1, another by 1/300 of it: less than half a step of 1/127. After 300 rounds it has arrived."""
+    received, sums = {"a": torch.zeros(1, 200)}, torch.zeros(1, 200)
+    trained, residual = {"a": torch.zeros(1, 200)}, State()
+    trained["a"][0, :2] = torch.tensor([1.0, 1 / 300])
+    for _ in range(300):
+        update = make_update(received, trained, residual, Encoding.int8)
+        residual, sums = update.residual, sums + rounded(update.difference["a"], Encoding.int8)
+    assert rounded(trained["a"], Encoding.int8)[0, 1] == 0.0
+    torch.testing.assert_close(sums[0, :2], torch.tensor([300.0, 1.0]), atol=0.005, rtol=0)
+
+
+def test_in_float32_a_difference_is_sent_as_it_is_and_nothing_is_kept() -> None:
+    received, trained = state(1), state(2)
+    update = make_update(received, trained, {}, Encoding.float32)
+    assert all(torch.equal(update.difference[name], value - received[name]) for name, value in trained.items())
+    assert update.residual == {}
+
+
+def test_a_value_that_is_not_finite_is_named() -> None:
+    received = state(1)
+    trained = {**received, "b": received["b"] * float("nan")}
+    with pytest.raises(MessageError, match="tensor 'b' holds nan, which cannot be sent"):
+        make_update(received, trained, {}, Encoding.int8)
+
+
+def test_the_servers_values_travel_as_they_are_or_as_differences_to_the_first_ones() -> None:
+    values, first = {"a": torch.tensor([3.0, 4.0])}, {"a": torch.tensor([1.0, 1.0])}
+    assert moved_from(values, first, Encoding.float32)["a"].tolist() == [3.0, 4.0]
+    assert moved_to(values, {}, Encoding.float32)["a"].tolist() == [3.0, 4.0]
+    sent = moved_from(values, first, Encoding.bfloat16)
+    assert sent["a"].tolist() == [2.0, 3.0]
+    assert moved_to(sent, first, Encoding.bfloat16)["a"].tolist() == [3.0, 4.0]
+
+
+def test_what_fits_no_first_value_is_left_to_the_check_that_names_it() -> None:
+    first = {"a": torch.tensor([1.0, 2.0])}
+    found = moved_to({"new": torch.ones(1), "a": torch.ones(1)}, first, Encoding.int8)
+    assert found["new"].tolist() == [1.0]
+    assert found["a"].shape == (1,)  # not broadcast
