@@ -22,7 +22,7 @@ from tap_flower.core.tasks import TASK_KINDS, TEXT_GENERATION
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec, TaskSpec
 from tap_flower.data.texts import load_tokenizer
-from tap_flower.errors import BackboneError
+from tap_flower.errors import BackboneError, ConfigError, SpecError
 from tap_flower.methods.method import Method
 from tap_flower.methods.session import Session
 from tap_flower.models.allocation import prepare_allocation
@@ -43,7 +43,11 @@ def client_of_node(context: Context, settings: HyperParameters) -> Client:
         BackboneError: its backbone cannot be used.
     """
     prepare_allocation()
-    return client_from_spec(this_node(context), settings)
+    try:
+        node = this_node(context)
+    except ConfigError as error:  # it may quote the node's own files
+        raise SpecError(str(error)) from error
+    return client_from_spec(node, settings)
 
 
 def client_from_spec(node: Node, settings: HyperParameters) -> Client:

@@ -186,10 +186,6 @@ class Privacy:
             never=never,
         )
 
-    def average(self, roster: Roster, names: list[str], tell: Tell) -> PrivateAverage:
-        """The averaging of a round over some clients."""
-        return PrivateAverage(self, roster, names, tell)
-
     def spent(self, roster: Roster) -> dict[str, Any]:
         """What `results.json` says of it."""
         holders = _holders(roster, roster.manifests)

@@ -7,24 +7,25 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 import torch
 import yaml
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
 from safetensors.torch import load_file
-from tap_flower.wire.manifest import Manifest
 from torch import Tensor
 from torch.nn import functional as F
 
 from tap_flower.client.from_spec import exchanged
-from tap_flower.config import client_specs
-from tap_flower.core.averaging import Aggregator
+from tap_flower.config import Encoding, client_specs
 from tap_flower.core.tasks import IGNORE, IMAGE_STD, TASK_KINDS
 from tap_flower.data.batching import ClientData
 from tap_flower.errors import ConfigError, DivergedError, RunError, StorageError
@@ -35,7 +36,11 @@ from tap_flower.report.check_tables import exchange_line
 from tap_flower.report.events import read_events
 from tap_flower.run.in_process import Tamper
 from tap_flower.server import grid as exchange
+from tap_flower.server.roster import Roster
+from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
+from tap_flower.wire.messages import ARRAYS, FIELDS, Manifest
+from tap_flower.wire.tensors import decode_tensors, encode_tensors
 from tests.federations import (
     CLIENTS,
     LANGUAGES,
@@ -51,15 +56,16 @@ from tests.federations import (
 from tests.grid import InProcessGrid, Playback, Replies, recorded, round_of
 from tests.toys import TOYS, task
 
+FLOAT = Encoding.float32
 EVERYBODY = {"ann", "bob", "cleo", "dan"}
-MODELS = {"server": "received", "server+finetune": "server+finetune", "personal": "personal", "tap": "tap"}
+MODELS = {"server": "server", "server+finetune": "server+finetune", "personal": "personal", "tap": "tap"}
 """Model in the results -> its file in a client's folder."""
 
 
 def sent(grid: InProcessGrid, message_type: str) -> list[tuple[int, int, dict[str, Tensor]]]:
     """(round, node, tensors) of what the server sent."""
     return [
-        (round_of(m), m.metadata.dst_node_id, messages.decode_tensors(m.content))
+        (round_of(m), m.metadata.dst_node_id, messages.tensors_of(m.content, FLOAT))
         for m in grid.sent
         if m.metadata.message_type == message_type
     ]
@@ -72,7 +78,7 @@ def without_times(results: dict[str, Any]) -> dict[str, Any]:
 def weight(manifest: Manifest, tensor: str) -> int:
     """Training examples of the client's tasks that reach the tensor's component."""
     component = manifest.tensors[tensor].component
-    return sum(task.examples for task in manifest.tasks if component in manifest.reach[task.pair.task])
+    return sum(task.examples for task in manifest.tasks if component in manifest.reach[task.task])
 
 
 def means(returned: dict[str, dict[str, Tensor]], manifests: dict[str, Manifest]) -> dict[str, Tensor]:
@@ -110,10 +116,10 @@ def test_a_whole_run(whole: Whole) -> None:
     assert (federation.out / "config.yaml").exists()
     # TAP: two models of 2 steps in each of two rounds, and two of 2 in stage 2.
     assert results["steps"] == dict.fromkeys(EVERYBODY, 2 * (2 + 2) + (2 + 2))
-    # Each tensor is 4 bytes a value and a header of 128: twice there and back, there for stage 2, not for the evaluation.
+    # Each tensor is 4 bytes a value and a header of 128: twice there and back, there for stage 2 and for the evaluation.
     each = sum(4 * math.prod(info.shape) + 128 for m in manifests.values() for info in m.tensors.values())
     total = results["bytes"]
-    assert (total["down"], total["up"]) == (3 * each, 2 * each)
+    assert (total["down"], total["up"]) == (4 * each, 2 * each)
     assert total["down"] == sum(c["down"] for c in total["per_component"].values())
     assert [e["event"] for e in read_events(federation.out)][-1] == "end"
 
@@ -125,7 +131,7 @@ def test_the_metrics_of_a_run_are_those_of_the_models_that_the_clients_keep(whol
         for model, file in MODELS.items():
             net = toy.net().eval()
             state = load_file(whole_toys.federation.state(toy.name) / f"{file}.safetensors")
-            net.load_state_dict({name.removeprefix("components."): value for name, value in state.items()})
+            net.load_state_dict({name: value for name, value in state.items() if ":" not in name})
             for name, examples in toy.tasks.items():
                 *inputs, target = task(name, toy.name, examples).test.tensors
                 with torch.no_grad():
@@ -168,27 +174,34 @@ def test_two_runs_with_one_seed_are_equal_whatever_the_order_of_replies(
     assert without_times(other.strategy().start(other.grid()).summary)["clients"] != found["clients"]
 
 
-def test_after_aggregation_every_client_starts_from_exactly_the_servers_tensors(whole: Whole) -> None:
+def test_after_aggregation_every_client_starts_from_the_servers_value_plus_the_mean_difference(whole: Whole) -> None:
     roster = whole.strategy.roster
-    first = {node: tensors for round_, node, tensors in sent(whole.grid, messages.TRAIN) if round_ == 1}
+    began = {
+        round_: {
+            name: value for r, _, own in sent(whole.grid, messages.TRAIN) if r == round_ for name, value in own.items()
+        }
+        for round_ in (1, 2)
+    }
     assert whole.returned(1).keys() == whole.returned(2).keys() == EVERYBODY
     compared = 0
-    for message_type, server_round in ((messages.TRAIN, 2), (messages.DISTILL, 2)):
-        expected = means(whole.returned(1 if message_type == messages.TRAIN else 2), roster.manifests)
-        for _, _, tensors in [row for row in sent(whole.grid, message_type) if row[0] == server_round]:
+    for message_type, after in ((messages.TRAIN, 1), (messages.PERSONALISE, 2)):
+        difference = means(whole.returned(after), roster.manifests)
+        for _, _, tensors in [row for row in sent(whole.grid, message_type) if row[0] == 2]:
             for name, value in tensors.items():
-                torch.testing.assert_close(value.double(), expected[name], atol=1e-9, rtol=1e-6)
+                expected = began[after][name].double() + difference[name]
+                torch.testing.assert_close(value.double(), expected, atol=1e-9, rtol=1e-6)
                 compared += 1
     # After each of two rounds every tensor of every client; the toys have 10, 14, 12 and 10.
     assert compared == 2 * sum(len(manifest.tensors) for manifest in roster.manifests.values())
     assert compared == 92 if whole.kind == "toys" else compared > 600
-    moved = [n for n, v in first[100].items() if not torch.equal(v, roster.tensors[n])]
-    assert len(moved) > 0.9 * len(first[100])
+    moved = [n for n, v in began[1].items() if not torch.equal(v, roster.tensors[n])]
+    assert len(moved) > 0.9 * len(began[1])
 
 
 def test_components_are_averaged_over_those_who_reach_them(whole_toys: Whole) -> None:
     """By hand: ann has 16 texts; bob 12 texts and 8 images; cleo 8 of both at once; dan 10 texts."""
     returned, new = whole_toys.returned(2), whole_toys.strategy.roster.tensors
+    old = {name: value for r, _, own in sent(whole_toys.grid, messages.TRAIN) if r == 2 for name, value in own.items()}
     expected = {
         "words.weight_ih_l0": {"ann": 16, "bob": 12, "cleo": 8, "dan": 10},
         "image.weight": {"bob": 8, "cleo": 8},
@@ -198,14 +211,14 @@ def test_components_are_averaged_over_those_who_reach_them(whole_toys: Whole) ->
         "heads.translation.weight": {"dan": 10},
     }
     for name, weights in expected.items():
-        tensor = f"components.{name}"
-        total = torch.stack([count * returned[client][tensor].double() for client, count in weights.items()]).sum(0)
-        torch.testing.assert_close(new[tensor].double(), total / sum(weights.values()), atol=1e-9, rtol=1e-6)
-        assert {client for client, tensors in returned.items() if tensor in tensors} == weights.keys()
+        total = torch.stack([count * returned[client][name].double() for client, count in weights.items()]).sum(0)
+        expected_value = old[name].double() + total / sum(weights.values())
+        torch.testing.assert_close(new[name].double(), expected_value, atol=1e-9, rtol=1e-6)
+        assert {client for client, tensors in returned.items() if name in tensors} == weights.keys()
 
 
 def test_the_client_trains_what_it_received(whole: Whole) -> None:
-    received = [tensors for _, _, tensors in sent(whole.grid, messages.TRAIN) + sent(whole.grid, messages.DISTILL)]
+    received = [tensors for _, _, tensors in sent(whole.grid, messages.TRAIN) + sent(whole.grid, messages.PERSONALISE)]
     assert len(whole.started) == len(received) == 12
     for (_, start), tensors in zip(whole.started, received, strict=True):
         assert start.keys() == tensors.keys()
@@ -214,40 +227,48 @@ def test_the_client_trains_what_it_received(whole: Whole) -> None:
 
 def test_a_component_that_nobody_returned_keeps_its_value(federation: ToyFederation) -> None:
     federation.settings.append("clients_per_round=1")
-    grid, strategy = federation.grid(), federation.strategy()
-    before: list[dict[str, Tensor]] = []
-    result = Aggregator.result
+    grid, states = federation.grid(), list[dict[str, Tensor]]()
 
-    def spy(self: Aggregator) -> dict[str, Tensor]:
-        before.append(dict(self._previous))
-        return result(self)
+    def note(server_round: int, arrays: ArrayRecord) -> None:
+        states.append(decode_tensors(arrays, FLOAT))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Aggregator, "result", spy)
-        strategy._gather(grid)
-        strategy._rounds(grid)
-    states = [*before[1:], strategy.roster.tensors]
+    federation.strategy().start(grid, evaluate_fn=note)
     rounds = [tensors.keys() for _, _, tensors in sent(grid, messages.TRAIN)]
     assert len(rounds) == 2
-    for old, new, trained in zip(before, states, rounds, strict=True):
+    for old, new, trained in zip(states, states[1:], rounds, strict=False):
         kept = old.keys() - trained
         assert kept
         assert all(torch.equal(old[name], new[name]) for name in kept)
         assert any(not torch.equal(old[name], new[name]) for name in trained)
 
 
+class Gathered(Exception):
+    """Ends a run that has come far enough."""
+
+
+def gathered(strategy: TapStrategy, grid: Grid) -> Roster:
+    """The roster of a run before its first round."""
+
+    def stop(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        raise Gathered
+
+    with pytest.raises(Gathered):
+        strategy.start(grid, evaluate_fn=stop)
+    return strategy.roster
+
+
 def test_a_check_tells_the_tensors_and_bytes_of_the_manifest(spec_federation: Federation) -> None:
-    grid, strategy = spec_federation.grid(), spec_federation.strategy()
-    strategy._gather(grid)
-    assert strategy.roster.manifests.keys() == EVERYBODY
+    strategy = spec_federation.strategy()
+    roster = gathered(strategy, spec_federation.grid())
+    assert roster.manifests.keys() == EVERYBODY
     for spec in client_specs(strategy.config):
         tensors = exchanged(spec, strategy.config.model)
-        manifest = strategy.roster.manifests[spec.name].tensors
+        manifest = roster.manifests[spec.name].tensors
         assert {name: tuple(t.shape) for name, t in tensors.items()} == {n: i.shape for n, i in manifest.items()}
         megabytes = sum(math.prod(info.shape) * 4 for info in manifest.values()) / 1e6
         assert f"{len(manifest)} tensors, {megabytes:.3f} MB of values to the client" in exchange_line(tensors)
-        arrays = messages.encode_tensors(strategy.roster.tensors_for(spec.name)[0])
-        on_the_wire = messages.payload_bytes(messages.encode({}, arrays))
+        arrays = encode_tensors({name: roster.tensors[name] for name in manifest}, FLOAT)
+        on_the_wire = {name: len(array.data) for name, array in arrays.items()}
         header = 128  # of an array
         assert on_the_wire == {name: tensor.nbytes + header for name, tensor in tensors.items()}
 
@@ -260,15 +281,12 @@ def test_messages_hold_the_tensors_of_the_clients_own_pairs_and_nothing_else(who
         if message.metadata.message_type == messages.MANIFEST:
             assert not message.content.array_records
             continue
-        assert set(message.content.keys()) <= {"tap", "tensors"}
-        if "tensors" not in message.content:
+        assert set(message.content.keys()) <= {FIELDS, ARRAYS, "config" if message in grid.sent else "metrics"}
+        if ARRAYS not in message.content:
             continue
-        tensors = messages.decode_tensors(message.content)
+        tensors = messages.tensors_of(message.content, FLOAT)
         node = message.metadata.dst_node_id if message in grid.sent else message.metadata.src_node_id
-        if message.metadata.message_type == messages.EVALUATE:
-            assert not tensors  # the client holds them from stage 2
-        else:
-            assert tensors.keys() == roster.manifests[names[node]].tensors.keys()
+        assert tensors.keys() == roster.manifests[names[node]].tensors.keys()
         assert not any(name.startswith("backbone.") for name in tensors)
         checked += 1
     assert checked == 4 * (2 + 2 + 1 + 1)  # two rounds there and back, stage 2 and evaluation there
@@ -280,9 +298,9 @@ def test_nothing_of_a_personal_model_is_in_a_message(whole: Whole) -> None:
     wire: set[bytes] = set()
     text = ""
     for message in [*whole.grid.sent, *whole.grid.received]:
-        record = message.content.array_records.get("tensors", {})
+        record = message.content.array_records.get(ARRAYS, {})
         wire |= {array.numpy().tobytes() for array in record.values()}
-        text += json.dumps(messages.decode(message.content))
+        text += str(message.content.config_records[FIELDS]["json"])
     personal = 0
     for name in EVERYBODY:
         folder = whole.federation.state(name)
@@ -312,12 +330,12 @@ def broken(change: Change, node: int = 100, round_: int = 1) -> Tamper:
             return reply
         if round_of(message) != round_:
             return reply
-        tensors = dict(messages.decode_tensors(reply.content))
+        tensors = dict(messages.tensors_of(reply.content, FLOAT))
         change(tensors)
         content = RecordDict(
             {
-                "tap": reply.content["tap"],
-                "tensors": ArrayRecord({n: Array(np.asarray(t)) for n, t in tensors.items()}),
+                **reply.content,
+                ARRAYS: ArrayRecord({n: Array(np.asarray(t)) for n, t in tensors.items()}),
             }
         )
         return Message(content, reply_to=message)
@@ -389,14 +407,20 @@ def lost(message: Message, reply: Message) -> Message | None:
 @each_kind
 def test_a_dropped_reply_leaves_no_trace(kind: str, tmp_path: Path, whole_toys: Whole, replies: Replies) -> None:
     """The server after a round with a bad reply equals the server after a round without that client."""
-    found = []
+    found: list[dict[str, Tensor]] = []
     for number, tamper in enumerate((broken(nan), lost)):
-        federation = federation_of(kind, tmp_path / str(number), "round_timeout=1")
+        states: list[dict[str, Tensor]] = []
+
+        def note(server_round: int, arrays: ArrayRecord, states: list[dict[str, Tensor]] = states) -> None:
+            states.append(decode_tensors(arrays, FLOAT))
+            if server_round == 1:
+                raise Gathered
+
+        federation = federation_of(kind, tmp_path / str(number), "round_timeout=1", "rounds=1")
         grid = Playback(replies, tamper=tamper) if kind == "toys" else federation.grid(tamper=tamper)
-        strategy = federation.strategy()
-        strategy._gather(grid)
-        strategy._train(grid, 1, sorted(EVERYBODY))
-        found.append(strategy.roster.tensors)
+        with pytest.raises(Gathered):
+            federation.strategy().start(grid, evaluate_fn=note)
+        found.append(states[1])
         (event,) = [e for e in read_events(federation.out) if e["event"] == "dropped"]
         assert event["who"] == "client 'ann'"
     assert found[0].keys() == found[1].keys()
@@ -404,7 +428,7 @@ def test_a_dropped_reply_leaves_no_trace(kind: str, tmp_path: Path, whole_toys: 
     if kind == "toys":  # and it is the mean of the others' replies
         returned = {name: own for name, own in whole_toys.returned(1).items() if name != "ann"}
         for name, mean in means(returned, whole_toys.strategy.roster.manifests).items():
-            torch.testing.assert_close(found[0][name].double(), mean, atol=1e-9, rtol=1e-6)
+            torch.testing.assert_close(found[0][name].double(), states[0][name].double() + mean, atol=1e-9, rtol=1e-6)
 
 
 def _is_train(message: Message) -> bool:
@@ -415,9 +439,9 @@ def test_a_client_that_fails_is_named_and_the_round_goes_on(
     federation: ToyFederation, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(client: Any, server_round: int, *rest: Any) -> Any:
-        if (client.holdings.name, server_round) == ("bob", 1):
+        if (client.name, server_round) == ("bob", 1):
             raise DivergedError("the training loss of task 'languages' is nan: lower the learning rate")
-        if (client.holdings.name, server_round) == ("cleo", 2):
+        if (client.name, server_round) == ("cleo", 2):
             raise RuntimeError("cosmic ray")
         return tap.participate(client, server_round, *rest)
 
@@ -463,9 +487,7 @@ def test_fewer_nodes_than_a_round_has_clients_is_an_error_that_counts_them(feder
 
 def test_a_node_too_many_is_told_how_many_there_are(spec_federation: Federation) -> None:
     spec_federation.clients += 1
-    strategy = spec_federation.strategy()
-    strategy._gather(spec_federation.grid())
-    assert set(strategy.roster.names) == EVERYBODY
+    assert set(gathered(spec_federation.strategy(), spec_federation.grid()).names) == EVERYBODY
     (event,) = [e for e in read_events(spec_federation.out) if e["event"] == "dropped"]
     assert event["who"] == "node 104"
     assert re.search("more nodes than the 4 clients.*num-supernodes=4", event["problem"])
@@ -507,10 +529,10 @@ def test_tasks_of_one_name_with_other_classes_are_refused(make_spec_federation: 
 
 def test_another_version_is_refused(federation: ToyFederation, monkeypatch: pytest.MonkeyPatch) -> None:
     grid, strategy = federation.grid(), federation.strategy()
-    version = messages.version
-    calls = iter(range(10**6))
-    monkeypatch.setattr(messages, "version", lambda: {**version(), "version": "9.9" if next(calls) == 0 else "0.1.0"})
-    with pytest.raises(RunError, match=r"the server speaks protocol 4 of tap-flower 9.9.*install the same version"):
+    instruction = TapStrategy._instruction
+    other = partial(msgspec.structs.replace, version="9.9")
+    monkeypatch.setattr(TapStrategy, "_instruction", lambda self, number: other(instruction(self, number)))
+    with pytest.raises(RunError, match=r"the server speaks protocol 5 of tap-flower.*install one version"):
         strategy.start(grid)
 
 
@@ -535,7 +557,7 @@ def test_a_resumed_run_gives_the_results_of_an_uninterrupted_one(
         crashed.strategy().start(grid)
     if crash_round == 1:  # there is no complete round to go on from
         with pytest.raises(StorageError):
-            crashed.strategy(resume=True)
+            crashed.strategy(resume=True).start(crashed.grid())
         return
     resumed = without_times(crashed.strategy(resume=True).start(crashed.grid()).summary)
     whole = whole_toys if kind == "toys" else run_whole(kind, tmp_path / "whole")
@@ -546,13 +568,11 @@ def test_a_resumed_run_gives_the_results_of_an_uninterrupted_one(
 def test_resuming_with_another_configuration_is_refused(whole: Whole) -> None:
     other = replace(whole.federation, settings=[*whole.federation.settings, "rounds=3"])
     with pytest.raises(ConfigError, match=r"another configuration \(rounds differ\)"):
-        other.strategy(resume=True)
+        other.strategy(resume=True).start(other.grid())
 
 
 def test_sampling_goes_by_names_not_by_node_ids(federation: ToyFederation, replies: Replies) -> None:
-    strategy = federation.strategy()
-    strategy._gather(Playback(replies))
-    roster = strategy.roster
+    roster = gathered(federation.strategy(), Playback(replies))
     rounds = [roster.sample(r, 2) for r in range(1, 60)]
     roster.nodes = {name: 9000 - node for name, node in roster.nodes.items()}
     assert [roster.sample(r, 2) for r in range(1, 60)] == rounds
@@ -580,7 +600,7 @@ def test_a_new_client_with_a_new_pair_may_join_in_any_round(federation: ToyFeder
     first = next(t for r, node, t in sent(grid, messages.TRAIN) if node == 103)
     manifest = strategy.roster.manifests["dan"]
     new = {name for name in first if name not in known[0]}
-    assert new == {"components.heads.translation.weight", "components.heads.translation.bias"}
+    assert new == {"heads.translation.weight", "heads.translation.bias"}
     for name in new:
         info = manifest.tensors[name]
         assert torch.equal(first[name], info.initial.value(name, info.shape, strategy.config.seed))

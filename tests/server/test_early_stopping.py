@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from tap_flower.client.state import BEST, ClientStore
+from tap_flower.client.state import BEST, StateFolder
 from tap_flower.core.components import cpu_state
 from tap_flower.files import read_tensors
 from tap_flower.methods.session import Session
 from tap_flower.report.events import read_events
 from tap_flower.server.early_stopping import Validation
 from tap_flower.server.strategy import TapStrategy
+from tap_flower.wire.messages import Epoch
 from tests.federation.test_federation import sent
 from tests.federations import Make, ToyFederation, federation_of_toys
 from tests.grid import InProcessGrid
@@ -77,18 +78,19 @@ def test_stage_1_ends_after_the_patience_and_stage_2_starts_from_the_best_round(
     assert results["rounds"] == 4
     # What the clients got for stage 2 is what round 3 began with.
     after_2 = {node: tensors for number, node, tensors in sent(grid, "train") if number == 3}
-    assert [len(after_2[node]) for node in (100, 101)] == [10, 14]  # ann's and bob's tensors, all of them
-    for _, node, tensors in sent(grid, "train.distill"):
+    assert [len(after_2[node]) for node in (100, 101)] == [10, 14]  # ann's and bob's tensors
+    for _, node, tensors in sent(grid, "train.personalise"):
         assert tensors.keys() >= after_2[node].keys()
         assert all(tensors[name].equal(value) for name, value in after_2[node].items())
     # And their personal models are those of round 2.
-    run = read_tensors(federation.out / "server" / "server.safetensors")[1]["run"]
+    record = read_tensors(federation.out / "server" / "server.safetensors")[1]
+    epochs = [Epoch(**epoch) for epoch in record["epochs"]]
     for name in ("ann", "bob"):
-        store = ClientStore(federation.state(name), run)
+        store = StateFolder(federation.state(name), record["run"], epochs)
         best, last = store.load_best(2), store.load()
         assert best is not None
         assert last is not None
-        assert (best.server_round, last.server_round) == (2, 4)
+        assert (best.round, last.round) == (2, 4)
         assert (store.folder / BEST).exists()
 
 
@@ -101,16 +103,16 @@ def test_a_resumed_run_stops_at_the_same_round(
         pass
 
     again = stopping(tmp_path)
-    train = TapStrategy._train
+    configure = TapStrategy.configure_train
 
-    def crashing(self: Any, grid: Any, server_round: int, names: list[str]) -> Any:
+    def crashing(self: Any, server_round: int, *rest: Any) -> Any:
         if server_round == 4:
             raise Crash
-        return train(self, grid, server_round, names)
+        return configure(self, server_round, *rest)
 
     with best_after_round_2() as patch:
         with patch.context() as crashes:
-            crashes.setattr(TapStrategy, "_train", crashing)
+            crashes.setattr(TapStrategy, "configure_train", crashing)
             with pytest.raises(Crash):
                 again.strategy().start(again.grid())
         results = again.strategy(resume=True).start(again.grid()).summary
@@ -126,14 +128,15 @@ def test_scores_are_the_clients_own_models_on_validation_data(
 
     def watched(self: Session, model: Any, split: str) -> dict[str, float]:
         found = scores(self, model, split)
-        seen[self.holdings.name] = split, cpu_state(model), found
+        seen[self.name] = split, cpu_state(model), found
         return found
 
     monkeypatch.setattr(Session, "scores", watched)
     federation.strategy().start(federation.grid())
-    run = read_tensors(federation.out / "server" / "server.safetensors")[1]["run"]
+    record = read_tensors(federation.out / "server" / "server.safetensors")[1]
+    epochs = [Epoch(**epoch) for epoch in record["epochs"]]
     for name, (split, state, _) in seen.items():
-        kept = ClientStore(federation.state(name), run).load()
+        kept = StateFolder(federation.state(name), record["run"], epochs).load()
         assert split == "validation"
         assert kept is not None
         assert all(state[tensor].equal(value) for tensor, value in kept.memory.models["personal"].items())

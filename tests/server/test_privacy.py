@@ -10,23 +10,30 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import Message
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("dp_accounting", reason='needs: pip install "tap-flower[privacy]"')
 
-from tap_flower.server.accounting import Budget, Ledger
-
+from tap_flower.config import Encoding
 from tap_flower.errors import MessageError
 from tap_flower.files import read_record
 from tap_flower.report.events import read_events
-from tap_flower.server.privacy import Privacy
+from tap_flower.server.privacy import Budget, Ledger, Privacy, PrivateAverage
 from tap_flower.server.roster import Roster
 from tap_flower.server.strategy import TapStrategy
+from tap_flower.wire import messages
+from tap_flower.wire.tensors import decode_tensors
 from tests.federation.test_federation import broken, lost
 from tests.federations import Make, ToyFederation
-from tests.server.test_averaging import roster, update
+from tests.grid import round_of
+from tests.server.test_rounds import difference, roster
+from tests.toys import TOYS
+
+ANN, BOB, _, DAN = TOYS
+FLOAT = Encoding.float32
 
 
 def no_noise(count: int) -> bytes:
@@ -39,20 +46,17 @@ def private(needed: int = 1, clip_norm: float = 6.5, noise_multiplier: float = 2
 
 
 def averaged(
-    privacy: Privacy, made: Roster, updates: dict[str, dict[str, Tensor] | None]
+    privacy: Privacy, made: Roster, differences: dict[str, dict[str, Tensor] | None]
 ) -> tuple[dict[str, Tensor], set[str], dict[str, Any]]:
     """A round over some clients, None being one that does not answer: tensors, what was released, the event."""
     told: dict[str, Any] = {}
-    average = privacy.average(made, list(updates), lambda event, **values: told.update(values, event=event))
-    for name, returned in updates.items():
+    average = PrivateAverage(privacy, made, list(differences), lambda event, **values: told.update(values, event=event))
+    before = dict(privacy.ledger.rounds)
+    for name, returned in differences.items():
         if returned is not None:
-            held = made.manifests[name].component_of
-            changed = {
-                held[tensor] for tensor, value in returned.items() if not torch.equal(value, made.tensors[tensor])
-            }
-            sent = {tensor: value for tensor, value in returned.items() if held[tensor] in changed}
-            average.add(name, sent, set(held.values()) - changed)
-    return *average.finish(), told
+            average.add(name, returned)
+    tensors = average.finish()
+    return tensors, {c for c, count in privacy.ledger.rounds.items() if count > before.get(c, 0)}, told
 
 
 def test_every_holder_counts_once_and_whoever_is_silent_counts_as_no_change() -> None:
@@ -61,8 +65,8 @@ def test_every_holder_counts_once_and_whoever_is_silent_counts_as_no_change() ->
         privacy := private(),
         made,
         {
-            "ann": update(made, "ann", trunk=[0.0, 2.0, 0.0]),
-            "bob": update(made, "bob", trunk=[3.0, 4.0, 0.0], head_a=[12.0, 0.0]),  # ‖·‖ = 13: half of it counts
+            "ann": difference(made, "ann", trunk=[0.0, 2.0, 0.0]),
+            "bob": difference(made, "bob", trunk=[3.0, 4.0, 0.0], head_a=[12.0, 0.0]),  # ‖·‖ = 13: half of it counts
             "cleo": None,
         },
     )
@@ -89,7 +93,7 @@ def test_the_noise_of_a_component_goes_with_its_holders_in_the_round() -> None:
 def test_a_component_with_too_few_holders_keeps_its_value(caplog: pytest.LogCaptureFixture) -> None:
     made = roster(ann={"a": 9}, bob={"a": 1}, cleo={"b": 7})
     privacy = private(needed=2, source=secrets.token_bytes)
-    updates = {name: update(made, name, trunk=[1.0, 1.0, 1.0]) for name in ("ann", "bob", "cleo")}
+    updates = {name: difference(made, name, trunk=[1.0, 1.0, 1.0]) for name in ("ann", "bob", "cleo")}
     updates["cleo"]["head/b.w"] += 5.0
     tensors, released, told = averaged(privacy, made, updates)
     assert released == {"trunk", "head/a"}
@@ -109,14 +113,14 @@ def test_a_component_with_too_few_holders_keeps_its_value(caplog: pytest.LogCapt
 
 def test_a_refused_reply_is_as_silent_as_none() -> None:
     made = roster(ann={"a": 1}, bob={"a": 1})
-    good = update(made, "bob", trunk=[3.0, 0.0, 0.0])
-    average = private().average(made, ["ann", "bob"], lambda *_, **__: None)
+    good = difference(made, "bob", trunk=[3.0, 0.0, 0.0])
+    average = PrivateAverage(private(), made, ["ann", "bob"], lambda *_, **__: None)
     with pytest.raises(MessageError, match="not finite"):
-        average.add("ann", update(made, "ann", head_a=[math.nan, 0.0]), [])
+        average.add("ann", difference(made, "ann", head_a=[math.nan, 0.0]))
     with pytest.raises(MessageError, match="lacks 1 tensors"):
-        average.add("ann", {"trunk.w": torch.ones(3)}, [])
-    average.add("bob", good, [])
-    assert average.finish()[0]["trunk.w"].tolist() == [2.5, 1.0, 1.0]
+        average.add("ann", {"trunk.w": torch.ones(3)})
+    average.add("bob", good)
+    assert average.finish()["trunk.w"].tolist() == [2.5, 1.0, 1.0]
 
 
 changes = st.lists(st.floats(-(2.0**40), 2.0**40, width=32), min_size=7, max_size=7)
@@ -127,21 +131,21 @@ def test_no_client_moves_the_sums_by_more_than_the_sensitivity(own: list[float],
     """Before the noise: all components together, times their holders, with and without a client's change."""
     made = roster(ann={"a": 1, "b": 1}, bob={"a": 1, "b": 1}, cleo={"b": 1})
     updates = {
-        name: update(made, name, trunk=values[:3], head_a=values[3:5], head_b=values[5:])
+        name: difference(made, name, trunk=values[:3], head_a=values[3:5], head_b=values[5:])
         for name, values in (("ann", own), ("bob", others), ("cleo", others))
     }
     found = []
     for ann in (updates["ann"], None):
-        average = private(clip_norm=c).average(made, ["ann", "bob", "cleo"], lambda *_, **__: None)
+        average = PrivateAverage(private(clip_norm=c), made, ["ann", "bob", "cleo"], lambda *_, **__: None)
         for name, returned in {**updates, "ann": ann}.items():
             if returned is not None:
-                average.add(name, returned, [])
-        found.append(average._means())
+                average.add(name, returned)
+        found.append(average._averaging.means(average._holders))
     with_, without = found
     holders = {"trunk.w": 3, "head/a.w": 2, "head/b.w": 3}
-    squares = [(m * (with_[n].double() - without[n])).square().sum() for n, m in holders.items()]
+    squares = [(m * (with_[n] - without[n])).square().sum() for n, m in holders.items()]
     length = math.sqrt(sum(map(float, squares)))
-    norm = math.sqrt(sum(float((v.double() - 1).square().sum()) for v in updates["ann"].values()))
+    norm = math.sqrt(sum(float(v.double().square().sum()) for v in updates["ann"].values()))
     assert length <= c * (1 + 1e-6) + 1e-11
     assert length == pytest.approx(min(c, norm), rel=1e-5, abs=1e-10)
 
@@ -173,7 +177,7 @@ def quick(federation: ToyFederation, *settings: str) -> ToyFederation:
     return federation
 
 
-def test_a_private_run_and_one_that_is_resumed(make_federation: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_private_run_and_one_that_is_resumed(make_federation: Make) -> None:
     whole = quick(make_federation(), "rounds=3")
     strategy = whole.strategy()
     results = strategy.start(whole.grid()).summary
@@ -191,7 +195,7 @@ def test_a_private_run_and_one_that_is_resumed(make_federation: Make, monkeypatc
     assert found["head/translation"] == {"epsilon": 0.0, "holders": 1, "rounds": 0}
     initial: dict[str, Tensor] = {}
     for manifest in strategy.roster.manifests.values():
-        initial |= manifest.initial_values(manifest.tensors, strategy.config.seed)
+        initial |= manifest.first_values(manifest.tensors, strategy.config.seed)
     for name, value in strategy.roster.tensors.items():
         released = found[strategy.roster.component_of[name]]["rounds"] > 0
         assert torch.equal(value, initial[name]) != released, name
@@ -209,26 +213,34 @@ def test_a_private_run_and_one_that_is_resumed(make_federation: Make, monkeypatc
         pass
 
     again = quick(make_federation(), "rounds=3")
-    train = TapStrategy._train
 
-    def crashing(self: Any, grid: Any, server_round: int, names: list[str]) -> Any:
-        # All of the round before is on disk, before anything of it is sent.
-        record = read_record(again.out / "server" / "server.safetensors") if server_round > 1 else {"round": 0}
-        assert record["round"] == server_round - 1
-        if server_round == 3:
-            raise Crash
-        return train(self, grid, server_round, names)
+    def crash(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == messages.TRAIN:
+            # All of the round before is on disk, before anything of it is sent.
+            server_round = round_of(message)
+            record = read_record(again.out / "server" / "server.safetensors") if server_round > 1 else {"round": 0}
+            assert record["round"] == server_round - 1
+            if server_round == 3:
+                raise Crash
+        return reply
 
-    with monkeypatch.context() as patch:
-        patch.setattr(TapStrategy, "_train", crashing)
-        with pytest.raises(Crash):
-            again.strategy().start(again.grid())
-    resumed = again.strategy(resume=True)
-    assert resumed.progress.privacy.clients == {"ann": 2, "bob": 2, "cleo": 2, "dan": 2}
-    after = resumed.start(again.grid())
+    with pytest.raises(Crash):
+        again.strategy().start(again.grid(tamper=crash))
+    ledger = read_record(again.out / "server" / "server.safetensors")["privacy"]
+    assert ledger["clients"] == {"ann": 2, "bob": 2, "cleo": 2, "dan": 2}
+    after = again.strategy(resume=True).start(again.grid()).summary
     assert after["privacy"] == spent
     assert [e["round"] for e in read_events(again.out) if e["event"] == "privacy_round"] == [1, 2, 3]
     assert after["clients"] != results["clients"]  # other noise: a private run cannot be repeated
+
+
+class Quiet(TapStrategy):
+    """Without noise."""
+
+    def configure_train(self, *args: Any) -> Any:
+        assert self.privacy is not None
+        self.privacy.random_bytes = no_noise
+        return super().configure_train(*args)
 
 
 def huge(tensors: dict[str, Any]) -> None:
@@ -237,27 +249,24 @@ def huge(tensors: dict[str, Any]) -> None:
 
 
 def test_a_client_with_an_absurd_update_moves_the_server_no_further_than_any_other(make_federation: Make) -> None:
-    found, holders = [], dict[str, int]()
+    found = []
     for tamper in (broken(huge), lost):
-        federation = quick(make_federation(), "rounds=1", "privacy.max_noise=10", "privacy.clip_norm=0.5")
-        grid, strategy = federation.grid(tamper=tamper), federation.strategy()
+        federation = quick(
+            make_federation([ANN, BOB, DAN]), "rounds=1", "privacy.max_noise=10", "privacy.clip_norm=0.5"
+        )
+        grid, values = federation.grid(tamper=tamper), list[dict[str, Tensor]]()
+        strategy = Quiet(config=federation.strategy().config, run_folder=federation.out)
+        strategy.start(grid, timeout=0.1, evaluate_fn=lambda _, arrays, values=values: values.append(decode_tensors(arrays, FLOAT)))
         assert strategy.privacy is not None
-        strategy.privacy.random_bytes = no_noise
-        strategy._gather(grid)
-        strategy.config.round_timeout = 0.1
-        strategy._train(grid, 1, ["ann", "bob", "dan"])
-        found.append(strategy.roster.tensors)
-        holders = {c: part["holders"] for c, part in strategy.privacy.spent(strategy.roster)["components"].items()}
+        found.append(values[1])
         (event,) = [e for e in read_events(federation.out) if e["event"] == "privacy_round"]
         assert ("ann" in event["norms"]) == (tamper is not lost)
-    assert min(event["norms"].values()) > 0
     component_of = strategy.roster.component_of
     asked = {"head/languages": 2, "encoder/words": 3, "head/translation": 1}
     squares = 0.0
     for name, value in found[0].items():
         component = component_of[name]
-        count = sum(component in m.component_of.values() for n, m in strategy.roster.manifests.items() if n != "cleo")
+        count = sum(component in m.component_of.values() for m in strategy.roster.manifests.values())
         assert count == asked.get(component, count)
         squares += float((count * (value.double() - found[1][name])).square().sum())
-    assert holders["encoder/words"] == 4
     assert math.sqrt(squares) == pytest.approx(0.5, rel=1e-3)  # C, and not a bit further

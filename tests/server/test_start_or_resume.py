@@ -15,14 +15,14 @@ def test_a_used_folder_is_not_overwritten(federation: ToyFederation) -> None:
     federation.out.mkdir()
     (federation.out / "precious").write_text("x")
     with pytest.raises(ConfigError, match="is not empty: give another folder.*--resume"):
-        federation.strategy()
+        federation.strategy().start(federation.grid())
 
 
 def test_a_folder_that_cannot_be_made_is_named(federation: ToyFederation) -> None:
     federation.folder = federation.folder / "file" / "below"
     federation.folder.parent.write_text("x")
     with pytest.raises(StorageError, match="the run folder .*run cannot be made: Not a directory"):
-        federation.strategy()
+        federation.strategy().start(federation.grid())
 
 
 def test_a_run_whose_tracker_cannot_begin_is_not_in_the_way_of_the_next(
@@ -34,12 +34,19 @@ def test_a_run_whose_tracker_cannot_begin_is_not_in_the_way_of_the_next(
     monkeypatch.setitem(TRACKERS, "mlflow", refused)  # type: ignore[index]
     federation.settings.append("trackers=mlflow")
     with pytest.raises(ConfigError, match="'mlflow', which cannot begin"):
-        federation.strategy()
+        federation.strategy().start(federation.grid())
     federation.settings.remove("trackers=mlflow")
-    federation.strategy()
+    federation.strategy().start(federation.grid())
     assert (federation.out / "config.yaml").exists()
 
 
 def test_an_unreadable_checkpoint_is_named(federation: ToyFederation) -> None:
     with pytest.raises(StorageError, match="server.safetensors does not exist"):
-        federation.strategy(resume=True)
+        federation.strategy(resume=True).start(federation.grid())
+
+
+def test_another_configuration_is_not_resumed(federation: ToyFederation) -> None:
+    federation.strategy().start(federation.grid())
+    federation.settings += ["seed=9", "train.steps=3"]
+    with pytest.raises(ConfigError, match=r"another configuration \(seed, train differ\): resume it with the same"):
+        federation.strategy(resume=True).start(federation.grid())
