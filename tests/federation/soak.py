@@ -9,21 +9,20 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
-from tap_flower.wire.manifest import Manifest, TaskInfo, TensorInfo, encode_manifest
-from tap_flower.wire.reports import Report, encode_report
 from torch import Tensor
 
-from tap_flower.config import load_config
-from tap_flower.core.components import Pair
+from tap_flower.config import Encoding, load_config
 from tap_flower.core.initial import Initial
 from tap_flower.run.in_process import InProcessGrid
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
+from tap_flower.wire.messages import Evaluation, Instruction, Manifest, Report, TaskInfo, TensorInfo
+from tap_flower.wire.tensors import encode_tensors
 
 COMPONENTS = ("encoder", "fusion", "head")
-SHAPES = {f"components.{component}.{name}": (64, 64) for component in COMPONENTS for name in "abc"}
+SHAPES = {f"{component}.{name}": (64, 64) for component in COMPONENTS for name in "abc"}
 app = ClientApp()
 
 
@@ -33,16 +32,19 @@ def examples(context: Context) -> int:
 
 @app.query("manifest")
 def manifest(message: Message, context: Context) -> Message:
-    tensors = {n: TensorInfo(n.split(".")[1], shape, Initial("normal", 0.02)) for n, shape in SHAPES.items()}
-    task = TaskInfo(Pair("t", ("text",)), "text_classification", ("d",), 2, examples(context))
-    told = Manifest(f"client-{examples(context)}", "f", (task,), tensors, {"t": frozenset(COMPONENTS)})
-    return Message(encode_manifest(told), reply_to=message)
+    tensors = {n: TensorInfo(n.split(".")[0], shape, Initial("normal", 0.02)) for n, shape in SHAPES.items()}
+    task = TaskInfo("t", ("text",), "text_classification", ("d",), 2, examples(context))
+    name, reach = f"client-{examples(context)}", {"t": frozenset(COMPONENTS)}
+    told = Manifest(client=name, fingerprint="f", tasks=(task,), tensors=tensors, reach=reach)
+    return Message(messages.encode(told), reply_to=message)
 
 
 def report(message: Message, context: Context, tensors: dict[str, Tensor] | None = None) -> Message:
-    server_round = messages.instruction(message).server_round
-    told = Report(server_round, {"t": examples(context)}, {"t": 1.0}, 1, {"t": 0})
-    return Message(encode_report(told, None if tensors is None else messages.encode_tensors(tensors)), reply_to=message)
+    server_round = messages.decode(message.content, Instruction, "the server").round
+    told = Report(round=server_round, examples={"t": examples(context)}, losses={"t": 1.0}, steps=1)
+    arrays = None if tensors is None else encode_tensors(tensors, Encoding.float32)
+    metrics = MetricRecord({"num-examples": examples(context)})
+    return Message(messages.encode(told, arrays, metrics=metrics), reply_to=message)
 
 
 @app.train()
@@ -50,14 +52,17 @@ def train(message: Message, context: Context) -> Message:
     return report(message, context, {name: torch.randn(shape) for name, shape in SHAPES.items()})
 
 
-@app.train("distill")
-def distill(message: Message, context: Context) -> Message:
+@app.train("personalise")
+def personalise(message: Message, context: Context) -> Message:
     return report(message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    return Message(messages.encode({"metrics": {"t": {"tap": {"loss": 1.0}}}}), reply_to=message)
+    return Message(
+        messages.encode(Evaluation({"t": {"tap": {"loss": 1.0}}}), metrics=MetricRecord({"num-examples": 1})),
+        reply_to=message,
+    )
 
 
 class WatchedGrid(InProcessGrid):

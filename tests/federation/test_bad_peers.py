@@ -17,11 +17,12 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from tap_flower.config import Config
-from tap_flower.errors import RunError, TapStrategy
+from tap_flower.config import Config, Encoding
+from tap_flower.errors import RunError
 from tap_flower.report.events import read_events
+from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
-from tap_flower.wire.messages import DISTILL, EVALUATE, MANIFEST, TRAIN
+from tap_flower.wire.messages import ARRAYS, EVALUATE, FIELDS, MANIFEST, PERSONALISE, TRAIN
 from tests.federations import federation_of_toys
 from tests.grid import Playback, Replies, recorded
 from tests.toys import TOYS
@@ -38,7 +39,6 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Replies]:
     grid, strategy = federation.grid(), federation.strategy()
     strategy.start(grid)
     assert strategy.progress.dropped == 0
-    strategy.config.round_timeout = 0.1  # less than a configuration may say: nobody waits long for who is silent
     return strategy.config, recorded(grid)
 
 
@@ -70,7 +70,7 @@ def play(honest: tuple[Config, Replies], tmp_path_factory: pytest.TempPathFactor
 
         out = tmp_path_factory.mktemp("run")
         strategy = TapStrategy(config=config, run_folder=out)
-        strategy.start(Changed(replies, changed))
+        strategy.start(Changed(replies, changed), timeout=0.1)
         return strategy, list(read_events(out))
 
     return run
@@ -91,9 +91,9 @@ def with_values(change: Callable[[dict[str, Any]], Any]) -> Change:
     """Changes a reply's plain values."""
 
     def tamper(message: Message, content: RecordDict) -> list[Message]:
-        values = messages.decode(content)
+        values = json.loads(str(content.config_records[FIELDS]["json"]))
         change(values)
-        changed = RecordDict({**content, "tap": ConfigRecord({"json": json.dumps(values)})})
+        changed = RecordDict({**content, FIELDS: ConfigRecord({"json": json.dumps(values)})})
         return [Message(changed, reply_to=message)]
 
     return tamper
@@ -103,10 +103,10 @@ def with_tensors(change: Callable[[dict[str, Tensor], str], Any]) -> Change:
     """Changes a reply's tensors; the second argument is the name of one of them."""
 
     def tamper(message: Message, content: RecordDict) -> list[Message]:
-        tensors = messages.decode_tensors(content)
+        tensors = messages.tensors_of(content, Encoding.float32)
         change(tensors, sorted(tensors)[7])
         arrays = ArrayRecord({n: Array(np.asarray(t)) for n, t in tensors.items()})
-        return [Message(RecordDict({**content, "tensors": arrays}), reply_to=message)]
+        return [Message(RecordDict({**content, ARRAYS: arrays}), reply_to=message)]
 
     return tamper
 
@@ -115,12 +115,12 @@ def with_array(**fields: Any) -> Change:
     """Changes what one array of a reply says of itself."""
 
     def tamper(message: Message, content: RecordDict) -> list[Message]:
-        record = dict(content.array_records["tensors"])
+        record = dict(content.array_records[ARRAYS])
         name = sorted(record)[7]
         old = record[name]
         parts = {"dtype": old.dtype, "shape": old.shape, "stype": old.stype, "data": old.data, **fields}
         record[name] = Array(**parts)
-        return [Message(RecordDict({**content, "tensors": ArrayRecord(record)}), reply_to=message)]
+        return [Message(RecordDict({**content, ARRAYS: ArrayRecord(record)}), reply_to=message)]
 
     return tamper
 
@@ -176,25 +176,28 @@ BAD_UPDATES: list[Any] = [
     ("pickle in npy", with_array(data=pickle.dumps(1)), "cannot be read"),
     ("header", with_array(data=Array(np.zeros(3, np.float32)).data), "has shape (3,) in its data, not"),
     ("huge shape", with_array(shape=(2**40, 2**40)), "has the impossible shape"),
-    ("examples zero", with_values(put("examples", "languages", value=0)), "languages is 0, not a whole number from 1"),
-    ("examples negative", with_values(put("examples", "languages", value=-5)), "languages is -5, not a whole number"),
-    ("examples 10^18", with_values(put("examples", "languages", value=EVIL)), f"languages is {EVIL}, not a whole number"),
-    ("examples bool", with_values(put("examples", "languages", value=True)), "languages is True, not a whole number"),
-    ("examples float", with_values(put("examples", "languages", value=12.0)), "languages is 12.0, not a whole number"),
+    ("examples zero", with_values(put("examples", "languages", value=0)), "Expected `int` >= 1 - at `$.examples[...]`"),
+    ("examples negative", with_values(put("examples", "languages", value=-5)), "Expected `int` >= 1"),
+    ("examples 10^18", with_values(put("examples", "languages", value=EVIL)), "Expected `int` <= 9007199254740991"),
+    ("examples bool", with_values(put("examples", "languages", value=True)), "Expected `int`, got `bool`"),
+    ("examples float", with_values(put("examples", "languages", value=12.0)), "Expected `int`, got `float`"),
     ("examples other", with_values(put("examples", "languages", value=13)), "the manifest {'languages': 12"),
-    ("examples of another task", with_values(put("examples", "digits", value=3)), "examples is {"),
-    ("loss", with_values(put("losses", "languages", value=math.nan)), "the loss of task 'languages' is nan, not a finite"),
-    ("loss text", with_values(put("losses", "languages", value="0.1")), "losses['languages'] is '0.1', not a number"),
-    ("replacements", with_values(put("replacements", "languages", value=-1)), "languages is -1, not a whole number"),
-    ("steps", with_values(put("steps", value=1e9)), "steps is 1000000000.0, not a whole number"),
-    ("unchanged", with_values(put("unchanged", value=["head/digits"])), "has no component 'head/digits'"),
-    ("round before", with_values(put("server_round", value=0)), "the reply is for round 0, not 1"),
-    ("round after", with_values(put("server_round", value=7)), "the reply is for round 7, not 1"),
-    ("a field more", with_values(put("client", value="ann")), "the report has the unknown field 'client'"),
-    ("a field less", with_values(lambda values: values.pop("losses")), "the report lacks losses"),
-    ("deep", with_values(put("losses", value=json.loads("[" * 50 + "]" * 50))), "more than 32 levels"),
-    ("no JSON", with_record("tap", ConfigRecord({"json": "{"})), "cannot be read: it is no JSON"),
-    ("no record", with_record("tap", MetricRecord({"json": 1})), "has no record 'tap'"),
+    ("examples of another task", with_values(put("examples", "digits", value=3)), "'digits': 3} examples, the manifest"),
+    ("loss", with_values(put("losses", "languages", value=math.nan)), "JSON is malformed"),
+    ("loss infinite", with_values(put("losses", "languages", value=math.inf)), "JSON is malformed"),
+    ("loss huge", with_values(put("losses", "languages", value=1e306)), "Expected `float` < 1e+305"),
+    ("loss text", with_values(put("losses", "languages", value="0.1")), "Expected `float`, got `str`"),
+    ("loss of another task", with_values(put("losses", "digits", value=0.1)), "losses names the task 'digits', not one"),
+    ("replacements", with_values(put("replacements", "languages", value=-1)), "Expected `int` >= 0"),
+    ("steps", with_values(put("steps", value=1e9)), "steps is 1000000000.0: Expected `int`, got `float`"),
+    ("round before", with_values(put("round", value=0)), "the reply is for round 0, not 1"),
+    ("round after", with_values(put("round", value=7)), "the reply is for round 7, not 1"),
+    ("a field more", with_values(put("client", value="ann")), "contains unknown field `client`"),
+    ("a field less", with_values(lambda values: values.pop("losses")), "missing required field `losses`"),
+    ("deep", with_values(put("losses", value=json.loads("[" * 50 + "]" * 50))), "Expected `object`, got `array`"),
+    ("deeper", with_record(FIELDS, ConfigRecord({"json": "[" * 10**5})), "Expected `object`, got `array`"),
+    ("no JSON", with_record(FIELDS, ConfigRecord({"json": "{"})), "cannot be read: Input data was truncated"),
+    ("no record", with_record(FIELDS, MetricRecord({"json": 1})), "has no record 'tap'"),
     ("record more", with_record("extra", ConfigRecord({"a": 1})), "has the record 'extra', which the protocol"),
     ("tensors more", with_record("tensors2", one_tensor("x")), "has the record 'tensors2'"),
     ("impostor", impostor, "node 100 answered for it; its own node is 101"),
@@ -228,11 +231,9 @@ def test_a_bad_update_is_dropped_by_name_and_leaves_no_trace(
 def test_what_nobody_else_has_keeps_its_value_bit_for_bit(play: Play) -> None:
     strategy, _ = play(TRAIN, with_tensors(fill(math.nan)))
     manifests = strategy.roster.manifests
-    initial = manifests["bob"].initial_values(manifests["bob"].tensors, strategy.config.seed)
+    initial = manifests["bob"].first_values(manifests["bob"].tensors, strategy.config.seed)
     alone = initial.keys() - manifests["ann"].tensors.keys()
-    assert alone == {
-        f"components.{layer}.{part}" for layer in ("image", "heads.shape_images") for part in ("weight", "bias")
-    }
+    assert alone == {f"{layer}.{part}" for layer in ("image", "heads.shape_images") for part in ("weight", "bias")}
     assert all(torch.equal(strategy.roster.tensors[name], initial[name]) for name in alone)
 
 
@@ -249,15 +250,15 @@ def test_a_second_reply_is_dropped_by_name_and_the_first_one_counts_once(play: P
 
 
 BAD_LATER: list[Any] = [
-    (DISTILL, with_record("tensors", one_tensor("x")), "has the record 'tensors', which does not belong in it"),
-    (DISTILL, with_values(put("losses", "languages", value=math.inf)), "the loss of task 'languages' is inf"),
-    (DISTILL, impostor, "node 100 answered for it"),
-    (EVALUATE, with_record("tensors", one_tensor("x")), "has the record 'tensors', which does not belong in it"),
-    (EVALUATE, with_values(put("metrics", "languages", "tap", "loss", value=math.nan)), "loss of task 'languages'"),
-    (EVALUATE, with_values(put("metrics", "languages", "tap", "loss", value=-math.inf)), "-inf, not a finite number"),
-    (EVALUATE, with_values(put("metrics", "languages", "tap", "loss", value=1e308)), "1e+308, not a finite number"),
-    (EVALUATE, with_values(put("metrics", "languages", "tap", "loss", value="1")), "is '1', not a number"),
-    (EVALUATE, with_values(put("metrics", "languages", "<script>", value={"loss": 1.0})), "are no names of a model"),
+    (PERSONALISE, with_record(ARRAYS, one_tensor("x")), "has the record 'arrays', which does not belong in it"),
+    (PERSONALISE, with_values(put("losses", "languages", value=math.inf)), "JSON is malformed"),
+    (PERSONALISE, with_values(put("round", value=0)), "the reply is for round 0, not 1"),
+    (PERSONALISE, impostor, "node 100 answered for it"),
+    (EVALUATE, with_record(ARRAYS, one_tensor("x")), "has the record 'arrays', which does not belong in it"),
+    (EVALUATE, with_values(put("metrics", "languages", "tap", "loss", value=math.nan)), "JSON is malformed"),
+    (EVALUATE, with_values(put("metrics", "languages", "tap", "loss", value=1e308)), "Expected `float` < 1e+305"),
+    (EVALUATE, with_values(put("metrics", "languages", "tap", "loss", value="1")), "Expected `float`, got `str`"),
+    (EVALUATE, with_values(put("metrics", "languages", "<script>", value={"loss": 1.0})), "Expected `str` matching"),
     (EVALUATE, with_values(put("metrics", value={})), "the metrics are about [], not about the tasks"),
     (EVALUATE, with_values(put("metrics", "digits", value={})), "not about the tasks"),
 ]
@@ -271,53 +272,59 @@ def test_a_bad_reply_after_the_rounds_is_dropped_by_name(
     dropped = [e for e in events if e["event"] == "dropped"]
     assert {e["who"] for e in dropped} == {"client 'bob'"}
     assert any(problem in e["problem"] for e in dropped), dropped
-    results = json.loads((strategy.folder / "results.json").read_text())
+    results = json.loads((strategy.run_folder / "results.json").read_text())
     assert results["clients"].keys() == ({"ann"} if message_type == EVALUATE else {"ann", "bob"})
     assert all(math.isfinite(v) for by in results["tasks"].values() for m in by.values() for v in m.values())
 
 
-def tensor(*info: Any, name: str = "components.head/languages.x") -> Callable[[dict[str, Any]], None]:
+def tensor(
+    component: str, shape: list[int], distribution: str, scale: float, name: str = "heads.languages.x"
+) -> Callable[[dict[str, Any]], None]:
     def change(values: dict[str, Any]) -> None:
-        values["tensors"][name] = list(info)
+        initial = {"distribution": distribution, "scale": scale}
+        values["tensors"][name] = {"component": component, "shape": shape, "initial": initial}
 
     return change
 
 
 BAD_MANIFESTS: list[Any] = [
-    (put("protocol", value=3), "client 'bob' speaks protocol 3 of tap-flower"),
-    (put("version", value="9.9"), "of tap-flower 9.9, here is protocol 4"),
+    (put("protocol", value=3), "node 101 speaks protocol 3 of tap-flower"),
+    (put("version", value="9.9"), "of tap-flower '9.9', here is protocol 5"),
     (put("fingerprint", value="0123456789abcdef"), "client 'bob' has a backbone with fingerprint 0123456789abcdef"),
     (put("client", value="ann"), "client 'ann' is already there on node 100: node 101 is refused"),
-    (put("client", value="../bob"), "client is '../bob', not 1 to 64 letters"),
-    (put("client", value="bob\0"), "not 1 to 64 letters"),
-    (put("client", value="b" * 65), "not 1 to 64 letters"),
-    (put("client", value=7), "client is 7, not a text"),
-    (put("tasks", value=[]), "tasks are [], reach is about"),
+    (put("client", value="../bob"), "client is '../bob': Expected `str` matching regex"),
+    (put("client", value="bob\0"), "Expected `str` matching regex"),
+    (put("client", value="bob\n"), "Expected `str` matching regex"),
+    (put("client", value="b" * 65), "Expected `str` matching regex"),
+    (put("client", value=7), "client is 7: Expected `str`, got `int`"),
+    (put("tasks", value=[]), "tasks is []: Expected `array` of length >= 1"),
     (lambda v: v["tasks"].append(v["tasks"][0]), "tasks are ['languages', 'shape_images', 'languages'], reach"),
-    (lambda v: v["tasks"][0].update(examples=EVIL), f"examples is {EVIL}, not a whole number"),
-    (lambda v: v["tasks"][0].update(examples=0), "examples is 0, not a whole number from 1 on"),
-    (lambda v: v["tasks"][0].update(examples=True), "examples is True"),
-    (lambda v: v["tasks"][0].update(kind="a smell"), "a task, kind, domain or modality is 'a smell'"),
-    (lambda v: v["tasks"][0].update(domains=["a/b"]), "a task, kind, domain or modality is 'a/b'"),
-    (lambda v: v["tasks"][0]["pair"].update(modalities=["text", "text"]), "has modalities ['text', 'text']"),
-    (tensor("head/languages", [10**12], "constant", 0.0), "the shape (1000000000000,) is impossible, or has more than"),
+    (lambda v: v["tasks"][0].update(examples=EVIL), f"tasks[0].examples is {EVIL}: Expected `int`"),
+    (lambda v: v["tasks"][0].update(examples=0), "tasks[0].examples is 0: Expected `int` >= 1"),
+    (lambda v: v["tasks"][0].update(examples=True), "tasks[0].examples is True"),
+    (lambda v: v["tasks"][0].update(kind="a smell"), "tasks[0].kind is 'a smell'"),
+    (lambda v: v["tasks"][0].update(domains=["a/b"]), "tasks[0].domains[0] is 'a/b'"),
+    (lambda v: v["tasks"][0].update(modalities=["text", "text"]), "names a modality twice: ('text', 'text')"),
+    (lambda v: v["tasks"][0].update(modalities=[]), "tasks[0].modalities is []"),
+    (tensor("head/languages", [10**12], "constant", 0.0), "Expected `int` <= 536870912"),
     (tensor("head/languages", [2**28, 2], "constant", 0.0), "values, more than 536870912"),
-    (tensor("head/languages", [2**31] * 8, "constant", 0.0), "is impossible"),
-    (tensor("head/languages", [-3, -4], "constant", 0.0), "is impossible"),
-    (tensor("head/languages", [0], "constant", 0.0), "is impossible"),
-    (tensor("head/languages", [1] * 9, "constant", 0.0), "has more than 8 dimensions"),
+    (tensor("head/languages", [2**29] * 8, "constant", 0.0), "values, more than 536870912"),
+    (tensor("head/languages", [-3, -4], "constant", 0.0), "Expected `int` >= 1"),
+    (tensor("head/languages", [0], "constant", 0.0), "Expected `int` >= 1"),
+    (tensor("head/languages", [1] * 9, "constant", 0.0), "Expected `array` of length <= 8"),
     (tensor("head/languages", [3], "identity", 1.0), "an identity has 2 to 5 dimensions"),
-    (tensor("head/languages", [3], "cauchy", 1.0), "unknown distribution 'cauchy'"),
+    (tensor("head/languages", [3], "cauchy", 1.0), "Invalid enum value 'cauchy'"),
     (tensor("head/languages", [3], "normal", -1.0), "it is never negative"),
     (tensor("head/languages", [3], "constant", 1e9), "values from 256 on are refused"),
-    (tensor("head/languages", [3], "constant", math.nan), "the scale is nan"),
-    (tensor("head/languages", [3], "constant"), "not a component, a shape, a distribution and a scale"),
+    (tensor("head/languages", [3], "constant", math.nan), "JSON is malformed"),
+    (put("tensors", "heads.x", value={"component": "head/languages", "shape": [3]}), "missing required field `initial`"),
     (tensor("head/digits", [3], "constant", 0.0), "no pair reaches these components"),
-    (tensor("../x", [3], "constant", 0.0), "'../x' is no name of a tensor or component"),
-    (tensor("head/languages", [3], "constant", 0.0, name="__metadata__"), "'__metadata__': its name does not begin"),
-    (tensor("head/languages", [3], "constant", 0.0, name="best/x"), "its name does not begin with 'components.'"),
+    (tensor("../x", [3], "constant", 0.0), "Expected `str` matching regex"),
+    (tensor("head/languages", [3], "constant", 0.0, name="residual:x"), "Expected `str` matching regex"),
+    (tensor("head/languages", [3], "constant", 0.0, name="../x"), "Expected `str` matching regex"),
+    (tensor("head/languages", [3], "constant", 0.0, name="x" * 257), "Expected `str` of length <= 256"),
     (put("reach", "digits", value=["head/languages"]), "reach is about ['digits', 'languages'"),
-    (put("classes", value=["en", "es"]), "has the unknown field 'classes'"),
+    (put("classes", value=["en", "es"]), "contains unknown field `classes`"),
 ]  # fmt: skip
 
 
@@ -326,7 +333,7 @@ def test_a_bad_manifest_is_refused_by_name_before_anything_is_allocated(play: Pl
     with pytest.raises(RunError) as refused:
         play(MANIFEST, with_values(change))
     assert problem in str(refused.value)
-    assert "node 101 cannot take part: client " in str(refused.value)
+    assert "node 101 cannot take part: " in str(refused.value)
 
 
 def test_an_impostor_cannot_introduce_another_node(play: Play) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from tap_flower.client.state import ClientStore
+from tap_flower.client.state import StateFolder
 from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.files import read_tensors
 from tap_flower.methods.registry import METHODS, find_method
 from tap_flower.report.events import read_events
+from tap_flower.wire.messages import Epoch
 from tests.federations import Federation, ToyFederation, each_kind, federation_of
 
 MODELS = {
@@ -104,11 +105,11 @@ def test_optimiser_steps_and_bytes_are_charged(run_of: RunOf, kind: str, method:
 def test_what_a_client_keeps_is_in_its_own_folder(run_of: RunOf, kind: str, method: str) -> None:
     federation, _ = run_of(kind, method)
     exchanged, record = read_tensors(federation.out / "server" / "server.safetensors")
-    store = ClientStore(federation.state("bob"), record["run"])
+    store = StateFolder(federation.state("bob"), record["run"], [Epoch(**epoch) for epoch in record["epochs"]])
     kept = store.load()
     assert kept is not None
-    assert kept.server_round == 2
-    assert store.second_stage(find_method(method).results).keys() == set(find_method(method).results)
+    assert kept.round == 2
+    assert store.load_models(find_method(method).results).keys() == set(find_method(method).results)
     for state in kept.memory.models.values():
         assert state
         if method == "fedper":
@@ -157,7 +158,7 @@ def test_a_run_that_crashed_before_stage_2_ends_the_same(run_of: RunOf, kind: st
     _, whole = run_of(kind, method)
     federation = federation_of(kind, tmp_path, f"method={method}", count=2)
     strategy = federation.strategy()
-    strategy._second_stage = crash  # type: ignore[method-assign]
+    strategy.configure_personalise = crash  # type: ignore[method-assign]
     with pytest.raises(Crash):
         strategy.start(federation.grid())
     results = federation.strategy(resume=True).start(federation.grid()).summary

@@ -13,6 +13,7 @@ from transformers import AutoModel
 
 from tap_flower.config import load_config
 from tap_flower.data import sources
+from tap_flower.report.events import read_events
 from tap_flower.server.strategy import TapStrategy
 from tests.checkpoints import tiny_flava, tiny_vilt
 from tests.grid import InProcessGrid
@@ -74,19 +75,29 @@ def prepare(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pr
     return prepared
 
 
+class Crash(Exception):
+    """Ends a run after stage 1."""
+
+
+def crash(*_: object) -> None:
+    raise Crash
+
+
 @pytest.mark.parametrize("preset", ["flava", "vilt"])
 def test_a_group_of_clients_comes_together_and_one_trains(prepare: Prepare, preset: str) -> None:
-    one = prepare(preset, "groups=1")
-    one.strategy._gather(one.grid)
+    one = prepare(preset, "groups=1", "rounds=1", "clients_per_round=1")
+    one.strategy.configure_personalise = crash  # type: ignore[method-assign]
+    with pytest.raises(Crash):
+        one.strategy.start(one.grid)
     assert len(one.strategy.roster.names) == 10
     names = one.strategy.roster.sample(1, 1)
-    reports = one.strategy._train(one.grid, 1, names)
-    assert sorted(reports) == names
+    (event,) = [e for e in read_events(one.strategy.run_folder) if e["event"] == "round"]
+    assert sorted(event["clients"]) == names
     assert one.strategy.progress.dropped == 0
-    for name, report in reports.items():
-        assert report.losses.keys() <= one.strategy.roster.manifests[name].reach.keys()
-        assert report.losses
-        assert all(math.isfinite(loss) for loss in report.losses.values())
+    for name, report in event["clients"].items():
+        assert report["losses"].keys() <= one.strategy.roster.manifests[name].reach.keys()
+        assert report["losses"]
+        assert all(math.isfinite(loss) for loss in report["losses"].values())
     one.check_reading()
 
 

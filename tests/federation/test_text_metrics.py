@@ -51,7 +51,8 @@ def test_a_simulation_asks_in_its_configuration(make_spec_federation: MakeSpecs,
     assert found(results["clients"], "bob", "shape_images").keys() == {"loss", "mse", "psnr"}
     assert results["tasks"]["answers"]["server"]["meteor"] == 10
     assert set(asked) == {("load_meteor",), ("load_bertscore", "some/model")}
-    assert all("metrics" not in messages.decode(sent.content)["hyper_parameters"] for sent in grid.sent)
+    instructions = [messages.decode(sent.content, messages.Instruction, "the server") for sent in grid.sent]
+    assert all("metrics" not in instruction.hyper_parameters for instruction in instructions)
 
 
 def deploy(federation: Federation, folder: Path, **more: dict[str, Any]) -> Any:
@@ -71,9 +72,8 @@ def test_a_node_asks_in_its_own_settings(
     theirs = ["metrics.meteor=true", "metrics.bertscore=from/the-server"]
     federation = make_spec_federation(CLIENTS[2:], *theirs)
     grid = deploy(federation, tmp_path, dan={"bertscore-model": "mine/own"})
-    strategy = federation.strategy()
-    strategy._gather(grid)
-    clients = strategy._evaluation(grid)  # of untrained models
+    federation.settings += ["rounds=1", "train.steps=1", "distill.iterations=1"]
+    clients = federation.strategy().start(grid).clients
     assert found(clients, "dan", "translation").keys() == {"loss", "exact_match", "perplexity", "bertscore_f1"}
     assert found(clients, "cleo", "answers").keys() == {"loss", "exact_match", "perplexity"}
     assert set(asked) == {("load_bertscore", "mine/own")}

@@ -91,10 +91,10 @@ def watch(folder: Path, message_types: Collection[str]) -> dict[str, Any]:
     """
     global _seen
     from client_app.app import app
-    from tap_flower.config import load_config, sent_hyper_parameters
+    from tap_flower.config import Encoding, load_config, sent_hyper_parameters
     from tap_flower.wire import messages
-    from tap_flower.wire.manifest import decode_manifest
-    from tap_flower.wire.messages import DISTILL, EVALUATE, MANIFEST, TRAIN, Instruction
+    from tap_flower.wire.messages import EVALUATE, FIELDS, MANIFEST, PERSONALISE, TRAIN, Epoch, Instruction, Manifest
+    from tap_flower.wire.tensors import encode_tensors
 
     settings = ["train.steps=1", "train.batch_size=2", "train.accumulation=1", "distill.iterations=1"]
     parameters = sent_hyper_parameters(load_config("demo", "", settings))
@@ -113,11 +113,14 @@ def watch(folder: Path, message_types: Collection[str]) -> dict[str, Any]:
         message.metadata.__dict__["_message_id"] = "m"
         return app(message, context)
 
+    def instruction(run: str, number: int) -> Instruction:
+        return Instruction(run=run, epochs=(Epoch("h", 0),), round=number, hyper_parameters=parameters)
+
     def honest(run: str) -> None:
-        manifest = decode_manifest(ask(MANIFEST, messages.encode_instruction(Instruction(run, 0, parameters))).content)
-        arrays = messages.encode_tensors(manifest.initial_values(manifest.tensors, 41))
-        for kind, number in ((TRAIN, 1), (DISTILL, 1), (EVALUATE, 1)):
-            reply = ask(kind, messages.encode_instruction(Instruction(run, number, parameters), arrays))
+        manifest = messages.decode(ask(MANIFEST, messages.encode(instruction(run, 0))).content, Manifest, "the client")
+        arrays = encode_tensors(manifest.first_values(manifest.tensors, 41), Encoding.float32)
+        for kind, number in ((TRAIN, 1), (PERSONALISE, 1), (EVALUATE, 1)):
+            reply = ask(kind, messages.encode(instruction(run, number), arrays))
             assert not reply.has_error(), reply.error.reason
 
     sys.addaudithook(_hook)
@@ -125,10 +128,10 @@ def watch(folder: Path, message_types: Collection[str]) -> dict[str, Any]:
     _seen = first
     honest("r1")
     _seen = second
-    base = messages.encode_instruction(Instruction("r1", 2, parameters), {})
+    base = messages.encode(instruction("r1", 2), encode_tensors({}, Encoding.float32))
     for kind in message_types:
-        for values in hostile(messages.decode(base), folder):
-            reply = ask(kind, RecordDict({**base, "tap": ConfigRecord({"json": json.dumps(values)})}))
+        for values in hostile(json.loads(str(base.config_records[FIELDS]["json"])), folder):
+            reply = ask(kind, RecordDict({**base, FIELDS: ConfigRecord({"json": json.dumps(values)})}))
             answers.append(reply.error.reason if reply.has_error() else "")
     _seen = None
     return {"honest": sorted(set(first)), "hostile": sorted(set(second)), "answers": answers}

@@ -256,7 +256,9 @@ def test_a_client_with_an_absurd_update_moves_the_server_no_further_than_any_oth
         )
         grid, values = federation.grid(tamper=tamper), list[dict[str, Tensor]]()
         strategy = Quiet(config=federation.strategy().config, run_folder=federation.out)
-        strategy.start(grid, timeout=0.1, evaluate_fn=lambda _, arrays, values=values: values.append(decode_tensors(arrays, FLOAT)))
+        strategy.start(
+            grid, timeout=0.1, evaluate_fn=lambda _, arrays, values=values: values.append(decode_tensors(arrays, FLOAT))
+        )
         assert strategy.privacy is not None
         found.append(values[1])
         (event,) = [e for e in read_events(federation.out) if e["event"] == "privacy_round"]
