@@ -209,7 +209,7 @@ def check_command(
 ) -> None:
     """Whether a client spec can be trained on: reads all its data and lists every problem."""
     # Imported here: they bring transformers and datasets, which the other commands do without.
-    from tap_flower.client.from_spec import exchanged
+    from tap_flower.client.client_model import exchanged
     from tap_flower.data.checking import Problem, check_data, check_spec
     from tap_flower.errors import BackboneError
     from tap_flower.models.backbones import locate

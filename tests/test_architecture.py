@@ -30,7 +30,9 @@ def test_import_contracts() -> None:
         ("tap_flower.models.model", {"flwr", "datasets", "omegaconf", "ray"}),
         ("tap_flower.personal.personal_model", {"flwr", "ray", "gradio"}),
         ("tap_flower.personal.commands", {"flwr", "transformers", "datasets", "ray", "gradio"}),
-        ("tap_flower.server.main", {"transformers", "datasets", "ray"}),
+        ("tap_flower.server.strategy", {"transformers", "datasets", "ray"}),
+        ("server_app.app", {"transformers", "datasets", "ray"}),
+        ("client_app.app", {"torch", "transformers", "datasets", "ray"}),
     ],
 )
 def test_an_import_pulls_in_only_what_its_layer_may_use(module: str, forbidden: set[str]) -> None:

@@ -13,12 +13,13 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from tap_flower.client.state import STATES, ClientStore
+from tap_flower.client.state import PERSONAL, PREVIOUS, StateFolder
 from tap_flower.client.text_metrics import MissingError, load_bertscore
 from tap_flower.errors import BackboneError, StorageError
 from tap_flower.files import read_json
 from tap_flower.models.backbones import demo_folder, load_backbone, outline
 from tap_flower.server import checkpoint
+from tap_flower.wire.fields import Epoch
 
 ROOT = Path(__file__).parent.parent
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
@@ -86,9 +87,13 @@ def mark(tmp_path: Path) -> Path:
     return path
 
 
+def state_folder(folder: Path) -> StateFolder:
+    return StateFolder(folder, "r1", [Epoch("h", 0)])
+
+
 READERS: list[tuple[str, Callable[[Path], Any]]] = [
-    *((name, lambda folder: ClientStore(folder, "r1").load()) for name in STATES),
-    ("tap.safetensors", lambda folder: ClientStore(folder, "r1").second_stage(["tap"])),
+    *((name, lambda folder: state_folder(folder).load()) for name in (PERSONAL, PREVIOUS)),
+    ("tap.safetensors", lambda folder: state_folder(folder).load_models(["tap"])),
     ("server.safetensors", checkpoint.load),
     ("state.json", lambda folder: read_json(folder / "state.json")),
 ]
@@ -105,7 +110,7 @@ def test_a_pickle_in_the_place_of_a_state_is_damage(
         (tmp_path / name).write_bytes(pickle.dumps(Payload(mark)))
     with pytest.raises(StorageError, match=rf"{name} is damaged"):
         read(tmp_path)
-    assert ClientStore(tmp_path, "r1").received() is None
+    assert state_folder(tmp_path).load_server() is None
     assert not mark.exists()
 
 

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from tap_flower.client.from_spec import client_model
+from tap_flower.client.client_model import client_model
 from tap_flower.config import client_specs, load_config
 from tap_flower.core.components import ComponentMap
 from tap_flower.models.backbones import outline

@@ -18,7 +18,7 @@ from tap_flower.data.spec import ClientSpec, check_kind, class_names
 from tap_flower.errors import StorageError
 from tap_flower.files import read_json, write_json
 from tap_flower.methods.registry import find_method
-from tap_flower.wire.messages import Epoch, Name
+from tap_flower.wire.fields import Epoch, Name
 
 DESCRIPTION = "model.json"
 SCHEMA = 2

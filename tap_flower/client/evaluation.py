@@ -2,16 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import combinations
 from typing import Any
 
-from tap_flower.client.interference import gradient_cosines
-from tap_flower.client.samples import Samples
-from tap_flower.client.text_metrics import TextMetrics
-from tap_flower.core.components import State
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tap_flower.client.text_metrics import TextMetrics, generated
+from tap_flower.core.components import ComponentModel, State
+from tap_flower.core.training import Batch
+from tap_flower.data.collate import denormalise
+from tap_flower.data.spec import TaskSpec
 from tap_flower.methods.session import Session
 from tap_flower.wire.messages import Metrics
+
+ITEMS = 4
+"""Test items of each task that are shown."""
+
+
+@dataclass
+class Samples:
+    """The first test items of each task of a client, and models' answers to them.
+
+    Attributes:
+        session: the client at work.
+        specs: its tasks.
+        decode: token ids -> text, without special tokens.
+        end: id of the separator that closes a text.
+        shown: names of the models whose answers are kept.
+        tasks: task name -> `kind` and `items`, each with `image` and `text` (its input), `target` and `answers` (by model).
+            An image is a WebP in base64. A target or an answer has a `label`, a `text` or an `image`; an answer also has the
+            label's `probability`, or the `mse` of an image's normalised pixels.
+    """
+
+    session: Session
+    specs: Sequence[TaskSpec]
+    decode: Callable[[list[int]], str]
+    end: int
+    shown: Collection[str]
+    tasks: dict[str, Any] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def add(self, name: str, model: ComponentModel) -> None:
+        """Adds the answers of a model, if it is one of those that are shown."""
+        if name not in self.shown:
+            return
+        model.eval()
+        for task in self.specs:
+            batch = self.session.data.first("test", task.name, ITEMS, self.session.device)
+            found = self.tasks.setdefault(task.name, {"kind": task.kind, "items": self._inputs(batch)})
+            answers = self._answers(task.kind, task.classes, batch, model(batch.task, batch.inputs))
+            for item, (target, answer) in zip(found["items"], answers, strict=True):
+                item["target"] = target
+                item["answers"][name] = answer
+
+    def _inputs(self, batch: Batch) -> list[dict[str, Any]]:
+        items: list[dict[str, Any]] = [{"answers": {}} for _ in batch.target]
+        if "image" in batch.inputs:
+            for item, image in zip(items, batch.inputs["image"], strict=True):
+                item["image"] = _encoded(image)
+        if "input_ids" in batch.inputs:
+            for item, ids in zip(items, batch.inputs["input_ids"].tolist(), strict=True):
+                item["text"] = self.decode(ids)
+        return items
+
+    def _answers(
+        self, kind: str, classes: tuple[str, ...], batch: Batch, output: Tensor
+    ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """(target, answer) of each item."""
+        if kind == "text_generation":
+            return [
+                ({"text": reference}, {"text": prediction})
+                for prediction, reference in generated(batch, output, self.decode, self.end)
+            ]
+        if kind == "image_generation":
+            errors = self.session.kinds[batch.task].losses(output, batch.target).tolist()
+            return [({}, {"image": _encoded(image), "mse": error}) for image, error in zip(output, errors, strict=True)]
+        probability, label = output.softmax(-1).max(-1)
+        return [
+            ({"label": classes[target]}, {"label": classes[chosen], "probability": share})
+            for target, chosen, share in zip(batch.target.tolist(), label.tolist(), probability.tolist(), strict=True)
+        ]
+
+
+def _encoded(image: Tensor) -> str:
+    """Normalised pixels [3, H, W] as a WebP in base64: about a sixth of a PNG."""
+    pixels = denormalise(image[None])[0].permute(1, 2, 0).cpu().numpy()
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "WEBP", quality=90)
+    return b64encode(file.getvalue()).decode()
 
 
 @dataclass
@@ -68,3 +153,62 @@ def evaluate_models(session: Session, models: Mapping[str, State | None], observ
             metrics[task][name] = values | further.get(task, {})
     samples = {} if observer is None else observer.samples.tasks
     return Found(metrics, next(reversed(models)), samples, cosines)
+
+
+def gradient_cosines(session: Session, model: ComponentModel) -> list[dict[str, Any]]:
+    """Cosines between the gradients of every two pairs of a client, on the components that both reach.
+
+    The gradient of a pair is that of its mean loss on one batch of its training examples, without dropout; no step is made.
+
+    Args:
+        session: the client at work; one with a single pair has no cosines.
+        model: the server's, on the session's device.
+
+    Returns:
+        For every two tasks `a` and `b`: their `cosine` over all shared tensors, and `components`, the cosine on each. A
+        cosine is between -1 (opposed) and 1 (the same direction), or None where a gradient is zero.
+    """
+    component_map = model.component_map
+    held = Counter(component for reached in component_map.reach.values() for component in reached)
+    parameters = dict(model.named_parameters())
+    gradients: dict[str, dict[str, Tensor]] = {}
+    model.eval()
+    for pair in component_map.reach:
+        names = [n for n in component_map.tensors_of(pair) if held[component_map.component_of[n]] > 1]
+        if not names:
+            continue
+        size = session.data.splits["train"][pair.task][0].batch_size or session.settings.train.batch_size
+        batch = session.data.first("train", pair.task, size, session.device)
+        loss = session.kinds[pair.task].losses(model(pair.task, batch.inputs), batch.target).mean()
+        found = torch.autograd.grad(loss, [parameters[n] for n in names])
+        gradients[pair.task] = {name: value.double() for name, value in zip(names, found, strict=True)}
+    cosines = []
+    for a, b in combinations(sorted(gradients), 2):
+        shared = sorted(gradients[a].keys() & gradients[b].keys())
+        components: dict[str, list[str]] = {}
+        for name in shared:
+            components.setdefault(component_map.component_of[name], []).append(name)
+        one, other = gradients[a], gradients[b]
+        cosines.append(
+            {
+                "a": a,
+                "b": b,
+                "cosine": cosine(one, other, shared),
+                "components": {component: cosine(one, other, names) for component, names in components.items()},
+            }
+        )
+    return cosines
+
+
+def cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor], names: Iterable[str]) -> float | None:
+    """Cosine of the angle between two sets of tensors, each taken as one long vector; None where one is zero.
+
+    Args:
+        one: tensor name -> value.
+        other: tensor name -> value, of equal shapes.
+        names: names of the tensors that count.
+    """
+    products = [[(one[n] * other[n]).sum(), (one[n] ** 2).sum(), (other[n] ** 2).sum()] for n in names]
+    dot, square, other_square = (float(sum(column)) for column in zip(*products, strict=True))
+    length = (square * other_square) ** 0.5
+    return max(-1.0, min(1.0, dot / length)) if length else None

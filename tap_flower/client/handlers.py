@@ -92,7 +92,7 @@ class Participant:
         check_form("the server's message", tensors, self.exchanged, trainable_state(self.session.outline))
         if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
             raise MessageError(f"the server's tensor {broken[0]!r} holds a value that is not finite")
-        self.folder.save_server(tensors)
+        self.folder.save_server(tensors, self.instruction.round)
         return tensors
 
 

@@ -19,7 +19,7 @@ from tap_flower.core.components import State
 from tap_flower.errors import StorageError
 from tap_flower.files import Identity, identity, keep_as, read_record, read_tensors, write_json, write_tensors
 from tap_flower.methods.method import Memory
-from tap_flower.wire.messages import Count, Epoch
+from tap_flower.wire.fields import Count, Epoch
 
 SCHEMA = 4
 PERSONAL, PREVIOUS = "personal.safetensors", "personal.previous.safetensors"
@@ -193,9 +193,9 @@ class StateFolder:
                 found[model] = tensors
         return found
 
-    def save_server(self, tensors: State) -> None:
-        """Keeps the tensors that the server sent."""
-        write_tensors(self.folder / SERVER, tensors, {"schema": SCHEMA, "run": self.run})
+    def save_server(self, tensors: State, server_round: int) -> None:
+        """Keeps the tensors that the server sent for a round."""
+        write_tensors(self.folder / SERVER, tensors, {"schema": SCHEMA, "run": self.run, "round": server_round})
 
     def load_server(self) -> State | None:
         """The tensors that the server sent last, or None where there is no readable copy of this run's."""

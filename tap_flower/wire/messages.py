@@ -28,9 +28,9 @@ import tap_flower
 from tap_flower.config import Encoding
 from tap_flower.core.components import ComponentMap, Pair
 from tap_flower.core.initial import Initial
-from tap_flower.data.spec import NAME
 from tap_flower.errors import MessageError
 from tap_flower.plain import shown
+from tap_flower.wire.fields import Component, Count, Epoch, Examples, Name, Number, TensorName, Word
 from tap_flower.wire.tensors import decode_tensors
 
 PROTOCOL = 5
@@ -40,31 +40,7 @@ FIELDS, ARRAYS, CONFIG, METRICS = "tap", "arrays", "config", "metrics"
 LARGEST_CLIENT = 2**29
 """Values of all tensors of a client, 2 GiB in float32; more are refused before anything is allocated for them."""
 
-Name = Annotated[str, Meta(pattern=rf"\A{NAME.pattern}\Z")]
-Word = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_+.-]{0,63}\Z")]
-"""Name of a model or a metric."""
-Component = Annotated[
-    str, Meta(max_length=256, pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*\Z")
-]
-TensorName = Component
-"""Name of a tensor. Files of tensors hold other names, with a colon, beside these."""
-Count = Annotated[int, Meta(ge=0, lt=2**53)]
-Examples = Annotated[int, Meta(ge=1, lt=2**53)]
-Number = Annotated[float, Meta(gt=-1e305, lt=1e305)]
-"""A loss, score or metric: a thousand of them have a finite sum."""
 _Fields = TypeVar("_Fields", bound=Struct)
-
-
-class Epoch(Struct, frozen=True, forbid_unknown_fields=True):
-    """A start or a resume of a run.
-
-    Attributes:
-        history: random identity of the start or resume.
-        start: number of complete rounds that it began with.
-    """
-
-    history: Name
-    start: Count
 
 
 class Instruction(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tap_flower.client.from_spec import client_model, exchanged
+from tap_flower.client.client_model import client_model, exchanged
 from tap_flower.config import Model, client_specs, load_config
 from tap_flower.errors import BackboneError
 from tap_flower.models.backbones import load_backbone

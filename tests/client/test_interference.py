@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tap_flower.client.evaluation import cosine, gradient_cosines
 from tap_flower.client.examples import OWN, DatasetExamples
-from tap_flower.client.interference import cosine, gradient_cosines
 from tap_flower.config import HyperParameters
 from tap_flower.core.components import ComponentMap, ComponentModel, Pair
 from tap_flower.core.tasks import TaskKind

@@ -169,7 +169,7 @@ def test_a_memory_may_hold_several_models_or_none(tmp_path: Path) -> None:
 def test_the_servers_tensors_come_back_or_are_not_there(tmp_path: Path) -> None:
     store = state_folder(tmp_path, "r1")
     assert store.load_server() is None
-    store.save_server({"w": torch.ones(2)})
+    store.save_server({"w": torch.ones(2)}, 3)
     found = state_folder(tmp_path, "r1").load_server()
     assert found is not None
     assert found["w"].tolist() == [1.0, 1.0]

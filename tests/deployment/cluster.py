@@ -18,10 +18,11 @@ from typing import Any
 
 import httpx
 import psutil
+from torch import Tensor
 
-from tap_flower.client.state import RECEIVED, ClientStore, Kept
+from tap_flower.client.state import PERSONAL, PREVIOUS, SERVER
 from tap_flower.errors import StorageError
-from tap_flower.files import read_record
+from tap_flower.files import read_record, read_tensors
 from tap_flower.report.events import METRICS, read_events
 from tap_flower.run.flower import QUIET, free_port
 
@@ -237,20 +238,19 @@ class Cluster:
     def has_received(self, name: str, server_round: int) -> bool:
         """Whether a client has the server's tensors for its training in a round."""
         with suppress(StorageError, OSError, ValueError):  # not yet there
-            return int(read_record(self.state(name) / RECEIVED)["state"]) == server_round - 1
+            return int(read_record(self.state(name) / SERVER)["round"]) == server_round
         return False
 
-    def kept(self, name: str) -> Kept | None:
-        """The state that a client would go on from: the latest that is whole, or None before the first."""
-        with suppress(StorageError, OSError, ValueError):  # not yet there, or just being replaced
-            folder = self.state(name)
-            return ClientStore(folder, folder.name).load()
-        return None
+    def saved_state(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and record of the latest state of a client that is whole; nothing before the first."""
+        for file in (PERSONAL, PREVIOUS):
+            with suppress(StorageError, OSError, ValueError):  # not yet there, or just being replaced
+                return read_tensors(self.state(name) / file)
+        return {}, {}
 
     def saved_round(self, name: str) -> int:
         """The round of that state; 0 before the first."""
-        kept = self.kept(name)
-        return 0 if kept is None else kept.server_round
+        return int(self.saved_state(name)[1].get("round", 0))
 
     def wait_for_state(self, name: str, server_round: int) -> None:
         """Waits until a client has saved its state of a round."""
@@ -289,9 +289,9 @@ class Cluster:
 
 def kill(process: psutil.Process) -> None:
     """SIGKILL, to a process and to what it started."""
-    with suppress(psutil.NoSuchProcess):
+    with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
         for each in [process, *process.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 each.send_signal(signal.SIGKILL)
         if isinstance(process, psutil.Popen):
             process.wait(30)

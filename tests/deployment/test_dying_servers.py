@@ -49,7 +49,9 @@ def test_servers_that_die(tmp_path: Path) -> None:
         # Round 3: the SuperLink dies, and with it the ServerApp. The nodes do not.
         for name in NAMES:
             faults.held(name)
-        cluster.wait_for(lambda: checkpoint.load(cluster.out / "server")[0].round == 2, "the checkpoint of round 2")
+        cluster.wait_for(
+            lambda: checkpoint.load(cluster.out / "server").progress.round == 2, "the checkpoint of round 2"
+        )
         cluster.kill_superlink()
         with cluster.timed("from the SuperLink's new start until round 3 is complete"):
             cluster.start_superlink()

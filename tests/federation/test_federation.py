@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from tap_flower.client.from_spec import exchanged
+from tap_flower.client.client_model import exchanged
 from tap_flower.config import Encoding, client_specs
 from tap_flower.core.tasks import IGNORE, IMAGE_STD, TASK_KINDS
 from tap_flower.data.batching import ClientData

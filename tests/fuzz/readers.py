@@ -9,45 +9,51 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
 import pytest
 import torch
 import yaml
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
-from tap_flower.server.accounting import Ledger
-from tap_flower.wire.manifest import Manifest, TaskInfo, TensorInfo, decode_manifest, encode_manifest
-from tap_flower.wire.reports import Report, decode_metrics, decode_report, encode_report
 
 from tap_flower import files as storage
 from tap_flower.client import state as store
 from tap_flower.client.description import read_description
-from tap_flower.client.state import ClientStore, Kept, Received
+from tap_flower.client.state import ClientState, StateFolder
 from tap_flower.config import Encoding, HyperParameters, client_specs, hyper_parameters, load_config, plain, read_yaml
-from tap_flower.core.components import Pair
 from tap_flower.core.initial import Initial
 from tap_flower.data.spec import client_spec
-from tap_flower.errors import ConfigError, SpecError, StorageError
+from tap_flower.errors import ConfigError, MessageError, SpecError, StorageError
 from tap_flower.files import read_json, read_record, read_tensors, write_tensors
 from tap_flower.methods.method import Memory
 from tap_flower.plain import PlainError, parse_json
-from tap_flower.recent import Recent
 from tap_flower.report.client_records import read_decisions
 from tap_flower.server import checkpoint
-from tap_flower.server.checkpoint import Progress, Writer
+from tap_flower.server.checkpoint import Progress
 from tap_flower.server.early_stopping import Validation
-from tap_flower.server.roster import MessageError, Roster
+from tap_flower.server.privacy import Ledger
+from tap_flower.server.roster import Roster
 from tap_flower.wire import messages
-from tap_flower.wire.messages import Instruction, MessageError
-from tap_flower.wire.tensors import from_array, to_array
+from tap_flower.wire.messages import (
+    ARRAYS,
+    FIELDS,
+    Epoch,
+    Evaluation,
+    Instruction,
+    Manifest,
+    Report,
+    TaskInfo,
+    TensorInfo,
+)
+from tap_flower.wire.tensors import encode_tensors, from_array, to_array
 
 RUN, TASK = "r1", "triage"
 DESCRIPTION: dict[str, Any] = {
-    "schema": 1, "run": RUN, "best": 2, "client": "ann", "backbone": "demo", "revision": None, "fingerprint": "f" * 16,
+    "schema": 2, "run": RUN, "epochs": [{"history": "h", "start": 0}],
+    "best": 2, "client": "ann", "backbone": "demo", "revision": None, "fingerprint": "f" * 16,
     "settings": {
         "method": "tap", "seed": 41, "model": {"layers": 1, "text_length": 128, "image_size": None},
         "compute": {"precision": "float32"},
@@ -92,55 +98,59 @@ def readers(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Reader]:
     folder.mkdir(exist_ok=True)
     # A file that is written twice within a tick of the clock would not be read again; and what is behind the checksum is to
     # be reached, too.
-    patch.setattr(store, "_states", Recent(0))
+    patch.setattr(store, "_CACHE_BYTES", -1)
     patch.setattr(storage, "_checksum", lambda *_: "0")
     return _of_messages() | _of_arrays() | _of_files(folder) | _of_specs(folder)
 
 
 def text_of(content: RecordDict) -> bytes:
     """The JSON in a message."""
-    return cast(str, cast(ConfigRecord, content["tap"])["json"]).encode()
+    return cast(str, cast(ConfigRecord, content[FIELDS])["json"]).encode()
 
 
 def content_of(data: bytes) -> RecordDict:
     """A message with this JSON."""
-    return RecordDict({"tap": ConfigRecord({"json": data.decode("utf-8", "replace")})})
+    return RecordDict({FIELDS: ConfigRecord({"json": data.decode("utf-8", "replace")})})
 
 
 def manifest() -> Manifest:
     tensors = {
-        "components.encoder/text.weight": TensorInfo("encoder/text", (4, 4), Initial("identity", 1.0)),
-        "components.encoder/text.bias": TensorInfo("encoder/text", (4,), Initial("constant", 0.0)),
-        "components.head/triage.weight": TensorInfo("head/triage", (2, 4), Initial("uniform", 0.5)),
-        "components.head/triage.scale": TensorInfo("head/triage", (), Initial("normal", 0.02)),
+        "encoder/text.weight": TensorInfo("encoder/text", (4, 4), Initial("identity", 1.0)),
+        "encoder/text.bias": TensorInfo("encoder/text", (4,), Initial("constant", 0.0)),
+        "head/triage.weight": TensorInfo("head/triage", (2, 4), Initial("uniform", 0.5)),
+        "head/triage.scale": TensorInfo("head/triage", (), Initial("normal", 0.02)),
     }
-    task = TaskInfo(Pair(TASK, ("text",)), "text_classification", ("notes",), 2, 30)
-    return Manifest("ann", "7fa8b4c276937338", (task,), tensors, {TASK: frozenset({"encoder/text", "head/triage"})})
+    task = TaskInfo(TASK, ("text",), "text_classification", ("notes",), 2, 30)
+    reach = {TASK: frozenset({"encoder/text", "head/triage"})}
+    return Manifest(client="ann", fingerprint="7fa8b4c276937338", tasks=(task,), tensors=tensors, reach=reach)
 
 
 def _admit(content: RecordDict) -> None:
-    found = decode_manifest(content)
+    found = messages.decode(content, Manifest, "a node")
     if sum(torch.Size(info.shape).numel() for info in found.tensors.values()) <= SMALL:
         Roster(41).admit(1, found)
 
 
 def _of_messages() -> dict[str, Reader]:
-    instruction = Instruction(RUN, 3, plain(HyperParameters()), 2, 1, 0)
-    report = Report(3, {TASK: 30}, {TASK: 0.5}, 4, {TASK: 1}, ("encoder/text",), {TASK: 0.25})
-    metrics = {"metrics": {TASK: {"server": {"loss": 0.5, "accuracy": 0.75}, "tap": {"loss": 0.25}}}}
+    epochs = (Epoch("h1", 0), Epoch("h2", 2))
+    settings = plain(HyperParameters())
+    instruction = Instruction(run=RUN, epochs=epochs, round=3, hyper_parameters=settings, best=0)
+    own = {TASK: 0.5}
+    report = Report(round=3, examples={TASK: 30}, losses=own, steps=4, replacements={TASK: 1}, validation={TASK: 0.25})
+    evaluation = Evaluation({TASK: {"server": {"loss": 0.5, "accuracy": 0.75}, "tap": {"loss": 0.25}}})
 
-    def instruct(content: RecordDict) -> None:
-        messages.instruction(cast(Message, SimpleNamespace(content=content)))
+    def decoder(kind: Any) -> Callable[[RecordDict], object]:
+        return lambda content: messages.decode(content, kind, "a node")
 
     known: dict[str, tuple[Callable[[RecordDict], object], RecordDict]] = {
-        "instruction": (instruct, messages.encode_instruction(instruction)),
-        "manifest": (_admit, encode_manifest(manifest())),
-        "report": (lambda content: decode_report(content, [TASK]), encode_report(report)),
-        "metrics": (lambda content: decode_metrics(content, [TASK]), messages.encode(metrics)),
+        "instruction": (decoder(Instruction), messages.encode(instruction)),
+        "manifest": (_admit, messages.encode(manifest())),
+        "report": (lambda content: decoder(Report)(content).check(manifest(), 3), messages.encode(report)),  # type: ignore[attr-defined]
+        "metrics": (lambda content: decoder(Evaluation)(content).check(manifest()), messages.encode(evaluation)),  # type: ignore[attr-defined]
     }
 
     def reader(decode: Callable[[RecordDict], object], content: RecordDict) -> Reader:
-        return Reader(lambda data: decode(content_of(data)), (text_of(content),), (MessageError, MessageError), "json")
+        return Reader(lambda data: decode(content_of(data)), (text_of(content),), (MessageError,), "json")
 
     def every(data: bytes) -> None:
         """A whole message as it travels; what Flower does not take is not ours."""
@@ -151,12 +161,12 @@ def _of_messages() -> dict[str, Reader]:
         for decode, _ in known.values():
             decode(content)
         messages.payload_bytes(content)
-        messages.decode_tensors(content)
+        messages.tensors_of(content, Encoding.float32)
 
-    arrays = messages.encode_tensors({"a": torch.ones(2, 3), "b": torch.zeros(4)})
+    arrays = encode_tensors({"a": torch.ones(2, 3), "b": torch.zeros(4)}, Encoding.float32)
     whole = tuple(
         recorddict_to_proto(content).SerializeToString()
-        for content in (encode_report(report, arrays), known["manifest"][1], known["metrics"][1])
+        for content in (messages.encode(report, arrays), known["manifest"][1], known["metrics"][1])
     )
     hyper = Reader(
         lambda data: hyper_parameters(parse_json(data.decode("utf-8", "replace"))),
@@ -165,7 +175,7 @@ def _of_messages() -> dict[str, Reader]:
         "json",
     )
     found = {name: reader(*parts) for name, parts in known.items()}
-    return found | {"hyper_parameters": hyper, "record": Reader(every, whole, (MessageError, MessageError), "bytes")}
+    return found | {"hyper_parameters": hyper, "record": Reader(every, whole, (MessageError,), "bytes")}
 
 
 def array_input(array: Array) -> bytes:
@@ -184,13 +194,17 @@ def _of_arrays() -> dict[str, Reader]:
                 array = Array(dtype, tuple(shape), stype, rest)
             except (ValueError, TypeError, RecursionError):
                 return  # what Flower does not make an array of
-            found = messages.decode_tensors(RecordDict({"tensors": ArrayRecord({"x": array})}), encoding)["x"]
+            found = messages.tensors_of(RecordDict({ARRAYS: ArrayRecord({"x": array})}), encoding)["x"]
             assert (found.dtype, found.shape) == (torch.float32, array.shape)
 
         assert torch.allclose(from_array(to_array(tensor, encoding), encoding), tensor, atol=0.01)
         return Reader(read, (array_input(to_array(tensor, encoding)),), (MessageError,), "array")
 
     return {f"array {encoding.value}": reader(encoding) for encoding in Encoding}
+
+
+def state_folder(folder: Path) -> StateFolder:
+    return StateFolder(folder, RUN, [Epoch("h", 0)])
 
 
 def _of_files(folder: Path) -> dict[str, Reader]:
@@ -200,23 +214,24 @@ def _of_files(folder: Path) -> dict[str, Reader]:
         return {"w": torch.ones(2, 3), "b": torch.zeros(4)}
 
     tensors = copies()
-    own = ClientStore(example, RUN)
+    own = state_folder(example)
     memory = Memory({"personal": copies(), "anchor": copies()}, {"personal_losses": {TASK: 0.5}})
-    own.save(Kept(3, memory, residual=copies()))
-    own.save_received(Received(2, tensors))
-    own.save_second_stage({"tap": tensors})
+    own.save(ClientState(3, memory, residual=copies()))
+    own.save_server(tensors, 3)
+    own.save_models({"tap": tensors})
     progress = Progress(
         run=RUN,
         config={"seed": 41},
         round=3,
         replacements={"ann": {TASK: 1}},
-        **{key: {"head/triage": 2} for key in ("down", "up", "changed")},
-        **{key: {"ann": 2} for key in ("steps", "holds")},
+        epochs=[Epoch("h", 0)],
+        down={"head/triage": 2},
+        up={"head/triage": 2},
+        steps={"ann": 2},
         validation=Validation({"ann": 0.5}, 2, 0.5),
         privacy=Ledger({"ann": 1}, {"head/triage": {"ann": 1}}, {"head/triage": 1}),
     )
-    with Writer(example) as writer:
-        writer.save(progress, tensors, {"w": torch.zeros(2, 3), "b": tensors["b"]})
+    checkpoint.save(example, progress, tensors, {"w": torch.zeros(2, 3), "b": tensors["b"]})
     write_tensors(example / "tensors", tensors, {"record": [1, None]})
     decision = {
         "run": RUN,
@@ -238,13 +253,13 @@ def _of_files(folder: Path) -> dict[str, Reader]:
 
         return Reader(written, ((example / name).read_bytes(),), (StorageError,), form)
 
-    def received() -> None:
-        ClientStore(broken, RUN).received()  # what is damaged is None, never an error
+    def server() -> None:
+        state_folder(broken).load_server()  # what is damaged is None, never an error
 
     return {
-        "personal": reader(store.PERSONAL, lambda: ClientStore(broken, RUN).load()),
-        "received": reader(store.RECEIVED, received),
-        "second stage": reader("tap.safetensors", lambda: ClientStore(broken, RUN).second_stage(["tap"])),
+        "personal": reader(store.PERSONAL, lambda: state_folder(broken).load()),
+        "server": reader(store.SERVER, server),
+        "second stage": reader("tap.safetensors", lambda: state_folder(broken).load_models(["tap"])),
         "checkpoint": reader("server.safetensors", lambda: checkpoint.load(broken)),
         "tensors": reader("tensors", lambda: (read_record(broken / "tensors"), read_tensors(broken / "tensors"))),
         "json": reader("state.json", lambda: read_json(broken / "state.json"), "json"),
@@ -279,8 +294,8 @@ def _of_specs(folder: Path) -> dict[str, Reader]:
         ]
     }
     config = {
-        "rounds": 2, "train": {"steps": 3, "learning_rate": 1.0e-3}, "replacement": {"source": "received"},
-        "patterns": [pattern], "groups": 2, "datasets": {"d": {"name": "o/n", "rows": 20}},
+        "replacement": {"source": "received", "evidence": "validation"}, "rounds": 2,
+        "train": {"steps": 3, "learning_rate": 1.0e-3}, "patterns": [pattern], "groups": 2, "datasets": {"d": {"name": "o/n", "rows": 20}},
     }  # fmt: skip
 
     def read_spec(data: bytes) -> None:

@@ -19,7 +19,7 @@ from .readers import Reader, readers
 INPUTS = {
     "instruction": 800, "manifest": 1600, "report": 800, "metrics": 600, "hyper_parameters": 100, "record": 800,
     "array float32": 800, "array bfloat16": 500, "array int8": 500,
-    "personal": 500, "received": 300, "second stage": 300, "checkpoint": 500, "tensors": 300, "json": 300,
+    "personal": 500, "server": 300, "second stage": 300, "checkpoint": 500, "tensors": 300, "json": 300,
     "decisions": 300, "description": 150, "spec": 600, "config": 50, "setting": 50,
 }  # fmt: skip
 """Reader -> how many inputs it is given."""
@@ -68,7 +68,7 @@ def test_whatever_comes_is_read_or_refused(
     print(f"{name}: {taken + refused} inputs, {refused} refused")
     assert taken + refused >= count
     # The inputs are wrong, and seen to be; of few, a tenth may not be.
-    assert name in ("received", "record") or refused > (count // 10 if share == 1 else 0)
+    assert name in ("server", "record") or refused > (count // 10 if share == 1 else 0)
 
 
 @pytest.mark.slow

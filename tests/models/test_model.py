@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import FlavaConfig
 
-from tap_flower.client.from_spec import client_model
+from tap_flower.client.client_model import client_model
 from tap_flower.config import Config, client_specs, load_config
 from tap_flower.core.components import Pair, trainable_state
 from tap_flower.core.tasks import TASK_KINDS

@@ -1,0 +1,34 @@
+"""Types of fields, with their bounds, of messages and of records in files. It does not import Flower."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from tap_flower.data.spec import NAME
+
+Name = Annotated[str, Meta(pattern=rf"\A{NAME.pattern}\Z")]
+Word = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_+.-]{0,63}\Z")]
+"""Name of a model or a metric."""
+Component = Annotated[
+    str, Meta(max_length=256, pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*\Z")
+]
+TensorName = Component
+"""Name of a tensor. Files of tensors hold other names, with a colon, beside these."""
+Count = Annotated[int, Meta(ge=0, lt=2**53)]
+Examples = Annotated[int, Meta(ge=1, lt=2**53)]
+Number = Annotated[float, Meta(gt=-1e305, lt=1e305)]
+"""A loss, score or metric: a thousand of them have a finite sum."""
+
+
+class Epoch(Struct, frozen=True, forbid_unknown_fields=True):
+    """A start or a resume of a run.
+
+    Attributes:
+        history: random identity of the start or resume.
+        start: number of complete rounds that it began with.
+    """
+
+    history: Name
+    start: Count
