@@ -152,7 +152,7 @@ def evaluate_models(session: Session, models: Mapping[str, State | None], observ
         for task, values in found.items():
             metrics[task][name] = values | further.get(task, {})
     samples = {} if observer is None else observer.samples.tasks
-    return Found(metrics, next(reversed(models)), samples, cosines)
+    return Found(metrics, list(models)[-1], samples, cosines)
 
 
 def gradient_cosines(session: Session, model: ComponentModel) -> list[dict[str, Any]]:

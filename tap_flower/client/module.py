@@ -42,18 +42,18 @@ class OwnModel(ComponentModel):
         super().__init__()
         # Tensors keep the names that they have in the module: nothing is wrapped.
         self._parameters, self._buffers, self._modules = module._parameters, module._buffers, module._modules
-        self.__dict__["_module"] = module
+        self._all = [module]  # in a list: it is no part of itself
         self.component_map = component_map
         self.initials = initials
         self._forwards = forwards
 
     def forward(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
         """The output of a task for a batch of the client's own data."""
-        return self._forwards[task](self._module, inputs[OWN])
+        return self._forwards[task](self._all[0], inputs[OWN])
 
     def train(self, mode: bool = True) -> Self:
         """Sets the module to training or evaluation mode."""
-        self._module.training = mode
+        self._all[0].training = mode
         return super().train(mode)
 
 

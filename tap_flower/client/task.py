@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,15 +88,16 @@ class Task:
         Raises:
             ClientError: a data set has no length or index, or is empty, or the task has no `target`.
         """
-        if isinstance(source, list | tuple):
-            found: list[Examples] = list(source)
+        found: list[Examples]
+        if isinstance(source, list | tuple) and source and hasattr(source[0], "by_length"):
+            found = list(source)
         elif self.target is None:
             raise ClientError(
                 f"task {self.name!r} has no `target`: give (batch) -> what the loss compares the output with"
             )
         else:
             try:
-                found = [examples_of(self.name, source, self.target, self.batch_size)]
+                found = [examples_of(self.name, cast(Dataset[Any], source), self.target, self.batch_size)]
             except TypeError as error:
                 raise ClientError(str(error)) from error
         if not found or not all(map(len, found)):

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from transformers import AutoConfig
 
-from tap_flower.client.description import DESCRIPTION, Description, model_task, read_description
+from tap_flower.client.client_model import model_task
+from tap_flower.client.description import DESCRIPTION, Description, read_description
 from tap_flower.data.catalogue import CATALOGUE
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.errors import StorageError

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tap_flower.client.description import Description, TaskDescription, client_model, read_description
+from tap_flower.client.client_model import client_model
+from tap_flower.client.description import Description, TaskDescription, read_description
 from tap_flower.client.state import SERVER, StateFolder
 from tap_flower.core.components import State, cpu_state, load_trainable_state
 from tap_flower.data.collate import model_inputs

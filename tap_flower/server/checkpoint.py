@@ -16,7 +16,7 @@ from tap_flower.errors import ConfigError, StorageError
 from tap_flower.files import read_tensors, write_atomically, write_json, write_tensors
 from tap_flower.server.early_stopping import Validation
 from tap_flower.server.privacy import Ledger
-from tap_flower.wire.messages import Epoch
+from tap_flower.wire.fields import Epoch
 
 SCHEMA = 4
 _BEST = "best/"

@@ -291,8 +291,8 @@ def refuse_tensors(content: RecordDict) -> None:
 
 def payload_bytes(content: RecordDict) -> dict[str, int]:
     """Tensor name -> bytes on the wire."""
-    record = content.array_records.get(ARRAYS, {})
-    return {name: len(array.data) for name, array in record.items()}
+    record = content.array_records.get(ARRAYS)
+    return {} if record is None else {name: len(array.data) for name, array in record.items()}
 
 
 class _Version(Struct):
