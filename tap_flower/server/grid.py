@@ -11,9 +11,9 @@ import httpx
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-FOREIGN, SILENT = 1003, 1004
-"""Error codes of replies that this grid makes: in place of one that is not of the node that was asked, or not its first; and
-for a node that has not answered in time."""
+FOREIGN, SILENT, UNSENT = 1003, 1004, 1005
+"""Error codes of replies that this grid makes: in place of one that is not of the node that was asked, or not its first;
+for a node that has not answered in time; for a message that the SuperLink has not taken."""
 _POLL, _LONGEST_POLL = 0.1, 1.0
 """Seconds between looks for replies: half as long again after each look in vain. Ten looks a second took a SuperLink with
 TLS and a database 44 % of a core."""
@@ -74,15 +74,20 @@ class StreamingGrid(Grid):
             messages: pushed one by one, as they are drawn.
             timeout: seconds until those that have not answered are given up; None waits as long as their `ttl`.
         """
-        waiting, answered = dict[str, Message](), dict[str, Message]()
+        waiting, answered, unsent = dict[str, Message](), dict[str, Message](), list[Message]()
         longest = 0.0
         for message in messages:
             if timeout is not None:
                 message.metadata.ttl = timeout  # a node that comes back later does not find it any more
             longest = max(longest, message.metadata.ttl)
             asked = Message(RecordDict(), message.metadata.dst_node_id, message.metadata.message_type)
-            for message_id in self.push_messages([message]):
+            # Flower gives no identity to a message that it does not store: to a node that has gone, or too large.
+            if message_id := next(iter(self.push_messages([message])), ""):
                 waiting[message_id] = asked
+            else:
+                unsent.append(asked)
+        for refused in unsent:
+            yield Message(Error(UNSENT, "the SuperLink did not take the message: see its log"), reply_to=refused)
         deadline, pause = time.monotonic() + longest, _POLL
         while waiting and time.monotonic() < deadline:
             arrived = self.pull_messages(waiting)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -659,6 +659,18 @@ def test_a_busy_superlink_is_asked_again(
         monkeypatch.setattr(grid, name, busy)
     assert without_times(federation.strategy().start(grid).summary) == without_times(whole_toys.results)
     assert all(count < 0 for count in failures.values())
+
+
+def test_a_message_that_the_superlink_does_not_take_is_told(federation: ToyFederation, replies: Replies) -> None:
+    class Refusing(Playback):
+        def push_messages(self, asked: Iterable[Message]) -> Iterable[str]:
+            (message,) = asked
+            lost = _is_train(message) and message.metadata.dst_node_id == 101
+            return [""] if lost and round_of(message) == 1 else super().push_messages([message])
+
+    federation.strategy().start(Refusing(replies))
+    dropped = [(e["who"], e["problem"]) for e in read_events(federation.out) if e["event"] == "dropped"]
+    assert dropped == [("client 'bob'", "the SuperLink did not take the message: see its log (code 1005)")]
 
 
 @pytest.mark.parametrize(("status", "patience"), [(403, 60.0), (500, 0.0)])
