@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tap_flower.errors import StorageError
-from tap_flower.plain import check_type, parse_json
+from tap_flower.plain import parse_json, shown
 
 _RECORD, _CHECKSUM = "tap_flower", "sha256"
 T = TypeVar("T")
@@ -174,7 +174,8 @@ def _read(path: Path, take: Callable[[Any, Mapping[str, str]], T]) -> tuple[T, d
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             record = parse_json(metadata[_RECORD])
-            check_type(record, dict[str, Any], "its record")
+            if not isinstance(record, dict):
+                raise ValueError(f"its record is {shown(record)}, not an object")
             return take(file, metadata), record
     except FileNotFoundError as error:
         raise StorageError(f"{path} does not exist") from error

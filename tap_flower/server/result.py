@@ -22,7 +22,7 @@ class TapResult(Result):
     """Flower's `Result`, and what TAP adds to it.
 
     Attributes:
-        personalise_metrics_clientapp: aggregated MetricRecord of stage 2's fine-tuning, or None.
+        personalise_metrics_clientapp: aggregated metrics of stage 2's fine-tuning, under the number of the last round.
         clients: client -> task -> model (`server`, `personal`, `tap`, …) -> metric -> value on the client's test data.
         tasks: task -> model -> metric -> mean over the clients that have the task.
         bytes: `down`, `up`, and `per_component`: bytes of tensors that were sent and received.
@@ -30,7 +30,7 @@ class TapResult(Result):
         summary: the content of `results.json`.
     """
 
-    personalise_metrics_clientapp: MetricRecord | None = None
+    personalise_metrics_clientapp: dict[int, MetricRecord] = field(default_factory=dict)
     clients: dict[str, Metrics] = field(default_factory=dict)
     tasks: Metrics = field(default_factory=dict)
     bytes: dict[str, Any] = field(default_factory=dict)

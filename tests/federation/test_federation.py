@@ -37,6 +37,7 @@ from tap_flower.report.events import read_events
 from tap_flower.run.in_process import Tamper
 from tap_flower.server import grid as exchange
 from tap_flower.server.roster import Roster
+from tap_flower.server.server_run import ServerRun
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
 from tap_flower.wire.messages import ARRAYS, FIELDS, Manifest
@@ -529,9 +530,9 @@ def test_tasks_of_one_name_with_other_classes_are_refused(make_spec_federation: 
 
 def test_another_version_is_refused(federation: ToyFederation, monkeypatch: pytest.MonkeyPatch) -> None:
     grid, strategy = federation.grid(), federation.strategy()
-    instruction = TapStrategy._instruction
+    instruction = ServerRun._instruction
     other = partial(msgspec.structs.replace, version="9.9")
-    monkeypatch.setattr(TapStrategy, "_instruction", lambda self, number: other(instruction(self, number)))
+    monkeypatch.setattr(ServerRun, "_instruction", lambda self, number: other(instruction(self, number)))
     with pytest.raises(RunError, match=r"the server speaks protocol 5 of tap-flower.*install one version"):
         strategy.start(grid)
 

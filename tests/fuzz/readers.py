@@ -295,7 +295,8 @@ def _of_specs(folder: Path) -> dict[str, Reader]:
     }
     config = {
         "replacement": {"source": "received", "evidence": "validation"}, "rounds": 2,
-        "train": {"steps": 3, "learning_rate": 1.0e-3}, "patterns": [pattern], "groups": 2, "datasets": {"d": {"name": "o/n", "rows": 20}},
+        "train": {"steps": 3, "learning_rate": 1.0e-3}, "patterns": [pattern],
+        "groups": 2, "datasets": {"d": {"name": "o/n", "rows": 20}},
     }  # fmt: skip
 
     def read_spec(data: bytes) -> None:

@@ -206,7 +206,7 @@ def test_a_private_run_and_one_that_is_resumed(make_federation: Make) -> None:
     assert [e["round"] for e in rounds] == [1, 2, 3]
     assert all(e["withheld"]["head/translation"] == 1 and e["norms"].keys() == set(results["clients"]) for e in rounds)
     assert [e["epsilon"] for e in events if e["event"] == "round"] == sorted(
-        strategy.privacy.budget.spent(n) for n in (1, 2, 3)
+        strategy.run.privacy.budget.spent(n) for n in (1, 2, 3)
     )  # type: ignore[union-attr]
 
     class Crash(Exception):
@@ -238,8 +238,8 @@ class Quiet(TapStrategy):
     """Without noise."""
 
     def configure_train(self, *args: Any) -> Any:
-        assert self.privacy is not None
-        self.privacy.random_bytes = no_noise
+        assert self.run.privacy is not None
+        self.run.privacy.random_bytes = no_noise
         return super().configure_train(*args)
 
 
@@ -259,7 +259,7 @@ def test_a_client_with_an_absurd_update_moves_the_server_no_further_than_any_oth
         strategy.start(
             grid, timeout=0.1, evaluate_fn=lambda _, arrays, values=values: values.append(decode_tensors(arrays, FLOAT))
         )
-        assert strategy.privacy is not None
+        assert strategy.run.privacy is not None
         found.append(values[1])
         (event,) = [e for e in read_events(federation.out) if e["event"] == "privacy_round"]
         assert ("ann" in event["norms"]) == (tamper is not lost)

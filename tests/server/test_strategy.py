@@ -205,5 +205,4 @@ def test_metrics_are_aggregated_by_the_functions_that_are_given(federation: ToyF
     result = of(federation, train_metrics_aggr_fn=count, evaluate_metrics_aggr_fn=count).start(federation.grid())
     assert dict(result.train_metrics_clientapp[1]) == {"clients": 4, "examples": 16 + 20 + 8 + 10}
     assert dict(result.evaluate_metrics_clientapp[2]) == {"clients": 4, "examples": 10 + 20 + 10 + 10}
-    assert result.personalise_metrics_clientapp is not None
-    assert result.personalise_metrics_clientapp["clients"] == 4
+    assert result.personalise_metrics_clientapp[2]["clients"] == 4
