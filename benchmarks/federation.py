@@ -31,7 +31,7 @@ from tap_flower.core.components import cpu_state
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.methods.session import LocalClient
-from tap_flower.models.backbones import load_backbone, locate
+from tap_flower.models.load import load_backbone, locate
 from tap_flower.report.events import EventLog
 from tap_flower.run.in_process import InProcessGrid
 from tap_flower.server.strategy import TapStrategy

@@ -15,9 +15,9 @@ from transformers import BertConfig
 
 from tap_flower.client.state import STATES, ClientStore
 from tap_flower.client.text_metrics import MissingError, load_bertscore
+from tap_flower.errors import BackboneError
 from tap_flower.files import StorageError, read_json
-from tap_flower.models.backbones import demo_folder, load_backbone, outline
-from tap_flower.models.errors import BackboneError
+from tap_flower.models.load import demo_folder, load_backbone, outline
 from tap_flower.server import checkpoint
 
 ROOT = Path(__file__).parent.parent

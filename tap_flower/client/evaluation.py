@@ -26,8 +26,8 @@ from tap_flower.data.spec import ClientSpec, SpecError
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.methods.method import Method
 from tap_flower.methods.session import LocalClient
-from tap_flower.models.allocation import prepare_allocation
-from tap_flower.models.backbones import load_backbone, locate
+from tap_flower.models.cpu import prepare_allocation
+from tap_flower.models.load import load_backbone, locate
 from tap_flower.wire.messages import Instruction
 
 DEPLOYED = "client-spec"

@@ -13,9 +13,10 @@ from tap_flower.config import Model
 from tap_flower.core.components import Pair, trainable_state
 from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.data.spec import ClientSpec
+from tap_flower.errors import BackboneError
 from tap_flower.methods.session import LocalTask
-from tap_flower.models.backbones import Backbone, outline
-from tap_flower.models.errors import BackboneError
+from tap_flower.models.backbone import Backbone
+from tap_flower.models.load import outline
 from tap_flower.models.model import ModelTask, TapModel
 
 

@@ -19,12 +19,11 @@ from tap_flower.core.averaging import BadUpdateError, check_form
 from tap_flower.core.components import ComponentModel, trainable_state
 from tap_flower.core.training import DivergedError, Observer
 from tap_flower.data.spec import SpecError
-from tap_flower.errors import ClientError
+from tap_flower.errors import BackboneError, ClientError
 from tap_flower.files import StorageError
 from tap_flower.methods.method import Memory, Method, State
 from tap_flower.methods.registry import find_method
 from tap_flower.methods.session import LocalClient
-from tap_flower.models.errors import BackboneError
 from tap_flower.report.client_records import record_decisions, record_evaluation
 from tap_flower.wire import messages
 from tap_flower.wire.manifest import Manifest, TaskInfo, TensorInfo, encode_manifest

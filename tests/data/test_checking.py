@@ -14,7 +14,7 @@ from tap_flower.data.checking import Problem, check_data, check_spec
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec, SpecError, client_spec
 from tap_flower.data.texts import load_tokenizer
-from tap_flower.models.backbones import locate
+from tap_flower.models.load import locate
 
 NOTES = "title,note,urgency\n"
 READ = {

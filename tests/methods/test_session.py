@@ -6,8 +6,8 @@ import pytest
 
 from tap_flower.client.from_spec import client_model, exchanged
 from tap_flower.config import Model, client_specs, load_config
-from tap_flower.models.backbones import load_backbone
-from tap_flower.models.errors import BackboneError
+from tap_flower.errors import BackboneError
+from tap_flower.models.load import load_backbone
 
 
 def test_texts_longer_than_the_backbone_has_positions_for_are_refused() -> None:
