@@ -2,10 +2,10 @@
 
 import time
 
-from tap_flower.models.allocation import prepare_allocation
-
 BEGAN = time.monotonic()
 """When this process began, nearly: before it imports torch."""
+
+from tap_flower.models.cpu import prepare_allocation  # noqa: E402
 
 # As in a client; it must come before torch takes memory.
 prepare_allocation()

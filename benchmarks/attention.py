@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.measure import parser, seconds, show
-from tap_flower.models import experts
+from tap_flower.models.cpu import attention as attention_of_products
 
 HEADS, SIZE = 12, 64
 
@@ -26,7 +26,7 @@ def main() -> None:
             def step(attention: Callable[..., Tensor], inputs: list[Tensor] = qkv, back: Tensor = gradient) -> None:
                 torch.autograd.grad(attention(*inputs), inputs, back)
 
-            ours = seconds(lambda: step(lambda q, k, v: experts.attention(q, k, v, None)), cpu, 9)
+            ours = seconds(lambda: step(lambda q, k, v: attention_of_products(q, k, v, None)), cpu, 9)
             fused = seconds(lambda: step(F.scaled_dot_product_attention), cpu, 9)
             name = str(dtype).removeprefix("torch.")
             rows.append(

@@ -60,7 +60,7 @@ from benchmarks.measure import (
 from benchmarks.step import batches_of, measured, steps
 from benchmarks.workload import backbone_of, client
 from tap_flower.files import write_json
-from tap_flower.models.backbones import bfloat16_products
+from tap_flower.models.load import bfloat16_products
 
 ROOT = Path(__file__).parent.parent
 PATTERN = 7

@@ -5,7 +5,7 @@ has computed. The device computes each task of each case twice:
 
 * `golden`: as the published code does, in evaluation mode, against the golden numbers;
 * `cpu`: as a client does, in training mode with dropout off and in evaluation mode without gradients, against the CPU in
-  evaluation mode with gradients. These are different kernels of ours (`tap_flower.models.lora`) where the device is the
+  evaluation mode with gradients. These are different kernels of ours (`tap_flower.models.cpu`) where the device is the
   CPU, too.
 
 In float32, without TF32, each deviation must be below LIMIT; those of bfloat16 are told, and not judged.
@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from benchmarks.measure import Row, parser, show
 from tap_flower.core.components import load_trainable_state, trainable_state
 from tap_flower.core.tasks import IGNORE, TASK_KINDS
-from tap_flower.models.backbones import Backbone, load_backbone
+from tap_flower.models.backbone import Backbone
+from tap_flower.models.load import load_backbone
 from tap_flower.models.lora import LoRA
 from tap_flower.models.model import TapModel
 from tests.golden.published import PublishedFusion, model_tasks, published_model, published_name, published_value

@@ -31,7 +31,7 @@ from tap_flower.data.batching import ClientData
 from tap_flower.methods import tap
 from tap_flower.methods.method import Memory
 from tap_flower.methods.session import Session
-from tap_flower.models.backbones import from_config, locate
+from tap_flower.models.load import from_config, locate
 from tap_flower.models.model import TapModel
 
 CLIENT = 7

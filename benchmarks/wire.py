@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from flwr.app import RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from tap_flower.wire.reports import Report, encode_report
+from tap_flower.wire.updates import make_update, moved
 from torch import Tensor
 
 from benchmarks.measure import Row, parser, show
@@ -26,13 +28,11 @@ from tap_flower.client.from_spec import client_model
 from tap_flower.config import Config, Encoding, client_specs, load_config, sent_hyper_parameters
 from tap_flower.core.components import trainable_state
 from tap_flower.core.initial import named_seed
-from tap_flower.models.backbones import from_config
+from tap_flower.models.load import from_config
 from tap_flower.models.model import TapModel
 from tap_flower.wire import messages
 from tap_flower.wire.messages import Instruction
-from tap_flower.wire.reports import Report, encode_report
 from tap_flower.wire.tensors import rounded
-from tap_flower.wire.updates import make_update, moved
 
 PATTERN = 7
 PUBLISHED = 1528e6

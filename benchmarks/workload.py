@@ -15,8 +15,9 @@ from tap_flower.core.training import Batch
 from tap_flower.data.batching import ClientData
 from tap_flower.data.spec import ClientSpec, TaskSpec
 from tap_flower.methods.session import Session
-from tap_flower.models.backbones import Backbone, from_config
+from tap_flower.models.backbone import Backbone
 from tap_flower.models.heads import IMAGE_SIZE
+from tap_flower.models.load import from_config
 
 _TINY = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256, "num_hidden_layers": 8}
 

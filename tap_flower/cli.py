@@ -212,7 +212,7 @@ def check_command(
     from tap_flower.client.client_model import exchanged
     from tap_flower.data.checking import Problem, check_data, check_spec
     from tap_flower.errors import BackboneError
-    from tap_flower.models.backbones import locate
+    from tap_flower.models.load import locate
     from tap_flower.report.check_tables import data_table, example_table, exchange_line
 
     console, run = Console(), load_config(preset, config, tuple(set_ or ()))
@@ -255,7 +255,7 @@ def node_command(
 ) -> None:
     """Checks a client spec with all its data, then becomes a Flower SuperNode for it."""
     from tap_flower.data.checking import check_data, check_spec
-    from tap_flower.models.backbones import locate
+    from tap_flower.models.load import locate
 
     console, launch = (
         Console(),

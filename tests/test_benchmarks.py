@@ -23,9 +23,8 @@ from torch import Tensor
 
 from benchmarks import BEGAN, gpu, lora, measure, parity, step
 from benchmarks.workload import client
-from tap_flower.models import backbones
-from tap_flower.models import lora as models_lora
-from tap_flower.models.backbones import bfloat16_products
+from tap_flower.models import backbone, cpu
+from tap_flower.models.load import bfloat16_products
 from tap_flower.models.lora import lora_linear
 
 CPU = torch.device("cpu")
@@ -253,8 +252,8 @@ def test_only_float32_is_judged() -> None:
 
 def test_a_wrong_kernel_of_training_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The golden numbers are of evaluation mode and cannot tell; the comparison with the CPU's evaluation mode does."""
-    right = models_lora._frozen_backward
-    monkeypatch.setattr(models_lora, "_frozen_backward", lambda *arguments: right(*arguments) * 1.001)
+    right = cpu._frozen_backward
+    monkeypatch.setattr(cpu, "_frozen_backward", lambda *arguments: right(*arguments) * 1.001)
     case = next(case for case in parity.cases(parity.GOLDEN) if case.folder.name == "flava_p1_l1")
     row = next(iter(parity.compare(case, CPU)))
     assert row["limit"] == "NOT BELOW"
@@ -576,13 +575,13 @@ def test_a_compiled_step_is_compiled_once_for_all_batches(tmp_path: Path, monkey
     monkeypatch.setattr(gpu, "bfloat16_products", lambda: False)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    backbones._compiled.cache_clear()
+    backbone._compiled.cache_clear()
     graphs = []
     rows = []
     for row in gpu.step_rows("vilt", True, asked(tmp_path)):
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         rows.append(row)
-    backbones._compiled.cache_clear()
+    backbone._compiled.cache_clear()
     # Attention of three paths and of four, before and after they share blocks, and experts.
     assert graphs == [4, 4]
     assert [(row["mode"], row["batch"]) for row in rows] == [("compiled", 2), ("compiled", 4)]

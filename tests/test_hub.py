@@ -20,7 +20,8 @@ CHECK = """
 import json, logging, sys, time
 logging.basicConfig(format="%(message)s")
 from tap_flower.data.checking import check_data, check_spec
-from tap_flower.models.backbones import BackboneError, outline
+from tap_flower.errors import BackboneError
+from tap_flower.models.load import outline
 from tap_flower.client.text_metrics import missing
 spec, _ = check_spec(json.loads(sys.argv[1]))
 began = time.monotonic()

@@ -18,7 +18,7 @@ import torch
 from tap_flower.client.client_model import client_model
 from tap_flower.config import client_specs, load_config
 from tap_flower.core.components import ComponentMap
-from tap_flower.models.backbones import outline
+from tap_flower.models.load import outline
 
 from .docs_blocks import ROOT
 

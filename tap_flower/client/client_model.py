@@ -14,7 +14,8 @@ from tap_flower.core.components import trainable_state
 from tap_flower.core.tasks import TEXT_GENERATION
 from tap_flower.data.spec import ClientSpec, TaskSpec
 from tap_flower.errors import BackboneError
-from tap_flower.models.backbones import Backbone, outline
+from tap_flower.models.backbone import Backbone
+from tap_flower.models.load import outline
 from tap_flower.models.model import ModelTask, TapModel
 
 

@@ -22,8 +22,8 @@ from tap_flower.data.texts import load_tokenizer
 from tap_flower.errors import ConfigError, SpecError
 from tap_flower.methods.method import Method
 from tap_flower.methods.session import Session
-from tap_flower.models.allocation import prepare_allocation
-from tap_flower.models.backbones import load_backbone, locate
+from tap_flower.models.cpu import prepare_allocation
+from tap_flower.models.load import load_backbone, locate
 from tap_flower.wire.messages import Instruction
 
 

@@ -1,8 +1,8 @@
-"""The trainable part of the encoders; the frozen part is the backbone's."""
+"""The trainable parts that encoders are made of; the frozen parts are the backbone's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import ClassVar, cast
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tap_flower.core.initial import Initial
-from tap_flower.models.experts import FrozenLayer, Run
-from tap_flower.models.lora import LoRA, LoraSettings, lora_linears
+from tap_flower.models.experts import AttentionLoRA, FrozenLayer, Run
+from tap_flower.models.lora import lora_linears
 
 
 class ImageAdaptor(nn.Module):
-    """What stands in front of the image encoder: ×2 bilinear -> 3×3 conv -> GELU -> the backbone's size -> 1×1 conv.
+    """Stands in front of the image encoder: ×2 bilinear -> 3×3 conv -> GELU -> the backbone's size -> 1×1 conv.
 
     It starts close to the identity, so that a pretrained encoder sees the images that it knows: the first convolution
     scales down to where GELU is nearly linear (GELU(x) ≈ x / 2), the second scales up again.
@@ -36,50 +36,11 @@ class ImageAdaptor(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, 3, image_size, image_size]."""
-        # Three channels: with the channels last, the convolutions take about half the time on a CPU.
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-        x = F.interpolate(pixels, scale_factor=2, mode="bilinear", align_corners=True)
-        x = F.gelu(self.conv(x))
+        x = pixels.contiguous(memory_format=torch.channels_last)  # in which convolutions of 3 channels are fastest
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)  # [B, 3, 2H, 2W]
+        x = F.gelu(self.conv(x))  # [B, 3, 2H, 2W]
         x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bilinear", align_corners=True)
-        mixed: Tensor = self.mix(x)
-        return mixed
-
-
-def patches_of(images: Tensor, side: int) -> Tensor:
-    """Squares that are cut from images, row by row: [B, 3, H, W] -> [B, H / side · W / side, 3 · side · side].
-
-    A convolution whose stride is its kernel is a linear map of each of them.
-    """
-    batch, channels, height, width = images.shape
-    squares = images.reshape(batch, channels, height // side, side, width // side, side)
-    return squares.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * side * side)
-
-
-class PatchProjection(nn.Module):
-    """A frozen convolution whose stride is its kernel, computed as a linear map: backwards, a CPU is faster at that.
-
-    Args:
-        convolution: its weight [D, 3, side, side] and bias [D] are taken over under their names, not copied.
-    """
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        self.weight, self.bias = convolution.weight, convolution.bias
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, D, H / side, W / side]."""
-        side = self.weight.shape[-1]
-        tokens = F.linear(patches_of(images, side), self.weight.flatten(1), self.bias)
-        return tokens.transpose(1, 2).reshape(len(images), -1, images.shape[2] // side, images.shape[3] // side)
-
-
-class LayerLoRA(nn.Module):
-    """LoRA on query and value of one encoder layer."""
-
-    def __init__(self, layer: FrozenLayer, settings: LoraSettings) -> None:
-        super().__init__()
-        self.query = LoRA(layer.query, settings)
-        self.value = LoRA(layer.value, settings)
+        return cast(Tensor, self.mix(x))  # [B, 3, image_size, image_size]
 
 
 class Projection(nn.Linear):
@@ -101,37 +62,32 @@ class Output(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        normed: Tensor = self.norm(self.proj(tokens))
-        return normed
+        return cast(Tensor, self.norm(self.proj(tokens)))
 
 
 def encode(
-    layers: Sequence[FrozenLayer],
-    loras: Sequence[LayerLoRA],
-    tokens: Tensor,
-    mask: Tensor | None,
-    run: Run,
+    layers: Iterable[nn.Module], loras: Iterable[nn.Module], tokens: Tensor, mask: Tensor | None, run: Run
 ) -> Tensor:
-    """Frozen pre-norm transformer layers with LoRA on query and value.
+    """Runs tokens through frozen pre-norm transformer layers with LoRA on query and value.
 
     Args:
-        layers: of the backbone.
-        loras: one for each layer.
+        layers: the backbone's `FrozenLayer`s.
+        loras: an `AttentionLoRA` for each layer.
         tokens: [B, T, D].
         mask: [B, T] bool, False at padding, or None.
-        run: how each layer is run, see `Backbone.run`.
+        run: how each layer is run: `Backbone.run`.
 
     Returns:
         [B, T, D].
     """
-    x = tokens[None]
+    x = tokens[None]  # [1, B, T, D]: a stack of one
     for layer, lora in zip(layers, loras, strict=True):
-        x = run(_layer, layer, lora, x, mask)
+        x = run(_layer, layer, lora, x, mask)  # [1, B, T, D]
     return x[0]
 
 
-def _layer(layer: FrozenLayer, lora: LayerLoRA, x: Tensor, mask: Tensor | None) -> Tensor:
-    n = layer.norm_before(x)
-    query, value = lora_linears([[lora.query], [lora.value]], n[None])
+def _layer(layer: FrozenLayer, lora: AttentionLoRA, x: Tensor, mask: Tensor | None) -> Tensor:
+    n = layer.norm_before(x)  # [1, B, T, D]
+    query, value = lora_linears([[lora.query], [lora.value]], n[None])  # [1, B, T, D] each
     x = x + layer.attend(query, layer.key(n), value, mask)
     return x + cast(Tensor, layer.down(layer.activation(layer.up(layer.norm_after(x)))))

@@ -1,14 +1,16 @@
-"""Frozen transformer layers, and experts: LoRA weights on a layer's one frozen feed-forward network."""
+"""Frozen transformer layers, and what trains on them: LoRA on their attention, and experts on their feed-forward network.
+
+Letters of shapes: S entries of a stack (paths that go through a layer side by side), B examples, T tokens, D the width.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from tap_flower.models import cpu
 from tap_flower.models.lora import LoRA, LoraSettings, lora_linear, lora_linears
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -40,12 +42,12 @@ class FrozenLayer(nn.Module):
         self.requires_grad_(False)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Multi-head attention after the projections.
+        """Multi-head attention (arXiv 1706.03762, section 3.2) after the projections of query, key and value.
 
         Args:
-            query: projected queries, [S, B, T, D]; key and value likewise.
-            key: projected keys.
-            value: projected values.
+            query: projected queries, [S, B, T, D].
+            key: projected keys, [S, B, T, D].
+            value: projected values, [S, B, T, D].
             mask: [B, T] bool, False at padding, or None.
 
         Returns:
@@ -53,42 +55,17 @@ class FrozenLayer(nn.Module):
         """
         stack, batch, tokens, size = query.shape
         split = (stack * batch, tokens, self.heads, size // self.heads)
-        q, k, v = (x.reshape(split).transpose(1, 2) for x in (query, key, value))
-        # One row for each entry of the stack; [S·B, 1, 1, T] broadcasts over heads and queries.
-        attention_mask = None if mask is None else mask.repeat(stack, 1)[:, None, None, :]
-        mixed = attention(q, k, v, attention_mask)
-        joined: Tensor = self.output(mixed.transpose(1, 2).reshape(stack, batch, tokens, size))
+        q, k, v = (x.reshape(split).transpose(1, 2) for x in (query, key, value))  # [S·B, heads, T, D / heads]
+        if mask is not None:
+            mask = mask.repeat(stack, 1)[:, None, None, :]  # [S·B, 1, 1, T], broadcast over heads and queries
+        mixed = cpu.attention(q, k, v, mask)  # softmax(q kᵀ / √d) v
+        joined: Tensor = self.output(mixed.transpose(1, 2).reshape(stack, batch, tokens, size))  # [S, B, T, D]
         return joined
 
     def feed_forward(self, experts: Sequence[Expert], x: Tensor) -> Tensor:
         """The frozen network with one expert's LoRA for each entry of the stack: [S, B, T, D] -> [S, B, T, D]."""
-        hidden = self.activation(lora_linear([e.up for e in experts], x))
-        return lora_linear([e.down for e in experts], hidden)
-
-
-_FEW_TOKENS = 128
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`softmax(q kᵀ / √d) v`.
-
-    A CPU is faster with the products themselves than with its fused kernel, whose backward pass is slow: in training, in
-    bfloat16 by a factor of 3 to 8, in float32 by up to a quarter for short texts (`python -m benchmarks.attention`).
-
-    Args:
-        q: [N, H, T, d]; k and v likewise.
-        k: keys.
-        v: values.
-        mask: bool, True where a key counts, broadcast to [N, H, T, T]; or None.
-    """
-    short = q.dtype is torch.bfloat16 or q.shape[2] <= _FEW_TOKENS
-    if q.device.type != "cpu" or not short or not q.requires_grad:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
-    if mask is not None:  # added, since filling all scores costs several times as much, and once more backwards
-        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
-    mixed: Tensor = scores.softmax(-1) @ v
-    return mixed
+        hidden = self.activation(lora_linear([expert.up for expert in experts], x))  # [S, B, T, 4D]
+        return lora_linear([expert.down for expert in experts], hidden)  # [S, B, T, D]
 
 
 def _of_type(parent: nn.Module, name: str, kind: type[_M]) -> _M:
@@ -98,8 +75,17 @@ def _of_type(parent: nn.Module, name: str, kind: type[_M]) -> _M:
     return module
 
 
+class AttentionLoRA(nn.Module):
+    """LoRA on query and value of one layer."""
+
+    def __init__(self, layer: FrozenLayer, settings: LoraSettings) -> None:
+        super().__init__()
+        self.query = LoRA(layer.query, settings)
+        self.value = LoRA(layer.value, settings)
+
+
 class Expert(nn.Module):
-    """LoRA on both linears of a layer's feed-forward network."""
+    """LoRA on both linear maps of a layer's feed-forward network."""
 
     def __init__(self, layer: FrozenLayer, settings: LoraSettings) -> None:
         super().__init__()
@@ -117,7 +103,16 @@ class DomainExperts(nn.Module):
 
 
 def domain_residuals(layer: FrozenLayer, domains: Sequence[DomainExperts], x: Tensor) -> Tensor:
-    """E_q(x) and E_v(x): [S, B, T, D] -> [2, S, B, T, D]. The frozen part of the first linear is computed once for both."""
+    """E_q(x) and E_v(x) of MoDE; the frozen part of the first linear map is computed once for both.
+
+    Args:
+        layer: whose feed-forward network the experts adapt.
+        domains: one for each entry of the stack.
+        x: [S, B, T, D].
+
+    Returns:
+        [2, S, B, T, D].
+    """
     experts = [d.query for d in domains], [d.value for d in domains]
-    hidden = layer.activation(lora_linears([[e.up for e in group] for group in experts], x[None]))
-    return lora_linears([[e.down for e in group] for group in experts], hidden)
+    hidden = lora_linears([[expert.up for expert in group] for group in experts], x[None])  # [2, S, B, T, 4D]
+    return lora_linears([[expert.down for expert in group] for group in experts], layer.activation(hidden))

@@ -8,16 +8,23 @@ from typing import ClassVar, cast
 from torch import Tensor, nn
 from transformers import FlavaModel, PreTrainedModel
 
-from tap_flower.models.backbones import Backbone, Encoder, frozen_layers, fusion_layers
-from tap_flower.models.encoders import ImageAdaptor, LayerLoRA, Output, PatchProjection, encode
-from tap_flower.models.experts import FrozenLayer
+from tap_flower.models.backbone import Backbone, Encoder, frozen_layers, fusion_layers
+from tap_flower.models.cpu import PatchProjection
+from tap_flower.models.encoders import ImageAdaptor, Output, encode
+from tap_flower.models.experts import AttentionLoRA, FrozenLayer
 from tap_flower.models.lora import LoraSettings
 
 ENCODER_LORA = LoraSettings(rank=8, alpha=16)
 
 
 class FlavaBackbone(Backbone):
-    """Image transformer, text transformer and the multimodal transformer's layers; poolers and projections are dropped."""
+    """Image transformer, text transformer and the multimodal transformer's layers; poolers and projections are dropped.
+
+    Args:
+        model: a `FlavaModel`; its modules are taken over, not copied.
+        layers: L, the number of fusion layers of each stage.
+        image_size: side, in pixels, of the images that the patches are cut from; by default the checkpoint's own.
+    """
 
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "image": ("image_embeddings", "image_layers", "image_norm"),
@@ -27,7 +34,7 @@ class FlavaBackbone(Backbone):
     expert_lora = LoraSettings(rank=4, alpha=8)
 
     def __init__(self, model: PreTrainedModel, layers: int, image_size: int | None = None) -> None:
-        super().__init__(model, layers, image_size)
+        super().__init__(model.config)
         model = cast(FlavaModel, model)
         image, text, multimodal = model.image_model, model.text_model, model.multimodal_model
         self.size = multimodal.config.hidden_size
@@ -36,7 +43,7 @@ class FlavaBackbone(Backbone):
         self.image_size, _ = self.image_grid(image_size, image.config)
         self.image_embeddings = image.embeddings
         patches = self.image_embeddings.patch_embeddings
-        patches.register_module("projection", PatchProjection(patches.projection))
+        patches.register_module("projection", PatchProjection(patches.projection))  # the same map, faster
         self.image_layers = frozen_layers(image.encoder.layer, image.config.num_attention_heads)
         self.image_norm = image.layernorm
         self.text_embeddings = text.embeddings
@@ -45,15 +52,15 @@ class FlavaBackbone(Backbone):
         self.fusion_layers = fusion_layers(multimodal.encoder.layer, multimodal.config.num_attention_heads, layers)
 
     def image_encoder(self) -> Encoder:
-        """Adaptor, LoRA on every image layer, projection."""
+        """A new trainable part of the image encoder: adaptor, LoRA on every image layer, projection."""
         return FlavaImageEncoder(self)
 
     def text_encoder(self) -> Encoder:
-        """LoRA on every text layer, projection."""
+        """A new trainable part of the text encoder: LoRA on every text layer, projection."""
         return FlavaTextEncoder(self)
 
     def classification_head(self, classes: int) -> nn.Module:
-        """D -> D/2, ReLU, dropout .3, -> classes."""
+        """A new head, [B, D] -> [B, classes]: D -> D/2, ReLU, dropout .3, -> classes."""
         return nn.Sequential(
             nn.Linear(self.size, self.size // 2), nn.ReLU(), nn.Dropout(0.3), nn.Linear(self.size // 2, classes)
         )
@@ -71,8 +78,9 @@ class FlavaImageEncoder(Encoder):
     def forward(self, backbone: Backbone, inputs: Tensor, mask: Tensor | None) -> Tensor:
         """Pixels [B, 3, H, W] -> class token and patches [B, 1 + patches, D]."""
         frozen = cast(FlavaBackbone, backbone)
-        tokens = frozen.image_embeddings(self.adaptor(inputs), interpolate_pos_encoding=True)
-        tokens = encode(_layers(frozen.image_layers), _own(self.layers), tokens, mask, frozen.run)
+        images = self.adaptor(inputs)  # [B, 3, image_size, image_size]
+        tokens = frozen.image_embeddings(images, interpolate_pos_encoding=True)  # [B, 1 + patches, D]
+        tokens = encode(frozen.image_layers, self.layers, tokens, mask, frozen.run)
         return cast(Tensor, self.output(frozen.image_norm(tokens)))
 
 
@@ -87,18 +95,10 @@ class FlavaTextEncoder(Encoder):
     def forward(self, backbone: Backbone, inputs: Tensor, mask: Tensor | None) -> Tensor:
         """Token ids [B, T] -> [B, T, D]."""
         frozen = cast(FlavaBackbone, backbone)
-        tokens = frozen.text_embeddings(input_ids=inputs)
-        tokens = encode(_layers(frozen.text_layers), _own(self.layers), tokens, mask, frozen.run)
+        tokens = frozen.text_embeddings(input_ids=inputs)  # [B, T, D]
+        tokens = encode(frozen.text_layers, self.layers, tokens, mask, frozen.run)
         return cast(Tensor, self.output(frozen.text_norm(tokens)))
 
 
 def _loras(layers: nn.ModuleList) -> nn.ModuleList:
-    return nn.ModuleList(LayerLoRA(layer, ENCODER_LORA) for layer in _layers(layers))
-
-
-def _layers(layers: nn.ModuleList) -> list[FrozenLayer]:
-    return cast(list[FrozenLayer], list(layers))
-
-
-def _own(layers: nn.ModuleList) -> list[LayerLoRA]:
-    return cast(list[LayerLoRA], list(layers))
+    return nn.ModuleList(AttentionLoRA(cast(FrozenLayer, layer), ENCODER_LORA) for layer in layers)

@@ -1,21 +1,24 @@
-"""Fusion: four paths, each a modality-to-task-expert stage (MoTE), then a task-to-modality-expert stage (MoME).
+"""Fusion (arXiv 2509.26524): four paths of a modality-to-task (MoTE) and a task-to-modality-expert stage (MoME) each.
 
 The components are flat and named; `paths` is the one place that says which of them a pair's stream goes through. The
-model holds what `components` lists, and the forward pass takes exactly these.
+model holds what `components` lists, and the forward pass takes exactly these. Letters of shapes: S paths side by side,
+B examples, T tokens, D the width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from tap_flower.models.backbone import Backbone
 from tap_flower.models.encoders import Projection
-from tap_flower.models.experts import DomainExperts, Expert, FrozenLayer, Run, domain_residuals
-from tap_flower.models.lora import LoRA, LoraSettings, lora_linears
+from tap_flower.models.experts import AttentionLoRA, DomainExperts, Expert, FrozenLayer, Run, domain_residuals
+from tap_flower.models.lora import LoraSettings, lora_linears
 
 SHARED = "shared"
 SHARED_PROJECTION = "fusion/shared_proj"
@@ -78,54 +81,39 @@ def paths(modality: str, kind: str) -> tuple[Path, Path, Path, Path]:
     )
 
 
-class BlockAttention(nn.Module):
-    """LoRA on query and value of one layer of a block."""
-
-    def __init__(self, layer: FrozenLayer, settings: LoraSettings) -> None:
-        super().__init__()
-        self.query = LoRA(layer.query, settings)
-        self.value = LoRA(layer.value, settings)
-
-
 def components(
-    modality: str,
-    kind: str,
-    domains: Sequence[str],
-    mote_layers: Sequence[FrozenLayer],
-    mome_layers: Sequence[FrozenLayer],
-    attention: LoraSettings,
-    experts: LoraSettings,
+    backbone: Backbone, modality: str, kind: str, domains: Sequence[str]
 ) -> dict[str, Callable[[], nn.Module]]:
-    """Name -> constructor of every fusion component that a modality's stream of a kind of task goes through."""
-    size = mote_layers[0].query.in_features
-    found: dict[str, Callable[[], nn.Module]] = {SHARED_PROJECTION: lambda: Projection(size)}
-
-    def per_layer(
-        part: type[BlockAttention] | type[Expert] | type[DomainExperts],
-        layers: Sequence[FrozenLayer],
-        settings: LoraSettings,
-    ) -> Callable[[], nn.Module]:
-        return lambda: nn.ModuleList(part(layer, settings) for layer in layers)
-
+    """Lists every fusion component that a modality's stream of a kind of task goes through, as name -> constructor."""
+    found: dict[str, Callable[[], nn.Module]] = {SHARED_PROJECTION: partial(Projection, backbone.size)}
     for path in paths(modality, kind):
-        for stage, layers in ((path.mote, mote_layers), (path.mome, mome_layers)):
-            found[stage.block_component] = per_layer(BlockAttention, layers, attention)
-            found[stage.expert_component] = per_layer(Expert, layers, experts)
+        for stage, layers in zip((path.mote, path.mome), backbone.fusion_stages, strict=True):
+            found[stage.block_component] = partial(_each, AttentionLoRA, layers, backbone.attention_lora)
+            found[stage.expert_component] = partial(_each, Expert, layers, backbone.expert_lora)
             for domain in domains:
-                found[stage.domain_component(domain)] = per_layer(DomainExperts, layers, experts)
+                found[stage.domain_component(domain)] = partial(_each, DomainExperts, layers, backbone.expert_lora)
     return found
+
+
+def _each(
+    part: type[AttentionLoRA | Expert | DomainExperts], layers: Sequence[FrozenLayer], settings: LoraSettings
+) -> nn.ModuleList:
+    return nn.ModuleList(part(layer, settings) for layer in layers)
 
 
 class Fusion:
     """The forward pass of a stream through the four paths, as one batch with stacked LoRA.
 
-    It holds no weights of its own: the frozen layers are the backbone's, the rest are the model's components. `observe`,
-    where it is set, is shown the token mean of each stream's modality-task path between the two stages.
+    It holds no weights of its own: the frozen layers are the backbone's, the rest are the model's components.
 
     Args:
         mote_layers: the backbone's multimodal layers 0 .. L-1.
         mome_layers: the backbone's multimodal layers L .. 2L-1.
-        run: how each part of a layer is run, see `Backbone.run`.
+        run: how each part of a layer is run: `Backbone.run`.
+
+    Attributes:
+        observe: where it is set, it is called between the two stages with (modality, kind) and the token mean [B, D] of the
+            stream's modality-task path.
     """
 
     def __init__(self, mote_layers: Sequence[FrozenLayer], mome_layers: Sequence[FrozenLayer], run: Run) -> None:
@@ -133,16 +121,9 @@ class Fusion:
         self.mome_layers = mome_layers
         self.run = run
         self.observe: Callable[[tuple[str, str], Tensor], None] | None = None
-        """((modality, kind), latents [B, D])."""
 
     def __call__(
-        self,
-        held: nn.ModuleDict,
-        x: Tensor,
-        mask: Tensor | None,
-        modality: str,
-        kind: str,
-        domain: str,
+        self, held: nn.ModuleDict, x: Tensor, mask: Tensor | None, modality: str, kind: str, domain: str
     ) -> Tensor:
         """Runs one stream.
 
@@ -158,27 +139,27 @@ class Fusion:
             Pooled features of the four paths, [4, B, D]: the mean over the tokens that are not padding.
         """
         route = paths(modality, kind)
-        h = held[SHARED_PROJECTION](x)
-        # Paths that enter the first layer through the same block with the same input share its attention part.
-        entries = list(dict.fromkeys((path.mote.block, path.own_input) for path in route))
-        entered = [entries.index((path.mote.block, path.own_input)) for path in route]
-        by_entry = [route[entered.index(i)] for i in range(len(entries))]
-        streams = torch.stack([x if path.own_input else h for path in by_entry])
+        h = held[SHARED_PROJECTION](x)  # [B, T, D]
+
+        # MoTE. The last two paths enter it through the same block with the same input: that attention is computed once.
+        stages = [path.mote for path in route]
+        streams = torch.stack([x if path.own_input else h for path in route[:-1]])  # [3, B, T, D]
         for depth, layer in enumerate(self.mote_layers):
-            stages = [path.mote for path in (by_entry if depth == 0 else route)]
-            streams = self._attention_part(layer, depth, held, streams, mask, stages, domain)
+            streams = self._attention_part(layer, depth, held, streams, mask, stages[: len(streams)], domain)
             if depth == 0:
-                streams = torch.stack([streams[entry] for entry in entered])
-            streams = self._expert_part(layer, depth, held, streams, [path.mote for path in route])
+                streams = torch.cat([streams, streams[-1:]])  # [4, B, T, D]
+            streams = self._expert_part(layer, depth, held, streams, stages)
         if self.observe is not None:
-            self.observe(route[MODALITY_TASK].mote.expert, masked_mean(streams[MODALITY_TASK][None], mask)[0])
+            self.observe(stages[MODALITY_TASK].expert, masked_mean(streams[MODALITY_TASK][None], mask)[0])
+
+        # MoME.
+        stages = [path.mome for path in route]
         for depth, layer in enumerate(self.mome_layers):
-            stages = [path.mome for path in route]
             streams = self._attention_part(layer, depth, held, streams, mask, stages, domain)
             streams = self._expert_part(layer, depth, held, streams, stages)
-        return masked_mean(streams, mask)
+        return masked_mean(streams, mask)  # [4, B, D]
 
-    def project(self, blocks: Sequence[BlockAttention], x: Tensor) -> Tensor:
+    def project(self, blocks: Sequence[AttentionLoRA], x: Tensor) -> Tensor:
         """The projections of a stack's queries and values: [2, S, B, T, D] -> [2, S, B, T, D]."""
         return lora_linears([[b.query for b in blocks], [b.value for b in blocks]], x)
 
@@ -192,47 +173,47 @@ class Fusion:
         stages: Sequence[Stage],
         domain: str,
     ) -> Tensor:
-        domains = [cast(DomainExperts, _at(held[s.domain_component(domain)], depth)) for s in stages]
-        blocks = [cast(BlockAttention, _at(held[s.block_component], depth)) for s in stages]
+        domains = [_at(held[stage.domain_component(domain)], depth) for stage in stages]
+        blocks = [_at(held[stage.block_component], depth) for stage in stages]
         return self.run(attention_part, self.project, layer, domains, blocks, x, mask)
 
     def _expert_part(
         self, layer: FrozenLayer, depth: int, held: nn.ModuleDict, x: Tensor, stages: Sequence[Stage]
     ) -> Tensor:
-        experts = [cast(Expert, _at(held[s.expert_component], depth)) for s in stages]
+        experts = [_at(held[stage.expert_component], depth) for stage in stages]
         return self.run(expert_part, layer, experts, x)
 
 
+def _at(module: nn.Module, depth: int) -> nn.Module:
+    return cast(nn.ModuleList, module)[depth]
+
+
 def attention_part(
-    project: Callable[[Sequence[BlockAttention], Tensor], Tensor],
+    project: Callable[[Sequence[AttentionLoRA], Tensor], Tensor],
     layer: FrozenLayer,
     domains: Sequence[DomainExperts],
-    blocks: Sequence[BlockAttention],
+    blocks: Sequence[AttentionLoRA],
     x: Tensor,
     mask: Tensor | None,
 ) -> Tensor:
     """`n = LN1(x); q = n + E_q(n), v = n + E_v(n), k = n; x + attention(q, k, v)`: [S, B, T, D] -> [S, B, T, D].
 
     Args:
-        project: see `Fusion.project`.
-        layer: frozen.
+        project: the projections of queries and values: `Fusion.project`.
+        layer: the frozen layer.
         domains: MoDE, one for each entry of the stack.
-        blocks: attention LoRA, likewise.
-        x: tokens.
+        blocks: LoRA of the attention, one for each entry of the stack.
+        x: tokens, [S, B, T, D].
         mask: [B, T] bool, False at padding, or None.
     """
-    n = layer.norm_before(x)
-    query, value = project(blocks, n + domain_residuals(layer, domains, n))
+    n = layer.norm_before(x)  # [S, B, T, D]
+    query, value = project(blocks, n + domain_residuals(layer, domains, n))  # [S, B, T, D] each
     return x + layer.attend(query, layer.key(n), value, mask)
 
 
 def expert_part(layer: FrozenLayer, experts: Sequence[Expert], x: Tensor) -> Tensor:
     """`x + E(LN2(x))`, an expert for each entry of the stack: [S, B, T, D] -> [S, B, T, D]."""
     return x + layer.feed_forward(experts, layer.norm_after(x))
-
-
-def _at(module: nn.Module, depth: int) -> nn.Module:
-    return cast(nn.ModuleList, module)[depth]
 
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
@@ -25,8 +27,8 @@ class ImageHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, D] -> [B, 3, 64, 64]."""
-        image: Tensor = self.decoder(self.proj(features).view(-1, 64, 8, 8))
-        return image
+        seed = self.proj(features).view(-1, 64, 8, 8)  # [B, 64, 8, 8]
+        return cast(Tensor, self.decoder(seed))  # [B, 3, 64, 64]
 
 
 class TextHead(nn.Module):
@@ -63,8 +65,7 @@ class TextHead(nn.Module):
 
     def forward(self, features: Tensor, length: int) -> Tensor:
         """Logits of the first `length` positions: [B, D] -> [B, length, V]. Causal, so they do not depend on `length`."""
-        condition = self.output(self.value(features))
-        states = self.positions.weight[:length] + condition[:, None]
-        hidden = self.gpt2(inputs_embeds=states, use_cache=False).last_hidden_state
-        logits: Tensor = self.vocabulary(hidden)
-        return logits
+        condition = self.output(self.value(features))  # [B, D]
+        states = self.positions.weight[:length] + condition[:, None]  # [B, length, D]
+        hidden = self.gpt2(inputs_embeds=states, use_cache=False).last_hidden_state  # [B, length, D]
+        return cast(Tensor, self.vocabulary(hidden))  # [B, length, V]

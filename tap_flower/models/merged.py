@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from tap_flower.models.backbones import Backbone
+from tap_flower.models.backbone import Backbone
 from tap_flower.models.lora import LoRA
 from tap_flower.models.model import ModelTask, TapModel
 
@@ -43,7 +43,7 @@ def merged_state(model: TapModel, outline: TapModel) -> dict[str, Tensor]:
 
     Args:
         model: with adapters; it may have further tasks.
-        outline: of the merged model, see `merged_outline`.
+        outline: the merged model without values, which `merged_outline` makes.
 
     Returns:
         Name -> value on the CPU, float32; no two share memory.

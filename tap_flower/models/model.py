@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from tap_flower.core.components import ComponentMap, ComponentModel, Pair
 from tap_flower.core.initial import Initial, initial_values
 from tap_flower.models import fusion
-from tap_flower.models.backbones import Backbone
+from tap_flower.models.backbone import Backbone
 from tap_flower.models.heads import ImageHead, TextHead
 from tap_flower.models.lora import LoRA
 
@@ -51,19 +51,18 @@ class TapModel(ComponentModel):
 
     Attributes:
         component_map: which tensor belongs to which component, and what each pair reaches.
-        initials: tensor name -> how it starts, see `initialise`.
+        initials: tensor name -> how `initialise` starts it.
     """
 
     def __init__(self, backbone: Backbone, tasks: Sequence[ModelTask]) -> None:
         super().__init__()
         self.backbone = backbone
         self.tasks = {task.pair.task: task for task in tasks}
-        mote_layers, mome_layers = backbone.fusion_stages
-        self.fusion = fusion.Fusion(mote_layers, mome_layers, backbone.run)
+        self.fusion = fusion.Fusion(*backbone.fusion_stages, backbone.run)
         reach: dict[Pair, frozenset[str]] = {}
         constructors: dict[str, Callable[[], nn.Module]] = {}
         for task in tasks:
-            needed = _constructors(backbone, task, mote_layers, mome_layers)
+            needed = _constructors(backbone, task)
             reach[task.pair] = frozenset(needed)
             constructors |= needed
         self.components = nn.ModuleDict({name: constructors[name]() for name in sorted(constructors)})
@@ -84,10 +83,10 @@ class TapModel(ComponentModel):
         wanted = self.tasks[task]
         pooled = []
         for modality in wanted.pair.modalities:
-            tokens, mask = self.encode(modality, inputs)
-            stream = self.fusion(self.components, tokens, mask, modality, wanted.kind, inputs["domain"])
+            tokens, mask = self.encode(modality, inputs)  # [B, T, D], [B, T]
+            stream = self.fusion(self.components, tokens, mask, modality, wanted.kind, inputs["domain"])  # [4, B, D]
             pooled.append(stream)
-        return torch.cat(pooled).mean(0)
+        return torch.cat(pooled).mean(0)  # [B, D]
 
     def encode(self, modality: str, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Tokens of one modality [B, T, D], and their mask [B, T] bool or None where nothing is padded."""
@@ -105,14 +104,12 @@ class TapModel(ComponentModel):
         head, dtype = self.components[f"head/{task}"], self.backbone.dtype
         device = next(head.parameters()).device.type
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            features = self.features(task, inputs)
+            features = self.features(task, inputs)  # [B, D]
             output = head(features, inputs["target_length"]) if isinstance(head, TextHead) else head(features)
         return cast(Tensor, output).float()
 
 
-def _constructors(
-    backbone: Backbone, task: ModelTask, mote_layers: Sequence[Any], mome_layers: Sequence[Any]
-) -> dict[str, Callable[[], nn.Module]]:
+def _constructors(backbone: Backbone, task: ModelTask) -> dict[str, Callable[[], nn.Module]]:
     """Name -> constructor of every component that a task reaches."""
     found: dict[str, Callable[[], nn.Module]] = {f"head/{task.pair.task}": lambda: _head(backbone, task)}
     for modality in task.pair.modalities:
@@ -121,15 +118,7 @@ def _constructors(
                 f"task {task.pair.task!r} has the modality {modality!r}: use one of {sorted(backbone.encoders)}"
             )
         found[f"encoder/{modality}"] = backbone.encoders[modality]
-        found |= fusion.components(
-            modality,
-            task.kind,
-            task.domains,
-            mote_layers,
-            mome_layers,
-            backbone.attention_lora,
-            backbone.expert_lora,
-        )
+        found |= fusion.components(backbone, modality, task.kind, task.domains)
     return found
 
 

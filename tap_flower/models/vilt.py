@@ -11,15 +11,21 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, ViltModel
 
 from tap_flower.core.initial import Initial
-from tap_flower.models.backbones import Backbone, Encoder, fusion_layers
-from tap_flower.models.encoders import ImageAdaptor, Output, patches_of
+from tap_flower.models.backbone import Backbone, Encoder, fusion_layers
+from tap_flower.models.encoders import ImageAdaptor, Output
 from tap_flower.models.lora import LoRA, LoraSettings, lora_linear
 
 PATCH_LORA = LoraSettings(rank=4, alpha=8)
 
 
 class ViltBackbone(Backbone):
-    """Embeddings of words and patches, and the transformer's layers for the fusion; ViLT has no encoders of its own."""
+    """Embeddings of words and patches, and the transformer's layers for the fusion; ViLT has no encoders of its own.
+
+    Args:
+        model: a `ViltModel`; its modules are taken over, not copied.
+        layers: L, the number of fusion layers of each stage.
+        image_size: side, in pixels, of the images that the patches are cut from; by default the checkpoint's own.
+    """
 
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "image": ("patches", "class_token", "positions"),
@@ -29,7 +35,7 @@ class ViltBackbone(Backbone):
     expert_lora = LoraSettings(rank=8, alpha=16)
 
     def __init__(self, model: PreTrainedModel, layers: int, image_size: int | None = None) -> None:
-        super().__init__(model, layers, image_size)
+        super().__init__(model.config)
         model = cast(ViltModel, model)
         config, embeddings = model.config, model.embeddings
         self.size = config.hidden_size
@@ -45,15 +51,15 @@ class ViltBackbone(Backbone):
         self.fusion_layers = fusion_layers(model.encoder.layer, config.num_attention_heads, layers)
 
     def image_encoder(self) -> Encoder:
-        """Adaptor, LoRA on the patch convolution, class token, positions, projection."""
+        """A new trainable part of the image encoder: adaptor, LoRA on the patches, class token, positions, projection."""
         return ViltImageEncoder(self)
 
     def text_encoder(self) -> Encoder:
-        """Projection of the frozen embeddings."""
+        """A new trainable part of the text encoder: the projection of the frozen embeddings."""
         return ViltTextEncoder(self)
 
     def classification_head(self, classes: int) -> nn.Module:
-        """D -> 4D, LayerNorm, GELU, dropout .1, -> D, GELU, -> classes."""
+        """A new head, [B, D] -> [B, classes]: D -> 4D, LayerNorm, GELU, dropout .1, -> D, GELU, -> classes."""
         return nn.Sequential(
             nn.Linear(self.size, 4 * self.size),
             nn.LayerNorm(4 * self.size),
@@ -67,12 +73,12 @@ class ViltBackbone(Backbone):
 
 def _resized(positions: Tensor, grid: int) -> Tensor:
     """Position embeddings [1, 1 + n·n, D] of the checkpoint for a grid of grid x grid patches, interpolated as ViLT does."""
-    side = round((positions.shape[1] - 1) ** 0.5)
+    side = round((positions.shape[1] - 1) ** 0.5)  # n
     if side == grid:
         return positions.clone()
-    spatial = positions[:, 1:].transpose(1, 2).reshape(1, -1, side, side)
-    spatial = F.interpolate(spatial, size=(grid, grid), mode="bilinear", align_corners=True)
-    return torch.cat([positions[:, :1], spatial.flatten(2).transpose(1, 2)], dim=1)
+    spatial = positions[:, 1:].transpose(1, 2).reshape(1, -1, side, side)  # [1, D, n, n]
+    spatial = F.interpolate(spatial, size=(grid, grid), mode="bilinear", align_corners=True)  # [1, D, grid, grid]
+    return torch.cat([positions[:, :1], spatial.flatten(2).transpose(1, 2)], dim=1)  # [1, 1 + grid·grid, D]
 
 
 class TokenOffsets(nn.Module):
@@ -106,10 +112,11 @@ class ViltImageEncoder(Encoder):
         """Pixels [B, 3, H, W] -> class token and patches [B, 1 + patches, D]."""
         del mask  # all images are of one size
         frozen = cast(ViltBackbone, backbone)
-        patches = patches_of(self.adaptor(inputs), frozen.patches.kernel_size[0])
-        tokens = lora_linear([self.patches], patches[None])[0]
-        class_token = frozen.get_buffer("class_token") + self.offsets.class_token
-        tokens = torch.cat([class_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        images, side = self.adaptor(inputs), frozen.patches.kernel_size[0]  # [B, 3, image_size, image_size]
+        patches = F.unfold(images, side, stride=side).transpose(1, 2)  # [B, patches, 3 · side · side]
+        tokens = lora_linear([self.patches], patches[None])[0]  # [B, patches, D]
+        class_token = frozen.get_buffer("class_token") + self.offsets.class_token  # [1, 1, D]
+        tokens = torch.cat([class_token.expand(len(tokens), -1, -1), tokens], dim=1)  # [B, 1 + patches, D]
         tokens = tokens + frozen.get_buffer("positions") + self.offsets.positions
         return cast(Tensor, self.output(tokens))
 
@@ -125,4 +132,4 @@ class ViltTextEncoder(Encoder):
         """Token ids [B, T] -> [B, T, D]."""
         del mask  # there is no attention here
         frozen = cast(ViltBackbone, backbone)
-        return cast(Tensor, self.output(frozen.text_embeddings(input_ids=inputs)))
+        return cast(Tensor, self.output(frozen.text_embeddings(input_ids=inputs)))  # [B, T, D]

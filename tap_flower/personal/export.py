@@ -19,7 +19,7 @@ from tap_flower.data.catalogue import CATALOGUE
 from tap_flower.data.texts import load_tokenizer
 from tap_flower.errors import StorageError
 from tap_flower.files import read_json, write_atomically, write_json
-from tap_flower.models.backbones import DEMO, from_config, locate, outline
+from tap_flower.models.load import DEMO, from_config, locate, outline
 from tap_flower.models.merged import merged_outline, merged_state
 from tap_flower.personal.folders import PersonalError
 from tap_flower.personal.personal_model import Device, PersonalModel

@@ -23,7 +23,7 @@ from tap_flower.data.texts import load_tokenizer, token_ids
 from tap_flower.errors import BackboneError, StorageError
 from tap_flower.methods.method import Memory
 from tap_flower.methods.registry import find_method
-from tap_flower.models.backbones import load_backbone, locate
+from tap_flower.models.load import load_backbone, locate
 from tap_flower.models.model import TapModel
 from tap_flower.personal.answers import Answer, class_answers, image_answers, text_answers
 from tap_flower.personal.folders import PersonalError

@@ -7,7 +7,7 @@ import pytest
 from tap_flower.client.client_model import client_model, exchanged
 from tap_flower.config import Model, client_specs, load_config
 from tap_flower.errors import BackboneError
-from tap_flower.models.backbones import load_backbone
+from tap_flower.models.load import load_backbone
 
 
 def test_texts_longer_than_the_backbone_has_positions_for_are_refused() -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tap_flower.core.components import Pair
-from tap_flower.models.backbones import Backbone
-from tap_flower.models.fusion import BlockAttention, Fusion
+from tap_flower.models.backbone import Backbone
+from tap_flower.models.experts import AttentionLoRA
+from tap_flower.models.fusion import Fusion
 from tap_flower.models.lora import LoRA
 from tap_flower.models.model import ModelTask, TapModel
 
@@ -116,13 +117,13 @@ class PublishedFusion(Fusion):
             if parts[0] != "block":
                 continue
             for depth, block in enumerate(module):
-                assert isinstance(block, BlockAttention)
+                assert isinstance(block, AttentionLoRA)
                 for which, lora in (("q", block.query), ("v", block.value)):
                     inner = f"layers.{depth}.attention.lora_{which}.base_linear.weight"
                     name = f"fusion.{stage}_transformers.{parts[1]}.{inner}"
                     self.copies[lora] = self.copy_names[name] = nn.Parameter(state[name].clone())
 
-    def project(self, blocks: Sequence[BlockAttention], x: Tensor) -> Tensor:
+    def project(self, blocks: Sequence[AttentionLoRA], x: Tensor) -> Tensor:
         groups = [block.query for block in blocks], [block.value for block in blocks]
         return torch.stack(
             [

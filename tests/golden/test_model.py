@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tap_flower.core.tasks import IGNORE, TASK_KINDS
-from tap_flower.models.backbones import load_backbone
+from tap_flower.models.load import load_backbone
 from tap_flower.models.model import TapModel
 
 from .published import PublishedFusion, published_model, published_name

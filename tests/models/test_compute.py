@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tap_flower.core.components import Pair
-from tap_flower.models import backbones
-from tap_flower.models.backbones import load_backbone
+from tap_flower.models import backbone, load
+from tap_flower.models.load import load_backbone
 from tap_flower.models.model import ModelTask, TapModel
 from tests.checkpoints import tiny_flava, tiny_vilt
 
@@ -66,10 +66,10 @@ def test_recomputing_gives_the_same_gradients(task: str) -> None:
 @pytest.fixture
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Whether this machine seems to multiply bfloat16 matrices at speed."""
-    monkeypatch.setattr(backbones, "bfloat16_products", lambda: request.param)
-    backbones.load_backbone.cache_clear()
+    monkeypatch.setattr(load, "bfloat16_products", lambda: request.param)
+    load_backbone.cache_clear()
     yield request.param
-    backbones.load_backbone.cache_clear()
+    load_backbone.cache_clear()
 
 
 @pytest.mark.parametrize("task", INPUTS)
@@ -105,7 +105,7 @@ def test_float32_takes_the_place_of_bfloat16_where_a_processor_has_no_products(
 @pytest.mark.slow
 def test_compiled_it_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     # Traced, differentiated and cut into graphs as for a run; the C++ compiler, which takes minutes, is left out.
-    backbones._compiled.cache_clear()
+    backbone._compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     plain, compiled = model().eval(), model(compiled=True).eval()
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_compiled_it_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.isfinite(output).all()
     reached = {name for name, gradient in gradients.items() if gradient.abs().sum() > 0}
     assert reached == set(compiled.component_map.tensors_of(Pair("see", ("image",))))
-    backbones._compiled.cache_clear()
+    backbone._compiled.cache_clear()
 
 
 @pytest.mark.parametrize("supported", [True, False])
@@ -124,4 +124,4 @@ def test_a_gpu_is_asked_whether_it_has_bfloat16_products(supported: bool, monkey
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
-    assert backbones.bfloat16_products() is supported
+    assert load.bfloat16_products() is supported

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tap_flower.models import lora
-from tap_flower.models.lora import LoRA, LoraSettings, kept, lora_linear, lora_linears
+from tap_flower.models import cpu
+from tap_flower.models.cpu import kept
+from tap_flower.models.lora import LoRA, LoraSettings, lora_linear, lora_linears
 
 STACK, TOKENS, SIZE, FEATURES = 2, 9, 6, 7
 FACTOR = 2.0  # alpha / rank
@@ -53,7 +54,7 @@ def test_without_dropout_it_is_its_equation(
     loras, x = adapters(groups, maps, inputs)
     for adapter in (one for group in loras for one in group):
         adapter.eval()
-    monkeypatch.setattr(lora, "_pays", lambda x, weight: merged_first)
+    monkeypatch.setattr(cpu, "_pays", lambda x, weight: merged_first)
     expected = by_hand(loras, x)
     with torch.no_grad():
         torch.testing.assert_close(lora_linears(loras, x), expected)
@@ -77,7 +78,7 @@ def test_with_dropout_it_is_its_equation_and_so_are_its_gradients(
     loras, x = adapters(groups, maps, inputs)
     torch.manual_seed(5)
     masks = kept((groups, STACK, TOKENS, SIZE), 77)
-    monkeypatch.setattr(lora, "_BLOCK", block)
+    monkeypatch.setattr(cpu, "_BLOCK", block)
     torch.manual_seed(5)
     output, expected = lora_linears(loras, x), by_hand(loras, x, masks)
     torch.testing.assert_close(output, expected)
@@ -86,23 +87,3 @@ def test_with_dropout_it_is_its_equation_and_so_are_its_gradients(
     found, wanted = (torch.autograd.grad((out * weights).sum(), trained) for out in (output, expected))
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
-
-
-def test_adapters_are_added_to_the_weights_first_where_tokens_are_many() -> None:
-    weight = torch.empty(768, 3072)
-    assert lora._pays(torch.empty(1, 4, 1024, 3072), weight)
-    assert not lora._pays(torch.empty(1, 4, 64, 3072), weight)
-    assert not lora._pays(torch.empty(1, 4, 1024, 3072), weight.bfloat16())
-
-
-def test_a_mask_is_as_frequent_as_it_says_and_follows_the_seed() -> None:
-    torch.manual_seed(0)
-    mask = kept((400, 501), 77)
-    assert mask.unique().tolist() == [0, 1]
-    dropped = mask == 0
-    assert dropped.float().mean().item() == pytest.approx(77 / 256, abs=0.003)
-    neighbours = (dropped[:, 1:] & dropped[:, :-1]).float().mean().item()
-    assert neighbours == pytest.approx((77 / 256) ** 2, abs=0.005)  # independent of each other
-    assert not torch.equal(kept((400, 501), 77), mask)
-    torch.manual_seed(0)
-    assert torch.equal(kept((400, 501), 77), mask)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tap_flower.core.components import Pair
-from tap_flower.models.backbones import load_backbone, outline
+from tap_flower.models.load import load_backbone, outline
 from tap_flower.models.lora import LoRA
 from tap_flower.models.merged import merged_outline, merged_state
 from tap_flower.models.model import ModelTask, TapModel

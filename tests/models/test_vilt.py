@@ -10,7 +10,7 @@ from torch import nn
 from transformers import ViltConfig, ViltModel
 
 from tap_flower.core.components import Pair, trainable_state
-from tap_flower.models.backbones import from_config, from_model
+from tap_flower.models.load import from_config, from_model
 from tap_flower.models.model import ModelTask, TapModel
 
 SEE = ModelTask(Pair("see", ("image",)), "image_classification", ("objects",), classes=5)

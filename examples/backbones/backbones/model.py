@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, FlavaConfig, PreTrainedModel, ViTConfig
 
-from tap_flower.models.backbones import Backbone, Encoder, fusion_layers
+from tap_flower.models.backbone import Backbone, Encoder, fusion_layers
 from tap_flower.models.encoders import Output
 from tap_flower.models.lora import LoraSettings
 
@@ -27,7 +27,7 @@ class AnyBackbone(Backbone):
     expert_lora = LoraSettings(rank=4, alpha=8)
 
     def __init__(self, vision: PreTrainedModel, text: PreTrainedModel, multimodal: PreTrainedModel) -> None:
-        super().__init__(multimodal, LAYERS)
+        super().__init__(multimodal.config)
         self.vision, self.text = vision, text
         self.size, self.vocabulary = vision.config.hidden_size, text.config.vocab_size
         self.text_length, self.image_size = text.config.max_position_embeddings, vision.config.image_size
