@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tap_flower.core.averaging import Aggregator
+from tap_flower.core.averaging import Averaging, moved
 from tap_flower.core.tasks import IMAGE_CLASSIFICATION, TEXT_GENERATION
 
 
@@ -31,10 +31,12 @@ def test_aggregation(pytestconfig: pytest.Config) -> None:
             if name in result:
                 assert [i for i, (update, _) in enumerate(updates) if name in update] == holders, name
         total = sum(size for _, size in updates)
-        aggregator = Aggregator(result, {n: n for n in result}, dict.fromkeys(result, total))
+        averaging = Averaging(result, {n: n for n in result}, dict.fromkeys(result, total))
+        start = {name: next(update[name] for update, _ in updates if name in update) for name in result}
         for update, size in updates:
-            aggregator.add("client", update, set(update), dict.fromkeys(update, size))
-        merged = aggregator.result()
+            difference = {name: value - start[name] for name, value in update.items()}
+            averaging.add("client", difference, dict.fromkeys(difference, size))
+        merged = moved(start, averaging.means())
         assert merged.keys() == result.keys()
         for name, value in result.items():
             torch.testing.assert_close(merged[name], value, atol=2e-7, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
