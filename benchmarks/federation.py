@@ -29,7 +29,7 @@ from tap_flower.client.from_spec import SpecHoldings
 from tap_flower.config import Config, client_specs, load_config
 from tap_flower.core.components import cpu_state
 from tap_flower.data.loading import load_client_data
-from tap_flower.data.texts import load_tokenizer
+from tap_flower.data.text import load_tokenizer
 from tap_flower.methods.session import LocalClient
 from tap_flower.models.backbones import load_backbone, locate
 from tap_flower.report.events import EventLog

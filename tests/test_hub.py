@@ -19,7 +19,7 @@ import pytest
 CHECK = """
 import json, logging, sys, time
 logging.basicConfig(format="%(message)s")
-from tap_flower.data.checking import check_data, check_spec
+from tap_flower.data.check import check_data, check_spec
 from tap_flower.models.backbones import BackboneError, outline
 from tap_flower.client.text_metrics import missing
 spec, _ = check_spec(json.loads(sys.argv[1]))

@@ -9,7 +9,8 @@ from typing import Any
 
 from tap_flower.config import ConfigError, HyperParameters, hyper_parameters
 from tap_flower.core.components import Pair
-from tap_flower.data.spec import ClientSpec, SpecError, check_kind, check_name, class_names
+from tap_flower.data.spec import ClientSpec, check_kind, check_name, class_names
+from tap_flower.errors import SpecError
 from tap_flower.files import StorageError, read_json, write_json
 from tap_flower.methods.registry import find_method
 from tap_flower.plain import PlainError, check_fields

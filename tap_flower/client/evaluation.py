@@ -22,8 +22,9 @@ from tap_flower.core.components import ComponentModel
 from tap_flower.core.tasks import TEXT_GENERATION
 from tap_flower.core.training import Observer
 from tap_flower.data.loading import load_client_data
-from tap_flower.data.spec import ClientSpec, SpecError
-from tap_flower.data.texts import load_tokenizer
+from tap_flower.data.spec import ClientSpec
+from tap_flower.data.text import load_tokenizer
+from tap_flower.errors import SpecError
 from tap_flower.methods.method import Method
 from tap_flower.methods.session import LocalClient
 from tap_flower.models.allocation import prepare_allocation

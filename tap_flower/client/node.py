@@ -9,7 +9,8 @@ from pathlib import Path
 from flwr.app import Context
 
 from tap_flower.config import ConfigError, Metrics, read_yaml
-from tap_flower.data.spec import ClientSpec, SpecError, client_spec
+from tap_flower.data.spec import ClientSpec, client_spec
+from tap_flower.errors import SpecError
 from tap_flower.wire.run_config import simulated_clients, simulated_run
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tap_flower.client.examples import OWN, DatasetExamples, examples_of
 from tap_flower.client.module import Forward, OwnModel, Patterns, component_map, initials, prefixed, reached_by
 from tap_flower.core.components import ComponentMap, ComponentModel, Pair
 from tap_flower.core.initial import Initial, named_seed
 from tap_flower.core.tasks import TaskKind
-from tap_flower.data.batching import ClientData, set_aside
+from tap_flower.data.batching import ClientData
+from tap_flower.data.examples import OWN, Examples, own_examples, set_aside
 from tap_flower.data.spec import NAME
 from tap_flower.errors import ClientError
 from tap_flower.methods.session import LocalTask
@@ -71,14 +71,14 @@ class Task:
         """Its name and modalities."""
         return Pair(self.name, tuple(self.modalities))
 
-    def examples(self, source: Dataset[Any] | DataLoader[Any]) -> DatasetExamples:
+    def examples(self, source: Dataset[Any] | DataLoader[Any]) -> Examples:
         """The examples of one of its data sets.
 
         Raises:
             ClientError: it has no length, no index, or is empty.
         """
         try:
-            found = examples_of(self.name, source, self.target, self.batch_size)
+            found = own_examples(self.name, source, self.target, self.batch_size)
         except TypeError as error:
             raise ClientError(str(error)) from error
         if not len(found):
@@ -125,7 +125,7 @@ class Client:
         Raises:
             ClientError: a data set cannot be used.
         """
-        splits: dict[str, dict[str, Sequence[DatasetExamples]]] = {"train": {}, "validation": {}, "test": {}}
+        splits: dict[str, dict[str, Sequence[Examples]]] = {"train": {}, "validation": {}, "test": {}}
         with _told(f"client {self.name!r}"):
             for task in self.tasks:
                 train, test = task.examples(task.train), task.examples(task.test)

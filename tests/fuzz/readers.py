@@ -36,7 +36,8 @@ from tap_flower.config import (
 )
 from tap_flower.core.components import Pair
 from tap_flower.core.initial import Initial
-from tap_flower.data.spec import SpecError, client_spec
+from tap_flower.data.spec import client_spec
+from tap_flower.errors import SpecError
 from tap_flower.files import StorageError, read_json, read_record, read_tensors, write_tensors
 from tap_flower.methods.method import Memory
 from tap_flower.plain import PlainError, parse_json
