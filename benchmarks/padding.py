@@ -19,8 +19,8 @@ from benchmarks.step import one_step
 from benchmarks.workload import client
 from tap_flower.core.training import Batch
 from tap_flower.data.batching import batches_of
-from tap_flower.data.loading import TaskExamples
-from tap_flower.data.texts import Tokens
+from tap_flower.data.loading import SourceRows
+from tap_flower.data.text import Tokens
 
 MEAN, DEVIATION, SHORTEST, LONGEST = 53, 18, 10, 256
 TEXTS = 512
@@ -40,7 +40,7 @@ def main() -> None:
     model, (task,) = local.model(), local.holdings.spec.tasks
     ids = random.integers(1000, 30_000, lengths.sum()).astype(np.int32)
     texts, order = Tokens(ids, lengths.cumsum()), list(range(TEXTS))
-    examples = TaskExamples(task, task.domains[0], order, None, texts, [0] * TEXTS, None, order, 0)
+    examples = SourceRows(task, task.domains[0], order, {"text": texts, "label": [0] * TEXTS}, 0).examples()
     chosen = random.permutation(TEXTS // given.batch)[: given.batches]
     rows = []
     for title, grouped in (

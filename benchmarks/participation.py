@@ -126,7 +126,7 @@ def timed_client(given: argparse.Namespace, clock: Clock) -> TimedClient:
     else:
         # Not on top: they need `datasets`, which made-up examples do without.
         from tap_flower.data.loading import load_client_data
-        from tap_flower.data.texts import load_tokenizer
+        from tap_flower.data.text import load_tokenizer
 
         settings = load_config(given.model, settings=[f"train.batch_size={given.batch}"])
         spec = client_specs(load_config("demo"))[CLIENT]

@@ -210,7 +210,7 @@ def check_command(
     """Whether a client spec can be trained on: reads all its data and lists every problem."""
     # Imported here: they bring transformers and datasets, which the other commands do without.
     from tap_flower.client.client_model import exchanged
-    from tap_flower.data.checking import Problem, check_data, check_spec
+    from tap_flower.data.check import Problem, check_data, check_spec
     from tap_flower.errors import BackboneError
     from tap_flower.models.load import locate
     from tap_flower.report.check_tables import data_table, example_table, exchange_line
@@ -254,7 +254,7 @@ def node_command(
     bertscore: Annotated[str, typer.Option(metavar="MODEL", help="BERTScore of generated texts.")] = "",
 ) -> None:
     """Checks a client spec with all its data, then becomes a Flower SuperNode for it."""
-    from tap_flower.data.checking import check_data, check_spec
+    from tap_flower.data.check import check_data, check_spec
     from tap_flower.models.load import locate
 
     console, launch = (

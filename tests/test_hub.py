@@ -19,7 +19,7 @@ import pytest
 CHECK = """
 import json, logging, sys, time
 logging.basicConfig(format="%(message)s")
-from tap_flower.data.checking import check_data, check_spec
+from tap_flower.data.check import check_data, check_spec
 from tap_flower.errors import BackboneError
 from tap_flower.models.load import outline
 from tap_flower.client.text_metrics import missing

@@ -17,7 +17,7 @@ from torch import Tensor
 from tap_flower.client.text_metrics import TextMetrics, generated
 from tap_flower.core.components import ComponentModel, State
 from tap_flower.core.training import Batch
-from tap_flower.data.collate import denormalise
+from tap_flower.data.images import denormalise
 from tap_flower.data.spec import TaskSpec
 from tap_flower.methods.session import Session
 from tap_flower.wire.messages import Metrics

@@ -18,7 +18,7 @@ from tap_flower.config import HyperParameters, Metrics
 from tap_flower.core.tasks import TASK_KINDS, TEXT_GENERATION
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec
-from tap_flower.data.texts import load_tokenizer
+from tap_flower.data.text import load_tokenizer
 from tap_flower.errors import ConfigError, SpecError
 from tap_flower.methods.method import Method
 from tap_flower.methods.session import Session

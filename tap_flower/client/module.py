@@ -10,9 +10,9 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tap_flower.client.examples import OWN
 from tap_flower.core.components import ComponentMap, ComponentModel, Pair, load_trainable_state
 from tap_flower.core.initial import Initial, initial_values
+from tap_flower.data.examples import OWN
 from tap_flower.errors import ClientError
 from tap_flower.files import read_tensors
 

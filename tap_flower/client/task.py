@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tap_flower.client.evaluation import TestObserver
-from tap_flower.client.examples import OWN, examples_of
 from tap_flower.client.module import Forward, OwnModel, Patterns, adapted, component_map, initials, reached_by
 from tap_flower.config import HyperParameters
 from tap_flower.core.components import ComponentModel, Pair
 from tap_flower.core.initial import named_seed
 from tap_flower.core.tasks import TaskKind
-from tap_flower.data.batching import ClientData, Examples, set_aside
+from tap_flower.data.batching import ClientData
+from tap_flower.data.examples import OWN, Examples, own_examples, set_aside
 from tap_flower.data.spec import NAME
 from tap_flower.errors import ClientError
 from tap_flower.methods.method import Method
@@ -89,7 +89,7 @@ class Task:
             ClientError: a data set has no length or index, or is empty, or the task has no `target`.
         """
         found: list[Examples]
-        if isinstance(source, list | tuple) and source and hasattr(source[0], "by_length"):
+        if isinstance(source, list | tuple) and all(isinstance(part, Examples) for part in source):
             found = list(source)
         elif self.target is None:
             raise ClientError(
@@ -97,7 +97,7 @@ class Task:
             )
         else:
             try:
-                found = [examples_of(self.name, cast(Dataset[Any], source), self.target, self.batch_size)]
+                found = [own_examples(self.name, cast(Dataset[Any], source), self.target, self.batch_size)]
             except TypeError as error:
                 raise ClientError(str(error)) from error
         if not found or not all(map(len, found)):

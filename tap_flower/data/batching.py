@@ -1,123 +1,65 @@
-"""The order in which a client's examples come, whatever they are made of."""
+"""From examples to batches: the order that a seed gives, and the data loader that reads in this order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, Self, TypeVar, cast
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tap_flower.core.initial import named_seed
 from tap_flower.core.training import Batch
+from tap_flower.data.examples import Examples, permutation
 
-HELD_OUT = 5
-"""Without validation rows of its own, a task sets every fifth training example aside."""
 WINDOW = 16
 """Batches of shuffled training examples that are ordered by length together."""
+Drawn = tuple[int, Sequence[int]]
+"""A batch before it is read: position of its source among all sources, positions of its examples in the source."""
 
 
-class Examples(Protocol):
-    """Examples of one task from one source."""
+class TrainingSampler(Sampler[Drawn]):
+    """Endless shuffled batches: tasks take turns by name, each in epochs of its own. Every iteration gives the same ones.
 
-    @property
-    def batch_size(self) -> int | None:
-        """The client's own number of training examples in a batch; None takes the run's."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def batch(self, positions: Sequence[int], device: torch.device) -> Batch:
-        """The examples at some positions as one batch on `device`."""
-        ...
-
-    def by_length(self, order: Sequence[int]) -> list[int]:
-        """Positions, the longest examples first; in the given order where they have no length."""
-        ...
-
-    def subset(self, positions: list[int]) -> Self:
-        """The examples at some positions."""
-        ...
-
-
-class ClientData:
-    """The data of one client.
+    A batch comes from one source, and so from one domain.
 
     Args:
-        splits: split (`train`, `validation`, `test`) -> task name -> its examples, those of each source apart.
+        sources: the training examples of all tasks.
+        batch_size: examples in a batch, where the task has no batch size of its own; a source that has fewer gives all.
+        seed: decides the order.
+        group_by_length: whether texts of about one length share a batch.
     """
 
-    def __init__(self, splits: Mapping[str, Mapping[str, Sequence[Examples]]]) -> None:
-        self.splits = splits
+    def __init__(self, sources: Sequence[Examples], batch_size: int, seed: int, group_by_length: bool = False) -> None:
+        self.sources, self.batch_size, self.seed, self.group_by_length = sources, batch_size, seed, group_by_length
 
-    def sizes(self, split: str) -> dict[str, int]:
-        """Task name -> number of examples in a split."""
-        return {task: sum(len(part) for part in parts) for task, parts in self.splits[split].items()}
-
-    def training_batches(
-        self, batch_size: int, seed: int, device: torch.device, group_by_length: bool = False
-    ) -> Iterator[Batch]:
-        """Endless shuffled batches of the training examples, the tasks taking turns.
-
-        Args:
-            batch_size: examples in a batch, where the task has no batch size of its own; a source that has fewer gives all.
-            seed: decides the order.
-            device: of the batches.
-            group_by_length: whether texts of about one length share a batch.
-        """
-        streams = [
-            _shuffled(parts, parts[0].batch_size or batch_size, named_seed(seed, task), device, group_by_length)
-            for task, parts in sorted(self.splits["train"].items())
-        ]
+    def __iter__(self) -> Iterator[Drawn]:
+        of_task: dict[str, list[int]] = defaultdict(list)
+        for number, examples in enumerate(self.sources):
+            of_task[examples.task].append(number)
+        streams = [self._epochs(of_task[task], named_seed(self.seed, task)) for task in sorted(of_task)]
         while True:
             for stream in streams:
                 yield next(stream)
 
-    def batches(self, split: str, batch_size: int, device: torch.device) -> Iterator[Batch]:
-        """All examples of a split once, texts of about one length in a batch."""
-        for parts in self.splits[split].values():
-            for examples in parts:
-                order = examples.by_length(range(len(examples)))
-                for start in range(0, len(order), batch_size):
-                    yield examples.batch(order[start : start + batch_size], device)
-
-    def first(self, split: str, task: str, count: int, device: torch.device) -> Batch:
-        """The first examples of a task's first source, at most `count`."""
-        examples = self.splits[split][task][0]
-        return examples.batch(range(min(count, len(examples))), device)
-
-
-_Some = TypeVar("_Some", bound=Examples)
-
-
-def set_aside(examples: _Some, seed: int) -> tuple[_Some, _Some]:
-    """(the rest, one in `HELD_OUT` set aside), drawn with `seed`."""
-    order = permutation(len(examples), seed)
-    held_out = max(1, len(examples) // HELD_OUT)
-    return examples.subset(sorted(order[held_out:])), examples.subset(sorted(order[:held_out]))
-
-
-def permutation(count: int, seed: int) -> list[int]:
-    """The numbers below `count` in a random order."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return cast(list[int], order.tolist())
-
-
-def _shuffled(
-    parts: Sequence[Examples], batch_size: int, seed: int, device: torch.device, group_by_length: bool
-) -> Iterator[Batch]:
-    """Endless epochs over all sources of a task; a batch is from one source, and so of one domain."""
-    epoch = 0
-    while True:
-        batches: list[tuple[Examples, Sequence[int]]] = []
-        for number, examples in enumerate(parts):
-            size = min(batch_size, len(examples))
-            order = permutation(len(examples), named_seed(seed, epoch, number))
-            batches += [(examples, positions) for positions in batches_of(examples, order, size, group_by_length)]
-        mixed = len(parts) > 1 or group_by_length
-        for turn in permutation(len(batches), named_seed(seed, epoch)) if mixed else range(len(batches)):
-            examples, positions = batches[turn]
-            yield examples.batch(positions, device)
-        epoch += 1
+    def _epochs(self, numbers: Sequence[int], seed: int) -> Iterator[Drawn]:
+        """Endless epochs over the sources of one task."""
+        batch_size = self.sources[numbers[0]].batch_size or self.batch_size
+        epoch = 0
+        while True:
+            # Shuffle each source and cut it into batches.
+            batches: list[Drawn] = []
+            for at, number in enumerate(numbers):
+                examples = self.sources[number]
+                order = permutation(len(examples), named_seed(seed, epoch, at))
+                size = min(batch_size, len(examples))
+                batches += [(number, some) for some in batches_of(examples, order, size, self.group_by_length)]
+            # Mix the batches, where otherwise one source, or one length, would come after the other.
+            if len(numbers) > 1 or self.group_by_length:
+                batches = [batches[turn] for turn in permutation(len(batches), named_seed(seed, epoch))]
+            yield from batches
+            epoch += 1
 
 
 def batches_of(examples: Examples, order: Sequence[int], size: int, group_by_length: bool) -> Iterator[Sequence[int]]:
@@ -135,3 +77,113 @@ def batches_of(examples: Examples, order: Sequence[int], size: int, group_by_len
         ordered = examples.by_length(window) if group_by_length else window
         for at in range(0, len(ordered), size):
             yield ordered[at : at + size]
+
+
+def all_once(sources: Sequence[Examples], batch_size: int) -> Iterator[Drawn]:
+    """Batches of all examples once, the longest of each source first; the last of a source may be smaller."""
+    for number, examples in enumerate(sources):
+        order = examples.by_length(range(len(examples)))
+        for start in range(0, len(order), batch_size):
+            yield number, order[start : start + batch_size]
+
+
+def batch_loader(
+    sources: Sequence[Examples], order: Iterable[Drawn], workers: int = 0, pin_memory: bool = False
+) -> DataLoader[tuple[int, Any]]:
+    """A data loader that gives, for each batch of an order, its source's position and what `Examples.read` returns.
+
+    Args:
+        sources: to read from.
+        order: the batches; each pass over the loader takes a new iterator over it.
+        workers: processes that read ahead; they live as long as the loader. With 0, this process reads when asked.
+        pin_memory: whether batches are copied to page-locked memory, from which a GPU fetches them on its own.
+    """
+    return DataLoader(
+        _Sources(sources),
+        batch_size=None,  # `order` gives whole batches
+        sampler=order,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        # Each pass draws a seed for its workers. By default it comes from the process's own generator, and dropout's
+        # numbers would depend on how often data were loaded.
+        generator=torch.Generator(),
+    )
+
+
+class ClientData:
+    """The data of one client.
+
+    Args:
+        splits: split (`train`, `validation`, `test`) -> task name -> its examples, those of each source apart.
+        workers: processes for each split that read ahead; with any, a split is read by one pass at a time.
+    """
+
+    def __init__(self, splits: Mapping[str, Mapping[str, Sequence[Examples]]], workers: int = 0) -> None:
+        self.splits, self.workers = splits, workers
+        self._loaders: dict[tuple[str, bool], DataLoader[tuple[int, Any]]] = {}
+
+    def sizes(self, split: str) -> dict[str, int]:
+        """Task name -> number of examples in a split."""
+        return {task: sum(len(part) for part in parts) for task, parts in self.splits[split].items()}
+
+    def training_batches(
+        self, batch_size: int, seed: int, device: torch.device, group_by_length: bool = False
+    ) -> Iterator[Batch]:
+        """Endless shuffled batches of the training examples on `device`; see `TrainingSampler` for the arguments."""
+        return self._read("train", TrainingSampler(self._sources("train"), batch_size, seed, group_by_length), device)
+
+    def batches(self, split: str, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """All examples of a split once, texts of about one length in a batch."""
+        return self._read(split, all_once(self._sources(split), batch_size), device)
+
+    def first(self, split: str, task: str, count: int, device: torch.device) -> Batch:
+        """The first examples of a task's first source, at most `count`."""
+        examples = self.splits[split][task][0]
+        return examples.batch(range(min(count, len(examples))), device)
+
+    def _sources(self, split: str) -> list[Examples]:
+        return [examples for parts in self.splits[split].values() for examples in parts]
+
+    def _read(self, split: str, order: Iterable[Drawn], device: torch.device) -> Iterator[Batch]:
+        """The batches of a split in an order.
+
+        Raises:
+            RuntimeError: another pass over the split has begun meanwhile, and workers read for one pass at a time.
+        """
+        sources = self._sources(split)
+        pin = device.type == "cuda" and all(examples.pinned for examples in sources)
+        if (split, pin) not in self._loaders:
+            self._loaders[split, pin] = batch_loader(sources, _Order(), self.workers, pin)
+        loader = self._loaders[split, pin]
+        current = cast(_Order, loader.sampler)
+        current.batches = order
+        for number, read in loader:
+            yield sources[number].to_batch(read, device)
+            if self.workers and current.batches is not order:
+                raise RuntimeError(f"a second pass over the {split} examples has begun: end this one before it")
+
+
+class _Order(Sampler[Drawn]):
+    """The order of the present pass. A data loader takes no other sampler, and another loader would start new workers."""
+
+    batches: Iterable[Drawn] = ()
+
+    def __iter__(self) -> Iterator[Drawn]:
+        return iter(self.batches)
+
+
+class _Sources(Dataset[tuple[int, Any]]):
+    """Sources as one data set, whose items are whole batches."""
+
+    def __init__(self, sources: Sequence[Examples]) -> None:
+        self.sources = sources
+
+    def __getitem__(self, drawn: Drawn) -> tuple[int, Any]:
+        number, positions = drawn
+        return number, self.sources[number].read(positions)
+
+
+def _unchanged(read: Any) -> Any:
+    return read

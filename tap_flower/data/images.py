@@ -1,25 +1,27 @@
-"""Images of a data set, decoded when they are first used."""
+"""Images of a data set: decoded when they are first used, resized, normalised."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
+from cachetools import LRUCache
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from tap_flower.data.sources import RowError, open_source
+from tap_flower.core.tasks import IMAGE_STD
+from tap_flower.data.sources import OPEN, RowError, open_source
 from tap_flower.data.spec import Source
-from tap_flower.recent import Recent
 
 IMAGE_SIZE = 64
 """Side of the images that clients hold, in pixels."""
+IMAGE_MEAN = (0.5071, 0.4865, 0.4409)
+"""Mean of each channel, of pixels between 0 and 1."""
 DECODED_BYTES = 1 << 30
-"""Of decoded images that a process keeps: 87,000, more than twice those of the paper's largest client."""
+"""Size limit of the decoded images that a process keeps: 87,000, more than twice those of the paper's largest client."""
 
 
 def open_image(path: Path) -> Image.Image:
@@ -34,6 +36,25 @@ def pixels_of(image: Image.Image) -> Tensor:
     if image.size != (IMAGE_SIZE, IMAGE_SIZE):
         image = image.resize((IMAGE_SIZE, IMAGE_SIZE))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 pixels [B, 3, H, W] -> float32, mean 0 and deviation 1 by channel. The one place that normalises."""
+    mean, std = _mean_and_std(pixels.device)
+    return (pixels.float() / 255 - mean) / std
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """Normalised pixels [B, 3, H, W] -> the nearest uint8 pixels that there are: the way back from `normalise`."""
+    mean, std = _mean_and_std(images.device)
+    return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    return (
+        torch.tensor(IMAGE_MEAN, device=device).view(1, 3, 1, 1),
+        torch.tensor(IMAGE_STD, device=device).view(1, 3, 1, 1),
+    )
 
 
 class LazyImages:
@@ -56,13 +77,18 @@ class LazyImages:
         self._folder = folder
         self.decodes = 0
 
-    def __getitem__(self, rows: Sequence[int]) -> Tensor:
-        """Pixels of some rows, [n, 3, 64, 64] uint8.
+    def __getitem__(self, row: int) -> Tensor:
+        """Pixels of a row, [3, 64, 64] uint8.
 
         Raises:
-            RowError: an image cannot be decoded.
+            RowError: the image cannot be decoded.
         """
-        return torch.stack([self._pixels(row) for row in rows])
+        key = self, row
+        pixels = _decoded.get(key)
+        if pixels is None:
+            pixels = _decoded[key] = pixels_of(self.original(row))
+            self.decodes += 1
+        return pixels
 
     def original(self, row: int) -> Image.Image:
         """The image of a row in RGB, in its own size; it is not kept.
@@ -77,19 +103,8 @@ class LazyImages:
         except Exception as error:  # whatever the decoders of all image formats raise
             raise RowError("has no image", row, f" of column {self._column!r}", str(error)) from error
 
-    def _pixels(self, row: int) -> Tensor:
-        pixels = _decoded.get((self, row))
-        if pixels is None:
-            pixels = self._decode(row)
-            self.decodes += 1
-            _decoded.put((self, row), pixels, pixels.nbytes)
-        return pixels
 
-    def _decode(self, row: int) -> Tensor:
-        return pixels_of(self.original(row))
-
-
-_decoded: Recent[tuple[LazyImages, int], Tensor] = Recent(DECODED_BYTES)
+_decoded: LRUCache[tuple[LazyImages, int], Tensor] = LRUCache(DECODED_BYTES, getsizeof=lambda pixels: pixels.nbytes)
 
 
 def images_of(source: Source, root: str, column: str) -> LazyImages:
@@ -97,6 +112,6 @@ def images_of(source: Source, root: str, column: str) -> LazyImages:
     return _images(source.place, root, column)
 
 
-@cache
+@lru_cache(maxsize=OPEN)
 def _images(source: Source, root: str, column: str) -> LazyImages:
     return LazyImages(open_source(source, root), column, Path(source.path).parent)

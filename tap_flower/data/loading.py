@@ -1,90 +1,108 @@
-"""From sources to examples that batches are made of."""
+"""From the sources of a client spec to examples, and the rules by which `check` reads them too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tap_flower.core.initial import named_seed
-from tap_flower.core.training import Batch
-from tap_flower.data.batching import ClientData, Examples, set_aside
-from tap_flower.data.collate import model_inputs, pad_targets
-from tap_flower.data.images import LazyImages, images_of
-from tap_flower.data.labels import Labels
-from tap_flower.data.sources import SourceError, missing_columns, open_source, rows_of, values_of
-from tap_flower.data.spec import ClientSpec, Field, Source, TaskSpec
-from tap_flower.data.texts import Tokens, tokenised
+from tap_flower.data.batching import ClientData
+from tap_flower.data.examples import Examples, set_aside
+from tap_flower.data.images import images_of, normalise
+from tap_flower.data.labels import read_labels
+from tap_flower.data.sources import SourceError, missing_columns, open_source, rows_of
+from tap_flower.data.spec import SPLITS, ClientSpec, Source, TaskSpec
+from tap_flower.data.text import EmptyTextError, TokenIds, Tokens, pad_inputs, pad_targets, tokenised
 from tap_flower.errors import SpecError
 
+Report = Callable[[str, SourceError], None]
+"""Is told each problem of a source: the role (image, text, label, target) that it is with, nothing for the whole source."""
 
-@dataclass(frozen=True)
-class TaskExamples:
-    """Examples of one task from one source, ready for batches.
+
+@dataclass(frozen=True, eq=False)
+class SourceRows(Dataset[dict[str, Any]]):
+    """The rows of one source, with what their task reads from them: role -> value.
 
     Attributes:
-        task: what they belong to.
-        domain: of all of them.
-        rows: row of the data set, by position.
-        images: of the data set, indexed by row; None where the task has no image.
-        texts: token ids, indexed by place; None where the task has no text.
-        labels: class, indexed by place, or None.
-        targets: token ids of the target text with its closing separator, indexed by place, or None.
-        places: where each example stands among the source's rows, by position.
+        task: that reads them.
+        domain: of all rows.
+        rows: of the data set, by place.
+        columns: role -> its values. `image` (uint8 [3, 64, 64]) is indexed by row; `text` and `target` (int32 token ids, a
+            target with its closing separator) and `label` (int) by place.
         pad: id of the padding token.
     """
 
     task: TaskSpec
     domain: str
     rows: list[int]
-    images: LazyImages | None
-    texts: Tokens | None
-    labels: list[int] | None
-    targets: Tokens | None
-    places: Sequence[int]
+    columns: Mapping[str, Any]
     pad: int
-
-    @property
-    def batch_size(self) -> int | None:
-        """The task's own number of training examples in a batch."""
-        return self.task.batch_size
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, positions: Sequence[int], device: torch.device) -> Batch:
-        """The examples at some positions as one batch on `device`."""
-        places = [self.places[p] for p in positions]
-        pixels = None if self.images is None else self.images[[self.rows[p] for p in positions]]
-        texts = None if self.texts is None else [self.texts[p] for p in places]
-        inputs = model_inputs(self.domain, pixels, texts, self.pad, device)
-        target: Tensor | None = inputs.get("image")
-        if self.labels is not None:
-            target = torch.tensor([self.labels[p] for p in places], device=device)
-        if self.targets is not None:
-            target = pad_targets([self.targets[p] for p in places]).to(device)
-            inputs["target_length"] = target.shape[1]
-        assert target is not None  # a task spec names a label, a target or an image
-        return Batch(self.task.name, inputs, target)
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        return {role: column[self.rows[place] if role == "image" else place] for role, column in self.columns.items()}
 
-    def by_length(self, order: Sequence[int]) -> list[int]:
-        """Positions, the longest texts first (texts and targets together); in the given order where there are none."""
-        read = [tokens for tokens in (self.texts, self.targets) if tokens is not None]
-        if not read:
-            return list(order)
-        places = [self.places[p] for p in order]
-        lengths = np.sum([tokens.lengths[places] for tokens in read], axis=0)
-        return [order[i] for i in np.argsort(-lengths, kind="stable")]
+    def examples(self) -> Examples:
+        """All rows, as batches are drawn from them; their length is that of text and target together."""
+        lengths = [column.lengths for column in self.columns.values() if isinstance(column, Tokens)]
+        return Examples(
+            task=self.task.name,
+            dataset=self,
+            rows=range(len(self)),
+            collate=self.collate,
+            form=self.form,
+            batch_size=self.task.batch_size,
+            lengths=np.sum(lengths, axis=0) if lengths else None,
+            pinned=True,
+        )
 
-    def subset(self, positions: list[int]) -> TaskExamples:
-        """The examples at some positions."""
-        return replace(self, rows=[self.rows[p] for p in positions], places=[self.places[p] for p in positions])
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Rows as tensors in main memory: those of `input_tensors`, and `label` [B] or `target` [B, S], int64."""
+        columns = {role: [item[role] for item in items] for role in self.columns}
+        tensors = input_tensors(columns.get("image"), columns.get("text"), self.pad)
+        if "label" in columns:
+            tensors["label"] = torch.tensor(columns["label"])
+        if "target" in columns:
+            tensors["target"] = pad_targets(columns["target"])
+        return tensors
+
+    def form(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
+        """(inputs of the model, target of the loss) from the tensors of `collate`, on their device."""
+        inputs = model_inputs(self.domain, tensors)
+        if "target" in inputs:
+            target = inputs.pop("target")
+            return {**inputs, "target_length": target.shape[1]}, target
+        target = inputs.pop("label") if "label" in inputs else inputs["image"]
+        return inputs, target
+
+
+def input_tensors(images: Sequence[Tensor] | None, texts: Sequence[TokenIds] | None, pad: int) -> dict[str, Tensor]:
+    """A model's inputs as tensors in main memory, before images are normalised.
+
+    Args:
+        images: uint8 [3, 64, 64] each, or None where the task has no image.
+        texts: token ids of each example, or None where the task has no text.
+        pad: id of the padding token.
+
+    Returns:
+        `image` uint8 [B, 3, 64, 64]; `input_ids` and `attention_mask` as `pad_inputs` gives them.
+    """
+    tensors = {} if images is None else {"image": torch.stack(list(images))}
+    return tensors if texts is None else tensors | pad_inputs(texts, pad)
+
+
+def model_inputs(domain: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a model gets of a batch: its domain, and the tensors of `input_tensors` with the image normalised."""
+    return {"domain": domain} | {name: normalise(x) if name == "image" else x for name, x in tensors.items()}
 
 
 def load_client_data(
@@ -106,28 +124,80 @@ def load_client_data(
         hold_out: whether a task without validation rows sets a fifth of its training examples aside.
 
     Raises:
-        SpecError: the spec does not fit the data.
+        SpecError: the spec does not fit the data; `check_data` lists all that is wrong.
     """
-    splits: dict[str, dict[str, Sequence[Examples]]] = {"train": {}, "validation": {}, "test": {}}
+    splits: dict[str, dict[str, Sequence[Examples]]] = {split: {} for split in SPLITS}
     for task in spec.tasks:
-        reader = _Reader(f"client {spec.name!r}: task {task.name!r}", task, tokenizer, text_length, seed, root)
-        found: dict[str, Sequence[Examples]] = {
-            "train": [reader.read("train", source) for source in task.train],
-            "validation": [reader.read("validation", source) for source in task.validation],
-            "test": [reader.read("test", source) for source in task.test],
-        }
-        for split, parts in found.items():
-            for problem in too_few_rows(task, split, [len(part) for part in parts], hold_out):
-                raise SpecError(f"{reader.where}: {problem}")
+        where = f"client {spec.name!r}: task {task.name!r}"
+        for split, sources in task.splits.items():
+            try:
+                found = [read_source(task, source, tokenizer, text_length, seed, root, _raise) for source in sources]
+            except SourceError as error:
+                raise SpecError(f"{where}: {split} {error}") from error
+            for problem in too_few_rows(task, split, [len(part) for part in found], hold_out):
+                raise SpecError(f"{where}: {problem}")
+            splits[split][task.name] = [part.examples() for part in found]
         if hold_out and not task.validation:
             halves = [
                 set_aside(part, named_seed(seed, spec.name, task.name, "held out", number))
-                for number, part in enumerate(found["train"])
+                for number, part in enumerate(splits["train"][task.name])
             ]
-            found["train"], found["validation"] = [a for a, _ in halves], [b for _, b in halves]
-        for split, parts in found.items():
-            splits[split][task.name] = parts
+            splits["train"][task.name] = [rest for rest, _ in halves]
+            splits["validation"][task.name] = [aside for _, aside in halves]
     return ClientData(splits)
+
+
+def read_source(
+    task: TaskSpec,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text_length: int | None,
+    seed: int,
+    root: str,
+    report: Report,
+) -> SourceRows:
+    """Reads one source of a task; images are decoded later, when they are used.
+
+    Where `report` returns, reading goes on: without the roles whose columns are missing, with all rows where there are
+    fewer than wanted, and with an empty text or the label `NO_CLASS` for a row with a problem.
+
+    Args:
+        task: that reads it.
+        source: what it reads.
+        tokenizer: of the client's backbone; without one, texts have no tokens.
+        text_length: longest text and longest target, in tokens; None cuts none.
+        seed: of the run.
+        root: a folder with a mirror of hub data sets; nothing to use the hub.
+        report: is told each problem.
+
+    Raises:
+        SourceError: the data set cannot be opened, or what `report` raises.
+    """
+    data = open_source(source, root)
+    fields = task.fields(source)
+    for role, problem in list(missing_columns(data, fields)):
+        report("", SourceError(problem))
+        fields.pop(role, None)
+    try:
+        rows = rows_of(source, root, seed)
+    except SourceError as error:
+        report("", error)
+        source = replace(source, rows=None, shuffle=False)
+        rows = rows_of(source, root, seed)
+
+    columns: dict[str, Any] = {}
+    for role, read in fields.items():
+        errors: Sequence[SourceError] = ()
+        if role == "image":
+            columns[role] = images_of(source, root, read.columns[0])
+        elif role == "label":
+            columns[role], errors = read_labels(task, data, rows, read.columns[0])
+        else:
+            columns[role], errors = tokenised(source, root, seed, read, tokenizer, text_length, role == "target")
+        for error in errors:
+            report(role, error)
+    pad = cast(int, tokenizer.pad_token_id) if tokenizer else 0
+    return SourceRows(task, source.domain or task.domain, rows, columns, pad)
 
 
 def too_few_rows(task: TaskSpec, split: str, sizes: Sequence[int], hold_out: bool) -> Iterator[str]:
@@ -141,51 +211,8 @@ def too_few_rows(task: TaskSpec, split: str, sizes: Sequence[int], hold_out: boo
             yield f"{split} has a source with {size} rows: give it at least {fewest}{why}"
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Reads the sources of one task; `where` begins every error."""
-
-    where: str
-    task: TaskSpec
-    tokenizer: PreTrainedTokenizerBase
-    text_length: int
-    seed: int
-    root: str
-
-    def read(self, split: str, source: Source) -> TaskExamples:
-        """The examples of one source; `split` is for messages.
-
-        Raises:
-            SpecError: the source is not there, or the spec does not fit it.
-        """
-        try:
-            return self._read(source)
-        except SourceError as error:
-            raise SpecError(f"{self.where}: {split} {error}") from error
-
-    def _read(self, source: Source) -> TaskExamples:
-        data = open_source(source, self.root)
-        read = self.task.fields(source)
-        for _, problem in missing_columns(data, read):
-            raise SourceError(problem)
-        rows = rows_of(source, self.root, self.seed)
-        return TaskExamples(
-            task=self.task,
-            domain=source.domain or self.task.domain,
-            rows=rows,
-            images=images_of(source, self.root, read["image"].columns[0]) if "image" in read else None,
-            texts=self._tokens(source, read.get("text"), is_target=False),
-            labels=self._labels(data, rows, read["label"].columns[0]) if "label" in read else None,
-            targets=self._tokens(source, read.get("target"), is_target=True),
-            places=range(len(rows)),
-            pad=cast(int, self.tokenizer.pad_token_id),
-        )
-
-    def _tokens(self, source: Source, read: Field | None, is_target: bool) -> Tokens | None:
-        if read is None:
-            return None
-        return tokenised(source, self.root, self.seed, read, self.tokenizer, self.text_length, is_target)
-
-    def _labels(self, data: datasets.Dataset, rows: list[int], column: str) -> list[int]:
-        labels = Labels(self.task, data, column)
-        return [labels.class_of(row, value[column]) for part in values_of(data, rows, [column]) for row, value in part]
+def _raise(role: str, error: SourceError) -> None:
+    """The report of loading: it stops at the first problem that training could not do with."""
+    del role
+    if not isinstance(error, EmptyTextError):
+        raise error

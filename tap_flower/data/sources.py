@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -15,9 +15,11 @@ import numpy as np
 from tap_flower import hub
 from tap_flower.core.initial import named_seed
 from tap_flower.data import packaged
-from tap_flower.data.batching import permutation
-from tap_flower.data.catalogue import fetch_command
-from tap_flower.data.spec import Field, Source
+from tap_flower.data.examples import permutation
+from tap_flower.data.fields import Field
+from tap_flower.data.presets import fetch_command
+from tap_flower.data.spec import Source
+from tap_flower.errors import TapFlowerError
 
 _READERS = {"parquet": "parquet", "jsonl": "json"}
 """Ending of a file of a mirror -> the reader of `datasets`."""
@@ -25,9 +27,11 @@ Values = tuple[int, dict[str, object]]
 """A row of a data set, and its value in each column that is read."""
 AT_ONCE = 1000
 """Rows that are read, and texts that are tokenised, together."""
+OPEN = 4096
+"""Data sets, and sources, that a process remembers: more than 100 clients with 10 tasks each have."""
 
 
-class SourceError(ValueError):
+class SourceError(TapFlowerError, ValueError):
     """A source cannot be read; the message goes on after "client ...: task ...: train"."""
 
 
@@ -59,7 +63,7 @@ def open_source(source: Source, root: str = "") -> datasets.Dataset:
     return _opened(source.place, root)
 
 
-@cache
+@lru_cache(maxsize=OPEN)
 def rows_of(source: Source, root: str, seed: int) -> list[int]:
     """The rows of a source in its order, as rows of its split.
 
@@ -101,7 +105,7 @@ def values_of(data: datasets.Dataset, rows: Sequence[int], columns: Sequence[str
         yield [(row, {name: values[name][at] for name in columns}) for at, row in enumerate(part)]
 
 
-@cache
+@lru_cache(maxsize=OPEN)
 def _opened(source: Source, root: str) -> datasets.Dataset:
     try:
         if source.format == "packaged":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,11 +13,12 @@ from typing import Any
 
 from tap_flower.core.components import Pair
 from tap_flower.core.tasks import TASK_KINDS
-from tap_flower.data import templates
+from tap_flower.data.fields import Field, check_columns, check_fields, fields_of
 from tap_flower.errors import SpecError
 from tap_flower.plain import shown
 
 MODALITIES = ("image", "text")
+SPLITS = ("train", "validation", "test")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 """Names of clients, tasks and domains: a client's is also that of its folder."""
 MOST_CLASSES = 65_536
@@ -33,34 +35,23 @@ FORMATS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Format -> (what a source of it must say about where it lies, what it may say)."""
 
 
-_TEXT, _LIST, _KEYS = ("a text: put it in quotes", str), ("a list", list, tuple), ("`key: value` lines", Mapping)
-_SOURCE, _MARK = ("a source or a list of them", list, tuple, Mapping), ("a text", str, int, float, date)
-_KINDS: Mapping[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("name", "backbone", "kind", "domain", "format", "split", "path", "config", "data"), _TEXT),
-    **dict.fromkeys(("tasks", "modalities", "labels"), _LIST),
-    **dict.fromkeys(("columns", "templates"), _KEYS),
-    **dict.fromkeys(("train", "validation", "test"), _SOURCE),
-    "classes": ("a list of names, or their number", list, tuple, int),
-    "rows": ("numbers", list, tuple, int),
-    "margin": ("a number", int, float),
-    "batch_size": ("a whole number", int),
-    "shuffle": ("true or false", bool),
-    "revision": _MARK,
+_KINDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
+    key: (words, types)
+    for keys, words, types in (
+        ("name backbone kind domain format split path config data", "a text: put it in quotes", (str,)),
+        ("tasks modalities labels", "a list", (list, tuple)),
+        ("columns templates", "`key: value` lines", (Mapping,)),
+        ("train validation test", "a source or a list of them", (list, tuple, Mapping)),
+        ("classes", "a list of names, or their number", (list, tuple, int)),
+        ("rows", "numbers", (list, tuple, int)),
+        ("margin", "a number", (int, float)),
+        ("batch_size", "a whole number", (int,)),
+        ("shuffle", "true or false", (bool,)),
+        ("revision", "a text", (str, int, float, date)),
+    )
+    for key in keys.split()
 }
 """Key -> (what its value is, in words, and in types); `null` stands for a key that is not there."""
-
-
-@dataclass(frozen=True)
-class Field:
-    """What a role is read from: columns of a row, joined with a space where there are several, or a template over them."""
-
-    columns: tuple[str, ...] = ()
-    template: str = ""
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """All columns that it needs."""
-        return self.columns or tuple(sorted(templates.variables(self.template)))
 
 
 @dataclass(frozen=True)
@@ -145,9 +136,14 @@ class TaskSpec:
         return Pair(self.name, self.modalities)
 
     @property
+    def splits(self) -> dict[str, tuple[Source, ...]]:
+        """Split (train, validation, test) -> its sources."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    @property
     def domains(self) -> tuple[str, ...]:
         """The domains of all sources, sorted."""
-        return tuple(sorted({s.domain or self.domain for s in (*self.train, *self.validation, *self.test)}))
+        return tuple(sorted({s.domain or self.domain for sources in self.splits.values() for s in sources}))
 
     @property
     def roles(self) -> frozenset[str]:
@@ -157,12 +153,8 @@ class TaskSpec:
 
     def fields(self, source: Source) -> dict[str, Field]:
         """Role -> what it is read from in `source`; a source's own entry comes before the task's."""
-        found: dict[str, Field] = {}
-        for columns, texts in ((self.columns, self.templates), (source.columns, source.templates)):
-            for role, names in columns.items():
-                found[role] = Field((names,) if isinstance(names, str) else tuple(names))
-            found |= {role: Field(template=text) for role, text in texts.items()}
-        return found
+        own = fields_of(source.columns, source.templates)
+        return fields_of(self.columns, self.templates) | own
 
 
 @dataclass(frozen=True)
@@ -191,37 +183,51 @@ def client_spec(values: Mapping[str, Any]) -> ClientSpec:
     Raises:
         SpecError: a key is missing or unknown, or a value is wrong.
     """
-    where = _client(values)
-    check_keys(values, ClientSpec, where)
-    check_name(values["name"], where, "name")
-    tasks = tuple(task_spec(task, values) for task in values["tasks"])
-    if not tasks:
-        raise SpecError(f"{where} has no tasks: list at least one under `tasks`")
+    spec, errors = read_spec(values)
+    if spec is None or errors:
+        raise errors[0]
+    return spec
+
+
+def read_spec(values: Mapping[str, Any]) -> tuple[ClientSpec | None, list[SpecError]]:
+    """Reads a client spec, and goes on after a wrong task.
+
+    Args:
+        values: nested mappings, see `ClientSpec`, `TaskSpec` and `Source`.
+
+    Returns:
+        The spec with the tasks that are right, None where no task is; and what is wrong with it.
+    """
+    where = f"client {_named(values)}"
+    errors: list[SpecError] = []
+    tasks: list[TaskSpec] = []
+    try:
+        check_keys(values, ClientSpec, where)
+        check_name(values["name"], where, "name")
+        if not values["tasks"]:
+            raise SpecError(f"{where} has no tasks: list at least one under `tasks`")
+    except SpecError as error:
+        errors.append(error)
+    right = not errors
+    listed = values.get("tasks") if isinstance(values, Mapping) else None
+    for task in listed if isinstance(listed, list | tuple) else ():
+        try:
+            tasks.append(_task(task, f"{where}: task {_named(task)}"))
+        except SpecError as error:
+            errors.append(error)
     names = [task.name for task in tasks]
-    if double := {name for name in names if names.count(name) > 1}:
-        raise SpecError(f"{where} names the task {sorted(double)[0]!r} twice: give each task of a client its own name")
-    return ClientSpec(values["name"], values["backbone"], tasks, _text(values.get("revision")))
-
-
-def _client(values: Mapping[str, Any]) -> str:
-    return f"client {_named(values)}"
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        errors.append(SpecError(f"{where} names the task {double[0]!r} twice: give each task of a client its own name"))
+    if not right or double or not tasks:
+        return None, errors
+    return ClientSpec(values["name"], values["backbone"], tuple(tasks), _text(values.get("revision"))), errors
 
 
 def _named(values: Any) -> str:
     return shown(values.get("name", "?")) if isinstance(values, Mapping) else "'?'"
 
 
-def task_spec(values: Mapping[str, Any], client: Mapping[str, Any]) -> TaskSpec:
-    """Checks one task of a client spec.
-
-    Args:
-        values: of the task.
-        client: the client spec that it stands in; its name begins the messages.
-
-    Raises:
-        SpecError: a key is missing or unknown, or a value is wrong.
-    """
-    where = f"{_client(client)}: task {_named(values)}"
+def _task(values: Mapping[str, Any], where: str) -> TaskSpec:
     check_keys(values, TaskSpec, where)
     for key in ("name", "domain"):
         check_name(values[key], where, key)
@@ -238,23 +244,19 @@ def task_spec(values: Mapping[str, Any], client: Mapping[str, Any]) -> TaskSpec:
     _check_scalars(labels, f"{where} has label")
     if labels and len(labels) != len(classes):
         raise SpecError(f"{where} has {len(labels)} labels for {len(classes)} classes: list one label for each class")
-    task = TaskSpec(
-        name=values["name"],
-        kind=kind,
-        modalities=modalities,
-        domain=values["domain"],
-        train=_sources(values["train"], f"{where}: train"),
-        test=_sources(values["test"], f"{where}: test"),
-        validation=_sources(values.get("validation") or [], f"{where}: validation"),
-        columns=dict(values.get("columns") or {}),
-        templates=dict(values.get("templates") or {}),
-        classes=classes,
-        labels=labels,
-        margin=None if margin is None else float(margin),
-        batch_size=batch_size,
-    )
-    for source in (*task.train, *task.validation, *task.test):
-        _check_fields(task, source, where)
+    read: dict[str, Any] = {
+        "modalities": modalities,
+        "classes": classes,
+        "labels": labels,
+        "margin": None if margin is None else float(margin),
+        **{key: dict(values.get(key) or {}) for key in ("columns", "templates")},
+        **{split: _sources(values.get(split) or [], f"{where}: {split}") for split in SPLITS},
+    }
+    task = TaskSpec(**{**values, **read})
+    check_columns(task.columns, task.templates, where)
+    for source in itertools.chain(*task.splits.values()):
+        check_columns(source.columns, source.templates, where)
+        check_fields(task.fields(source), task.roles, where)
     return task
 
 
@@ -292,28 +294,6 @@ def class_names(value: Any, kind: str, where: str) -> tuple[str, ...]:
     return classes
 
 
-def _check_fields(task: TaskSpec, source: Source, where: str) -> None:
-    for role, names in (*task.columns.items(), *source.columns.items()):
-        listed = names if isinstance(names, list | tuple) else [names]
-        if not listed or not all(isinstance(name, str) for name in listed):
-            raise SpecError(f"{where} reads {shown(role)} from {shown(names)}: name a column, or list several")
-    for role, text in (*task.templates.items(), *source.templates.items()):
-        if not isinstance(text, str) or not text:
-            raise SpecError(f"{where} has the template {shown(text)} for {shown(role)}: write a text")
-    found = task.fields(source)
-    if missing := task.roles - found.keys():
-        raise SpecError(f"{where} names no column for {', '.join(sorted(missing))}: add it under `columns`")
-    for role, read in found.items():
-        if role not in task.roles:
-            raise SpecError(f"{where} reads {shown(role)}, which it does not have: use {', '.join(sorted(task.roles))}")
-        if role in ("image", "label") and len(read.columns) != 1:
-            raise SpecError(
-                f"{where} reads {role} from {read.template or list(read.columns)!r}: name one column for it"
-            )
-        if read.template and (problem := templates.problem(read.template)):
-            raise SpecError(f"{where} has a template for {role} that is wrong: {problem}")
-
-
 def _sources(values: Any, where: str) -> tuple[Source, ...]:
     return tuple(_source(value, where) for value in ([values] if isinstance(values, Mapping) else values))
 
@@ -330,15 +310,14 @@ def _source(values: Mapping[str, Any], where: str) -> Source:
         raise SpecError(
             f"{where} has {extra[0]} = {values[extra[0]]!r}: format {form!r} takes {', '.join(allowed)} only"
         )
-    rows = values.get("rows")
-    if rows is not None and not _is_range(rows):
-        raise SpecError(f"{where} has rows {shown(rows)}: give the first row and the row after the last")
+    if values.get("rows") is not None and not _is_range(values["rows"]):
+        raise SpecError(f"{where} has rows {shown(values['rows'])}: give the first row and the row after the last")
     if values.get("domain") is not None:
         check_name(values["domain"], where, "domain")
     given = {key: value for key, value in values.items() if value is not None}
-    return Source(
-        **{**given, "rows": None if rows is None else (rows[0], rows[1]), "revision": _text(given.get("revision"))}
-    )
+    if "rows" in given:
+        given["rows"] = tuple(given["rows"])
+    return Source(**{**given, "revision": _text(given.get("revision"))})
 
 
 def _check_scalars(values: Iterable[Any], where: str) -> None:
@@ -349,10 +328,10 @@ def _check_scalars(values: Iterable[Any], where: str) -> None:
 
 def _is_range(rows: Any) -> bool:
     """Whether it is [a row, a later row or null]."""
-    if not isinstance(rows, list | tuple) or len(rows) != 2 or any(isinstance(row, bool) for row in rows):
+    if not isinstance(rows, list | tuple) or len(rows) != 2 or type(rows[0]) is not int:
         return False
     first, last = rows
-    return isinstance(first, int) and first >= 0 and (last is None or (isinstance(last, int) and first < last))
+    return first >= 0 and (last is None or (type(last) is int and first < last))
 
 
 def _text(value: Any) -> str | None:
@@ -379,10 +358,10 @@ def check_keys(values: Mapping[str, Any], schema: type, where: str) -> None:
     if missing := [name for name in required if values.get(name) is None]:
         raise SpecError(f"{where} lacks {', '.join(missing)}")
     for key, value in values.items():
-        what, *kinds = _KINDS[key]
-        fits = value is None or isinstance(value, tuple(kinds))
-        if not fits or (isinstance(value, bool) and bool not in kinds):
-            raise SpecError(f"{where} has {key} {shown(value)}: give {what}")
+        words, types = _KINDS[key]
+        fits = value is None or isinstance(value, types)
+        if not fits or (isinstance(value, bool) and bool not in types):
+            raise SpecError(f"{where} has {key} {shown(value)}: give {words}")
         if isinstance(value, str) and "\0" in value:
             raise SpecError(f"{where} has {key} {shown(value)}: leave the zero byte out")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tap_flower.client.text_metrics import written
 from tap_flower.core.tasks import IMAGE_GENERATION
-from tap_flower.data.collate import denormalise
+from tap_flower.data.images import denormalise
 
 
 @dataclass(frozen=True)

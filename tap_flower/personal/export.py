@@ -15,8 +15,8 @@ from transformers import AutoConfig
 
 from tap_flower.client.client_model import model_task
 from tap_flower.client.description import DESCRIPTION, Description, read_description
-from tap_flower.data.catalogue import CATALOGUE
-from tap_flower.data.texts import load_tokenizer
+from tap_flower.data.presets import CATALOGUE
+from tap_flower.data.text import load_tokenizer
 from tap_flower.errors import StorageError
 from tap_flower.files import read_json, write_atomically, write_json
 from tap_flower.models.load import DEMO, from_config, locate, outline

@@ -17,9 +17,10 @@ from tap_flower.client.client_model import client_model
 from tap_flower.client.description import Description, TaskDescription, read_description
 from tap_flower.client.state import SERVER, StateFolder
 from tap_flower.core.components import State, cpu_state, load_trainable_state
-from tap_flower.data.collate import model_inputs
+from tap_flower.data.examples import moved_to
 from tap_flower.data.images import open_image, pixels_of
-from tap_flower.data.texts import load_tokenizer, token_ids
+from tap_flower.data.loading import input_tensors, model_inputs
+from tap_flower.data.text import load_tokenizer, token_ids
 from tap_flower.errors import BackboneError, StorageError
 from tap_flower.methods.method import Memory
 from tap_flower.methods.registry import find_method
@@ -158,16 +159,17 @@ class PersonalModel:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _inputs(self, columns: Mapping[str, Sequence[Any]], domain: str) -> dict[str, Any]:
-        pixels = texts = None
+        images = texts = None
         if "image" in columns:
-            pixels = torch.stack([_pixels(picture) for picture in columns["image"]])
+            images = [_pixels(picture) for picture in columns["image"]]
         if "text" in columns:
             if wrong := [text for text in columns["text"] if not isinstance(text, str)]:
                 raise PersonalError(f"a text is a {type(wrong[0]).__name__}: give a string")
             texts = token_ids(
                 columns["text"], self.tokenizer, self.description.settings.model.text_length, is_target=False
             )
-        return model_inputs(domain, pixels, texts, cast(int, self.tokenizer.pad_token_id), self.device)
+        tensors = input_tensors(images, texts, cast(int, self.tokenizer.pad_token_id))
+        return model_inputs(domain, moved_to(tensors, self.device))
 
     def task(self, name: str) -> TaskDescription:
         """The task of a name.

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from tap_flower.data.checking import SplitSummary
+from tap_flower.data.check import SplitSummary
 
 _CLASSES, _SIZES, _CHARACTERS = 6, 3, 160
 """Classes, image sizes and characters of a text that are shown in full."""

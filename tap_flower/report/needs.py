@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from tap_flower.data.catalogue import CATALOGUE, fetch_command
+from tap_flower.data.presets import CATALOGUE, fetch_command
 from tap_flower.data.spec import ClientSpec, Source
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tap_flower.client.evaluation import cosine, gradient_cosines
-from tap_flower.client.examples import OWN, DatasetExamples
 from tap_flower.config import HyperParameters
 from tap_flower.core.components import ComponentMap, ComponentModel, Pair
 from tap_flower.core.tasks import TaskKind
 from tap_flower.data.batching import ClientData
+from tap_flower.data.examples import OWN, Examples, own_examples
 from tap_flower.methods.session import Session, SessionTask
 
 REACHED = {"a": {"u", "w", "head/a"}, "b": {"u", "w"}, "c": {"w"}, "d": {"head/d"}}
@@ -52,12 +52,10 @@ class Sum(ComponentModel):
 
 
 def client(tasks: str) -> Session:
-    def examples(task: str) -> DatasetExamples:
+    def examples(task: str) -> Examples:
         rows = [(torch.tensor(x), torch.tensor(target)) for x, target in DATA[task]]
         own = 2 if task == "a" else None
-        return DatasetExamples(
-            task, rows, range(len(rows)), torch.utils.data.default_collate, lambda batch: batch[1], own
-        )
+        return own_examples(task, rows, lambda batch: batch[1], own)  # type: ignore[arg-type]
 
     settings = HyperParameters()
     settings.train.batch_size = 1

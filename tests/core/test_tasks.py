@@ -16,7 +16,7 @@ from tap_flower.core.tasks import (
     TEXT_GENERATION,
     TaskKind,
 )
-from tap_flower.data.collate import normalise
+from tap_flower.data.images import normalise
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics", reason='needs: pip install "tap-flower[demo]"')
 

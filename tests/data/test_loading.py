@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cachetools import LRUCache
 
 from tap_flower.config import client_specs, load_config
 from tap_flower.core.tasks import IGNORE, IMAGE_STD
 from tap_flower.data import images, packaged
 from tap_flower.data.batching import ClientData
-from tap_flower.data.collate import IMAGE_MEAN, normalise, pad_inputs, pad_targets
-from tap_flower.data.images import LazyImages
+from tap_flower.data.examples import Examples
+from tap_flower.data.images import IMAGE_MEAN, LazyImages, normalise
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec, Source
-from tap_flower.data.texts import load_tokenizer
+from tap_flower.data.text import load_tokenizer, pad_inputs, pad_targets
 from tap_flower.errors import SpecError
 from tap_flower.models.load import locate
-from tap_flower.recent import Recent
 
 CPU = torch.device("cpu")
 CLIENTS = client_specs(load_config("demo"))
@@ -27,6 +27,11 @@ CLIENTS = client_specs(load_config("demo"))
 
 def data(spec: ClientSpec, seed: int = 1) -> ClientData:
     return load_client_data(spec, load_tokenizer(locate("demo")), 40, seed)
+
+
+def rows_of(examples: Examples) -> list[int]:
+    """The rows of the data set that examples are."""
+    return [examples.dataset.rows[place] for place in examples.rows]
 
 
 def changed(index: int, **changes: Any) -> ClientSpec:
@@ -38,7 +43,7 @@ def test_clients_of_one_run_share_no_training_row() -> None:
     for spec in CLIENTS:
         client = data(spec)
         for task in spec.tasks:
-            rows = client.splits["train"][task.name][0].rows
+            rows = rows_of(client.splits["train"][task.name][0])
             assert len(rows) == len(set(rows))
             for row in rows:
                 # Questions about one image are rows of their own, and a client's translation is not its languages.
@@ -52,9 +57,9 @@ def test_clients_have_between_200_and_1000_examples() -> None:
 
 
 def test_rows_depend_on_the_seed_and_on_nothing_else() -> None:
-    one, again, other = (data(CLIENTS[1], seed).splits["train"]["languages"][0].rows for seed in (1, 1, 2))
+    one, again, other = (rows_of(data(CLIENTS[1], seed).splits["train"]["languages"][0]) for seed in (1, 1, 2))
     assert one == again != other
-    test = [data(CLIENTS[1], seed).splits["test"]["languages"][0].rows for seed in (1, 2)]
+    test = [rows_of(data(CLIENTS[1], seed).splits["test"]["languages"][0]) for seed in (1, 2)]
     assert test[0] == test[1]  # every seed is judged on the same test rows
 
 
@@ -62,12 +67,12 @@ def test_without_validation_rows_a_fifth_is_set_aside() -> None:
     client = data(changed(1, validation=(), train=(Source("packaged", "names", "train", (0, 50)),)))
     train, held_out = (client.splits[split]["languages"][0] for split in ("train", "validation"))
     assert (len(train), len(held_out)) == (40, 10)
-    assert sorted(train.rows + held_out.rows) == list(range(50))
-    assert not set(train.rows) & set(held_out.rows)
+    assert sorted(rows_of(train) + rows_of(held_out)) == list(range(50))
+    assert not set(rows_of(train)) & set(rows_of(held_out))
     raw = packaged.load("names", "train")
-    assert [train.labels[train.places[0]], held_out.labels[held_out.places[3]]] == [
-        raw[train.rows[0]]["label"],
-        raw[held_out.rows[3]]["label"],
+    assert [train[0]["label"], held_out[3]["label"]] == [
+        raw[rows_of(train)[0]]["label"],
+        raw[rows_of(held_out)[3]]["label"],
     ]
 
 
@@ -88,8 +93,8 @@ def test_batches_take_turns_and_cover_everything() -> None:
 def test_texts_of_about_one_length_share_a_batch() -> None:
     client = data(changed(6, batch_size=None))
     (examples,) = client.splits["train"]["translation"]
-    lengths = examples.texts.lengths + examples.targets.lengths
-    assert lengths.tolist() == [len(examples.texts[i]) + len(examples.targets[i]) for i in range(len(examples))]
+    lengths = examples.lengths
+    assert lengths.tolist() == [len(example["text"]) + len(example["target"]) for example in examples]
     ordered = examples.by_length(range(len(examples)))
     assert sorted(ordered) == list(range(len(examples)))
     assert (np.diff(lengths[ordered]) <= 0).all()
@@ -128,26 +133,26 @@ def test_the_target_of_image_generation_is_the_image() -> None:
 def test_images_are_decoded_when_used_and_once() -> None:
     images = LazyImages(packaged.load("shapes", "train").select(range(20)).select_columns(["image"]))
     assert images.decodes == 0
-    first = images[[3, 5]]
-    again = images[[5, 3]]
+    first = [images[3], images[5]]
+    again = [images[5], images[3]]
     assert images.decodes == 2
     assert torch.equal(first[0], again[1])
-    assert first.dtype == torch.uint8
-    assert first.shape == (2, 3, 64, 64)
+    assert first[0].dtype == torch.uint8
+    assert first[0].shape == (3, 64, 64)
 
 
 def test_decoded_images_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_decoded", Recent(3 * 64 * 64 * 3))  # three images
+    monkeypatch.setattr(images, "_decoded", LRUCache(3 * 64 * 64 * 3, getsizeof=lambda pixels: pixels.nbytes))  # three
     rows = packaged.load("shapes", "train").select(range(20))
     found, other = LazyImages(rows), LazyImages(rows)
-    found[[0, 1]], other[[0]], found[[0]]
+    found[0], found[1], other[0], found[0]
     assert (found.decodes, other.decodes) == (2, 1)
-    found[[2]]  # in place of image 1
-    found[[0]], other[[0]]
+    found[2]  # in place of image 1
+    found[0], other[0]
     assert (found.decodes, other.decodes) == (3, 1)
-    pixels = found[[1, 0, 1]]
+    pixels = found[1]
     assert found.decodes == 4
-    assert torch.equal(pixels, LazyImages(rows)[[1, 0, 1]])
+    assert torch.equal(pixels, LazyImages(rows)[1])
 
 
 def test_pixels_are_normalised_once() -> None:

@@ -16,10 +16,11 @@ from PIL import Image
 
 from tap_flower.config import client_specs, load_config, read_yaml
 from tap_flower.data.batching import ClientData
+from tap_flower.data.examples import Examples
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.sources import SourceError, open_source, rows_of
 from tap_flower.data.spec import ClientSpec, Source, client_spec
-from tap_flower.data.texts import load_tokenizer
+from tap_flower.data.text import load_tokenizer
 from tap_flower.errors import SpecError
 from tap_flower.models.load import locate
 from tests import mirror
@@ -49,11 +50,20 @@ def data(spec: ClientSpec, root: str = "", **options: Any) -> ClientData:
     return load_client_data(spec, load_tokenizer(locate("demo")), 40, 41, root, **{"hold_out": False} | options)
 
 
-def words(client: ClientData, split: str = "train", role: str = "texts") -> list[str]:
+def words(client: ClientData, split: str = "train", role: str = "text") -> list[str]:
     tokenizer = load_tokenizer(locate("demo"))
     parts = next(iter(client.splits[split].values()))
-    found = [getattr(part, role)[place] for part in parts for place in part.places]
+    found = [example[role] for part in parts for example in part]
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+
+
+def labels(examples: Examples) -> list[int]:
+    return [example["label"] for example in examples]
+
+
+def rows_read(examples: Examples) -> list[int]:
+    """The rows of the data set that examples are."""
+    return [examples.dataset.rows[place] for place in examples.rows]
 
 
 def write(table: datasets.Dataset, folder: Path, form: str) -> dict[str, Any]:
@@ -67,7 +77,7 @@ def write(table: datasets.Dataset, folder: Path, form: str) -> dict[str, Any]:
 def test_files_and_folders(form: str, tmp_path: Path) -> None:
     client = data(triage(write(datasets.Dataset.from_dict(NOTES), tmp_path, form)))
     assert words(client) == ["a red dog runs", "the law asks why"]
-    assert client.splits["train"]["triage"][0].labels == [1, 0]  # matched by the class's name
+    assert labels(client.splits["train"]["triage"][0]) == [1, 0]  # matched by the class's name
 
 
 def test_a_json_document_and_a_pattern_of_files(tmp_path: Path) -> None:
@@ -88,8 +98,8 @@ def test_a_folder_of_images_for_each_class(tmp_path: Path) -> None:
         columns={"image": "image", "label": "label"},
     )  # fmt: skip
     (part,) = data(spec).splits["train"]["triage"]
-    pixels = part.images[range(2)][:, 0, 0, 0].tolist()
-    assert dict(zip(part.labels, pixels, strict=True)) == {0: 10, 1: 200}  # the spec's order, not the alphabet's
+    pixels = [int(example["image"][0, 0, 0]) for example in part]
+    assert dict(zip(labels(part), pixels, strict=True)) == {0: 10, 1: 200}  # the spec's order, not the alphabet's
 
 
 def test_images_by_path_start_at_the_files_folder(tmp_path: Path) -> None:
@@ -100,7 +110,7 @@ def test_images_by_path_start_at_the_files_folder(tmp_path: Path) -> None:
     (part,) = data(triage(source, kind="image_classification", modalities=["image"], columns=columns)).splits["train"][
         "triage"
     ]
-    assert part.images[[0]][0, :, 0, 0].tolist() == [1, 2, 3]
+    assert part[0]["image"][:, 0, 0].tolist() == [1, 2, 3]
     with pytest.raises(SourceError, match="no image in row 1 of column 'file': .*gone.png"):
         part.batch([1], CPU)
 
@@ -222,9 +232,9 @@ def test_labels_1_to_4_of_ag_news_are_classes_0_to_3(root: Path, clients: list[C
     client = data(replace(clients[1], tasks=clients[1].tasks), str(root))
     (part,) = client.splits["train"]["agnews_text_classification"]
     raw = mirror.table("sh0416/ag_news", "train")
-    assert part.labels == [raw[row]["label"] - 1 for row in part.rows]
-    assert set(part.labels) <= {0, 1, 2, 3}
-    assert words(client)[0] == f"{raw[part.rows[0]]['title']} {raw[part.rows[0]]['description']}"
+    assert labels(part) == [raw[row]["label"] - 1 for row in rows_read(part)]
+    assert set(labels(part)) <= {0, 1, 2, 3}
+    assert words(client)[0] == f"{raw[rows_read(part)[0]]['title']} {raw[rows_read(part)[0]]['description']}"
 
 
 def test_prompts_of_mmlu_vqa_and_common_gen(root: Path, clients: list[ClientSpec]) -> None:
@@ -232,21 +242,21 @@ def test_prompts_of_mmlu_vqa_and_common_gen(root: Path, clients: list[ClientSpec
     tokenizer = load_tokenizer(locate("demo"))
     law = load_client_data(clients[6], tokenizer, settings["text_length"], 41, str(root), hold_out=False)
     (part, *_) = law.splits["train"]["text_generation"]
-    raw = mirror.table("cais/mmlu", "test", "professional_law")[part.rows[0]]
+    raw = mirror.table("cais/mmlu", "test", "professional_law")[rows_read(part)[0]]
     options = " ".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", raw["choices"], strict=True))
     asked = f"Choose the right answer to a question about professional law. {raw['question']} {options}"
     assert words(law)[0] == tokenizer.decode(tokenizer(asked)["input_ids"], skip_special_tokens=True)
     answer = "{}. {}".format("ABCD"[raw["answer"]], raw["choices"][raw["answer"]])
-    assert words(law, role="targets")[0] == tokenizer.decode(tokenizer(answer)["input_ids"], skip_special_tokens=True)
-    assert [examples.domain for examples in law.splits["train"]["text_generation"]] == [
+    assert words(law, role="target")[0] == tokenizer.decode(tokenizer(answer)["input_ids"], skip_special_tokens=True)
+    assert [examples.dataset.domain for examples in law.splits["train"]["text_generation"]] == [
         "law_answering", "medicine_answering", "moral_answering",
     ]  # fmt: skip
 
     vqa = data(clients[4], str(root))
     (part,) = vqa.splits["train"]["text_generation"]
-    raw = mirror.table("merve/vqav2-small", "validation")[part.rows[0]]
+    raw = mirror.table("merve/vqav2-small", "validation")[rows_read(part)[0]]
     assert words(vqa)[0].endswith(tokenizer.decode(tokenizer(raw["question"])["input_ids"], skip_special_tokens=True))
-    assert words(vqa, role="targets")[0] == raw["multiple_choice_answer"]
+    assert words(vqa, role="target")[0] == raw["multiple_choice_answer"]
     sentence = words(data(clients[8], str(root)))[0]
     assert "all of these words" in sentence
 
@@ -264,7 +274,7 @@ def test_no_test_row_of_vqa_is_in_a_training_pool(seed: int, root: Path, clients
 
 def test_fashion_mnist_is_normalised_once(root: Path, clients: list[ClientSpec]) -> None:
     (part,) = data(clients[8], str(root)).splits["train"]["image_generation"]
-    image = mirror.table("zalando-datasets/fashion_mnist", "train")[part.rows[0]]["image"].resize((64, 64))
+    image = mirror.table("zalando-datasets/fashion_mnist", "train")[rows_read(part)[0]]["image"].resize((64, 64))
     value = image.getpixel((5, 7)) / 255
     expected = [
         (value - mean) / std for mean, std in zip((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), strict=True)
@@ -275,7 +285,7 @@ def test_fashion_mnist_is_normalised_once(root: Path, clients: list[ClientSpec])
 def test_training_decodes_only_the_images_that_it_uses(tmp_path: Path, clients: list[ClientSpec]) -> None:
     write_mirror(tmp_path)  # a folder of its own, so that nobody else has decoded anything
     client = data(clients[0], str(tmp_path))
-    images = client.splits["train"]["imagenet_image_classification"][0].images
+    images = client.splits["train"]["imagenet_image_classification"][0].dataset.columns["image"]
     batches = client.training_batches(2, 7, CPU)
     next(batches)
     next(batches)

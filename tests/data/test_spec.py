@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from tap_flower.core.components import Pair
-from tap_flower.data.spec import Field, Source, client_spec
+from tap_flower.data.fields import Field
+from tap_flower.data.spec import Source, client_spec
 from tap_flower.errors import SpecError
 
 SOURCE = {"format": "packaged", "name": "names", "split": "train", "rows": [0, 9]}

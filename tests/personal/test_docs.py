@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tap_flower.data.collate import model_inputs
 from tap_flower.data.images import pixels_of
+from tap_flower.data.loading import model_inputs
 from tap_flower.files import read_tensors
 from tap_flower.personal.answers import ClassAnswer, TextAnswer
 from tap_flower.personal.export import export
@@ -23,7 +23,7 @@ from tests.personal.test_model import rows
 
 def output(model: PersonalModel, task: str, domain: str, image: Image.Image, **more: Any) -> Tensor:
     """What the module itself gives for one image."""
-    inputs = model_inputs(domain, pixels_of(image).unsqueeze(0), None, 0, torch.device("cpu"))
+    inputs = model_inputs(domain, {"image": pixels_of(image).unsqueeze(0)})
     with torch.no_grad():
         return model.model(task, {**inputs, **more})[0].cpu()
 

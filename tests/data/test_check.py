@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from tap_flower.config import client_specs, load_config
-from tap_flower.data.checking import Problem, check_data, check_spec
+from tap_flower.data.check import Problem, check_data, check_spec
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec, client_spec
-from tap_flower.data.texts import load_tokenizer
+from tap_flower.data.text import load_tokenizer
 from tap_flower.errors import SpecError
 from tap_flower.models.load import locate
 
@@ -157,10 +157,11 @@ def test_the_examples_are_what_the_client_trains_on() -> None:
         for task, size in loaded.sizes(split).items():
             found, (part, *_) = summaries[task, split], loaded.splits[split][task]
             assert found.rows == size
-            assert [example.row for example in found.examples] == part.rows[:3]
+            assert [example.row for example in found.examples] == part.dataset.rows[:3]
             assert found.images.total() in (0, size)
-            if part.labels is not None:
-                assert list(found.classes.values()) == [part.labels.count(n) for n in range(len(found.classes))]
+            labels = part.dataset.columns.get("label")
+            if labels is not None:
+                assert list(found.classes.values()) == [labels.count(n) for n in range(len(found.classes))]
 
 
 def test_too_few_rows(tmp_path: Path) -> None:
@@ -182,7 +183,7 @@ def test_a_template_may_be_the_same_for_all_rows(tmp_path: Path) -> None:
     assert problems == []
     assert summaries["triage", "train"].examples[2].shown["text"] == "[CLS] what is it? [SEP]"
     loaded = load_client_data(client_spec(spec_of(task)), load_tokenizer(locate("demo")), 8, 41, hold_out=False)
-    assert len(loaded.splits["train"]["triage"][0].texts or []) == 3
+    assert [len(example["text"]) for example in loaded.splits["train"]["triage"][0]] == [6, 6, 6]
 
 
 def test_a_backbone_without_a_tokenizer_stops_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,187 @@
+"""Texts of a data set: rendered from columns or templates, tokenised in parts, kept as one array, padded for a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, lru_cache
+from typing import cast
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tap_flower import hub
+from tap_flower.core.tasks import IGNORE
+from tap_flower.data.fields import Field
+from tap_flower.data.sources import OPEN, RowError, open_source, rows_of, values_of
+from tap_flower.data.spec import Source
+
+TokenIds = Sequence[int] | NDArray[np.int32]
+"""Token ids of one text."""
+
+
+class EmptyTextError(RowError):
+    """A row's text is blank: `check` tells it, and training can do with it."""
+
+
+class Tokens:
+    """Token ids of many texts of different lengths, in one array of 4 bytes a token.
+
+    Args:
+        ids: int32, token ids of all texts, one after the other.
+        ends: int64 [number of texts], where each text ends in `ids`.
+    """
+
+    def __init__(self, ids: NDArray[np.int32], ends: NDArray[np.int64]) -> None:
+        self._ids, self._ends = ids, ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each text, [number of texts]."""
+        return np.diff(self._ends, prepend=0)
+
+    def __getitem__(self, position: int) -> NDArray[np.int32]:
+        """Token ids of one text."""
+        return self._ids[self._ends[position - 1] if position else 0 : self._ends[position]]
+
+
+@cache
+def load_tokenizer(place: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a backbone's local folder or hub id, once a process.
+
+    Raises:
+        OSError: it cannot be found.
+    """
+    hub.prepare(place)
+    return cast(
+        PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+    )
+
+
+@lru_cache(maxsize=OPEN)
+def tokenised(
+    source: Source,
+    root: str,
+    seed: int,
+    read: Field,
+    tokenizer: PreTrainedTokenizerBase | None,
+    length: int | None,
+    is_target: bool,
+) -> tuple[Tokens, Sequence[RowError]]:
+    """The texts of a source's rows, in its order, read once a process.
+
+    Args:
+        source: the rows.
+        root: see `open_source`.
+        seed: of the run.
+        read: the columns or the template of the text.
+        tokenizer: of the backbone; without one, the texts are read and have no tokens.
+        length: where a text is cut, in tokens; None cuts none.
+        is_target: whether it ends with the separator in place of being framed by the special tokens.
+
+    Returns:
+        The tokens of each row, and what is wrong with rows; a row without a text stands as an empty one.
+
+    Raises:
+        SourceError: the source cannot be read.
+    """
+    parts, errors = [np.zeros(0, dtype=np.int32)], []
+    ends: list[int] = []
+    for texts, wrong in texts_of(open_source(source, root), rows_of(source, root, seed), read, is_target):
+        errors += wrong
+        ids = token_ids(texts, tokenizer, length, is_target) if tokenizer else [[] for _ in texts]
+        parts += [np.array(text, dtype=np.int32) for text in ids]
+        ends += [len(text) for text in ids]
+    return Tokens(np.concatenate(parts), np.cumsum(ends, dtype=np.int64)), errors
+
+
+def texts_of(
+    data: datasets.Dataset, rows: Sequence[int], read: Field, is_target: bool
+) -> Iterator[tuple[list[str], list[RowError]]]:
+    """The text of each row, in parts of `AT_ONCE` rows; a row without one gives an error and an empty text.
+
+    Args:
+        data: with the columns.
+        rows: of the data set.
+        read: the columns or the template of the text.
+        is_target: for messages.
+    """
+    role = "target" if is_target else "text"
+    for part in values_of(data, rows, read.reads):
+        texts: list[str] = []
+        errors: list[RowError] = []
+        for row, values in part:
+            try:
+                texts.append(_text_of(read, row, values))
+            except RowError as error:
+                texts.append("")
+                errors.append(error)
+            else:
+                if not texts[-1].strip():
+                    errors.append(EmptyTextError(f"has an empty {role}", row, ": fill it, or leave the row out"))
+        yield texts, errors
+
+
+def _text_of(read: Field, row: int, values: Mapping[str, object]) -> str:
+    if read.template:
+        try:
+            return read.rendered(values)
+        except Exception as error:  # a TemplateError, or what a filter raises on a value
+            reason = f"{error} (template {read.template!r})"
+            raise RowError("cannot fill its template", row, "", reason) from error
+    found = [values[name] for name in read.columns]
+    if None in found:
+        raise RowError("has no text", row, f" of {', '.join(read.columns)}: fill it, or leave the row out")
+    return " ".join(str(value) for value in found)
+
+
+def token_ids(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int | None, is_target: bool
+) -> list[list[int]]:
+    """The token ids of some texts, as the model gets them.
+
+    Args:
+        texts: at least one.
+        tokenizer: of the backbone.
+        length: where a text is cut, in tokens; None cuts none.
+        is_target: whether it ends with the separator in place of being framed by the special tokens.
+    """
+    cut = {} if length is None else {"truncation": True, "max_length": length - is_target}
+    # Not verbose: a text that is longer than the backbone's positions is cut by `length`, or only measured.
+    encoded = tokenizer(list(texts), add_special_tokens=not is_target, verbose=False, **cut)["input_ids"]
+    closing = [cast(int, tokenizer.sep_token_id)] if is_target else []
+    return [[*ids, *closing] for ids in cast(list[list[int]], encoded)]
+
+
+def pad_inputs(texts: Sequence[TokenIds], pad: int) -> dict[str, Tensor]:
+    """Token ids padded to the longest text of the batch.
+
+    Args:
+        texts: token ids of each example.
+        pad: id of the padding token.
+
+    Returns:
+        `input_ids` [B, T] int64, and `attention_mask` [B, T] int64 (0 at padding) where something was padded.
+    """
+    ids = _pad(texts, pad)
+    lengths = torch.tensor([len(text) for text in texts])
+    if bool((lengths == ids.shape[1]).all()):
+        return {"input_ids": ids}
+    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+
+
+def pad_targets(texts: Sequence[TokenIds]) -> Tensor:
+    """Target token ids padded with `IGNORE` to the longest of the batch, [B, S] int64."""
+    return _pad(texts, IGNORE)
+
+
+def _pad(texts: Sequence[TokenIds], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(text, dtype=torch.int64) for text in texts], batch_first=True, padding_value=value
+    )
