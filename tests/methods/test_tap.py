@@ -143,18 +143,6 @@ def test_held_out_losses_as_evidence(
     assert client.did == [*first, measured, last]
 
 
-def test_what_was_received_is_measured_on_the_training_examples_before_it_is_trained(client: TapClient) -> None:
-    client.settings.replacement.source = ReplacementSource.received
-    client.settings.replacement.evidence = ReplacementEvidence.training
-    received = state(one=1.0)
-    done = tap.participate(client.local, 3, received, remembered(0.5, 1.02))
-    (decision,) = done.decisions
-    assert (decision.teacher_loss, decision.personal_loss) == (1.0, 1.02)
-    assert one(done.memory.models["personal"]) == 0.64
-    assert one(received) == 1.0
-    assert client.did == [("losses", "train"), ("train", 2, ROUND, SERVER), ("train", 2, AGAIN, PERSONAL)]
-
-
 @pytest.mark.parametrize("source", ReplacementSource)
 @pytest.mark.parametrize("evidence", ReplacementEvidence)
 def test_without_replacement_nothing_is_compared(
@@ -217,6 +205,6 @@ def test_a_client_that_was_never_sampled_starts_from_the_initial_values(
 
 def test_what_is_evaluated(client: TapClient) -> None:
     received, memory = state(one=1.0), remembered(0.5)
-    assert tap.models(client.local, received, memory) == {"server": received, "personal": memory.models["personal"]}
-    assert tap.models(client.local, received, Memory()) == {"server": received, "personal": None}
+    assert tap.models(received, memory, client.initial_values) == {"server": received, "personal": memory.models["personal"]}
+    assert tap.models(received, Memory(), client.initial_values) == {"server": received, "personal": None}
     assert (tap.METHOD.results, tap.METHOD.result) == (("server+finetune", "tap"), "tap")
