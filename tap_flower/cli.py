@@ -13,20 +13,20 @@ from rich.console import Console
 from rich.markup import escape
 
 from tap_flower.client.text_metrics import missing
-from tap_flower.config import ConfigError, Model, client_specs, load_config, presets, read_yaml
+from tap_flower.config import Model, client_specs, load_config, presets, read_yaml
 from tap_flower.data.spec import SpecError
+from tap_flower.errors import ConfigError, PersonalError, SimulationError
 from tap_flower.files import StorageError, read_tensors, write_atomically
 from tap_flower.methods.registry import find_method
 from tap_flower.personal import commands as personal_commands
-from tap_flower.personal.folders import PersonalError
 from tap_flower.report.console import mean_table, results_table
 from tap_flower.report.html import REPORT, write_report
 from tap_flower.report.needs import needs
 from tap_flower.report.progress import RunProgress
 from tap_flower.report.results import read_results
 from tap_flower.report.trackers import tracker_names
-from tap_flower.run.resources import CLUSTER, ResourcesError, shared, shared_cluster, this_machine
-from tap_flower.run.simulation import Launch, SimulationError, simulate
+from tap_flower.run.resources import CLUSTER, shared, shared_cluster, this_machine
+from tap_flower.run.simulation import Launch, simulate
 from tap_flower.run.supernode import NodeLaunch
 from tap_flower.run.supernode import start as start_node
 from tap_flower.server.accounting import budget_of
@@ -47,7 +47,7 @@ app.add_typer(study_app, name="study")
 for command in (personal_commands.predict, personal_commands.export, personal_commands.demo):
     app.command()(command)
 _SEEDS, _MARGINS = (41, 42, 43), (0.0, 0.01, 0.05, 0.2)
-EXPECTED = (ConfigError, PersonalError, ResourcesError, SpecError, StorageError, SimulationError)
+EXPECTED = (ConfigError, PersonalError, SpecError, StorageError, SimulationError)
 """Errors that are told in one line, without a traceback."""
 
 

@@ -18,12 +18,11 @@ import pytest
 import yaml
 from torch import Tensor
 
-from tap_flower.config import Config, load_config
+from tap_flower.config import Config, load_config, simulated_run
 from tap_flower.core.components import cpu_state
 from tap_flower.methods.session import LocalClient
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
-from tap_flower.wire.run_config import simulated_run
 from tests.grid import InProcessGrid
 from tests.toys import TOYS, Toy, toy_app
 
@@ -134,17 +133,16 @@ class Federation:
         """The client's folder."""
         return self.out / "clients" / client
 
+    @property
+    def run_config(self) -> dict[str, Any]:
+        settings = " ".join(self.settings)
+        return {"preset": "demo", "config": str(self.config_file), "set": settings, "out": str(self.out)}
+
     def grid(self, **options: Any) -> InProcessGrid:
-        run_config = {
-            "preset": "demo",
-            "config": str(self.config_file),
-            "set": " ".join(self.settings),
-            "out": str(self.out),
-        }
-        return InProcessGrid([{"partition-id": i} for i in range(self.clients)], run_config, **options)
+        return InProcessGrid([{"partition-id": i} for i in range(self.clients)], self.run_config, **options)
 
     def strategy(self, resume: bool = False) -> TapStrategy:
-        config, out = simulated_run(self.grid().contexts[100])
+        config, out = simulated_run(self.run_config, run_id=1)
         return TapStrategy(deepcopy(config), out, resume)
 
 

@@ -11,10 +11,11 @@ import yaml
 from rich.console import Console
 
 from tap_flower import cli
+from tap_flower.errors import SimulationError
 from tap_flower.report.progress import RunProgress
 from tap_flower.report.results import results
 from tap_flower.run.resources import Machine, Resources
-from tap_flower.run.simulation import Launch, SimulationError
+from tap_flower.run.simulation import Launch
 
 
 @pytest.fixture

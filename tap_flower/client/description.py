@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tap_flower.config import ConfigError, HyperParameters, hyper_parameters
+from tap_flower.config import HyperParameters, hyper_parameters
 from tap_flower.core.components import Pair
 from tap_flower.data.spec import ClientSpec, SpecError, check_kind, check_name, class_names
+from tap_flower.errors import ConfigError
 from tap_flower.files import StorageError, read_json, write_json
 from tap_flower.methods.registry import find_method
 from tap_flower.plain import PlainError, check_fields

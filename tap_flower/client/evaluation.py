@@ -17,13 +17,14 @@ from tap_flower.client.handlers import Handlers, Opened
 from tap_flower.client.node import this_node
 from tap_flower.client.samples import Samples
 from tap_flower.client.text_metrics import TextMetrics
-from tap_flower.config import ConfigError, HyperParameters, Metrics, hyper_parameters
+from tap_flower.config import HyperParameters, Metrics, hyper_parameters
 from tap_flower.core.components import ComponentModel
 from tap_flower.core.tasks import TEXT_GENERATION
 from tap_flower.core.training import Observer
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec, SpecError
 from tap_flower.data.texts import load_tokenizer
+from tap_flower.errors import ConfigError
 from tap_flower.methods.method import Method
 from tap_flower.methods.session import LocalClient
 from tap_flower.models.allocation import prepare_allocation
@@ -46,7 +47,9 @@ def open_client(context: Context, instruction: Instruction) -> Opened:
         node = this_node(context, instruction.run)
     except ConfigError as error:
         raise SpecError(str(error)) from error
-    local = _local_client(node.spec, node.data_root, json.dumps(instruction.hyper_parameters, sort_keys=True))
+    local = _local_client(
+        node.spec, node.data_root, json.dumps(instruction.hyper_parameters, sort_keys=True), node.compile
+    )
     return Opened(
         local,
         node.folder,
@@ -110,7 +113,7 @@ class SpecWitness:
 
 
 @cache
-def _local_client(spec: ClientSpec, data_root: str, settings: str) -> LocalClient:
+def _local_client(spec: ClientSpec, data_root: str, settings: str, compiled: bool) -> LocalClient:
     """A client with its data and backbone, once a process: in a simulation an actor serves many messages."""
     prepare_allocation()
     parameters: HyperParameters = hyper_parameters(json.loads(settings))
@@ -122,7 +125,7 @@ def _local_client(spec: ClientSpec, data_root: str, settings: str) -> LocalClien
         spec.revision,
         getattr(torch, parameters.compute.precision.value),
         parameters.compute.recompute,
-        parameters.compute.compile,
+        compiled,
     )
     data = load_client_data(
         spec,

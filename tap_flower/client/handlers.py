@@ -14,12 +14,12 @@ from flwr.app import Context, Error, Message, RecordDict
 
 from tap_flower.client.interference import gradient_cosines
 from tap_flower.client.state import ClientStore, Kept, Received
-from tap_flower.config import ConfigError, Encoding
+from tap_flower.config import Encoding
 from tap_flower.core.averaging import BadUpdateError, check_form
 from tap_flower.core.components import ComponentModel, trainable_state
 from tap_flower.core.training import DivergedError, Observer
 from tap_flower.data.spec import SpecError
-from tap_flower.errors import ClientError
+from tap_flower.errors import ClientError, ConfigError
 from tap_flower.files import StorageError
 from tap_flower.methods.method import Memory, Method, State
 from tap_flower.methods.registry import find_method

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tap_flower.config import ConfigError
 from tap_flower.core.training import Batch
+from tap_flower.errors import ConfigError
 from tap_flower.methods.method import Memory, Method, Participation, SecondStage, State
 from tap_flower.methods.steps import finetune, train_round
 

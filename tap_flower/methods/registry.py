@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from tap_flower.config import ConfigError
+from tap_flower.errors import ConfigError
 from tap_flower.methods import disentafl, ditto, fedavg, fedper, fedprox, local_only, per_fedavg, pfedme, tap
 from tap_flower.methods.method import Method
 

@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 
 from tap_flower.client.description import read_description
-from tap_flower.personal.folders import PersonalError, chosen_task, client_folder
+from tap_flower.errors import PersonalError
+from tap_flower.personal.folders import chosen_task, client_folder
 from tap_flower.report.results import RESULTS
 
 if TYPE_CHECKING:

@@ -14,14 +14,13 @@ from transformers import AutoConfig
 
 from tap_flower.client.description import DESCRIPTION, Description, description_of, read_description
 from tap_flower.client.from_spec import model_tasks
-from tap_flower.config import ConfigError
 from tap_flower.data.catalogue import CATALOGUE
 from tap_flower.data.spec import SpecError
 from tap_flower.data.texts import load_tokenizer
+from tap_flower.errors import ConfigError, PersonalError
 from tap_flower.files import StorageError, read_json, write_atomically, write_json
 from tap_flower.models.backbones import DEMO, from_config, locate, outline
 from tap_flower.models.merged import merged_outline, merged_state
-from tap_flower.personal.folders import PersonalError
 from tap_flower.personal.personal_model import Device, PersonalModel
 from tap_flower.plain import PlainError, shown
 

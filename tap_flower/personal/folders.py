@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tap_flower.client.description import DESCRIPTION, TaskDescription, read_description
+from tap_flower.errors import PersonalError
 from tap_flower.files import StorageError
-
-
-class PersonalError(ValueError):
-    """A model cannot be used as it was asked for; the message says what there is, and what to do."""
 
 
 def clients_in(run: Path) -> list[str]:

@@ -13,10 +13,11 @@ from typing import Any
 from PIL import Image
 
 from tap_flower.client.description import TaskDescription, read_description
+from tap_flower.errors import PersonalError
 from tap_flower.files import StorageError
 from tap_flower.methods.registry import find_method
 from tap_flower.personal.answers import Answer, ClassAnswer, ImageAnswer, TextAnswer
-from tap_flower.personal.folders import PersonalError, client_folder, clients_in
+from tap_flower.personal.folders import client_folder, clients_in
 from tap_flower.personal.personal_model import PersonalModel
 from tap_flower.report.client_records import read_examples
 

@@ -21,6 +21,7 @@ from tap_flower.core.components import cpu_state, load_trainable_state
 from tap_flower.data.collate import model_inputs
 from tap_flower.data.images import open_image, pixels_of
 from tap_flower.data.texts import load_tokenizer, token_ids
+from tap_flower.errors import PersonalError
 from tap_flower.files import StorageError
 from tap_flower.methods.method import Memory, State
 from tap_flower.methods.registry import find_method
@@ -28,7 +29,6 @@ from tap_flower.models.backbones import load_backbone, locate
 from tap_flower.models.errors import BackboneError
 from tap_flower.models.model import TapModel
 from tap_flower.personal.answers import Answer, class_answers, image_answers, text_answers
-from tap_flower.personal.folders import PersonalError
 
 T = TypeVar("T")
 Picture = Image.Image | str | Path | NDArray[np.uint8]

@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
-from tap_flower.config import Config, ConfigError, plain
+from tap_flower.config import Config, plain
+from tap_flower.errors import ConfigError
 
 Scalars = Mapping[str, float]
 """Name, with slashes between its parts -> value."""

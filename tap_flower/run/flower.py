@@ -8,7 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
-from tap_flower.config import ConfigError
+from tap_flower.errors import ConfigError
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",

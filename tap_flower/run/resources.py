@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from tap_flower.errors import ConfigError
+
 CLUSTER = "RAY_ADDRESS"
 """Environment variable with the address of a running Ray cluster, which the simulation then joins."""
 MOST_CORES = 8
@@ -18,10 +20,6 @@ MOST_ON_A_GPU = 4
 _CGROUP = Path("/sys/fs/cgroup")
 _RAY_UNITS = 10_000
 """Ray counts a GPU in parts of this many."""
-
-
-class ResourcesError(ValueError):
-    """The clients do not fit on the machine; the message names the option, its value and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +90,10 @@ def shared(
         share: of a GPU that a client gets, 0 for none; None chooses.
 
     Raises:
-        ResourcesError: not even one client fits.
+        ConfigError: not even one client fits.
     """
     if cpus is not None and cpus > machine.cores:
-        raise ResourcesError(
+        raise ConfigError(
             f"--cpus-per-client {cpus}: this process may use {machine.cores} cores, so no client fits: "
             f"choose at most {machine.cores}"
         )
@@ -112,7 +110,7 @@ def shared_cluster(cpus: int | None = None, share: float | None = None) -> Resou
     """What a client gets on a Ray cluster, whose size is not known here: one core and no GPU, unless told otherwise.
 
     Raises:
-        ResourcesError: a client would get more than one GPU.
+        ConfigError: a client would get more than one GPU.
     """
     return Resources(cpus or 1, _fitting(share) if share else 0)
 
@@ -124,7 +122,7 @@ def _on_a_gpu(machine: Machine, wanted: int, share: float | None) -> int:
     if share == 0:
         return 0
     if not machine.gpus:
-        raise ResourcesError(
+        raise ConfigError(
             f"--gpus-per-client {share:g}: torch sees no GPU on this machine: leave the option out, or look at "
             f"`nvidia-smi`, CUDA_VISIBLE_DEVICES and whether torch was installed with CUDA"
         )
@@ -134,7 +132,7 @@ def _on_a_gpu(machine: Machine, wanted: int, share: float | None) -> int:
 def _fitting(share: float) -> int:
     """How many clients with this share of a GPU fit on one."""
     if not 1e-3 <= share <= 1:
-        raise ResourcesError(f"--gpus-per-client {share:g}: a client computes on one GPU: choose between 0.001 and 1")
+        raise ConfigError(f"--gpus-per-client {share:g}: a client computes on one GPU: choose between 0.001 and 1")
     return int(1 / share + 1e-9)
 
 

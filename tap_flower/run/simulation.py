@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 import psutil
 
+from tap_flower.errors import SimulationError
 from tap_flower.report.events import METRICS, read_events
 from tap_flower.report.results import read_results
 from tap_flower.run.flower import QUIET, flower_program, free_port, path_of_programs
@@ -34,10 +35,6 @@ CONNECTION = "tap-flower"
 _START_SECONDS = 60.0
 _STATUS_SECONDS = 30.0
 """Seconds without a new event after which Flower is asked whether the run is still alive."""
-
-
-class SimulationError(RuntimeError):
-    """The run failed; the message says why, or where the log is."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from tap_flower.config import ConfigError
+from tap_flower.errors import ConfigError
 from tap_flower.run.flower import QUIET, flower_program, free_port, path_of_programs
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from tap_flower.config import Config, ConfigError
+from tap_flower.config import Config
 from tap_flower.core.privacy import holders_needed
+from tap_flower.errors import ConfigError
 
 
 @dataclass

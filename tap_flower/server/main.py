@@ -7,14 +7,14 @@ import logging
 from flwr.app import Context
 from flwr.serverapp import Grid
 
+from tap_flower.config import simulated_run
 from tap_flower.server.strategy import TapStrategy
-from tap_flower.wire.run_config import simulated_run
 
 
 def run(grid: Grid, context: Context) -> None:
     """The ServerApp's main: a whole run. A failure is written to `metrics.jsonl` before it ends the run."""
     logging.basicConfig(level=logging.WARNING)
-    config, folder = simulated_run(context)
+    config, folder = simulated_run(context.run_config, context.run_id)
     strategy = TapStrategy(config, folder, resume=bool(context.run_config.get("resume", False)))
     try:
         strategy.start(grid)

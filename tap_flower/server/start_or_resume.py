@@ -5,7 +5,8 @@ from __future__ import annotations
 import uuid
 from pathlib import Path
 
-from tap_flower.config import Config, ConfigError, plain, to_yaml
+from tap_flower.config import Config, plain, to_yaml
+from tap_flower.errors import ConfigError
 from tap_flower.files import StorageError, write_atomically
 from tap_flower.methods.registry import find_method
 from tap_flower.server import checkpoint

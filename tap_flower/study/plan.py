@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tap_flower.config import Config, ConfigError, client_specs, load_config, plain, read_yaml
+from tap_flower.config import Config, client_specs, load_config, plain, read_yaml
+from tap_flower.errors import ConfigError
 from tap_flower.methods.registry import find_method
 from tap_flower.report.results import RESULTS
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from tap_flower.config import ConfigError, load_config, plain
+from tap_flower.config import load_config, plain
 from tap_flower.core.initial import named_seed
 from tap_flower.core.tasks import TASK_KINDS
+from tap_flower.errors import ConfigError
 from tap_flower.files import write_atomically
 from tap_flower.report.charts import Axis, Point, Series, line_chart
 from tap_flower.report.compare import Table

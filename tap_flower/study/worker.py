@@ -13,7 +13,7 @@ from flwr.app import Context, RecordDict
 
 from tap_flower.client import evaluation as spec_client
 from tap_flower.client.app import app_over
-from tap_flower.config import client_specs, load_config
+from tap_flower.config import simulated_clients
 from tap_flower.run.in_process import InProcessGrid
 from tap_flower.server import main as server
 from tap_flower.study.plan import PlannedRun
@@ -44,7 +44,8 @@ def run(planned: PlannedRun, resume: bool) -> None:
         "out": str(planned.folder.resolve()),
         "resume": resume,
     }
-    clients = len(client_specs(load_config(planned.preset, planned.config, planned.settings)))
     app = app_over(lambda: spec_client.HANDLERS)
-    grid = InProcessGrid(app, [{"partition-id": number} for number in range(clients)], run_config)
+    grid = InProcessGrid(
+        app, [{"partition-id": number} for number in range(len(simulated_clients(run_config)))], run_config
+    )
     server.run(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=run_config))

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tap_flower.client.from_spec import exchanged
-from tap_flower.config import ConfigError, client_specs
+from tap_flower.config import client_specs
 from tap_flower.core.averaging import Aggregator
 from tap_flower.core.tasks import IGNORE, IMAGE_STD, TASK_KINDS
 from tap_flower.core.training import DivergedError
 from tap_flower.data.batching import ClientData
+from tap_flower.errors import ConfigError
 from tap_flower.files import StorageError, read_tensors
 from tap_flower.methods import tap
 from tap_flower.methods.registry import METHODS

@@ -24,19 +24,11 @@ from tap_flower import files as storage
 from tap_flower.client import state as store
 from tap_flower.client.description import read_description
 from tap_flower.client.state import ClientStore, Kept, Received
-from tap_flower.config import (
-    ConfigError,
-    Encoding,
-    HyperParameters,
-    client_specs,
-    hyper_parameters,
-    load_config,
-    plain,
-    read_yaml,
-)
+from tap_flower.config import Encoding, HyperParameters, client_specs, hyper_parameters, load_config, plain, read_yaml
 from tap_flower.core.components import Pair
 from tap_flower.core.initial import Initial
 from tap_flower.data.spec import SpecError, client_spec
+from tap_flower.errors import ConfigError
 from tap_flower.files import StorageError, read_json, read_record, read_tensors, write_tensors
 from tap_flower.methods.method import Memory
 from tap_flower.plain import PlainError, parse_json
@@ -303,7 +295,7 @@ def _of_specs(folder: Path) -> dict[str, Reader]:
     preset.write_text("rounds: 3\n")  # the demo's own takes long to read
 
     def loaded(file: str, settings: list[str]) -> None:
-        with mock.patch("tap_flower.config.presets", return_value={"demo": preset}):
+        with mock.patch("tap_flower.config.resolve.presets", return_value={"demo": preset}):
             client_specs(load_config("demo", file, settings))
 
     def read_config(data: bytes) -> None:

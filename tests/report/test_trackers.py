@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tap_flower.config import ConfigError, load_config
+from tap_flower.config import load_config
+from tap_flower.errors import ConfigError
 from tap_flower.report.events import EventLog
 from tap_flower.report.trackers import TRACKERS, Tracked, open_trackers
 

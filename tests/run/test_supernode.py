@@ -14,7 +14,7 @@ from flwr.common.config import parse_config_args
 from typer.testing import CliRunner
 
 from tap_flower import cli
-from tap_flower.config import ConfigError
+from tap_flower.errors import ConfigError
 from tap_flower.run.supernode import NodeLaunch, start
 from tests.federations import CLIENTS
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from scipy.optimize import brentq
 
-from tap_flower.config import Config, ConfigError, load_config
+from tap_flower.config import Config, load_config
+from tap_flower.errors import ConfigError
 from tap_flower.server.accounting import Budget, Ledger, budget_of, calibrate
 
 pytest.importorskip("dp_accounting", reason='needs: pip install "tap-flower[privacy]"')

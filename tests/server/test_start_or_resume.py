@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tap_flower.config import ConfigError
+from tap_flower.errors import ConfigError
 from tap_flower.files import StorageError
 from tap_flower.report.trackers import TRACKERS
 from tests.federations import ToyFederation

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tap_flower.config import ConfigError, load_config, to_yaml
+from tap_flower.config import load_config, to_yaml
+from tap_flower.errors import ConfigError
 from tap_flower.files import write_json
 from tap_flower.study.plan import Sweep, read_sweep
 

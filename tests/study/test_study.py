@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tap_flower.config import ConfigError
+from tap_flower.errors import ConfigError
 from tap_flower.files import write_json
 from tap_flower.study.studies import Study, margin_study, pairs_study
 
