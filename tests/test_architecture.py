@@ -29,7 +29,7 @@ def test_import_contracts() -> None:
         ("tap_flower.core.distillation", {"flwr", "transformers", "datasets", "omegaconf", "ray"}),
         ("tap_flower.models.model", {"flwr", "datasets", "omegaconf", "ray"}),
         ("tap_flower.personal.personal_model", {"flwr", "ray", "gradio"}),
-        ("tap_flower.personal.commands", {"flwr", "transformers", "datasets", "ray", "gradio"}),
+        ("tap_flower.cli", {"flwr", "transformers", "datasets", "ray", "gradio"}),
         ("tap_flower.server.main", {"transformers", "datasets", "ray"}),
     ],
 )

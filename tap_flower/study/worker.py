@@ -1,4 +1,4 @@
-"""One run of a sweep in one process, with the ServerApp's main and the handlers that Flower's own processes would have.
+"""A run of a sweep in one process, with the same ServerApp and ClientApp as under Flower.
 
 Importing this module imports all that a run needs, so that a process which is forked after it begins at once.
 """
@@ -20,13 +20,13 @@ from tap_flower.study.plan import PlannedRun
 
 
 def run_alone(planned: PlannedRun, resume: bool, log: Path, threads: int) -> None:
-    """A run in a process that does nothing else.
+    """Executes a run in a process that does nothing else.
 
     Args:
         planned: the run.
-        resume: whether to go on with what is in its folder.
-        log: a file that what the run prints is added to.
-        threads: that PyTorch uses; where it was imported before the fork, it does not read the environment any more.
+        resume: whether to resume the run in its folder.
+        log: a file to which everything that the run prints is added.
+        threads: PyTorch's threads; a PyTorch that was imported before the fork does not read the environment any more.
     """
     torch.set_num_threads(threads)
     with log.open("ab") as output:
@@ -36,7 +36,7 @@ def run_alone(planned: PlannedRun, resume: bool, log: Path, threads: int) -> Non
 
 
 def run(planned: PlannedRun, resume: bool) -> None:
-    """A whole run in this process."""
+    """Executes a whole run in this process; `resume` goes on with the one in its folder."""
     run_config: dict[str, bool | float | int | str] = {
         "preset": planned.preset,
         "config": planned.config,

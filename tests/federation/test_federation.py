@@ -31,8 +31,8 @@ from tap_flower.errors import ConfigError
 from tap_flower.files import StorageError, read_tensors
 from tap_flower.methods import tap
 from tap_flower.methods.registry import METHODS
-from tap_flower.report.check_tables import exchange_line
 from tap_flower.report.events import read_events
+from tap_flower.report.terminal_tables import exchange_line
 from tap_flower.run.in_process import Tamper
 from tap_flower.server import grid as exchange
 from tap_flower.server.strategy import RunError

@@ -16,7 +16,7 @@ from tap_flower.files import StorageError
 from tap_flower.models import backbones
 from tap_flower.models.backbones import demo_folder
 from tap_flower.personal.export import export, load_export
-from tests.personal.test_model import rows
+from tests.personal.test_personal_model import rows
 
 INPUTS: dict[str, dict[str, Any]] = {
     "shapes": {"image": "image"},
