@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.measure import Row, parser, show
 from benchmarks.workload import configuration
-from tap_flower.client.from_spec import client_model
+from tap_flower.client.client_model import client_model
 from tap_flower.config import Config, Encoding, client_specs, load_config, sent_hyper_parameters
 from tap_flower.core.components import trainable_state
 from tap_flower.core.initial import named_seed

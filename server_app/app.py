@@ -5,8 +5,8 @@ import logging
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from tap_flower.config import simulated_run
 from tap_flower.server.strategy import TapStrategy
-from tap_flower.wire.run_config import simulated_run
 
 app = ServerApp()
 
@@ -15,6 +15,6 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Runs TAP over the nodes of the grid."""
     logging.basicConfig(level=logging.WARNING)
-    config, folder = simulated_run(context)
+    config, folder = simulated_run(context.run_config, context.run_id)
     strategy = TapStrategy(config=config, run_folder=folder, resume=bool(context.run_config.get("resume", False)))
     strategy.start(grid=grid)

@@ -25,8 +25,16 @@ class MessageError(TapFlowerError, ValueError):
     """What a peer sent cannot be used: a field, a tensor or a client does not fit the protocol or the federation."""
 
 
+class PersonalError(TapFlowerError, ValueError):
+    """A model cannot be used as it was asked for."""
+
+
 class RunError(TapFlowerError, RuntimeError):
     """A run cannot start or go on."""
+
+
+class SimulationError(TapFlowerError, RuntimeError):
+    """A simulation failed."""
 
 
 class SpecError(TapFlowerError, ValueError):

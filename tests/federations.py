@@ -18,12 +18,11 @@ import pytest
 import yaml
 from torch import Tensor
 
-from tap_flower.config import Config, Encoding, load_config
+from tap_flower.config import Config, Encoding, load_config, simulated_run
 from tap_flower.core.components import cpu_state
 from tap_flower.methods.session import Session
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
-from tap_flower.wire.run_config import simulated_run
 from tests.grid import InProcessGrid
 from tests.toys import TOYS, Toy, toy_app
 
@@ -144,7 +143,8 @@ class Federation:
         return InProcessGrid([{"partition-id": i} for i in range(self.clients)], run_config, **options)
 
     def strategy(self, resume: bool = False) -> TapStrategy:
-        config, out = simulated_run(self.grid().contexts[100])
+        context = self.grid().contexts[100]
+        config, out = simulated_run(context.run_config, context.run_id)
         return TapStrategy(config=deepcopy(config), run_folder=out, resume=resume)
 
 

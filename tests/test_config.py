@@ -8,9 +8,7 @@ import yaml
 
 from tap_flower.config import (
     Config,
-    Distill,
     ReplacementEvidence,
-    Train,
     client_specs,
     hyper_parameters,
     load_config,
@@ -18,8 +16,11 @@ from tap_flower.config import (
     plain,
     presets,
     sent_hyper_parameters,
+    simulated_clients,
+    simulated_run,
     to_yaml,
 )
+from tap_flower.config.options import Distill, Train
 from tap_flower.errors import ConfigError
 
 
@@ -127,11 +128,45 @@ def test_clients_receive_hyper_parameters_and_nothing_else() -> None:
         {"model": {"backbone": "evil/hub"}},
         {"seed": "x"},
         {"train": 3},
+        {"compute": {"compile": True}},
     ],
 )
 def test_a_server_cannot_set_anything_else(sent: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="the server"):
         hyper_parameters(sent)
+
+
+def test_whether_to_compile_is_not_sent() -> None:
+    config = load_config("demo", "", ["compute.compile=true", "compute.recompute=true"])
+    assert config.compute.compile
+    assert sent_hyper_parameters(config)["compute"] == {"precision": "float32", "recompute": True}
+    with pytest.raises(ConfigError, match=r"the server: unknown key 'compute.compile'"):
+        hyper_parameters({"compute": {"compile": False}})
+
+
+def test_losses_of_unlike_weights_are_not_compared() -> None:
+    problem = "replacement.source = received and replacement.evidence = training: .*set replacement.evidence=validation"
+    unlike = ["replacement.source=received", "replacement.evidence=training"]
+    with pytest.raises(ConfigError, match=problem):
+        load_config("demo", "", unlike)
+    with pytest.raises(ConfigError, match=problem):
+        load_config("flava", "", unlike[:1])  # the preset compares training losses
+    with pytest.raises(ConfigError, match=problem):
+        hyper_parameters({"replacement": {"source": "received", "evidence": "training"}})
+    for like in unlike:
+        load_config("demo", "", [like])
+
+
+def test_flowers_run_configuration_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    given = {"preset": "demo", "config": "", "set": "rounds=7 train.steps=3", "out": "", "resume": False}
+    config, folder = simulated_run(given, 12)
+    assert (config.preset, config.rounds, config.train.steps) == ("demo", 7, 3)
+    assert folder == tmp_path / "tap-flower-runs" / "demo-12"
+    assert simulated_run({**given, "out": "/runs/one"}, 13) == (config, Path("/runs/one"))
+    assert [spec.name for spec in simulated_clients(given)] == [f"client-{n}" for n in range(10)]
+    with pytest.raises(ConfigError, match="rounds = 0 is out of bounds"):
+        simulated_run({**given, "set": "rounds=0"}, 14)
 
 
 def test_two_clients_of_one_name_are_an_error() -> None:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from tap_flower import Client
 from tap_flower.core.tasks import IGNORE
 from tap_flower.files import read_tensors
-from tap_flower.report.html import write_report
+from tap_flower.report.html_report import write_report
 from tap_flower.run.in_process import InProcessGrid
 from tap_flower.run.simulation import CONNECTION, flwr, status_of, superlink
 from tap_flower.wire import messages

@@ -56,7 +56,7 @@ def client_from_spec(node: Node, settings: HyperParameters) -> Client:
         spec.revision,
         getattr(torch, settings.compute.precision.value),
         settings.compute.recompute,
-        settings.compute.compile,
+        node.compile,
     )
     tokenizer = load_tokenizer(locate(spec.backbone), spec.revision)
     data = load_client_data(

@@ -1,4 +1,4 @@
-"""What is set on a node, and never comes from the server: its client, its folders, the metrics that read files."""
+"""What is set on a node, and never comes from the server: its client, its folders, metrics that read files, a compiler."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from tap_flower.config import Metrics, read_yaml
+from tap_flower.config import Metrics, read_yaml, simulated_clients, simulated_run
 from tap_flower.data.spec import ClientSpec, client_spec
 from tap_flower.errors import ConfigError, SpecError
-from tap_flower.wire.run_config import simulated_clients, simulated_run
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,7 @@ class Node:
         folder: in a simulation, folder of the client's state, in place of STATE_DIR/CLIENT/RUN.
         data_root: folder with a mirror of the hub's data sets, or nothing.
         metrics: which further metrics it computes.
+        compile: whether it runs its models through torch.compile.
     """
 
     spec: ClientSpec
@@ -31,6 +31,7 @@ class Node:
     folder: Path | None
     data_root: str
     metrics: Metrics
+    compile: bool = False
 
 
 def this_node(context: Context) -> Node:
@@ -48,23 +49,26 @@ def this_node(context: Context) -> Node:
         if "state-dir" not in node:
             raise SpecError('the node has a client-spec but no state-dir: add state-dir="FOLDER" to its --node-config')
         spec = client_spec(read_yaml(Path(str(node["client-spec"])), "client spec"))
-        return Node(spec, Path(str(node["state-dir"])), None, str(node.get("data-root", "")), _metrics(node))
+        metrics = Metrics(_switch(node, "meteor"), str(node.get("bertscore-model", "")))
+        data_root = str(node.get("data-root", ""))
+        return Node(spec, Path(str(node["state-dir"])), None, data_root, metrics, _switch(node, "compile"))
     if "partition-id" not in node:
         raise SpecError(
             'the node has no client-spec: start it with --node-config \'client-spec="FILE" state-dir="FOLDER"\''
         )
-    config, out = simulated_run(context)
-    specs, partition = simulated_clients(context), int(node["partition-id"])
+    config, out = simulated_run(context.run_config, context.run_id)
+    specs, partition = simulated_clients(context.run_config), int(node["partition-id"])
     if partition >= len(specs):
         raise ConfigError(
             f"there are more nodes than the {len(specs)} clients of preset {config.preset!r}: "
             f"use num-supernodes={len(specs)}"
         )
-    return Node(specs[partition], None, out / "clients" / specs[partition].name, config.data.root, config.metrics)
+    spec, compiled = specs[partition], config.compute.compile
+    return Node(spec, None, out / "clients" / spec.name, config.data.root, config.metrics, compiled)
 
 
-def _metrics(node: Mapping[str, object]) -> Metrics:
-    meteor, bertscore = node.get("meteor", False), node.get("bertscore-model", "")
-    if not isinstance(meteor, bool):
-        raise SpecError(f"the node's meteor is {meteor!r}: write meteor=true or meteor=false in its --node-config")
-    return Metrics(meteor, str(bertscore))
+def _switch(node: Mapping[str, object], name: str) -> bool:
+    value = node.get(name, False)
+    if not isinstance(value, bool):
+        raise SpecError(f"the node's {name} is {value!r}: write {name}=true or {name}=false in its --node-config")
+    return value

@@ -144,7 +144,7 @@ def _with_sums(x: Tensor, maps: Sequence[_Frozen], a: Sequence[Tensor], b: Seque
     outputs = x.new_empty(len(maps), *x.shape[1:3], len(b[0]))
     for number, (frozen, output) in enumerate(zip(maps, outputs, strict=True)):
         own = slice(number * stack, (number + 1) * stack)
-        delta = torch.stack(b[own]).to(x.dtype), torch.stack(a[own]).to(x.dtype)
+        delta = torch.stack(list(b[own])).to(x.dtype), torch.stack(list(a[own])).to(x.dtype)
         sums = torch.baddbmm(frozen.weight.flatten(1)[None], *delta, alpha=scale)
         torch.baddbmm(cast(Tensor, frozen.bias), x[number % len(x)], sums.transpose(1, 2), out=output)
     return outputs

@@ -1,1 +1,1 @@
-"""Using the models that a client has trained."""
+"""Uses the models of a client: predictions, export, a page to try them."""

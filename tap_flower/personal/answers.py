@@ -1,4 +1,4 @@
-"""What a model answers, in plain values."""
+"""The answers of a model, in plain values."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tap_flower.data.images import denormalise
 
 @dataclass(frozen=True)
 class ClassAnswer:
-    """Of a classification task.
+    """The answer of a classification task.
 
     Attributes:
-        label: name of the class.
-        probability: that the model gives it.
+        label: name of the most likely class.
+        probability: probability that the model gives it.
         probabilities: class -> probability.
     """
 
@@ -31,14 +31,14 @@ class ClassAnswer:
 
 @dataclass(frozen=True)
 class TextAnswer:
-    """Of a text generation task."""
+    """The answer of a text generation task: the text that the model wrote."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ImageAnswer:
-    """Of an image generation task.
+    """The answer of an image generation task.
 
     Attributes:
         image: 64 × 64 pixels, RGB.
@@ -53,7 +53,7 @@ Answer = ClassAnswer | TextAnswer | ImageAnswer
 
 
 def class_answers(output: Tensor, classes: Sequence[str]) -> list[Answer]:
-    """Logits [B, C] -> an answer each."""
+    """The answers of a batch, from logits [B, C] and the names of the C classes."""
     found: list[Answer] = []
     for shares in output.softmax(-1).tolist():
         best = max(range(len(classes)), key=shares.__getitem__)
@@ -62,24 +62,24 @@ def class_answers(output: Tensor, classes: Sequence[str]) -> list[Answer]:
 
 
 def image_answers(output: Tensor, inputs: Mapping[str, Any]) -> list[Answer]:
-    """Normalised images [B, 3, 64, 64] -> an answer each."""
+    """The answers of a batch, from normalised images [B, 3, 64, 64] and the inputs they were made of."""
     errors = IMAGE_GENERATION.losses(output, inputs["image"]).tolist()
     pixels = denormalise(output).permute(0, 2, 3, 1).cpu().numpy()
     return [ImageAnswer(Image.fromarray(image), error) for image, error in zip(pixels, errors, strict=True)]
 
 
 FIRST_TOKENS = 16
-"""Tokens that are generated first; twice as many until every text has ended."""
+"""Length that is generated first, in tokens; it is doubled until every text has ended."""
 
 
 def text_answers(
     generate: Callable[[int], Tensor], longest: int, end: int, decode: Callable[[list[int]], str]
 ) -> list[Answer]:
-    """Texts up to their separators.
+    """The answers of a batch: the most likely tokens of each text, up to its separator.
 
     Args:
         generate: number of positions -> logits [B, positions, V]; those of a position do not depend on the number.
-        longest: most tokens of a text.
+        longest: largest number of tokens of a text.
         end: id of the separator that closes a text.
         decode: token ids -> text, without special tokens.
     """

@@ -1,4 +1,4 @@
-"""One task of a client's model as a folder of its own: plain tensors without LoRA, tokenizer, model card."""
+"""Exports one task of a client's model to a folder of its own: plain tensors without LoRA, tokenizer, model card."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from tap_flower.client.client_model import model_task
 from tap_flower.client.description import DESCRIPTION, Description, read_description
 from tap_flower.data.presets import CATALOGUE
 from tap_flower.data.text import load_tokenizer
-from tap_flower.errors import StorageError
+from tap_flower.errors import PersonalError, StorageError
 from tap_flower.files import read_json, write_atomically, write_json
 from tap_flower.models.load import DEMO, from_config, locate, outline
 from tap_flower.models.merged import merged_outline, merged_state
-from tap_flower.personal.folders import PersonalError
 from tap_flower.personal.personal_model import Device, PersonalModel
 from tap_flower.plain import shown
 
@@ -69,13 +68,13 @@ On the client's test data.
 
 
 def export(folder: Path, out: Path, task: str, which: str | None = None, run: Path | None = None) -> PersonalModel:
-    """Writes `model.safetensors`, `config.json`, the tokenizer and a model card.
+    """Exports one task of a model: writes `model.safetensors`, `config.json`, the tokenizer and a model card.
 
     Args:
-        folder: of a client, see `folders.client_folder`.
+        folder: folder of a client: RUN/clients/NAME, or on a node STATE-DIR/NAME/RUN.
         out: a new folder.
         task: name of the task.
-        which: see `PersonalModel.load`.
+        which: name of the model, such as `tap`; without it, the result of the run's method.
         run: the run folder whose results go into the model card.
 
     Returns:
@@ -112,7 +111,11 @@ def export(folder: Path, out: Path, task: str, which: str | None = None, run: Pa
 
 
 def load_export(folder: Path | str, device: Device = None) -> PersonalModel:
-    """Loads what `export` wrote; neither the run nor the backbone's checkpoint is needed.
+    """Loads an exported model; neither the run nor the backbone's checkpoint is needed.
+
+    Args:
+        folder: a folder that `export` or `tap-flower export` wrote.
+        device: where the model computes; without it, a GPU if there is one.
 
     Raises:
         StorageError: the folder is no export, or is damaged.
@@ -140,10 +143,10 @@ def load_export(folder: Path | str, device: Device = None) -> PersonalModel:
 
 
 def card(described: Description, task: str, which: str, metrics: Mapping[str, float]) -> str:
-    """A model card as the hub reads it.
+    """Writes a model card as the hub reads it.
 
     Args:
-        described: what the model is of.
+        described: description of the client's models.
         task: name of the task.
         which: name of the model.
         metrics: metric -> value on the client's test data; nothing where no results are at hand.

@@ -1,28 +1,24 @@
-"""Where a client's models lie: in a run folder, or in the state folder of a node."""
+"""Finds a client's models: in a run folder, or in the state folder of a node."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from tap_flower.client.description import DESCRIPTION, TaskDescription, read_description
-from tap_flower.errors import StorageError
-
-
-class PersonalError(ValueError):
-    """A model cannot be used as it was asked for; the message says what there is, and what to do."""
+from tap_flower.errors import PersonalError, StorageError
 
 
 def clients_in(run: Path) -> list[str]:
-    """Names of the clients whose models a run folder holds."""
+    """The names of the clients whose models a run folder holds, sorted."""
     return sorted(path.parent.name for path in run.glob(f"clients/*/{DESCRIPTION}"))
 
 
 def client_folder(place: Path, client: str | None = None) -> Path:
-    """The folder with a client's models.
+    """Finds the folder with a client's models.
 
     Args:
         place: a run folder, or the folder of one client: RUN/clients/NAME, or on a node STATE-DIR/NAME/RUN.
-        client: its name, where the run has several.
+        client: name of the client, where the run has several.
 
     Raises:
         PersonalError: there is no such client, or it must be named.
@@ -42,7 +38,7 @@ def client_folder(place: Path, client: str | None = None) -> Path:
 
 
 def chosen_task(task: str | None, tasks: dict[str, TaskDescription]) -> str:
-    """The task that is meant: the one that is named, or the client's only one.
+    """The name of the task that is meant: the one given, or the client's only one.
 
     Raises:
         PersonalError: the client has no such task, or it must be named.

@@ -1,4 +1,4 @@
-"""A client's model, ready for raw inputs: pictures and texts."""
+"""A client's model for raw inputs: pictures and texts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ from tap_flower.data.examples import moved_to
 from tap_flower.data.images import open_image, pixels_of
 from tap_flower.data.loading import input_tensors, model_inputs
 from tap_flower.data.text import load_tokenizer, token_ids
-from tap_flower.errors import BackboneError, StorageError
+from tap_flower.errors import BackboneError, PersonalError, StorageError
 from tap_flower.methods.method import Memory
 from tap_flower.methods.registry import find_method
 from tap_flower.models.load import load_backbone, locate
 from tap_flower.models.model import TapModel
 from tap_flower.personal.answers import Answer, class_answers, image_answers, text_answers
-from tap_flower.personal.folders import PersonalError
 
 T = TypeVar("T")
 Picture = Image.Image | str | Path | NDArray[np.uint8]
@@ -36,14 +35,14 @@ Device = torch.device | str | None
 
 
 class PersonalModel:
-    """One of a client's models.
+    """One of a client's models, which answers to raw inputs.
 
     Args:
-        description: what it is of.
+        description: description of the client's models.
         which: name of the model, such as `tap`.
-        model: with its values.
-        tokenizer: of its backbone.
-        device: where it computes; a GPU, if there is one, without it.
+        model: the module, with its values.
+        tokenizer: tokenizer of its backbone.
+        device: where it computes; without it, a GPU if there is one.
 
     Attributes:
         tasks: name -> task, with kind, modalities, domains and classes.
@@ -70,10 +69,10 @@ class PersonalModel:
 
         Args:
             folder: RUN/clients/NAME, or on a node STATE-DIR/NAME/RUN.
-            which: `server`, `personal`, `tap`, …; without it, the one that the run's method is judged by, or before stage 2
-                the client's own.
-            device: see the class.
-            dtype: of the frozen weights; that of the run without it.
+            which: `server`, `personal`, `tap`, …; without it, the result of the run's method, or before stage 2 the client's
+                own model.
+            device: where it computes; without it, a GPU if there is one.
+            dtype: dtype of the frozen weights; without it, that of the run.
 
         Raises:
             StorageError: the folder holds no models, or is damaged.
@@ -109,14 +108,14 @@ class PersonalModel:
         domain: str | None = None,
         batch_size: int = 32,
     ) -> Any:
-        """The model's answers; inputs are prepared as those of the training and test data are.
+        """Answers to inputs, which are prepared as those of the training and test data are.
 
         Args:
             task: name of the task.
             image: the image, or a list of them, where the task has the modality `image`.
             text: the text, or a list of them, where it has `text`: what the spec's column or template gives.
-            domain: of the inputs, where the task's data have several.
-            batch_size: inputs that are computed at once.
+            domain: domain of the inputs, where the task's data have several.
+            batch_size: number of inputs that are computed at once.
 
         Returns:
             A `ClassAnswer`, `TextAnswer` or `ImageAnswer`; a list of them where a list was given.
@@ -155,7 +154,7 @@ class PersonalModel:
         return image_answers(output, inputs) if task.kind == "image_generation" else class_answers(output, task.classes)
 
     def decode(self, ids: list[int]) -> str:
-        """Token ids -> text, without special tokens."""
+        """Decodes token ids to text, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _inputs(self, columns: Mapping[str, Sequence[Any]], domain: str) -> dict[str, Any]:
@@ -172,10 +171,10 @@ class PersonalModel:
         return model_inputs(domain, moved_to(tensors, self.device))
 
     def task(self, name: str) -> TaskDescription:
-        """The task of a name.
+        """The description of a task.
 
         Raises:
-            PersonalError: there is none.
+            PersonalError: there is no task of this name.
         """
         if name not in self.tasks:
             raise PersonalError(
@@ -194,7 +193,11 @@ class PersonalModel:
 
 
 def outlined(description: Description, dtype: torch.dtype | None = None) -> TapModel:
-    """The model that a description is of; its trainable tensors have no values yet.
+    """Builds the model of a description; its trainable tensors have no values yet.
+
+    Args:
+        description: description of the client's models.
+        dtype: dtype of the frozen weights; without it, that of the run.
 
     Raises:
         PersonalError: its backbone cannot be used, or is not the one that it was trained with.

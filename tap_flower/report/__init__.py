@@ -1,1 +1,1 @@
-"""What a run leaves for people: events, results, tables."""
+"""What a run leaves for people: events, results, the HTML report, tables, experiment trackers."""

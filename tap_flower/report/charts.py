@@ -10,17 +10,17 @@ from markupsafe import Markup
 from tap_flower.report.svg import SERIES, Scale, box, cell, dot, drawing, group, lane, line, number, text, ticks
 
 _WIDTH = 340
-"""Of a chart: that of a phone, so that its letters are not scaled down there."""
+"""Width of a chart in pixels: that of a phone, so that its letters are not scaled down there."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A value of a line.
+    """A point of a line.
 
     Attributes:
-        x: round, or what else the chart is over.
-        y: value.
-        tip: what is said of it.
+        x: the round, or what else the chart is over.
+        y: the value.
+        tip: what the reader is told about it.
         filled: whether its mark is filled.
         half: half the width of its interval, or None where it has none.
     """
@@ -37,9 +37,9 @@ class Series:
     """A line of a chart.
 
     Attributes:
-        name: of it.
-        points: in order.
-        tips: how the tips of its points begin.
+        name: its name in the legend.
+        points: its points, in order.
+        tips: the beginning of all its points' tips.
         marks: whether each point has a mark; without them there is the line alone.
     """
 
@@ -51,12 +51,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """What the lines of a chart are over.
+    """The horizontal axis of a line chart.
 
     Attributes:
-        name: of it.
-        marks: values with a number, rising.
-        end: of the axis, where that is not the last mark.
+        name: what it counts.
+        marks: values that have a number, rising.
+        end: last value, where that is not the last mark.
     """
 
     name: str
@@ -65,18 +65,18 @@ class Axis:
 
 
 def rounds_axis(rounds: int) -> Axis:
-    """From 1 to the number of rounds."""
+    """The axis from round 1 to the last one."""
     return Axis("round", _round_ticks(rounds), max(rounds, 2))
 
 
 def line_chart(series: Sequence[Series], axis: Axis, y_label: str, label: str) -> Markup:
-    """Lines. The axis of values holds all values and their intervals, and need not begin at 0.
+    """A chart of lines. The axis of values holds all values and their intervals, and need not begin at 0.
 
     Args:
-        series: a line each.
-        axis: what they are over.
+        series: the lines.
+        axis: the horizontal axis.
         y_label: name and unit of the values, and what is better.
-        label: see `drawing`.
+        label: what the chart shows, for those who do not see it.
     """
     height, left, right, top, bottom = 210, 46, 8, 26, 38
     ends = [p.y + sign * (p.half or 0.0) for one in series for p in one.points for sign in (-1, 1)]
@@ -102,13 +102,21 @@ def line_chart(series: Sequence[Series], axis: Axis, y_label: str, label: str) -
     return drawing(_WIDTH, height, label, parts)
 
 
+def _rules(places: Mapping[float, float], top: float, base: float) -> list[str]:
+    """Vertical lines with a number below each, for value -> pixel."""
+    parts = []
+    for value, x in places.items():
+        parts += [line(x, top, x, base, "rule"), text(x, base + 16, f"{value:g}", "tick", "middle")]
+    return parts
+
+
 def _round_ticks(rounds: int) -> list[int]:
     return sorted({1, *(int(t) for t in ticks(0, rounds, 6) if 1 < t <= rounds and t == int(t))})
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a chart of dots: every client's value, and their mean."""
+    """A row of a chart of dots: every client's value, and their mean."""
 
     name: str
     mean: float
@@ -116,19 +124,13 @@ class Row:
 
 
 def dot_rows(rows: Sequence[Row], x_label: str, label: str) -> Markup:
-    """A row for each model: a dot for each client, a bar at the mean. The axis begins at 0."""
+    """A chart with a row for each model: a dot for each client, a bar at the mean. The axis begins at 0."""
     left, right, top, step = 104, 14, 8, 26
     height = top + step * len(rows) + 40
     values = [value for row in rows for value in (*row.values.values(), row.mean)]
     x_ticks = ticks(min(0.0, *values), max(values), 4)
     x = Scale((x_ticks[0], x_ticks[-1]), (left, _WIDTH - right))
-    base = top + step * len(rows)
-    parts = []
-    for value in x_ticks:
-        parts += [
-            line(x(value), top, x(value), base, "rule"),
-            text(x(value), base + 16, f"{value:g}", "tick", "middle"),
-        ]
+    parts = _rules({value: x(value) for value in x_ticks}, top, top + step * len(rows))
     parts.append(text((left + _WIDTH - right) / 2, height - 4, x_label, "label", "middle"))
     for place, row in enumerate(rows):
         middle = top + step * (place + 0.5)
@@ -145,7 +147,7 @@ def dot_rows(rows: Sequence[Row], x_label: str, label: str) -> Markup:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar in two parts."""
+    """A component's bars: MB to the clients, and back."""
 
     name: str
     down: float
@@ -153,17 +155,12 @@ class Bar:
 
 
 def byte_bars(bars: Sequence[Bar], label: str) -> Markup:
-    """For each component two bars, to clients and back, in MB; the axis begins at 0."""
+    """A chart with two bars for each component, to clients and back, in MB. The axis begins at 0."""
     step, top = 44, 4
     height = top + step * len(bars) + 38
     x_ticks = ticks(0, max((max(bar.down, bar.up) for bar in bars), default=1.0) or 1.0, 4)
     x = Scale((0, x_ticks[-1]), (4, _WIDTH - 16))
-    base, parts = top + step * len(bars), []
-    for value in x_ticks:
-        parts += [
-            line(x(value), top, x(value), base, "rule"),
-            text(x(value), base + 16, f"{value:g}", "tick", "middle"),
-        ]
+    parts = _rules({value: x(value) for value in x_ticks}, top, top + step * len(bars))
     parts.append(text(_WIDTH / 2, height - 4, "MB in the whole run (lower is better)", "label", "middle"))
     for place, bar in enumerate(bars):
         y = top + step * place
@@ -176,12 +173,12 @@ def byte_bars(bars: Sequence[Bar], label: str) -> Markup:
 
 
 def matrix(names: Sequence[str], cells: Mapping[tuple[str, str], float | None], label: str) -> Markup:
-    """Cosines of pairs of tasks: red is opposed (-1), blue the same direction (1), and every cell says its number.
+    """A matrix of cosines between tasks: red is opposed (-1), blue the same direction (1); every cell says its number.
 
     Args:
-        names: of tasks.
+        names: names of the tasks.
         cells: (a, b) -> cosine, for a before b; the diagonal is 1.
-        label: see `drawing`.
+        label: what the matrix shows, for those who do not see it.
     """
     left, top = 110, 6
     size = min(72, (_WIDTH - left - 4) // max(len(names), 1))
@@ -205,11 +202,11 @@ def matrix(names: Sequence[str], cells: Mapping[tuple[str, str], float | None], 
 
 @dataclass(frozen=True)
 class Lane:
-    """One row of the map of rounds.
+    """A row of the map of rounds.
 
     Attributes:
-        client: its name.
-        task: its task.
+        client: name of the client.
+        task: name of its task.
         replaced: round -> whether the components of the pair were replaced; rounds without the client are missing.
     """
 
@@ -219,21 +216,20 @@ class Lane:
 
     @property
     def name(self) -> str:
-        """Client and task."""
+        """The row's name: client and task."""
         return f"{self.client} · {self.task}"
 
 
 def round_map(lanes: Sequence[Lane], rounds: int, label: str) -> tuple[Markup, Markup]:
-    """(names of the rows, the map): a full square where a pair was replaced, a small one where it took part and was not."""
+    """A map of rounds: a full square where a pair was replaced, a small one where it took part and was not.
+
+    Returns:
+        The picture of the rows' names, and the map, which may be wider than a page.
+    """
     width, row, top = max(5, min(18, 700 // max(rounds, 1))), 18, 4
     across, height = width * rounds + 24, top + row * len(lanes) + 36
-    names, parts = [], []
-    for number_ in _round_ticks(rounds):
-        at = 8 + width * (number_ - 0.5)
-        parts += [
-            line(at, top, at, top + row * len(lanes), "rule"),
-            text(at, height - 20, f"{number_}", "tick", "middle"),
-        ]
+    places = {n: 8 + width * (n - 0.5) for n in _round_ticks(rounds)}
+    names, parts = [], _rules(places, top, top + row * len(lanes))
     parts.append(text(8, height - 4, "round", "label"))
     for place, each in enumerate(lanes):
         y = top + row * place

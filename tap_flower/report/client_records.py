@@ -1,4 +1,4 @@
-"""What a client writes down for its own people, in its state folder: decisions, examples, gradient cosines.
+"""Records that a client keeps for its own people in its state folder: decisions, examples, gradient cosines.
 
 None of it is ever sent. In a simulation the report reads it from `RUN/clients/NAME/`.
 """
@@ -30,13 +30,17 @@ _DECISION = {
 
 
 def record_decisions(folder: Path, run: str, server_round: int, decisions: Iterable[Decision]) -> None:
-    """Adds the decisions of a round, in place of what there is of this round and later ones: the round may be repeated.
+    """Adds a round's decisions on replacement to `decisions.jsonl`; those of this round and later ones are written over.
 
     Args:
-        folder: of the client's state.
+        folder: the client's state folder.
         run: identity of the run.
-        server_round: of the decisions.
-        decisions: on every pair. An infinite loss (the personal model's before its first participation) is written as null.
+        server_round: the round, counted from 1; a resumed run may repeat it.
+        decisions: the decision on every pair. An infinite loss (the personal model's before its first participation) is
+            written as null.
+
+    Raises:
+        StorageError: the record is damaged, or cannot be written.
     """
     kept = [d for d in read_decisions(folder) if d["run"] == run and d["round"] < server_round]
     new = [
@@ -55,7 +59,10 @@ def record_decisions(folder: Path, run: str, server_round: int, decisions: Itera
 
 
 def read_decisions(folder: Path) -> list[dict[str, Any]]:
-    """All decisions of a client, in the order of rounds; none where there is no record.
+    """Reads all decisions of a client, in the order of rounds; none where there is no record.
+
+    Args:
+        folder: the client's state folder.
 
     Raises:
         StorageError: the record is damaged.
@@ -66,27 +73,35 @@ def read_decisions(folder: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for number, line in enumerate(_text(path).splitlines(), 1):
         try:
-            found.append(parse_json(line))
-            check_type(found[-1], dict[str, Any], "it")
-            check_fields(found[-1], _DECISION, "it")
+            decision = parse_json(line)
+            check_type(decision, dict[str, Any], "it")
+            check_fields(decision, _DECISION, "it")
+            found.append(decision)
         except PlainError as error:
             raise StorageError(f"{path} is damaged in line {number}: {error}; remove the file to go on") from error
     return found
 
 
 def record_evaluation(folder: Path, run: str, tasks: Mapping[str, Any], cosines: Sequence[Mapping[str, Any]]) -> None:
-    """Writes what the evaluation has found besides metrics: examples of each task, and gradient cosines."""
+    """Writes what an evaluation has found besides metrics.
+
+    Args:
+        folder: the client's state folder.
+        run: identity of the run.
+        tasks: task name -> `kind` and `items`, examples with the models' answers.
+        cosines: `a`, `b`, `cosine` and `components` of each two pairs: cosines between their gradients.
+    """
     write_json(folder / EXAMPLES, {"schema": SCHEMA, "run": run, "tasks": tasks})
     write_json(folder / GRADIENTS, {"schema": SCHEMA, "run": run, "pairs": list(cosines)})
 
 
 def read_examples(folder: Path) -> dict[str, Any]:
-    """Task name -> `kind` and `items`, see `methods.samples`; nothing where there is no record."""
+    """Reads task name -> `kind` and `items`, examples with the models' answers; nothing where there is no record."""
     return cast(dict[str, Any], _read(folder / EXAMPLES, "tasks", dict[str, Any]) or {})
 
 
 def read_gradients(folder: Path) -> list[dict[str, Any]]:
-    """Gradient cosines, see `methods.interference`; none where there is no record."""
+    """Reads the cosines between the gradients of each two pairs of a client; none where there is no record."""
     return cast(list[dict[str, Any]], _read(folder / GRADIENTS, "pairs", list[dict[str, Any]]) or [])
 
 

@@ -20,8 +20,8 @@ class EventLog:
 
     Args:
         run: the run folder.
-        after_round: keep only what was written up to this round: the run is resumed there. None starts anew.
-        trackers: are told what of each event is a value over rounds.
+        after_round: the round after which the run is resumed: what was written later is removed. None starts a new file.
+        trackers: experiment trackers that get the numbers of each event.
     """
 
     def __init__(self, run: Path, after_round: int | None = None, trackers: Sequence[Tracker] = ()) -> None:
@@ -31,14 +31,14 @@ class EventLog:
         write_atomically(self._path, "".join(f"{json.dumps(event)}\n" for event in kept).encode())
 
     def write(self, event: str, **values: Any) -> None:
-        """Appends one event; a reader sees it at once."""
+        """Appends an event with its values; a reader sees it at once."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, **values}) + "\n")
         if self._trackers and (found := scalars({"event": event, **values})):
             self._tell(lambda tracker: tracker.log(values["round"], found))
 
     def close(self, complete: bool) -> None:
-        """Ends the trackers' records of a run that is complete, or has broken off."""
+        """Ends the trackers' records of the run: `complete`, or broken off."""
         self._tell(lambda tracker: tracker.close(complete))
 
     def _tell(self, what: Callable[[Tracker], None]) -> None:
@@ -56,7 +56,12 @@ def _is_of_rounds(event: dict[str, Any], last: int) -> bool:
 
 
 def read_events(run: Path, start: int = 0) -> Iterator[dict[str, Any]]:
-    """The events of a run, from the one numbered `start`; a line that is still being written is left out."""
+    """Reads the events of a run; a line that is still being written is left out.
+
+    Args:
+        run: the run folder; without a `metrics.jsonl` there are no events.
+        start: number of the first event to read, counted from 0.
+    """
     path = run / METRICS
     if not path.exists():
         return

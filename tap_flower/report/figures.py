@@ -10,8 +10,8 @@ from markupsafe import Markup
 
 from tap_flower.report import charts
 from tap_flower.report.charts import Bar, Lane, Point, Row, Series
-from tap_flower.report.compare import Table, metric_of
-from tap_flower.report.results import headline, models_in
+from tap_flower.report.result_tables import Table
+from tap_flower.report.results import headline, metric_in_words, models_in
 from tap_flower.report.run_record import RunRecord
 from tap_flower.report.svg import number
 
@@ -21,7 +21,7 @@ LOSS = {
     "text_generation": "cross-entropy of a token, nats (lower is better)",
     "image_generation": "squared error, normalised pixels (lower is better)",
 }
-"""Kind of task -> what its loss is; see `loss_of`."""
+"""Kind of task -> what its loss is, for an axis."""
 _FEW = 60
 """Decisions up to which the compared losses have marks of their own."""
 _MANY = 1500
@@ -35,10 +35,10 @@ class Figure:
     """A chart with its title, its legend and its table.
 
     Attributes:
-        title: on top.
-        chart: the picture.
+        title: stands above the chart.
+        chart: the picture, as SVG.
+        table: the numbers behind it.
         legend: names of the series, which can be switched off and on.
-        table: the numbers.
         names: a picture of the rows' names, beside a chart that scrolls.
     """
 
@@ -50,12 +50,12 @@ class Figure:
 
 
 def loss_of(kind: str) -> str:
-    """What the loss of a kind of task is, for an axis; a user's own kind says no more than that it is a loss."""
+    """The name and unit of the loss of a kind of task, for an axis; of a user's own kind only that it is a loss."""
     return LOSS.get(kind, "loss (lower is better)")
 
 
 def client_figures(run: RunRecord) -> Iterator[Figure]:
-    """For each task: every client's headline metric with every model."""
+    """A figure for each task: every client's headline metric with every model."""
     results = run.results
     for task, by_model in results["tasks"].items():
         metric, kind = headline(results["kinds"][task])[0], results["kinds"][task]
@@ -71,16 +71,16 @@ def client_figures(run: RunRecord) -> Iterator[Figure]:
         rows = [Row(model, by_model[model][metric], values[model]) for model in models]
         clients = sorted({name for of_model in values.values() for name in of_model})
         table = Table(
-            f"{task}: {metric_of(kind)}, each client",
+            f"{task}: {metric_in_words(kind)}, each client",
             ["client", *models],
             [[name, *(number(values[model].get(name)) for model in models)] for name in clients],
         )
         label = f"{task}: {metric} of each client and the mean, by model"
-        yield Figure(task, charts.dot_rows(rows, metric_of(kind), label), table)
+        yield Figure(task, charts.dot_rows(rows, metric_in_words(kind), label), table)
 
 
 def loss_figures(run: RunRecord) -> Iterator[Figure]:
-    """For each task: the training loss of the server's copy on each client, by round."""
+    """A figure for each task: the training loss of the server's copy on each client, by round."""
     kinds = run.results["kinds"]
     for task in sorted(kinds):
         losses: dict[str, dict[int, float]] = {}
@@ -109,7 +109,7 @@ def loss_figures(run: RunRecord) -> Iterator[Figure]:
 
 
 def replacement_map(run: RunRecord) -> Figure | None:
-    """Client and task × round: where a client took part, and where its components were replaced."""
+    """A map of client and task × round: where a client took part, and where its components were replaced."""
     found: dict[tuple[str, str], dict[int, bool]] = {
         (client, task): {} for client, by_task in run.results["clients"].items() for task in by_task
     }
@@ -139,7 +139,7 @@ def _rounds(replaced: Mapping[int, bool]) -> str:
 
 
 def decision_figures(run: RunRecord, client: str) -> Iterator[Figure]:
-    """For each of a client's tasks: the losses that were compared, by round, and what was decided."""
+    """A figure for each of a client's tasks: the losses that were compared, by round, and what was decided."""
     by_task: dict[str, list[Mapping[str, Any]]] = {}
     for decision in run.clients[client].decisions:
         by_task.setdefault(decision["task"], []).append(decision)
@@ -171,7 +171,7 @@ def decision_figures(run: RunRecord, client: str) -> Iterator[Figure]:
 
 
 def byte_figure(run: RunRecord) -> Figure | None:
-    """MB of each component, in both directions; the largest have bars."""
+    """MB of each component in the whole run, in both directions; the largest have bars of their own."""
     found = run.results["bytes"]["per_component"]
     if not found:
         return None
@@ -188,7 +188,7 @@ def byte_figure(run: RunRecord) -> Figure | None:
 
 
 def gradient_figure(run: RunRecord, client: str) -> Figure | None:
-    """Cosines between the gradients of a client's pairs on what they share."""
+    """Cosines between the gradients of a client's pairs on the components that they share; None where it has one pair."""
     pairs = run.clients[client].gradients
     if not pairs:
         return None

@@ -1,4 +1,4 @@
-"""Live progress of a run, from its events."""
+"""Shows the progress of a run in the terminal, from its events."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
     """Shows rounds, clients, losses and replacements; one line a round where the output is no terminal.
 
     Args:
-        console: where to show it.
+        console: the terminal or file to write to.
     """
 
     def __init__(self, console: Console) -> None:
@@ -57,7 +57,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
         self._bars.stop()
 
     def show(self, event: dict[str, Any]) -> None:
-        """Takes in one event of `metrics.jsonl`."""
+        """Shows an event of `metrics.jsonl`."""
         if event["event"] in self._use:
             self._use[event["event"]](event)
 

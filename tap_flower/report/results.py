@@ -15,7 +15,8 @@ from tap_flower.files import read_json
 SCHEMA = 1
 RESULTS = "results.json"
 MODELS = ("server", "server+finetune", "personal", "tap")
-"""In the order in which they are shown."""
+"""Names of models in the order in which they are shown; others follow."""
+_REQUIRED = {"preset", "method", "seed", "rounds", "clients", "tasks", "kinds", "replacements", "bytes"}
 Metrics = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
@@ -33,19 +34,19 @@ def results(
     seconds: Mapping[str, float],
     privacy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of `results.json`.
+    """Puts the content of `results.json` together, with each metric's mean over clients.
 
     Args:
         preset: name of the preset.
         method: name of the method.
-        seed: of the run.
+        seed: seed of the run.
         rounds: rounds of stage 1.
         clients: client -> task -> model -> metric -> value on the client's test data.
         kinds: task name -> name of its kind.
         replacements: client -> task -> number of rounds in which its components were replaced.
         bytes_: `down`, `up` and `per_component`.
         steps: client -> optimiser steps that it made, both stages.
-        seconds: of each phase.
+        seconds: phase -> its seconds; `total` is the whole run.
         privacy: what a private run has spent; None leaves the key out.
     """
     collected: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(
@@ -77,7 +78,7 @@ def results(
 
 
 def read_results(run: Path) -> dict[str, Any]:
-    """Reads the results of a run folder.
+    """Reads the `results.json` of a run folder.
 
     Raises:
         StorageError: there is no such folder, the run has not finished, or the file is damaged.
@@ -91,48 +92,31 @@ def read_results(run: Path) -> dict[str, Any]:
         raise StorageError(
             f"{run / RESULTS} has schema {found.get('schema')}, not {SCHEMA}: use the version that wrote it"
         )
-    missing = {
-        "preset",
-        "method",
-        "seed",
-        "rounds",
-        "clients",
-        "tasks",
-        "kinds",
-        "replacements",
-        "bytes",
-    } - found.keys()
-    if missing:
+    if missing := _REQUIRED - found.keys():
         raise StorageError(f"{run / RESULTS} is damaged: it lacks {', '.join(sorted(missing))}")
     return found
 
 
-def mean_of_runs(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Task -> model -> metric -> mean over several runs, for what all of them have."""
-    first, *others = [run["tasks"] for run in found]
-    return {
-        task: {
-            model: {
-                metric: fmean([value, *(run[task][model][metric] for run in others)])
-                for metric, value in by_metric.items()
-                if all(metric in run[task][model] for run in others)
-            }
-            for model, by_metric in by_model.items()
-            if all(model in run[task] for run in others)
-        }
-        for task, by_model in first.items()
-        if all(task in run for run in others)
-    }
-
-
 def headline(kind: str) -> tuple[str, bool]:
-    """(metric that a kind of task is judged by, whether higher is better); a user's own kind is judged by its loss."""
+    """The metric that a kind of task is judged by, and whether higher is better; a user's own kind is judged by its loss."""
     found = TASK_KINDS.get(kind)
     return ("loss", False) if found is None else (found.headline, found.higher_is_better)
 
 
+def metric_in_words(kind: str) -> str:
+    """The headline metric of a kind of task for an axis, such as `accuracy (higher is better)`."""
+    metric, higher = headline(kind)
+    return f"{metric} ({'higher' if higher else 'lower'} is better)"
+
+
+def metric_with_arrow(kind: str) -> str:
+    """The headline metric of a kind of task for a table, with an arrow to the better side, such as `accuracy ↑`."""
+    metric, higher = headline(kind)
+    return f"{metric} {'↑' if higher else '↓'}"
+
+
 def models_in(tasks: Metrics) -> list[str]:
-    """The models that there are results of, in the order in which they are shown."""
+    """The models in `task -> model -> metric -> value`, in the order in which they are shown."""
     present = {model for by_model in tasks.values() for model in by_model}
     return [model for model in MODELS if model in present] + sorted(present - set(MODELS))
 
@@ -144,6 +128,6 @@ def best(kind: str, values: Sequence[float | None]) -> float | None:
 
 
 def scores(found: Mapping[str, Any], model: str) -> dict[str, float]:
-    """Task -> score of a model in the results of a run, see `TaskKind.score`."""
+    """Task name -> score of a model in the results of a run: the headline metric, or 1 minus it where lower is better."""
     kinds = found["kinds"]
     return {task: TASK_KINDS[kinds[task]].score(by_model[model]) for task, by_model in found["tasks"].items()}

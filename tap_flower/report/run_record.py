@@ -1,4 +1,4 @@
-"""Everything that a run folder holds for the report."""
+"""Reads everything that a run folder holds for the report."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tap_flower.report.results import read_results
 
 @dataclass(frozen=True)
 class ClientRecord:
-    """What lies in a client's own folder.
+    """A client's own records of a run.
 
     Attributes:
-        decisions: on replacement, in the order of rounds.
-        examples: task name -> `kind` and `items`.
-        gradients: cosines between pairs.
+        decisions: decisions on replacement, in the order of rounds.
+        examples: task name -> `kind` and `items`, examples with the models' answers.
+        gradients: cosines between the gradients of each two pairs.
         here: whether the folder is at hand; on a node of a real deployment it is not.
     """
 
@@ -35,11 +35,11 @@ class RunRecord:
     """A finished run.
 
     Attributes:
-        name: of its folder.
+        name: name of its folder.
         results: content of `results.json`.
         rounds: events of complete rounds, in order.
         config: content of `config.yaml`, or nothing.
-        clients: client name -> what lies in its own folder.
+        clients: client name -> its own records.
     """
 
     name: str
@@ -50,7 +50,7 @@ class RunRecord:
 
     @property
     def title(self) -> str:
-        """Folder and seed."""
+        """The run's name for people: folder and seed."""
         return f"{self.name} (seed {self.results['seed']})"
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 RADIUS = 3
-"""Of a dot, as in the style sheet."""
+"""Radius of a dot in pixels, as in the style sheet."""
 SERIES = 8
 """Colours that the style sheet has for series; further series begin again."""
 
 
 def number(value: float | None) -> str:
-    """A number for people: three decimals, fewer for large ones; a dash for what there is not."""
+    """A number for people: three decimals, fewer for large numbers; a dash for None, infinity and NaN."""
     if value is None or not math.isfinite(value):
         return "–"
     if value and not 1e-3 <= abs(value) < 1e5:
@@ -29,7 +29,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     Args:
         low: smallest value that is shown.
         high: largest value that is shown.
-        most: steps at the most.
+        most: largest number of steps.
     """
     if not high > low:
         low, high = low - abs(low) * 0.1 - 0.1, high + abs(high) * 0.1 + 0.1
@@ -46,14 +46,14 @@ class Scale:
 
     Attributes:
         values: first and last value.
-        pixels: where they lie.
+        pixels: the pixels of these two values.
     """
 
     values: tuple[float, float]
     pixels: tuple[float, float]
 
     def __call__(self, value: float) -> float:
-        """The pixel of a value."""
+        """The pixel of a value, rounded to a tenth."""
         (low, high), (start, end) = self.values, self.pixels
         return round(start + (value - low) / ((high - low) or 1.0) * (end - start), 1)
 
@@ -64,12 +64,12 @@ def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") 
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    """A line."""
+    """A straight line."""
     return f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" class="{kind}"/>'
 
 
 def dot(x: float, y: float, tip: str, *, filled: bool = True, radius: float = RADIUS) -> str:
-    """A mark with a tip."""
+    """A round mark with a tip."""
     size = "" if radius == RADIUS else f' style="r:{radius:g}px"'
     return f'<circle class="m{"" if filled else " o"}" cx="{x:g}" cy="{y:g}"{size}>{_tip(tip)}</circle>'
 
@@ -108,14 +108,14 @@ def _tip(words: str) -> str:
 
 
 def drawing(width: float, height: float, label: str, parts: Sequence[str], kind: str = "") -> Markup:
-    """A whole picture: its `label` says what it shows; the arrow keys go from mark to mark.
+    """A whole picture, in which the arrow keys go from mark to mark.
 
     Args:
-        width: in pixels at full size.
-        height: likewise.
-        label: for those who do not see it.
-        parts: of its content.
-        kind: a class of its own.
+        width: width in pixels at full size.
+        height: height in pixels at full size.
+        label: what it shows, for those who do not see it.
+        parts: the elements in it.
+        kind: a class in the style sheet.
     """
     opening = (
         f'<svg class="chart {kind}" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" '

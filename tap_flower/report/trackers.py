@@ -22,10 +22,10 @@ class Tracked:
     """The run that a tracker shows.
 
     Attributes:
-        folder: of the run.
-        config: of the run.
-        identity: of the run, letters and digits: where it was shown before it broke off, its record goes on.
-        after_round: its last complete round, where it goes on; None where it is new.
+        folder: the run folder.
+        config: the run's configuration.
+        identity: letters and digits that name the run; a resumed run goes on with the record of this identity.
+        after_round: the last complete round of a run that is resumed; None for a new run.
     """
 
     folder: Path
@@ -35,19 +35,19 @@ class Tracked:
 
 
 class Tracker(Protocol):
-    """Where a run is shown while it goes on."""
+    """An experiment tracker: shows a run while it goes on."""
 
     def log(self, step: int, scalars: Scalars) -> None:
-        """Takes the values at a round."""
+        """Records values at a round (`step`)."""
         ...
 
     def close(self, complete: bool) -> None:
-        """Ends the record of a run that is complete, or has broken off."""
+        """Ends the record of the run: `complete`, or broken off."""
         ...
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard."""
+    """A tracker that writes TensorBoard's event files in RUN/tensorboard."""
 
     def __init__(self, run: Tracked) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -59,19 +59,19 @@ class TensorBoard:
             self._writer.add_text("config", config)
 
     def log(self, step: int, scalars: Scalars) -> None:
-        """See `Tracker`."""
+        """Writes values at a round to the event file."""
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self, complete: bool) -> None:
-        """See `Tracker`."""
+        """Closes the event file."""
         del complete  # event files have no word for it
         self._writer.close()
 
 
 class MLflow:
-    """A run in the experiment `tap-flower`, at MLFLOW_TRACKING_URI or in RUN/mlflow.db."""
+    """A tracker that writes to MLflow's experiment `tap-flower`, at MLFLOW_TRACKING_URI or in RUN/mlflow.db."""
 
     _IDENTITY = "tap_flower.run"
 
@@ -93,17 +93,17 @@ class MLflow:
             self._client.log_param(self._run, key, value)
 
     def log(self, step: int, scalars: Scalars) -> None:
-        """See `Tracker`."""
+        """Sends values at a round to MLflow."""
         for name, value in scalars.items():
             self._client.log_metric(self._run, name.replace("+", "-"), value, step=step)
 
     def close(self, complete: bool) -> None:
-        """See `Tracker`."""
+        """Tells MLflow that the run has finished, or failed."""
         self._client.set_terminated(self._run, status="FINISHED" if complete else "FAILED")
 
 
 class WeightsAndBiases:
-    """A run in WANDB_PROJECT, or in the project `tap-flower`; its files are in RUN/wandb."""
+    """A tracker that writes to the project WANDB_PROJECT or `tap-flower` of Weights & Biases; its files are in RUN/wandb."""
 
     def __init__(self, run: Tracked) -> None:
         import wandb
@@ -118,11 +118,11 @@ class WeightsAndBiases:
         )
 
     def log(self, step: int, scalars: Scalars) -> None:
-        """See `Tracker`."""
+        """Sends values at a round to Weights & Biases."""
         self._run.log(dict(scalars), step=step)
 
     def close(self, complete: bool) -> None:
-        """See `Tracker`."""
+        """Tells Weights & Biases that the run has finished, or failed."""
         self._run.finish(exit_code=0 if complete else 1)
 
 
@@ -131,11 +131,11 @@ TRACKERS: Mapping[str, Callable[[Tracked], Tracker]] = {
     "mlflow": MLflow,
     "wandb": WeightsAndBiases,
 }
-"""Name, which is also that of the extra that brings its package -> tracker."""
+"""Name of a tracker, and of the extra that brings its package -> its class."""
 
 
 def tracker_names(names: str) -> list[str]:
-    """The names in a text with commas between them.
+    """Splits names of trackers that are separated by commas.
 
     Raises:
         ConfigError: there is no tracker of a name.
@@ -148,11 +148,11 @@ def tracker_names(names: str) -> list[str]:
 
 
 def open_trackers(names: str, run: Tracked) -> list[Tracker]:
-    """The trackers of a run.
+    """Opens the trackers of a run.
 
     Args:
-        names: some of `TRACKERS`, with commas between.
-        run: what they show.
+        names: some of `TRACKERS`, separated by commas.
+        run: the run that they show.
 
     Raises:
         ConfigError: a name is unknown, a package is not installed, or a tracker cannot begin; those before it are closed.
@@ -176,7 +176,7 @@ def _why_not(name: str, error: Exception) -> str:
 
 
 def scalars(event: Mapping[str, Any]) -> dict[str, float]:
-    """What of an event is a value over rounds: means over the clients of a round; after the end, test metrics."""
+    """The numbers of an event for trackers: of a round, means over its clients; at the end, the test metrics."""
     values: dict[str, list[float]] = defaultdict(list)
     if event["event"] == "round":
         for report in event["clients"].values():

@@ -1,1 +1,1 @@
-"""Starts things on a person's machine: simulations, nodes, federations in one process."""
+"""Starts programs on a person's machine: simulations, nodes, federations in one process."""

@@ -1,4 +1,4 @@
-"""What every start of a Flower program needs."""
+"""Finds and prepares Flower's programs: paths, environment, ports."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""Environment of Flower's processes: no telemetry, no bars in logs."""
+"""Environment variables of Flower's processes: no telemetry, no progress bars in logs."""
 
 
 def flower_program(name: str) -> str:
-    """Flower's command from this Python's environment, whether or not that is on PATH.
+    """The path of one of Flower's commands, from this Python's environment even where that is not on PATH.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the command is not installed.
     """
     beside = Path(sys.executable).with_name(name)
     found = str(beside) if beside.exists() else shutil.which(name)

@@ -1,4 +1,4 @@
-"""How a simulation shares a machine among its clients: how many run at once, with how many cores, on what part of a GPU."""
+"""Shares a machine among the clients of a simulation: how many run at once, with how many cores, on what part of a GPU."""
 
 from __future__ import annotations
 
@@ -9,28 +9,26 @@ from pathlib import Path
 
 import torch
 
+from tap_flower.errors import ConfigError
+
 CLUSTER = "RAY_ADDRESS"
 """Environment variable with the address of a running Ray cluster, which the simulation then joins."""
 MOST_CORES = 8
-"""Cores of a client by default, at the most: stage 2 and evaluation have all clients, and use more cores as more clients."""
+"""Most cores that a client gets by default: stage 2 and evaluation have all clients, and use more cores as more clients."""
 MOST_ON_A_GPU = 4
-"""Clients on one GPU by default, at the most: each holds a backbone and a CUDA context of its own."""
+"""Most clients that share a GPU by default: each holds a backbone and a CUDA context of its own."""
 _CGROUP = Path("/sys/fs/cgroup")
 _RAY_UNITS = 10_000
-"""Ray counts a GPU in parts of this many."""
-
-
-class ResourcesError(ValueError):
-    """The clients do not fit on the machine; the message names the option, its value and the remedy."""
+"""Parts in which Ray counts a GPU."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to share.
+    """A machine that clients share.
 
     Attributes:
-        cores: that this process may use.
-        gpus: that torch sees.
+        cores: processor cores that this process may use.
+        gpus: number of GPUs that torch sees.
     """
 
     cores: int
@@ -39,13 +37,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a client gets.
+    """A client's part of a machine.
 
     Attributes:
-        cpus_per_client: processor cores, and so threads.
-        on_a_gpu: clients that share one GPU; 0 computes on the processor.
-        gpus: of the machine that are used.
-        at_once: clients that run at the same time; None on a Ray cluster, where it depends on the cluster.
+        cpus_per_client: processor cores of a client, and so its threads.
+        on_a_gpu: number of clients that share one GPU; 0 computes on the processor.
+        gpus: number of the machine's GPUs that are used.
+        at_once: number of clients that run at the same time; None on a Ray cluster, where it depends on the cluster.
     """
 
     cpus_per_client: int
@@ -54,7 +52,7 @@ class Resources:
     at_once: int | None = None
 
     def federation_config(self) -> dict[str, float]:
-        """The keys of Flower's federation configuration that say so."""
+        """The keys and values of Flower's federation configuration that give each client this part."""
         values: dict[str, float] = {"client-resources-num-cpus": self.cpus_per_client}
         if self.on_a_gpu:
             # Flower keeps the share in 32 bits and divides by it, Ray counts in 1/10000: 1/3 and 1/5 would come out one
@@ -85,17 +83,17 @@ def shared(
     """Shares a machine so that the clients of a round run at once, and use all of it.
 
     Args:
-        machine: what there is.
-        clients: of the run.
-        clients_per_round: that train at the same time in stage 1.
+        machine: the machine.
+        clients: number of clients of the run.
+        clients_per_round: number of clients that train at the same time in stage 1.
         cpus: cores of a client; None chooses.
-        share: of a GPU that a client gets, 0 for none; None chooses.
+        share: part of a GPU that a client gets, 0 for none; None chooses.
 
     Raises:
-        ResourcesError: not even one client fits.
+        ConfigError: not even one client fits; the message names the option.
     """
     if cpus is not None and cpus > machine.cores:
-        raise ResourcesError(
+        raise ConfigError(
             f"--cpus-per-client {cpus}: this process may use {machine.cores} cores, so no client fits: "
             f"choose at most {machine.cores}"
         )
@@ -109,10 +107,14 @@ def shared(
 
 
 def shared_cluster(cpus: int | None = None, share: float | None = None) -> Resources:
-    """What a client gets on a Ray cluster, whose size is not known here: one core and no GPU, unless told otherwise.
+    """A client's part of a Ray cluster, whose size is not known here.
+
+    Args:
+        cpus: cores of a client; None is one.
+        share: part of a GPU that a client gets; None is no GPU.
 
     Raises:
-        ResourcesError: a client would get more than one GPU.
+        ConfigError: a client would get more than one GPU.
     """
     return Resources(cpus or 1, _fitting(share) if share else 0)
 
@@ -124,7 +126,7 @@ def _on_a_gpu(machine: Machine, wanted: int, share: float | None) -> int:
     if share == 0:
         return 0
     if not machine.gpus:
-        raise ResourcesError(
+        raise ConfigError(
             f"--gpus-per-client {share:g}: torch sees no GPU on this machine: leave the option out, or look at "
             f"`nvidia-smi`, CUDA_VISIBLE_DEVICES and whether torch was installed with CUDA"
         )
@@ -134,7 +136,7 @@ def _on_a_gpu(machine: Machine, wanted: int, share: float | None) -> int:
 def _fitting(share: float) -> int:
     """How many clients with this share of a GPU fit on one."""
     if not 1e-3 <= share <= 1:
-        raise ResourcesError(f"--gpus-per-client {share:g}: a client computes on one GPU: choose between 0.001 and 1")
+        raise ConfigError(f"--gpus-per-client {share:g}: a client computes on one GPU: choose between 0.001 and 1")
     return int(1 / share + 1e-9)
 
 

@@ -1,4 +1,4 @@
-"""A whole run on this machine through Flower's simulation runtime.
+"""Runs a whole federation on this machine, through Flower's simulation runtime.
 
 `flwr run` starts a SuperLink that it never stops, whose working directory and environment are those of the first run ever.
 Here every run has a SuperLink of its own: a neutral working directory, its own `FLWR_HOME` and port, no installation of
@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 import psutil
 
+from tap_flower.errors import SimulationError
 from tap_flower.report.events import METRICS, read_events
 from tap_flower.report.results import read_results
 from tap_flower.run.flower import QUIET, flower_program, free_port, path_of_programs
@@ -36,22 +37,18 @@ _STATUS_SECONDS = 30.0
 """Seconds without a new event after which Flower is asked whether the run is still alive."""
 
 
-class SimulationError(RuntimeError):
-    """The run failed; the message says why, or where the log is."""
-
-
 @dataclass(frozen=True)
 class Launch:
-    """What to run.
+    """A simulation to run.
 
     Attributes:
         preset: name of a preset.
         config: path of a YAML file, or nothing.
         settings: `key=value` strings.
         out: the run folder.
-        resume: whether to go on with the run in that folder.
-        clients: number of clients, one node each.
-        resources: what each of them gets.
+        resume: whether to resume the run in that folder.
+        clients: number of clients, each on a node of its own.
+        resources: each client's part of the machine.
     """
 
     preset: str
@@ -69,7 +66,7 @@ def app_folder() -> Path:
     Raises:
         SimulationError: it is in neither place.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     for folder in (package / "flower_app", package.parent):
         if (folder / "client_app" / "app.py").exists() and (folder / "pyproject.toml").exists():
             return folder
@@ -77,11 +74,14 @@ def app_folder() -> Path:
 
 
 def simulate(launch: Launch, on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Runs to the end and returns the results.
+    """Runs a simulation to the end.
 
     Args:
-        launch: what to run.
+        launch: the simulation.
         on_event: called with each event of `metrics.jsonl` as it is written.
+
+    Returns:
+        The content of `results.json`.
 
     Raises:
         SimulationError: Flower could not be started, or the run failed.
@@ -115,7 +115,7 @@ def simulate(launch: Launch, on_event: Callable[[dict[str, Any]], None]) -> dict
 
 @contextmanager
 def ends_when_told() -> Iterator[None]:
-    """Makes SIGTERM an orderly end, as Ctrl-C is one: what was started ends too. Outside the main thread, nothing."""
+    """Makes SIGTERM an orderly end, as Ctrl-C is one, in which what was started ends too. Only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -132,7 +132,7 @@ def ends_when_told() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Flower:
-    """A SuperLink of one's own: its folder, the environment of commands to it, and its log."""
+    """A running SuperLink: its working directory, the environment of commands to it, and its log."""
 
     folder: Path
     environment: dict[str, str]
@@ -141,7 +141,14 @@ class Flower:
 
 @contextmanager
 def superlink(folder: Path) -> Iterator[Flower]:
-    """A SuperLink for one run, ended with everything that it started."""
+    """Runs a SuperLink for one run, and ends it with everything that it has started.
+
+    Args:
+        folder: an empty folder for its files.
+
+    Raises:
+        SimulationError: it does not start.
+    """
     port, home = free_port(), folder / "flwr"
     home.mkdir()
     (home / "config.toml").write_text(
@@ -176,7 +183,7 @@ def superlink(folder: Path) -> Iterator[Flower]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the SuperLink and all that it has started, some of it in sessions of its own: politely, then for good."""
+    """Ends the SuperLink and its processes, some of them in sessions of their own: asks first, then kills."""
     try:
         root = psutil.Process(process.pid)
         family = [root, *root.children(recursive=True)]
@@ -197,40 +204,31 @@ def _submit(launch: Launch, out: Path, flower: Flower) -> int:
         "config": str(Path(launch.config).resolve()) if launch.config else "",
         "set": " ".join(launch.settings),
         "out": str(out),
+        "resume": launch.resume,
     }
-    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()] + [
-        f"resume = {str(launch.resume).lower()}"
-    ]
     run_config = flower.folder / "run.toml"
-    run_config.write_text("\n".join(lines) + "\n")
+    run_config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
     federation = {"num-supernodes": launch.clients, **launch.resources.federation_config()}
-    answer = flwr(
-        flower,
-        "run",
-        str(app_folder()),
-        CONNECTION,
-        "--run-config",
-        str(run_config),
-        "--federation-config",
-        " ".join(f"{key}={value}" for key, value in federation.items()),
-    )
+    told = " ".join(f"{key}={value}" for key, value in federation.items())
+    options = ("--run-config", str(run_config), "--federation-config", told)
+    answer = flwr(flower, "run", str(app_folder()), CONNECTION, *options)
     if not answer.get("success", False):
         raise SimulationError(f"Flower did not take the run: {answer.get('error-message', answer)}")
     return int(answer["run-id"])
 
 
 def status_of(flower: Flower, run_id: int) -> str:
-    """Flower's status of a run, such as `finished:completed`."""
+    """Flower's status of a run, such as `finished:completed`; `unknown` where Flower does not know the run."""
     answer = flwr(flower, "ls", CONNECTION, "--run-id", str(run_id))
     runs = answer.get("runs") or [{}]
     return str(runs[0].get("status", "unknown"))
 
 
 def flwr(flower: Flower, *arguments: str) -> dict[str, Any]:
-    """What a command of Flower's answers to `--format json`.
+    """Runs a `flwr` command with `--format json`, and returns its answer.
 
     Raises:
-        SimulationError: it failed.
+        SimulationError: the command failed.
     """
     done = subprocess.run(
         [flower_program("flwr"), *arguments, "--format", "json"],
@@ -257,7 +255,7 @@ def _answers(port: int) -> bool:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Something that changes when the file is replaced, not when it grows; None where there is none."""
+    """A value that changes when the file is replaced, not when it grows; None where there is no file."""
     try:
         found = path.stat()
     except FileNotFoundError:

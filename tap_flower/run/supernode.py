@@ -1,4 +1,4 @@
-"""A Flower SuperNode for one client: what `tap-flower node` becomes."""
+"""Starts a Flower SuperNode for one client, as `tap-flower node` does."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from tap_flower.run.flower import QUIET, flower_program, free_port, path_of_prog
 
 @dataclass(frozen=True)
 class NodeLaunch:
-    """What to start.
+    """A SuperNode to start.
 
     Attributes:
-        spec: the client spec's file.
+        spec: file of the client spec.
         superlink: address of the SuperLink, host:port.
-        state_dir: where the client keeps its models; Flower never sees it.
+        state_dir: folder in which the client keeps its models; Flower never sees it.
         root_certificates: PEM file of the authority that signed the SuperLink's certificate; without it, the system's.
         key: private key of the node, where the SuperLink asks for one.
-        insecure: no TLS.
-        port: of the node's own processes on this machine; without it, a free one.
-        data_root: a mirror of hub data sets.
+        insecure: whether to connect without TLS.
+        port: port of the node's own processes on this machine; without it, a free one.
+        data_root: folder with a mirror of hub data sets.
         meteor: whether to compute METEOR of generated texts.
-        bertscore: model of BERTScore, or nothing.
+        bertscore: model of BERTScore of generated texts, or nothing.
+        compile: whether to run models through torch.compile, which starts a C++ compiler.
     """
 
     spec: Path
@@ -38,9 +39,10 @@ class NodeLaunch:
     data_root: Path | None = None
     meteor: bool = False
     bertscore: str = ""
+    compile: bool = False
 
     def command(self) -> list[str]:
-        """The program and its arguments.
+        """The program `flower-supernode` and its arguments.
 
         Raises:
             ConfigError: a file is missing, a folder cannot be written, or options contradict each other.
@@ -71,28 +73,29 @@ class NodeLaunch:
         ]
 
     def _node_config(self) -> str:
-        """As `federation.node` reads it."""
+        """The node's settings, as `tap_flower.client.node` reads them."""
         values = {"client-spec": str(self.spec.resolve()), "state-dir": str(self.state_dir.resolve())}
         if self.data_root is not None:
             values["data-root"] = str(self.data_root.resolve())
         if self.bertscore:
             values["bertscore-model"] = self.bertscore
+        switches = {"meteor": self.meteor, "compile": self.compile}
         told = [f"{name}={_quoted(value)}" for name, value in values.items()]
-        return " ".join([*told, *(["meteor=true"] if self.meteor else [])])
+        return " ".join([*told, *(f"{name}=true" for name, chosen in switches.items() if chosen)])
 
 
 def start(launch: NodeLaunch) -> None:
-    """Becomes the SuperNode: this process goes on as Flower's, so that signals reach it.
+    """Becomes the SuperNode: this process goes on as Flower's, so that signals reach it. Never returns.
 
     Raises:
-        ConfigError: as `NodeLaunch.command`.
+        ConfigError: a file is missing, a folder cannot be written, or options contradict each other.
     """
     command = launch.command()
     os.execve(command[0], command, {**QUIET, **os.environ, **path_of_programs()})
 
 
 def _quoted(value: str) -> str:
-    """As Flower takes strings apart: in one kind of quotes, without any of that kind inside."""
+    """`value` in quotes as Flower reads them: of one kind, without any of that kind inside."""
     if "'" not in value:
         return f"'{value}'"
     if '"' not in value:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from logging import INFO
 from pathlib import Path
 
@@ -74,7 +75,7 @@ class TapStrategy(Strategy):
         train_metrics_aggr_fn: Aggregate | None = None,
         evaluate_metrics_aggr_fn: Aggregate | None = None,
     ) -> None:
-        self.config = load_config("plug-in") if config is None else config
+        self.config = load_config("plug-in") if config is None else deepcopy(config)
         if method is not None:
             self.config.method = method
         find_method(self.config.method)

@@ -1,1 +1,1 @@
-"""Many runs: methods by seeds, studies, and what they say together."""
+"""Many runs: sweeps over methods and seeds, studies, and their statistics."""

@@ -1,4 +1,4 @@
-"""What a sweep's finished runs say together: tasks by methods, ranks, differences to a reference, costs."""
+"""Compares the finished runs of a sweep: tasks by methods, ranks, differences to a reference, costs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from tap_flower.report.results import headline, read_results, scores
+from tap_flower.report.results import headline, metric_with_arrow, read_results, scores
 from tap_flower.study.plan import Sweep
 from tap_flower.study.statistics import Estimate, estimate, mean_ranks, paired
 
 OVERALL = "mean of scores"
-"""The row over all tasks."""
+"""Name of the row over all tasks."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Row:
     """A row of the comparison.
 
     Attributes:
-        name: of the task, or of the cost.
-        unit: the metric, and what is better.
-        values: label -> mean and interval.
+        name: name of the task, or of the cost.
+        unit: the metric, with an arrow to the better side.
+        values: label -> mean and interval over seeds.
         differences: label -> paired difference to the reference, positive where the label is better; empty for costs.
         best: the labels with the best mean.
     """
@@ -35,15 +35,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows.
+    """The comparison of a sweep's methods.
 
     Attributes:
-        labels: of the methods, as the sweep lists them.
-        seeds: of the finished runs.
-        reference: the label of the differences.
+        labels: labels of the methods, as the sweep lists them.
+        seeds: seeds of the finished runs.
+        reference: the label that the others' differences are to.
         quality: a row for each task, and the mean of their scores.
         ranks: label -> mean rank over tasks and seeds.
-        costs: rows of bytes, steps and seconds of a run.
+        costs: rows of megabytes, optimiser steps and seconds of a run.
     """
 
     labels: Sequence[str]
@@ -61,7 +61,7 @@ Values = dict[str, dict[int, float]]
 def compare(sweep: Sweep) -> Comparison:
     """Compares the finished runs of a sweep.
 
-    Methods are ranked by score (see `TaskKind.score`) for each task and seed.
+    Methods are ranked for each task and seed by their score: the headline metric, or 1 minus it where lower is better.
 
     Raises:
         StorageError: the results of a run are damaged.
@@ -79,8 +79,11 @@ def compare(sweep: Sweep) -> Comparison:
             tasks[task].setdefault(label, {})[seed] = metrics[headline(kinds[task])[0]]
             ranked.setdefault((task, seed), {})[label] = score
         overall.setdefault(label, {})[seed] = fmean(of_run.values())
-    quality = [_row(task, *headline(kinds[task]), values, sweep.reference) for task, values in tasks.items()]
-    quality += [_row(OVERALL, "score", True, overall, sweep.reference)] if found else []
+    quality = [
+        _row(task, metric_with_arrow(kinds[task]), headline(kinds[task])[1], values, sweep.reference)
+        for task, values in tasks.items()
+    ]
+    quality += [_row(OVERALL, "score ↑", True, overall, sweep.reference)] if found else []
     costs: dict[str, Values] = {}
     for (label, seed), results in found.items():
         spent = {
@@ -101,7 +104,7 @@ def compare(sweep: Sweep) -> Comparison:
     )
 
 
-def _row(name: str, metric: str, higher: bool, values: Values, reference: str) -> Row:
+def _row(name: str, unit: str, higher: bool, values: Values, reference: str) -> Row:
     means, sign = _estimates(values), 1 if higher else -1
     top = (max if higher else min)(one.mean for one in means.values())
     oriented = {label: {seed: sign * v for seed, v in by_seed.items()} for label, by_seed in values.items()}
@@ -113,7 +116,7 @@ def _row(name: str, metric: str, higher: bool, values: Values, reference: str) -
     best = frozenset(label for label, one in means.items() if one.mean == top)
     # Where all are equal, none stands out.
     best = best if len(best) < len(means) else frozenset()
-    return Row(name, f"{metric} {'↑' if higher else '↓'}", means, differences, best)
+    return Row(name, unit, means, differences, best)
 
 
 def _estimates(values: Values) -> dict[str, Estimate]:

@@ -1,4 +1,4 @@
-"""Runs what is missing of a sweep: several runs at once, each in a process of its own, on one part of the machine.
+"""Executes the missing runs of a sweep: several at once, each in a process of its own, on one part of the machine.
 
 The processes are forked from one that has imported what a run needs, which takes several seconds. On a machine with GPUs
 each imports it anew, since CUDA does not work in a fork of a process that has asked it anything.
@@ -24,16 +24,16 @@ from tap_flower.run.simulation import ends_when_told
 from tap_flower.study.plan import PlannedRun
 
 _PATIENCE = 10.0
-"""Seconds that a run has to end before it is killed."""
+"""Seconds that a run has to end by itself before it is killed."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run.
+    """The outcome of a run.
 
     Attributes:
-        run: which.
-        seconds: that it took.
+        run: the run.
+        seconds: seconds that it took.
         problem: why it failed, or nothing.
     """
 
@@ -43,15 +43,15 @@ class Outcome:
 
 
 def execute(runs: Sequence[PlannedRun], jobs: int, machine: Machine, finished: Callable[[Outcome], None]) -> None:
-    """Runs all that are not done yet.
+    """Executes all runs that are not done yet.
 
-    What was begun goes on from its last complete round. A failure leaves the others alone.
+    A run that was begun goes on from its last complete round. A failure leaves the others alone.
 
     Args:
-        runs: in the order in which they start.
-        jobs: how many run at once.
-        machine: its cores and GPUs are shared among them.
-        finished: is called with each run's outcome, in the thread of the caller.
+        runs: the runs, in the order in which they start.
+        jobs: number of runs at once.
+        machine: the machine whose cores and GPUs they share.
+        finished: called with each run's outcome, in the thread of the caller.
     """
     processes = _Processes(jobs, machine)
     with ends_when_told(), ThreadPoolExecutor(jobs) as pool:
@@ -68,7 +68,7 @@ def execute(runs: Sequence[PlannedRun], jobs: int, machine: Machine, finished: C
 
 
 class _Processes:
-    """The processes of a sweep, each in a slot that is a part of the machine."""
+    """The processes of a sweep, each on a part of the machine."""
 
     def __init__(self, jobs: int, machine: Machine) -> None:
         self._parts: SimpleQueue[dict[str, str]] = SimpleQueue()
@@ -79,7 +79,7 @@ class _Processes:
         self._lock, self._ended = Lock(), False
 
     def run(self, run: PlannedRun) -> Outcome:
-        """Runs one, and waits for it."""
+        """Executes a run, and waits for it."""
         part, began = self._parts.get(), time.monotonic()
         try:
             code = self._wait(run, part)
@@ -89,7 +89,7 @@ class _Processes:
         return Outcome(run, time.monotonic() - began, problem)
 
     def end(self) -> None:
-        """Ends what is running; nothing more is started."""
+        """Ends the runs that are going on; no other one is started."""
         with self._lock:
             self._ended = True
             running = list(self._running)
@@ -128,7 +128,7 @@ def _context(machine: Machine) -> ForkServerContext | SpawnContext:
 
 
 def _begin(run: PlannedRun, resume: bool, log: Path, part: Mapping[str, str]) -> None:
-    """What a process does."""
+    """The main function of a process."""
     os.environ.update(part)  # before an import may ask CUDA for its devices
     from tap_flower.study.worker import run_alone
 
@@ -136,12 +136,12 @@ def _begin(run: PlannedRun, resume: bool, log: Path, part: Mapping[str, str]) ->
 
 
 def _log(run: PlannedRun) -> Path:
-    """Beside the run's folder, which must be empty when it starts."""
+    """The run's log, which is beside its folder: that must be empty when the run starts."""
     return run.folder.with_name(f"{run.folder.name}.log")
 
 
 def _parts(jobs: int, machine: Machine) -> Iterator[dict[str, str]]:
-    """For each slot, environment variables: its threads, and the GPU that it sees."""
+    """The environment variables of each job: its threads, and the GPU that it sees."""
     threads = str(max(1, machine.cores // jobs))
     for slot in range(jobs):
         gpu = {"CUDA_VISIBLE_DEVICES": str(slot % machine.gpus)} if machine.gpus else {}

@@ -1,4 +1,4 @@
-"""Which runs a sweep consists of: a YAML file of methods, seeds and settings."""
+"""Plans the runs of a sweep from a YAML file of methods, seeds and settings."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class PlannedRun:
     """One run of a sweep.
 
     Attributes:
-        label: of the method or variant.
-        seed: of the run.
+        label: label of the method or variant.
+        seed: seed of the run.
         preset: name of a preset.
         config: path of a YAML file, or nothing.
         settings: `key=value` strings, method and seed among them.
-        folder: of the run.
+        folder: the run folder.
     """
 
     label: str
@@ -37,7 +37,7 @@ class PlannedRun:
 
     @property
     def resolved(self) -> Config:
-        """Its configuration.
+        """The run's configuration.
 
         Raises:
             ConfigError: a key or a value is wrong, or there is no such method.
@@ -51,7 +51,7 @@ class PlannedRun:
 
     @property
     def done(self) -> bool:
-        """Whether it has finished."""
+        """Whether the run has finished."""
         return (self.folder / RESULTS).exists()
 
 
@@ -60,9 +60,9 @@ class Sweep:
     """A checked sweep.
 
     Attributes:
-        runs: in the order of seeds, then of methods: after some seeds there is something to compare already.
-        result: label -> name of the model that it is judged by.
-        reference: the label that others are compared with.
+        runs: the runs in the order of seeds, then of methods: after some seeds there is something to compare already.
+        result: label -> name of the model that the method is judged by.
+        reference: the label that the others are compared with.
     """
 
     runs: tuple[PlannedRun, ...]
@@ -78,8 +78,8 @@ def read_sweep(file: Path, out: Path) -> Sweep:
     `set`, settings of all runs (`train.steps: 10`).
 
     Args:
-        file: YAML.
-        out: folder of the sweep; a run's is OUT/LABEL/seed-N.
+        file: the YAML file.
+        out: folder of the sweep; that of a run is OUT/LABEL/seed-N.
 
     Raises:
         ConfigError: something in the file is wrong, or a folder holds a finished run of another configuration.

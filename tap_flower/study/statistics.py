@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from scipy.stats import rankdata, t
 
 LEVEL = 0.95
+"""Level of the intervals."""
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,9 @@ class Estimate:
     """A mean over seeds.
 
     Attributes:
-        mean: of the values.
+        mean: mean of the values.
         half: half the width of the 95 % interval, `t(n - 1) · s / √n` (Student); None where there is one value only.
-        count: n.
+        count: number of values, n.
     """
 
     mean: float
@@ -33,7 +34,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of one value or more, with its interval."""
+    """The mean of one value or more, with its 95 % interval."""
     n = len(values)
     half = float(t.ppf((1 + LEVEL) / 2, n - 1)) * stdev(values) / sqrt(n) if n > 1 else None
     return Estimate(fmean(values), half, n)
@@ -49,7 +50,7 @@ def mean_ranks(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Label -> its mean rank over several comparisons; 1 is the best, and those that are equal share their ranks' mean.
 
     Args:
-        scores: of each comparison, label -> score, higher is better. Comparisons that lack a label are left out.
+        scores: label -> score of each comparison; higher is better. Comparisons that lack a label are left out.
     """
     labels = sorted({label for one in scores for label in one})
     complete = [one for one in scores if len(one) == len(labels)]

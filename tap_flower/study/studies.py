@@ -1,4 +1,4 @@
-"""Studies: what changes as one thing changes. Each is a sweep with one page of figures."""
+"""Studies: sweeps over one quantity, each with a page of figures."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.errors import ConfigError
 from tap_flower.files import write_atomically
 from tap_flower.report.charts import Axis, Point, Series, line_chart
-from tap_flower.report.compare import Table
 from tap_flower.report.figures import Figure
-from tap_flower.report.html import write_study
-from tap_flower.report.results import headline, read_results, scores
+from tap_flower.report.html_report import write_study
+from tap_flower.report.result_tables import Table
+from tap_flower.report.results import headline, metric_in_words, read_results, scores
 from tap_flower.report.svg import number
 from tap_flower.study.comparison import OVERALL
 from tap_flower.study.plan import PlannedRun
@@ -41,12 +41,12 @@ class Study:
     """A study, ready to run.
 
     Attributes:
-        name: of its files.
-        title: what is asked.
+        name: name of its files.
+        title: the question that it asks.
         lead: how it is measured.
-        axis: name of what changes.
-        runs: all of them.
-        measure: after the runs: title and unit of each figure -> its curves.
+        axis: name of the quantity that changes.
+        runs: all its runs.
+        measure: called after the runs; gives (title, unit) of each figure -> its curves.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Study:
     measure: Callable[[], Mapping[tuple[str, str], Curves]]
 
     def write(self, out: Path) -> Path:
-        """Writes the page and the numbers as CSV; returns the page."""
+        """Writes the page, and the numbers as CSV, into a folder; returns the page's file."""
         found, lines = self.measure(), io.StringIO()
         write = csv.writer(lines, lineterminator="\n").writerow
         write(["figure", "line", self.axis, "mean", "half_interval_95", "seeds"])
@@ -72,7 +72,7 @@ class Study:
 
 
 def pairs_study(preset: str, config: str, settings: Sequence[str], seeds: Sequence[int], out: Path) -> Study:
-    """How well one server model serves a pair as the number of pairs grows, at equal data and budget for each pair.
+    """Plans the study of how well one server model serves a pair as the number of pairs grows, at equal data and budget.
 
     Every client is split into clients of one pair. For each seed the pairs are put into an order of its own, and as many as
     the largest power of two are trained alone, in groups of 2, of 4 and so on, each group a federation in which all clients
@@ -83,7 +83,7 @@ def pairs_study(preset: str, config: str, settings: Sequence[str], seeds: Sequen
         preset: name of a preset.
         config: path of a YAML file, or nothing.
         settings: `key=value` strings.
-        seeds: of the runs.
+        seeds: seeds of the runs.
         out: folder of the study.
 
     Raises:
@@ -154,14 +154,14 @@ def pairs_study(preset: str, config: str, settings: Sequence[str], seeds: Sequen
 def margin_study(
     preset: str, config: str, settings: Sequence[str], seeds: Sequence[int], margins: Sequence[float], out: Path
 ) -> Study:
-    """What the margin of the replacement does to the result and to the number of replacements.
+    """Plans the study of what the margin of the replacement does to the result and to the number of replacements.
 
     Args:
         preset: name of a preset.
         config: path of a YAML file, or nothing.
         settings: `key=value` strings.
-        seeds: of the runs.
-        margins: each is set for all kinds of task; clients' own margins go before it.
+        seeds: seeds of the runs.
+        margins: margins, each set for all kinds of task; a client's own margin goes before it.
         out: folder of the study.
     """
     runs = {
@@ -182,8 +182,7 @@ def margin_study(
         figures: dict[tuple[str, str], dict[str, dict[float, Estimate]]] = {}
         kinds = {task: kind for results in found.values() for task, kind in results["kinds"].items()}
         for task, kind in sorted(kinds.items()):
-            metric, higher = headline(kind)
-            title = task, f"{metric} ({'higher' if higher else 'lower'} is better)"
+            metric, title = headline(kind)[0], (task, metric_in_words(kind))
             for model in ("personal", "tap"):
                 figures.setdefault(title, {})[model] = {
                     margin: estimate([found[margin, seed]["tasks"][task][model][metric] for seed in seeds])
@@ -238,5 +237,5 @@ def _figure(title: str, unit: str, axis: str, curves: Curves) -> Figure:
 
 
 def said(one: Estimate) -> str:
-    """Mean and interval in words."""
+    """Mean and interval as text."""
     return number(one.mean) + ("" if one.half is None else f" ± {number(one.half)}")

@@ -18,7 +18,7 @@ from tap_flower.personal.answers import ClassAnswer, TextAnswer
 from tap_flower.personal.export import export
 from tap_flower.personal.personal_model import PersonalModel
 from tests.docs_blocks import ROOT, blocks
-from tests.personal.test_model import rows
+from tests.personal.test_personal_model import rows
 
 
 def output(model: PersonalModel, task: str, domain: str, image: Image.Image, **more: Any) -> Tensor:

@@ -11,12 +11,11 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
-from tap_flower.errors import StorageError
+from tap_flower.errors import PersonalError, StorageError
 from tap_flower.models import backbones
 from tap_flower.models.load import demo_folder
 from tap_flower.personal.export import export, load_export
-from tap_flower.personal.folders import PersonalError
-from tests.personal.test_model import rows
+from tests.personal.test_personal_model import rows
 
 INPUTS: dict[str, dict[str, Any]] = {
     "shapes": {"image": "image"},

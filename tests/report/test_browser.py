@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tap_flower.report.html import write_report
+from tap_flower.report.html_report import write_report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from tap_flower.report.progress import RunProgress
@@ -35,3 +36,31 @@ def test_a_clipped_update_is_told() -> None:
 
 def test_a_run_without_privacy_says_nothing_of_it() -> None:
     assert "privacy" not in shown({"event": "end", "tasks": {}})
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_rounds_losses_and_replacements(terminal: bool) -> None:
+    console = Console(force_terminal=terminal, record=True, width=200, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    with RunProgress(console) as progress:
+        progress.show({"event": "start", "round": 0, "rounds": 2, "clients": {"ann": ["read"], "bob": ["read"]}})
+        progress.show({"event": "round_start", "round": 1, "clients": ["ann", "bob"]})
+        reports = {
+            "ann": {"losses": {"read": 1.0}, "replacements": {"read": 1}},
+            "bob": {"losses": {"read": 2.0}, "replacements": {"read": 1}},
+        }
+        progress.show({"event": "round", "round": 1, "clients": reports, "dropped": [], "seconds": 1.0})
+        progress.show({"event": "dropped", "round": 1, "who": "client 'bob'", "problem": "broken"})
+        progress.show({"event": "unheard of"})
+        progress.show({"event": "distill_start", "clients": ["ann"]})
+        progress.show({"event": "distilled", "client": "ann", "losses": {"read": 0.5}})
+        progress.show({"event": "evaluate_start", "clients": ["ann"]})
+        progress.show({"event": "evaluated", "client": "ann"})
+    shown = console.export_text()
+    for text in (
+        "2 replacements",
+        "read 1.500",
+        "dropped the reply of client 'bob': broken",
+        "distilling",
+        "evaluating",
+    ):
+        assert text in shown

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tap_flower.errors import ConfigError
 from tap_flower.run import resources
-from tap_flower.run.resources import Machine, Resources, ResourcesError, shared, shared_cluster, this_machine
+from tap_flower.run.resources import Machine, Resources, shared, shared_cluster, this_machine
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_gpus(gpus: int, clients_per_round: int, cpus: int | None, share: float 
     ],
 )
 def test_what_leaves_no_room_is_refused(machine: Machine, cpus: int | None, share: float | None, problem: str) -> None:
-    with pytest.raises(ResourcesError, match=problem):
+    with pytest.raises(ConfigError, match=problem):
         shared(machine, 10, 2, cpus, share)
 
 

@@ -14,6 +14,7 @@ from flwr.common.config import parse_config_args
 from typer.testing import CliRunner
 
 from tap_flower import cli
+from tap_flower.cli import check
 from tap_flower.errors import ConfigError
 from tap_flower.run.supernode import NodeLaunch, start
 from tests.federations import CLIENTS
@@ -27,12 +28,15 @@ def node_config(command: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["state", "with space", 'with "quotes"', "with 'quotes'", r"back\slash"])
 def test_flower_reads_the_paths_that_were_given(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
-    launch = NodeLaunch(tmp_path / "ann.yaml", "server:8000", folder, data_root=tmp_path / "mirror", meteor=True)
+    launch = NodeLaunch(
+        tmp_path / "ann.yaml", "server:8000", folder, data_root=tmp_path / "mirror", meteor=True, compile=True
+    )
     assert node_config(launch.command()) == {
         "client-spec": str(tmp_path / "ann.yaml"),
         "state-dir": str(folder),
         "data-root": str(tmp_path / "mirror"),
         "meteor": True,
+        "compile": True,
     }
     assert folder.is_dir()
 
@@ -73,7 +77,7 @@ def test_a_state_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_a_node_starts_only_with_a_spec_that_can_be_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[NodeLaunch] = []
-    monkeypatch.setattr(cli, "start_node", started.append)
+    monkeypatch.setattr(check, "start_node", started.append)
     good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
     good.write_text(yaml.safe_dump(CLIENTS[3]))
     bad.write_text(yaml.safe_dump({**CLIENTS[0], "tasks": [{**CLIENTS[0]["tasks"][0], "classes": ["en", "es"]}]}))
@@ -83,7 +87,8 @@ def test_a_node_starts_only_with_a_spec_that_can_be_trained_on(tmp_path: Path, m
     assert "but the client spec has 2 classes with labels 'en', 'es'" in failed.output
     assert not started
     assert CliRunner().invoke(cli.app, ["node", str(good), *options]).exit_code == 0
-    assert [launch.spec for launch in started] == [good]
+    assert CliRunner().invoke(cli.app, ["node", str(good), *options, "--compile"]).exit_code == 0
+    assert [(launch.spec, launch.compile) for launch in started] == [(good, False), (good, True)]
 
 
 def test_flowers_programs_find_each_other_wherever_path_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A page for trying the models of a run's clients side by side; it needs gradio and is for this machine alone."""
+"""A page to try the models of a run's clients side by side; it needs gradio and serves this machine alone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 from PIL import Image
 
 from tap_flower.client.description import TaskDescription, read_description
-from tap_flower.errors import StorageError
+from tap_flower.errors import PersonalError, StorageError
 from tap_flower.methods.registry import find_method
 from tap_flower.personal.answers import Answer, ClassAnswer, ImageAnswer, TextAnswer
-from tap_flower.personal.folders import PersonalError, client_folder, clients_in
+from tap_flower.personal.folders import client_folder, clients_in
 from tap_flower.personal.personal_model import PersonalModel
 from tap_flower.report.client_records import read_examples
 
@@ -27,10 +27,10 @@ _CLASSES = 6
 
 
 class Page:
-    """What the page does when something is chosen; each method returns the new state of the page's parts.
+    """The page's behaviour: each method `on_...` returns the new state of the parts that a choice changes.
 
     Args:
-        gradio: the library.
+        gradio: the library `gradio`.
         run: a run folder, or the folder of one client.
     """
 
@@ -44,11 +44,11 @@ class Page:
         self._load = lru_cache(maxsize=8)(PersonalModel.load)
 
     def tasks(self, client: str) -> dict[str, TaskDescription]:
-        """Name -> task of a client."""
+        """The tasks of a client by name."""
         return {task.name: task for task in read_description(self.folders[client]).tasks}
 
     def models(self, client: str) -> list[str]:
-        """The models that are compared: the server's, the client's own, and the method's result."""
+        """The names of the models that are compared: the server's, the client's own, and the method's result."""
         result = find_method(read_description(self.folders[client]).settings.method).result
         return list(dict.fromkeys(("server", "personal", result)))
 
@@ -58,12 +58,12 @@ class Page:
         return found
 
     def on_client(self, client: str) -> tuple[Any, ...]:
-        """Tasks, then all that depends on the task."""
+        """A client was chosen: its tasks, then all that depends on the task."""
         tasks = list(self.tasks(client))
         return (self._gradio.update(choices=tasks, value=tasks[0]), *self.on_task(client, tasks[0]))
 
     def on_task(self, client: str, task: str) -> tuple[Any, ...]:
-        """Domain, test items, image, text, and the columns of answers."""
+        """A task was chosen: domain, test items, image, text, and the columns of answers."""
         update, wanted = self._gradio.update, self.tasks(client)[task]
         count = len(self.items(client, task))
         return (
@@ -75,7 +75,7 @@ class Page:
         )
 
     def on_item(self, client: str, task: str, chosen: str) -> tuple[Any, ...]:
-        """Image and text of a test item."""
+        """A test item was chosen: its image and text."""
         update = self._gradio.update
         if chosen == OWN:
             return update(value=None), update(value="")
@@ -84,7 +84,7 @@ class Page:
         return update(value=image), update(value=item.get("text", ""))
 
     def on_ask(self, client: str, task: str, domain: str, image: Image.Image | None, text: str) -> tuple[Any, ...]:
-        """The answers of all models."""
+        """An answer was asked for: the columns with the answers of all models."""
         wanted, answers = self.tasks(client)[task], {}
         given = {"image": image, "text": text or None}
         inputs: dict[str, Any] = {name: given[name] for name in wanted.modalities}
@@ -120,7 +120,7 @@ class Page:
         return tuple(found)
 
     def blocks(self) -> Any:
-        """The page."""
+        """Builds the page from gradio's parts."""
         gradio, names = self._gradio, list(self.folders)
         with gradio.Blocks(analytics_enabled=False, title="tap-flower") as blocks:
             gradio.Markdown("# Models of a client, side by side")
@@ -155,11 +155,11 @@ class Page:
 
 
 def serve(run: Path, port: int) -> Any:
-    """Starts the page for this machine alone; it asks nothing of any network.
+    """Serves the page to this machine alone; it asks nothing of any network.
 
     Args:
         run: a run folder, or the folder of one client.
-        port: of the page.
+        port: port of the page.
 
     Returns:
         gradio's Blocks, started: `block_thread()` waits for Ctrl+C, `close()` ends it.

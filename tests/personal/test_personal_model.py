@@ -13,9 +13,8 @@ from PIL import Image
 
 from tap_flower.data.sources import open_source
 from tap_flower.data.spec import Source
-from tap_flower.errors import StorageError
+from tap_flower.errors import PersonalError, StorageError
 from tap_flower.personal.answers import ClassAnswer, ImageAnswer, TextAnswer
-from tap_flower.personal.folders import PersonalError
 from tap_flower.personal.personal_model import PersonalModel
 
 MODELS = ["server", "personal", "server+finetune", "tap"]

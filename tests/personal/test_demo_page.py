@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tap_flower.personal.page import serve
+from tap_flower.personal.demo_page import serve
 from tap_flower.personal.personal_model import PersonalModel
 from tap_flower.run.flower import free_port
-from tests.personal.test_model import rows
+from tests.personal.test_personal_model import rows
 from tests.report import test_browser
 
 browser = test_browser.browser

@@ -1,15 +1,12 @@
-"""A comparison as a table: for the terminal, in Markdown, CSV and LaTeX."""
+"""A comparison as tables of text, and these in Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from rich import box
-from rich.table import Table
-
+from tap_flower.report.result_tables import Table
 from tap_flower.study.comparison import Comparison
 from tap_flower.study.statistics import Estimate
 
@@ -18,25 +15,8 @@ _ESCAPES = str.maketrans(
 )
 
 
-@dataclass(frozen=True)
-class Part:
-    """One table of a comparison, as text.
-
-    Attributes:
-        title: what it shows.
-        header: names of the columns.
-        rows: cells.
-        strong: (row, column) of the cells that stand out.
-    """
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    strong: frozenset[tuple[int, int]]
-
-
-def parts(found: Comparison) -> list[Part]:
-    """Quality with mean ranks, paired differences to the reference, and costs."""
+def comparison_tables(found: Comparison) -> list[Table]:
+    """The tables of a comparison: quality with mean ranks, paired differences to the reference, and costs."""
     labels = list(found.labels)
     others = [label for label in labels if label != found.reference]
     seeds = f"{len(found.seeds)} seed{'s' if len(found.seeds) > 1 else ''} ({', '.join(map(str, found.seeds))})"
@@ -50,57 +30,46 @@ def parts(found: Comparison) -> list[Part]:
         [row.name, row.unit[:-2], *(_signed(row.differences.get(label)) for label in others)] for row in found.quality
     ]
     costs = [[row.name, row.unit, *(_cell(row.values.get(label)) for label in labels)] for row in found.costs]
-    found_parts = [
-        Part(f"Test data, mean ± 95 % interval over {seeds}", ["task", "metric", *labels], quality, frozenset(strong)),
-        Part(
+    tables = [
+        Table(f"Test data, mean ± 95 % interval over {seeds}", ["task", "metric", *labels], quality, frozenset(strong)),
+        Table(
             f"Paired difference to {found.reference}: positive is better, * where the interval leaves out 0",
             ["task", "metric", *others],
             differences,
-            frozenset(),
         ),
-        Part("Cost of a run", ["cost", "", *labels], costs, frozenset()),
+        Table("Cost of a run", ["cost", "", *labels], costs),
     ]
-    return [part for part in found_parts if part.rows and len(part.header) > 2]
+    return [part for part in tables if part.rows and len(part.header) > 2]
 
 
-def terminal(part: Part) -> Table:
-    """For a terminal."""
-    table = Table(title=part.title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column, name in enumerate(part.header):
-        table.add_column(name, no_wrap=True, justify="left" if column < 2 else "right")
-    for i, row in enumerate(part.rows):
-        table.add_row(*(f"[bold]{cell}[/bold]" if (i, j) in part.strong else cell for j, cell in enumerate(row)))
-    return table
-
-
-def markdown(found: Sequence[Part]) -> str:
-    """As Markdown."""
+def markdown(found: Sequence[Table]) -> str:
+    """Tables in Markdown."""
     blocks = []
     for part in found:
-        lines = [f"**{part.title}**", "", "| " + " | ".join(part.header) + " |", "|" + "---|" * len(part.header)]
+        lines = [f"**{part.caption}**", "", "| " + " | ".join(part.header) + " |", "|" + "---|" * len(part.header)]
         for i, row in enumerate(part.rows):
-            cells = (f"**{cell}**" if (i, j) in part.strong else cell for j, cell in enumerate(row))
+            cells = (f"**{cell}**" if (i, j) in part.best else cell for j, cell in enumerate(row))
             lines.append("| " + " | ".join(cells) + " |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
 
 
-def latex(found: Sequence[Part]) -> str:
-    """As LaTeX tables for the package booktabs."""
+def latex(found: Sequence[Table]) -> str:
+    """Tables in LaTeX, which need the package booktabs."""
     blocks = []
     for part in found:
-        lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(part.title)}}}"]
+        lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(part.caption)}}}"]
         lines += [rf"\begin{{tabular}}{{ll{'r' * (len(part.header) - 2)}}}", r"\toprule"]
         lines += [" & ".join(map(_latex, part.header)) + r" \\", r"\midrule"]
         for i, row in enumerate(part.rows):
-            cells = (rf"\textbf{{{_latex(c)}}}" if (i, j) in part.strong else _latex(c) for j, c in enumerate(row))
+            cells = (rf"\textbf{{{_latex(c)}}}" if (i, j) in part.best else _latex(c) for j, c in enumerate(row))
             lines.append(" & ".join(cells) + r" \\")
         blocks.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]))
     return "\n\n".join(blocks) + "\n"
 
 
 def to_csv(found: Comparison) -> str:
-    """As CSV, a line for each number with all its digits: what, task or cost, unit, method, mean, half interval, seeds."""
+    """A comparison as CSV: a line for each mean over seeds, with all its digits."""
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n").writerow
     write(["what", "name", "unit", "method", "mean", "half_interval_95", "seeds"])

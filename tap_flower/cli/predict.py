@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from tap_flower.cli.common import say
 from tap_flower.client.description import read_description
-from tap_flower.personal.folders import PersonalError, chosen_task, client_folder
+from tap_flower.errors import PersonalError
+from tap_flower.personal.folders import chosen_task, client_folder
 from tap_flower.report.results import RESULTS
 
 if TYPE_CHECKING:
@@ -19,27 +20,29 @@ if TYPE_CHECKING:
 
 _PLACE = "A run folder, or one client's: RUN/clients/NAME, on a node STATE-DIR/NAME/RUN."
 Place = Annotated[Path, typer.Argument(metavar="RUN_OR_STATE", help=_PLACE)]
-Client = Annotated[str | None, typer.Option(help="Whose model, where the run has several clients.")]
-Task = Annotated[str | None, typer.Option(help="Its task, where the client has several.")]
-Model = Annotated[str | None, typer.Option(help="server, personal, tap, …; the best one without it.")]
+Client = Annotated[str | None, typer.Option(help="The client, where the run has several.")]
+Task = Annotated[str | None, typer.Option(help="The task, where the client has several.")]
+Model = Annotated[str | None, typer.Option(help="server, personal, tap, …", show_default="the method's result")]
 
 
-def predict(
+def predict_command(
     place: Place,
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="INPUT...", help="Files of images, or texts, for a task with one input."),
+        typer.Argument(metavar="INPUT...", help="Image files, or texts, for a task with one input."),
     ] = None,
     client: Client = None,
     task: Task = None,
     model: Model = None,
-    image: Annotated[list[Path] | None, typer.Option(help="A file of an image; may be repeated.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image file; may be repeated.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text; as many as images.")] = None,
-    domain: Annotated[str | None, typer.Option(help="Of the inputs, where the task's data have several.")] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="Domain of the inputs, where the task's data have several.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for generated images, as 0.png, 1.png, …")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
-    """What a client's model answers to images or texts."""
+    """Print what a client's model answers to images or texts."""
     folder = client_folder(place, client)
     wanted = {one.name: one for one in read_description(folder).tasks}
     task = chosen_task(task, wanted)
@@ -49,43 +52,42 @@ def predict(
     given[wanted[task].modalities[0]] += inputs or []
     if not any(given.values()):
         raise PersonalError(f"task {task!r} got no input: give {' and '.join(wanted[task].modalities)}")
-    # Imported here: it brings torch and transformers, which what was checked so far does without.
+    # Imported here: it brings transformers, which what was checked so far does without.
     from tap_flower.personal.personal_model import PersonalModel
 
     _without_progress_bars()
-    loaded = PersonalModel.load(folder, model)
-    answers = loaded.predict(task, given["image"] or None, given["text"] or None, domain)
+    answers = PersonalModel.load(folder, model).predict(task, given["image"] or None, given["text"] or None, domain)
     for number, answer in enumerate(answers):
         values = _plain(answer, number, out)
         typer.echo(json.dumps(values, ensure_ascii=False) if as_json else _line(values))
 
 
-def export(
+def export_command(
     place: Place,
     out: Annotated[Path, typer.Argument(help="A new folder.")],
     client: Client = None,
     task: Task = None,
     model: Model = None,
 ) -> None:
-    """One task of a client's model as plain tensors without LoRA, with a model card."""
-    from tap_flower.personal.export import export as write
+    """Export one task of a client's model: plain tensors without LoRA, tokenizer, model card."""
+    from tap_flower.personal.export import export
 
     folder = client_folder(place, client)
     task = chosen_task(task, {one.name: one for one in read_description(folder).tasks})
     run = next((parent for parent in (place, folder.parent.parent) if (parent / RESULTS).exists()), None)
     _without_progress_bars()
-    written = write(folder, out, task, model, run)
+    written = export(folder, out, task, model, run)
     typer.echo(f"model {written.which!r} of client {written.description.client!r}, task {task!r}, in {out}")
 
 
-def demo(
+def demo_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or one client's.")],
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page, on this machine alone.")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page, on this machine alone.")] = 7860,
 ) -> None:
-    """A page for trying the models of a run's clients side by side."""
-    from tap_flower.personal.page import serve
+    """Serve a page on this machine to try the models of a run's clients side by side."""
+    from tap_flower.personal.demo_page import serve
 
-    Console().print(f"to look at: http://127.0.0.1:{port}; Ctrl+C ends it", highlight=False, soft_wrap=True)
+    say(Console(), f"to look at: http://127.0.0.1:{port}; Ctrl+C ends it")
     serve(run, port).block_thread()
 
 
@@ -97,7 +99,7 @@ def _without_progress_bars() -> None:
 
 def _plain(answer: Answer, number: int, out: Path | None) -> dict[str, Any]:
     """An answer as plain values; an image is written to a file, where a folder is given."""
-    values = {field.name: getattr(answer, field.name) for field in dataclasses.fields(answer)}
+    values = dict(vars(answer))
     if "image" in values:
         picture = values.pop("image")
         if out is not None:
@@ -111,7 +113,7 @@ def _plain(answer: Answer, number: int, out: Path | None) -> dict[str, Any]:
 
 
 def _line(values: dict[str, Any]) -> str:
-    """An answer in a line."""
+    """An answer as a line of text."""
     if "label" in values:
         return f"{values['label']} ({values['probability']:.3f})"
     if "text" in values:

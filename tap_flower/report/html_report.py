@@ -10,8 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from tap_flower.files import write_atomically
-from tap_flower.report import compare as comparison
-from tap_flower.report import figures
+from tap_flower.report import figures, result_tables
 from tap_flower.report.run_record import RunRecord, read_run
 from tap_flower.report.svg import SERIES, number
 
@@ -22,7 +21,7 @@ ITEMS, FEWER_ITEMS, MANY_CLIENTS = 4, 2, 12
 
 @dataclass(frozen=True)
 class RunPage:
-    """A run, ready for the page."""
+    """A run with the figures of its part of the page."""
 
     run: RunRecord
     clients: Sequence[figures.Figure]
@@ -39,11 +38,11 @@ class RunPage:
 
 
 def write_report(folders: Sequence[Path], file: Path) -> None:
-    """Writes the page of some run folders.
+    """Writes the HTML report of one run or several, which needs no network.
 
     Args:
-        folders: of finished runs, at least one.
-        file: where to.
+        folders: run folders of finished runs, at least one.
+        file: the HTML file.
 
     Raises:
         StorageError: a run has not finished, a file is damaged, or `file` cannot be written.
@@ -52,26 +51,26 @@ def write_report(folders: Sequence[Path], file: Path) -> None:
 
 
 def page(runs: Sequence[RunRecord]) -> str:
-    """The page as HTML."""
-    grouped = comparison.groups(runs)
+    """The HTML report of one run or several."""
+    grouped = result_tables.groups(runs)
     return _template("report.html").render(
         runs=[_run_page(run) for run in runs],
-        headlines=[(group, comparison.headline_table(group)) for group in grouped],
-        side_by_side=comparison.side_by_side(grouped) if len(runs) > 1 else None,
-        differences=comparison.differences(runs),
+        headlines=[(group, result_tables.headline_table([run.results for run in group])) for group in grouped],
+        side_by_side=result_tables.side_by_side(grouped) if len(runs) > 1 else None,
+        differences=result_tables.differences(runs),
         items=ITEMS if max(len(run.clients) for run in runs) <= MANY_CLIENTS else FEWER_ITEMS,
         series=SERIES,
     )
 
 
 def write_study(title: str, lead: str, shown: Sequence[figures.Figure], file: Path) -> None:
-    """Writes the page of a study.
+    """Writes the HTML page of a study.
 
     Args:
-        title: what was asked.
+        title: the question that the study asks.
         lead: how it was measured.
         shown: its figures.
-        file: where to.
+        file: the HTML file.
     """
     page = _template("study.html").render(title=title, lead=lead, figures=shown, series=SERIES)
     write_atomically(file, page.encode())

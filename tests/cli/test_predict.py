@@ -11,10 +11,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from tap_flower.personal.personal_model import PersonalModel
-from tests.personal.test_model import rows
-from tests.test_cli import command
+from tests.personal.conftest import run
+from tests.personal.test_personal_model import rows
 
-__all__ = ["command"]
+__all__ = ["run"]
 
 
 def test_predict_prints_a_line_for_each_input(command: Any, run: Path) -> None:

@@ -10,7 +10,7 @@ from tap_flower.core.components import Pair
 from tap_flower.core.replacement import Decision
 from tap_flower.errors import StorageError
 from tap_flower.report.client_records import DECISIONS, read_decisions, record_decisions
-from tap_flower.report.html import page, write_report
+from tap_flower.report.html_report import page, write_report
 from tap_flower.report.run_record import read_run
 from tap_flower.report.svg import Scale, number, ticks
 

@@ -13,9 +13,10 @@ import pytest
 from rich.console import Console
 
 from tap_flower.files import write_json
+from tap_flower.report.terminal_tables import terminal
 from tap_flower.study.comparison import OVERALL, Comparison, compare
 from tap_flower.study.plan import PlannedRun, Sweep
-from tap_flower.study.tables import latex, markdown, parts, terminal, to_csv
+from tap_flower.study.sweep_tables import comparison_tables, latex, markdown, to_csv
 
 VALUES = {"tap": (0.8, 0.4), "fedavg": (0.6, 0.5), "local": (0.7, 0.4)}
 """Method -> accuracy, squared error with seed 1; a hundredth more with each further seed."""
@@ -62,18 +63,18 @@ def test_means_ranks_and_differences(found: Comparison) -> None:
 
 def test_nothing_has_finished(tmp_path: Path) -> None:
     none = compare(Sweep((PlannedRun("tap", 1, "demo", "", (), tmp_path / "tap"),), {"tap": "tap"}, "tap"))
-    assert parts(none) == []
+    assert comparison_tables(none) == []
     assert to_csv(none).splitlines() == ["what,name,unit,method,mean,half_interval_95,seeds"]
 
 
 def test_terminal_and_markdown(found: Comparison) -> None:
     console = Console(width=160, record=True, file=io.StringIO())
-    for part in parts(found):
+    for part in comparison_tables(found):
         console.print(terminal(part))
     text = console.export_text()
     assert "0.805 ± 0.064" in text
     assert "-0.200 ± 0.000*" in text
-    lines = markdown(parts(found)).splitlines()
+    lines = markdown(comparison_tables(found)).splitlines()
     assert "| digits_1 | accuracy ↑ | **0.805 ± 0.064** | 0.605 ± 0.064 | 0.700 |" in lines
     assert "| mean rank | ↓ | **1.25** | 3.00 | 1.75 |" in lines
     tables = [line for line in lines if line.startswith("|")]
@@ -89,7 +90,7 @@ def test_csv_has_all_digits(found: Comparison) -> None:
 
 
 def test_latex_escapes_and_compiles(found: Comparison, tmp_path: Path) -> None:
-    text = latex(parts(found))
+    text = latex(comparison_tables(found))
     assert r"digits\_1 & accuracy $\uparrow$ & \textbf{0.805 $\pm$ 0.064} & 0.605 $\pm$ 0.064 & 0.700 \\" in text
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 3
     if (pdflatex := shutil.which("pdflatex")) is None:

@@ -1,0 +1,50 @@
+"""The command `tap-flower`; each module holds a group of its commands."""
+
+from __future__ import annotations
+
+import os
+
+import typer
+from rich.console import Console
+
+from tap_flower.cli import check, predict, simulate, sweep
+from tap_flower.errors import SpecError, StorageError, TapFlowerError
+
+EXPECTED = (TapFlowerError, SpecError, StorageError)
+"""Errors that are told in one line, without a traceback."""
+
+app = typer.Typer(
+    help="TAP: two-stage adaptive personalization for multi-task, multi-modal federated learning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# In the order in which somebody uses them: `tap-flower --help` keeps it.
+for panel, commands in {
+    "Simulate": {
+        "presets": simulate.presets_command,
+        "simulate": simulate.simulate_command,
+        "report": simulate.report_command,
+    },
+    "Compare": {"sweep": sweep.sweep_command},
+    "Deploy": {"check": check.check_command, "node": check.node_command},
+    "Use the models": {
+        "predict": predict.predict_command,
+        "export": predict.export_command,
+        "demo": predict.demo_command,
+    },
+}.items():
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=panel)(command)
+app.add_typer(sweep.study_app, name="study", rich_help_panel="Compare")
+
+
+def main() -> None:
+    """Runs the command: an expected error is told in one line on standard error, and the exit code is 1."""
+    for library in ("HUB", "DATASETS"):
+        os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except EXPECTED as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from error

@@ -1,0 +1,105 @@
+"""The commands for a client's own machine: `check`, `node`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from tap_flower.cli.common import ConfigFile, DataRoot, Preset, Settings, say
+from tap_flower.client.text_metrics import missing
+from tap_flower.config import Model, load_config, read_yaml
+from tap_flower.run.supernode import NodeLaunch
+from tap_flower.run.supernode import start as start_node
+
+
+def check_command(
+    spec: Annotated[Path, typer.Argument(help="The client spec, as a node is given it.")],
+    preset: Preset = "demo",
+    config: ConfigFile = "",
+    set_: Settings = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Check a client spec for a run: read all its data, and list every problem."""
+    # Imported here: they bring transformers and datasets, which the other commands do without.
+    from tap_flower.client.client_model import exchanged
+    from tap_flower.data.check import Problem, check_data, check_spec
+    from tap_flower.errors import BackboneError
+    from tap_flower.models.load import locate
+    from tap_flower.report.terminal_tables import data_table, example_table, exchange_line
+
+    console, run = Console(), load_config(preset, config, tuple(set_ or ()))
+    root, length = run.data.root if data_root is None else str(data_root.resolve()), run.model.text_length
+    client, problems = check_spec(read_yaml(spec, "client spec"))
+    if client is not None:
+        with console.status("reading the data"):
+            backbone = locate(client.backbone)
+            summaries, found = check_data(client, backbone, length, run.seed, root, run.needs_validation)
+        problems += found
+        console.print(data_table(summaries, length))
+        console.print(example_table(summaries))
+        try:
+            say(console, exchange_line(exchanged(client, run.model)))
+        except BackboneError as error:
+            problems.append(Problem(str(error)))
+    _exit_with(console, problems)
+    console.print("no problems found")
+
+
+def node_command(
+    spec: Annotated[Path, typer.Argument(help="The client spec.")],
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Address of the server's SuperLink.")],
+    state_dir: Annotated[Path, typer.Option(help="Folder for the client's models; they never leave it.")],
+    root_certificates: Annotated[
+        Path | None,
+        typer.Option(
+            help="PEM file of the SuperLink's certificate authority.", show_default="the system's authorities"
+        ),
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="Private key of this node, where the SuperLink asks for one.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Connect without TLS, to try it on one machine.")
+    ] = False,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the node's own processes.", show_default="a free one")
+    ] = None,
+    data_root: DataRoot = None,
+    meteor: Annotated[bool, typer.Option("--meteor", help="Compute METEOR of generated texts.")] = False,
+    bertscore: Annotated[str, typer.Option(metavar="MODEL", help="Compute BERTScore of generated texts.")] = "",
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Run models through torch.compile; needs a C++ compiler.")
+    ] = False,
+) -> None:
+    """Check a client spec with all its data, then become a Flower SuperNode for it."""
+    from tap_flower.data.check import check_data, check_spec
+    from tap_flower.models.load import locate
+
+    console = Console()
+    launch = NodeLaunch(
+        spec, superlink, state_dir, root_certificates, key, insecure, port, data_root, meteor, bertscore, compile_
+    )
+    launch.command()  # what is wrong with it is said before all data are read
+    client, problems = check_spec(read_yaml(spec, "client spec"))
+    if client is not None:
+        with console.status("reading the data"):
+            root = "" if data_root is None else str(data_root.resolve())
+            problems += check_data(client, locate(client.backbone), Model().text_length, seed=0, root=root)[1]
+    for problem in missing(meteor=meteor, bertscore=bertscore):
+        say(console, f"[yellow]{escape(problem)}")
+    _exit_with(console, problems)
+    start_node(launch)
+
+
+def _exit_with(console: Console, problems: Sequence[object]) -> None:
+    """Prints the problems of a client spec; ends the command where there are any."""
+    for problem in problems:
+        say(console, f"[bold red]problem:[/] {escape(str(problem))}")
+    if problems:
+        say(console, f"{len(problems)} problem{'s' * (len(problems) > 1)} found")
+        raise typer.Exit(1)

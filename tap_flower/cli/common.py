@@ -1,0 +1,22 @@
+"""Options that several commands have, and how they print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+Preset = Annotated[str, typer.Option(help="Name of a preset; `tap-flower presets` lists them.")]
+ConfigFile = Annotated[str, typer.Option(metavar="FILE", help="YAML file that overrides the preset.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override an option; may be repeated.")
+]
+DataRoot = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Read hub data sets from this mirror.")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Runs at once.", show_default="one per GPU or core")]
+
+
+def say(console: Console, text: str) -> None:
+    """Prints a line that is neither coloured nor broken where it is long."""
+    console.print(text, highlight=False, soft_wrap=True)

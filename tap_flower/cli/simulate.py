@@ -1,0 +1,123 @@
+"""The commands around one simulation: `presets`, `simulate`, `report`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from tap_flower.cli.common import ConfigFile, Preset, Settings, say
+from tap_flower.client.text_metrics import missing
+from tap_flower.config import client_specs, load_config, presets
+from tap_flower.errors import ConfigError
+from tap_flower.files import read_tensors
+from tap_flower.methods.registry import find_method
+from tap_flower.report.html_report import REPORT, write_report
+from tap_flower.report.progress import RunProgress
+from tap_flower.report.result_tables import headline_table
+from tap_flower.report.results import read_results
+from tap_flower.report.terminal_tables import download_table, terminal
+from tap_flower.report.trackers import tracker_names
+from tap_flower.run.resources import CLUSTER, shared, shared_cluster, this_machine
+from tap_flower.run.simulation import Launch, simulate
+from tap_flower.server.privacy import budget_of
+
+
+def presets_command() -> None:
+    """List the presets: clients, backbone, data sets, downloads."""
+    console = Console()
+    for name in presets():
+        config = load_config(name)
+        specs = client_specs(config)
+        tasks = ", ".join(sorted({task.name for spec in specs for task in spec.tasks}))
+        rounds = f"{config.rounds} rounds of {config.clients_per_round}"
+        say(console, f"[bold]{name}[/]: {len(specs)} clients, {rounds}; tasks {tasks}")
+        table, commands = download_table(specs)
+        console.print(table)
+        for command in commands:
+            say(console, f"  {command}")
+        console.print()
+
+
+def simulate_command(
+    preset: Preset = "demo",
+    config: ConfigFile = "",
+    set_: Settings = None,
+    rounds: Annotated[int | None, typer.Option(help="Short for --set rounds=N.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Short for --set seed=S.")] = None,
+    cpus_per_client: Annotated[
+        int | None,
+        typer.Option(min=1, help="Cores of a client.", show_default="share all among the clients of a round"),
+    ] = None,
+    gpus_per_client: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Part of a GPU.", show_default="share all among the clients of a round"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder.", show_default="runs/PRESET-seedS")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")] = False,
+) -> None:
+    """Run a whole federation on this machine."""
+    console = Console()
+    settings = tuple(set_ or ())
+    settings += () if rounds is None else (f"rounds={rounds}",)
+    settings += () if seed is None else (f"seed={seed}",)
+    # What is wrong is said now, not after Flower's start.
+    resolved = load_config(preset, config, settings)
+    find_method(resolved.method)
+    tracker_names(resolved.trackers)
+    budget_of(resolved)
+    specs = client_specs(resolved)
+    if not specs:
+        raise ConfigError(f"preset {preset!r} has no clients: add client specs under `clients`")
+    out = out or _free_folder(Path("runs"), f"{preset}-seed{resolved.seed}", resume)
+    if resume:
+        read_tensors(out / "server" / "server.safetensors")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is not empty: give another folder with `--out`, or go on with `--resume`")
+    # The clients log it too, but their log goes with the run: it is said here, before hours of work.
+    for problem in missing(meteor=resolved.metrics.meteor, bertscore=resolved.metrics.bertscore):
+        say(console, f"[yellow]{escape(problem)}")
+    if os.environ.get(CLUSTER):
+        resources = shared_cluster(cpus_per_client, gpus_per_client)
+    else:
+        resources = shared(this_machine(), len(specs), resolved.clients_per_round, cpus_per_client, gpus_per_client)
+    say(console, f"{len(specs)} clients: {resources}")
+    launch = Launch(preset, config, settings, out, resume, len(specs), resources)
+    with RunProgress(console) as progress:
+        found = simulate(launch, progress.show)
+    console.print(terminal(headline_table([found])))
+    write_report([out], out / REPORT)
+    say(console, f"{found['seconds']['total']:.0f} s; results in {out}, to look at: {out / REPORT}")
+
+
+def _free_folder(parent: Path, name: str, resume: bool) -> Path:
+    """`parent/name`, or with a number behind it where that is taken by another run."""
+    folder, number = parent / name, 1
+    while not resume and folder.exists():
+        number += 1
+        folder = parent / f"{name}-{number}"
+    return folder
+
+
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The HTML file.", show_default="report.html in the run folder, or here for several"
+        ),
+    ] = None,
+) -> None:
+    """Show the results of finished runs: as tables, and as one HTML file with plots that needs no network."""
+    console, found = Console(), [read_results(run) for run in runs]
+    for one in found:
+        console.print(terminal(headline_table([one])))
+    if len(found) > 1:
+        console.print(terminal(headline_table(found)))
+    file = out or (runs[0] if len(runs) == 1 else Path()) / REPORT
+    write_report(runs, file)
+    say(console, f"to look at: {file}")

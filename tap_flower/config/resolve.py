@@ -1,0 +1,251 @@
+"""Resolves configurations: defaults < preset < file < `key=value` settings, checked against the options and their bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from enum import Enum
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tap_flower.config.options import Config, HyperParameters, ReplacementEvidence, ReplacementSource, options
+from tap_flower.data.presets import expand
+from tap_flower.data.spec import ClientSpec, client_spec
+from tap_flower.errors import ConfigError, SpecError
+from tap_flower.plain import DEEPEST, PlainError, parse_yaml, shown
+
+Layer = tuple[str, Mapping[str, Any]]
+"""(where values come from, for errors; nested keys and values)."""
+
+
+def presets() -> dict[str, Path]:
+    """Name -> YAML file of every preset."""
+    folder = Path(str(files("tap_flower") / "presets"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_config(preset: str = "demo", config: str = "", settings: Sequence[str] = ()) -> Config:
+    """Resolves the configuration of a run.
+
+    Args:
+        preset: name of a preset.
+        config: path of a YAML file that overrides the preset, or nothing.
+        settings: `key=value` strings that override both, such as `train.steps=5`.
+
+    Raises:
+        ConfigError: a preset, file, key or value is wrong, or two values do not go together.
+    """
+    known = presets()
+    if preset not in known:
+        raise ConfigError(f"unknown preset {preset!r}{_near(preset, known)}: use one of {', '.join(known)}")
+    layers: list[Layer] = [(f"preset {preset!r}", read_yaml(known[preset]))]
+    if config:
+        layers.append((f"file {config!r}", read_yaml(Path(config))))
+    layers += [_setting(setting) for setting in settings]
+    resolved = cast(Config, _merged(Config, [*layers, ("preset name", {"preset": preset})]))
+    if resolved.data.root and not Path(resolved.data.root).is_absolute():
+        raise ConfigError(f"data.root = {resolved.data.root!r} is relative: give an absolute path in a setting")
+    _check_replacement(resolved)
+    _check_privacy(resolved)
+    try:
+        resolved.clients = resolved.clients or list(expand(resolved.patterns, resolved.groups, resolved.datasets))
+    except SpecError as error:
+        raise ConfigError(str(error)) from error
+    return resolved
+
+
+def _setting(setting: str) -> Layer:
+    key, separator, text = setting.partition("=")
+    if not separator:
+        raise ConfigError(f"setting {setting!r} has no '=': write key=value, such as train.steps=5")
+    if key.count(".") > DEEPEST:
+        raise ConfigError(f"setting {shown(setting)} has a key of more than {DEEPEST} parts: shorten it")
+    try:
+        value = parse_yaml(text)
+    except PlainError as error:
+        raise ConfigError(f"setting {shown(setting)}: {error}") from error
+    for name in reversed(key.strip().split(".")):
+        value = {name: value}
+    return f"setting {setting!r}", value
+
+
+def _check_replacement(settings: HyperParameters) -> None:
+    """Refuses to compare losses of weights that were trained with losses of weights that were not."""
+    chosen = settings.replacement
+    if chosen.source is ReplacementSource.received and chosen.evidence is ReplacementEvidence.training:
+        raise ConfigError(
+            "replacement.source = received and replacement.evidence = training: the received weights are not those that the "
+            "training losses are of; set replacement.evidence=validation, or replacement.source=trained"
+        )
+
+
+def _check_privacy(config: Config) -> None:
+    """Refuses what does not go together with differential privacy."""
+    if config.privacy.epsilon is None:
+        return
+    if config.stopping.patience:
+        raise ConfigError(
+            f"privacy.epsilon = {config.privacy.epsilon:g} and stopping.patience = {config.stopping.patience}: which round "
+            f"is best is told to all clients, comes from validation scores, and is not covered by ε; set stopping.patience=0"
+        )
+    if config.aggregation.clip_norm is not None:
+        raise ConfigError(
+            f"privacy.epsilon = {config.privacy.epsilon:g} and aggregation.clip_norm = {config.aggregation.clip_norm:g}: a "
+            f"private run clips to privacy.clip_norm = {config.privacy.clip_norm:g}; leave aggregation.clip_norm null"
+        )
+
+
+def sent_hyper_parameters(config: Config) -> dict[str, Any]:
+    """The part of a configuration that the server sends to clients, as nested plain values."""
+    sent: dict[str, Any] = {f.name: _plain(getattr(config, f.name)) for f in fields(HyperParameters)}
+    del sent["compute"]["compile"]  # a server must not start a compiler on a node
+    return sent
+
+
+def hyper_parameters(values: Mapping[str, Any]) -> HyperParameters:
+    """Checks the hyper-parameters that a server sent.
+
+    Args:
+        values: nested plain values, as `sent_hyper_parameters` gives them; what is missing has its default.
+
+    Raises:
+        ConfigError: a key is unknown, a value is out of bounds or an interpolation, or two values do not go together.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"the server: the hyper-parameters are {shown(values)}, not keys and values")
+    if "${" in str(values):  # OmegaConf would read this node's environment for it
+        raise ConfigError("the server: interpolations (${...}) are not accepted in hyper-parameters")
+    found = cast(HyperParameters, _merged(HyperParameters, [("the server", values)]))
+    _check_replacement(found)
+    return found
+
+
+def client_specs(config: Config) -> list[ClientSpec]:
+    """Reads the client specs of a simulation from its configuration.
+
+    Raises:
+        ConfigError: a spec is wrong, or two clients share a name.
+    """
+    own = {"backbone": config.backbone, "revision": config.backbone_revision}
+    try:
+        specs = [
+            client_spec({**values, **own} if isinstance(values, Mapping) and "backbone" not in values else values)
+            for values in config.clients
+        ]
+    except SpecError as error:
+        raise ConfigError(str(error)) from error
+    names = [spec.name for spec in specs]
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"two clients are named {double[0]!r}: give every client its own name")
+    return specs
+
+
+def plain(config: HyperParameters) -> dict[str, Any]:
+    """A configuration as nested dictionaries of plain values, enums by name."""
+    return cast(dict[str, Any], _plain(config))
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return value.name if isinstance(value, Enum) else value
+
+
+def to_yaml(config: Config) -> str:
+    """A configuration as YAML that `load_config` reads."""
+    return str(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+
+
+def _merged(schema: type[Any], layers: Sequence[Layer]) -> Any:
+    """An instance of `schema` with the values of the layers, the last of which counts."""
+    known = {key: metadata for key, _, metadata in options(schema)}
+    merged = OmegaConf.structured(schema)
+    for where, values in layers:
+        keys = list(_leaves(values, known))
+        for key in keys:
+            if key not in known:
+                raise ConfigError(f"{where}: unknown key {key!r}{_near(key, known)}")
+        with _told(where):
+            merged.merge_with(values)
+        _check_bounds(where, merged, {key: known[key] for key in keys})
+    _check_bounds("the configuration", merged, known)  # an interpolation may have changed with what it refers to
+    with _told("the configuration"):
+        return OmegaConf.to_object(merged)
+
+
+def _check_bounds(where: str, merged: Any, known: Mapping[str, Mapping[str, Any]]) -> None:
+    for key, metadata in known.items():
+        with _told(where):
+            value = OmegaConf.select(merged, key)
+        low, high = metadata["low"], metadata["high"]
+        if value is None:
+            if not metadata.get("optional"):
+                raise ConfigError(f"{where}: {key} has no value: give one")
+        elif low is not None and not low <= value <= high:
+            raise ConfigError(f"{where}: {key} = {value} is out of bounds: choose between {low:g} and {high:g}")
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Makes a ConfigError of what OmegaConf raises, and of what it lets through."""
+    try:
+        yield
+    except (OmegaConfBaseException, ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError(f"{where}: {key}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+
+
+def _leaves(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys of nested values with dots, down to the options in `known`, whose own values may be mappings."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and key not in known and any(k.startswith(f"{key}.") for k in known):
+            yield from _leaves(value, known, f"{key}.")
+        else:
+            yield key
+
+
+def read_yaml(path: Path, what: str = "file") -> Mapping[str, Any]:
+    """Reads a YAML file of keys and values; relative paths in it start at its folder.
+
+    Args:
+        path: of the file.
+        what: what kind of file it is, for errors.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no keys.
+    """
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{what} {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{what} {str(path)!r} holds no keys: write `key: value` lines")
+    # `definitions` is a place for YAML anchors; they have been put where they are used by now.
+    return {key: _anchored(key, value, path.resolve().parent) for key, value in values.items() if key != "definitions"}
+
+
+def _anchored(key: str, value: Any, folder: Path) -> Any:
+    """`value` with its relative paths made absolute: what is named `path` or `root`, and backbones that begin with a dot."""
+    if isinstance(value, Mapping):
+        return {name: _anchored(name, inner, folder) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_anchored(key, inner, folder) for inner in value]
+    is_path = key in ("path", "root") or (key == "backbone" and str(value).startswith("."))
+    return str(folder / value) if is_path and isinstance(value, str) and value else value
+
+
+def _near(word: str, known: Mapping[str, Any]) -> str:
+    near = get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""

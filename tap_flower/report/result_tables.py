@@ -1,0 +1,113 @@
+"""Tables of results, for the report and the terminal: tasks and models, over one run or several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+import yaml
+
+from tap_flower.report.results import best, headline, metric_with_arrow, models_in
+from tap_flower.report.run_record import RunRecord
+from tap_flower.report.svg import number
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as plain text.
+
+    Attributes:
+        caption: what it shows.
+        header: names of the columns; the first column names the rows.
+        rows: cells.
+        best: (row, column) of the cells that stand out.
+        note: what else a reader should know.
+    """
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    best: frozenset[tuple[int, int]] = frozenset()
+    note: str = ""
+
+
+def groups(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    """Groups runs that differ in nothing but their seed, in the order in which the first of each was given."""
+    found: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        config = _config(run)
+        key = repr(sorted(config.items())) if config else repr([run.results[k] for k in ("method", "preset", "rounds")])
+        found.setdefault(f"{run.results['method']} {key}", []).append(run)
+    return list(found.values())
+
+
+def differences(runs: Sequence[RunRecord]) -> list[str]:
+    """The keys, besides the seed, in which the configurations of runs differ."""
+    configs = [_config(run) for run in runs]
+    return sorted({key for config in configs for key in config if any(config[key] != c.get(key) for c in configs)})
+
+
+def _config(run: RunRecord) -> dict[str, Any]:
+    config = yaml.safe_load(run.config) if run.config else {}
+    return {key: value for key, value in config.items() if key != "seed"} if isinstance(config, dict) else {}
+
+
+def headline_table(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """Task × model: each task's headline metric, and how often personal components were replaced.
+
+    Args:
+        runs: the results of one run, or of several, whose mean and standard deviation the cells then hold.
+    """
+    kinds: dict[str, str] = {task: kind for run in runs for task, kind in run["kinds"].items()}
+    models = models_in({f"{n} {task}": m for n, run in enumerate(runs) for task, m in run["tasks"].items()})
+    rows, stand_out = [], set()
+    for place, task in enumerate(sorted({task for run in runs for task in run["tasks"]})):
+        found = [_values(runs, task, model, kinds[task]) for model in models]
+        means = [fmean(values) if values else None for values in found]
+        winner = best(kinds[task], means)
+        stand_out |= {(place, 2 + n) for n, mean in enumerate(means) if mean is not None and mean == winner}
+        replaced = fmean(sum(counts.get(task, 0) for counts in run["replacements"].values()) for run in runs)
+        rows.append([task, metric_with_arrow(kinds[task]), *map(spread, found), f"{replaced:g}"])
+    first, seeds = runs[0], ", ".join(str(run["seed"]) for run in runs)
+    if len(runs) > 1:
+        caption, note = f"mean of {len(runs)} runs, seeds {seeds}", "mean ± standard deviation over runs"
+    else:
+        caption = f"{first['method']} on {first['preset']}, {first['rounds']} rounds, seed {seeds}"
+        down, up = (first["bytes"][way] / 1e6 for way in ("down", "up"))
+        note = f"{down:.1f} MB sent to clients, {up:.1f} MB back"
+    header = ["task", "metric", *models, "replaced"]
+    return Table(caption, header, rows, frozenset(stand_out), f"means over clients, on test data; {note}")
+
+
+def side_by_side(grouped: Sequence[Sequence[RunRecord]]) -> Table:
+    """Task and model × run, and behind the runs that differ in nothing but their seed their mean and spread."""
+    runs = [run.results for group in grouped for run in group]
+    kinds = {task: kind for run in runs for task, kind in run["kinds"].items()}
+    header = ["task", "model", "metric"]
+    for group in grouped:
+        header += [run.title for run in group] + (["mean ± deviation"] if len(group) > 1 else [])
+    rows = []
+    for task, kind in sorted(kinds.items()):
+        for model in models_in({str(n): run["tasks"].get(task, {}) for n, run in enumerate(runs)}):
+            row = [task, model, metric_with_arrow(kind)]
+            for group in grouped:
+                found = [_values([run.results], task, model, kind) for run in group]
+                row += map(spread, found)
+                row += [spread([value for values in found for value in values])] if len(group) > 1 else []
+            rows.append(row)
+    return Table("Every run, means over clients, on test data", header, rows)
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean of some values as text, with their standard deviation (n - 1) where there are several."""
+    if not values:
+        return "–"
+    return number(fmean(values)) + (f" ± {number(stdev(values))}" if len(values) > 1 else "")
+
+
+def _values(runs: Sequence[Mapping[str, Any]], task: str, model: str, kind: str) -> list[float]:
+    """The headline metric of a task and a model in each run that has it."""
+    by_run = (run["tasks"].get(task, {}).get(model, {}).get(headline(kind)[0]) for run in runs)
+    return [value for value in by_run if value is not None]

@@ -1,0 +1,80 @@
+"""`tap-flower report`, and what `results.json` holds."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import finished_run
+
+
+def test_results_are_means_over_clients(tmp_path: Path) -> None:
+    found = finished_run(tmp_path / "run")
+    assert found["tasks"]["read"]["tap"] == {"loss": 2.0, "accuracy": 0.625}
+    assert found["tasks"]["read"]["server"] == {"loss": 2.0, "accuracy": 0.25}
+
+
+def test_report_shows_the_headline_metric_of_each_task(command: Any, tmp_path: Path) -> None:
+    finished_run(tmp_path / "run")
+    code, out, _ = command("report", str(tmp_path / "run"))
+    assert code == 0
+    read = next(line for line in out.splitlines() if "read" in line)
+    assert [cell.strip() for cell in re.split(r"\s{2,}", read.strip())] == ["read", "accuracy ↑", "0.250", "0.625", "3"]
+    paint = next(line for line in out.splitlines() if "paint" in line)
+    assert [cell.strip() for cell in re.split(r"\s{2,}", paint.strip())] == ["paint", "mse ↓", "0.125", "0.500", "0"]
+    assert "3.0 MB sent to clients, 1.0 MB back" in " ".join(out.split())
+    assert "paint" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_report_writes_where_it_is_told(command: Any, tmp_path: Path) -> None:
+    finished_run(tmp_path / "run")
+    code, out, _ = command("report", str(tmp_path / "run"), "-o", "deep/page.html")
+    assert code == 0
+    assert "to look at: deep/page.html" in out
+    assert (tmp_path / "deep" / "page.html").exists()
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_several_runs_are_averaged(command: Any, tmp_path: Path) -> None:
+    for name, accuracy in (("one", 0.25), ("two", 0.75)):
+        finished_run(tmp_path / name)
+        text = (tmp_path / name / "results.json").read_text()
+        changed = json.loads(text)
+        changed["tasks"]["read"]["tap"]["accuracy"] = accuracy
+        (tmp_path / name / "results.json").write_text(json.dumps(changed))
+    code, out, _ = command("report", str(tmp_path / "one"), str(tmp_path / "two"))
+    assert code == 0
+    mean = out.split("mean of 2 runs, seeds 41, 41")[1]
+    read = next(line for line in mean.splitlines() if "read" in line)
+    assert re.split(r"\s{2,}", read.strip()) == ["read", "accuracy ↑", "0.250 ± 0.000", "0.500 ± 0.354", "3"]
+    page = (tmp_path / "report.html").read_text()
+    assert "0.500 ± 0.354" in page  # sqrt((.25² + .25²) / 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "is no run folder"),
+        ({}, "holds no results.json: the run has not finished; go on with"),
+        ({"results.json": "{"}, "results.json is damaged"),
+        ({"results.json": "[]"}, "results.json is damaged: it holds a list"),
+        ({"results.json": '{"schema": 7}'}, "has schema 7, not 1"),
+        ({"results.json": '{"schema": 1}'}, "is damaged: it lacks bytes"),
+    ],
+)
+def test_an_unreadable_run_folder_is_an_error(
+    command: Any, tmp_path: Path, content: dict[str, str] | None, problem: str
+) -> None:
+    run = tmp_path / "run"
+    if content is not None:
+        run.mkdir()
+        for name, text in content.items():
+            (run / name).write_text(text)
+    code, out, err = command("report", str(run))
+    assert code == 1
+    assert problem in err
+    assert "Traceback" not in out + err

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tap_flower.cli import simulate
+from tap_flower.errors import SimulationError
+from tap_flower.run.resources import Machine, Resources
+from tap_flower.run.simulation import Launch
+
+from .conftest import finished_run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--preset", "nope"], "unknown preset 'nope': use one of"),
+        (["--set", "train.stepz=1"], "did you mean 'train.steps'?"),
+        (["--set", "method=tapp"], "unknown method 'tapp' (did you mean 'tap'?)"),
+        (["--set", "trackers=tensorbord"], "trackers has 'tensorbord': use some of tensorboard, mlflow, wandb"),
+        (["--rounds", "0"], "rounds = 0 is out of bounds"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--set", "clients=[]"], "has no clients"),
+        (["--cpus-per-client", "5"], "--cpus-per-client 5: this process may use 4 cores"),
+        (
+            ["--gpus-per-client", "0.5"],
+            "--gpus-per-client 0.5: torch sees no GPU on this machine: leave the option out",
+        ),
+        (["--out", "OUT", "--resume"], "server.safetensors does not exist"),
+        (["--out", "USED"], "is not empty: give another folder with `--out`, or go on with `--resume`"),
+    ],
+)
+def test_bad_input_is_told_before_anything_starts(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], problem: str
+) -> None:
+    monkeypatch.setattr(simulate, "simulate", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(simulate, "this_machine", lambda: Machine(cores=4, gpus=0))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("precious")
+    known = {"OUT": str(tmp_path / "out"), "USED": str(tmp_path / "used")}
+    code, out, err = command("simulate", *(known.get(a, a) for a in arguments))
+    assert code == 1
+    assert problem in err
+    assert "Traceback" not in out + err
+    assert (tmp_path / "used" / "file").read_text() == "precious"
+
+
+def test_an_unknown_option_is_an_error(command: Any) -> None:
+    code, _, err = command("simulate", "--wrong")
+    assert code == 2
+    assert "--wrong" in err
+
+
+def test_a_failed_run_exits_with_an_error(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(launch: Launch, on_event: object) -> None:
+        raise SimulationError(f"{launch.clients} clients failed")
+
+    monkeypatch.setattr(simulate, "simulate", fail)
+    code, _, err = command("simulate", "--out", str(tmp_path / "run"))
+    assert code == 1
+    assert "10 clients failed" in err
+
+
+def test_options_reach_the_run(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    launched: list[Launch] = []
+
+    def fake(launch: Launch, on_event: object) -> dict[str, Any]:
+        launched.append(launch)
+        return finished_run(launch.out)
+
+    monkeypatch.setattr(simulate, "simulate", fake)
+    monkeypatch.setattr(simulate, "this_machine", lambda: Machine(cores=16, gpus=2))
+    (tmp_path / "runs" / "demo-seed7").mkdir(parents=True)
+    code, out, _ = command(
+        "simulate", "--rounds", "4", "--seed", "7", "--set", "train.steps=3", "--gpus-per-client", "0.5"
+    )
+    assert code == 0
+    (launch,) = launched
+    assert launch.settings == ("train.steps=3", "rounds=4", "seed=7")
+    assert (launch.preset, launch.clients) == ("demo", 10)
+    assert launch.resources == Resources(cpus_per_client=4, on_a_gpu=2, gpus=2, at_once=4)
+    assert "10 clients: 4 at once, 4 cores each, 2 on a GPU" in out
+    assert launch.out == Path("runs/demo-seed7-2")  # the first one is taken
+    assert "results in runs/demo-seed7-2, to look at: runs/demo-seed7-2/report.html" in out
+    assert (launch.out / "report.html").exists()
+
+
+def test_a_ray_cluster_is_shared_by_what_the_options_say(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[Launch] = []
+
+    def fake(launch: Launch, on_event: object) -> dict[str, Any]:
+        launched.append(launch)
+        return finished_run(launch.out)
+
+    monkeypatch.setattr(simulate, "simulate", fake)
+    monkeypatch.setattr(simulate, "this_machine", lambda: pytest.fail("the clients run elsewhere"))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    code, out, _ = command("simulate", "--cpus-per-client", "64", "--out", str(tmp_path / "run"))
+    assert code == 0
+    assert launched[0].resources == Resources(cpus_per_client=64)
+    assert "10 clients: as many as fit at once, 64 cores each, no GPU" in out
+
+
+def test_a_metric_that_will_be_missing_is_said_before_the_run(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulate, "simulate", lambda launch, _: finished_run(launch.out))
+    chosen = ("--set", "metrics.bertscore=none/such", "--out", str(tmp_path / "run"))
+    code, out, _ = command("simulate", *chosen)
+    assert code == 0
+    assert re.search(r"^BERTScore is left out: .* To get it: ", out, re.MULTILINE)
+
+
+def test_presets_are_listed(command: Any) -> None:
+    code, out, _ = command("presets")
+    assert code == 0
+    assert "demo" in out
+    assert "translation" in out
+    assert "flava: 30 clients, 200 rounds of 2" in out
+    assert "cais/mmlu" in out
+    assert "100,000" in out
