@@ -79,22 +79,15 @@ def load(name: str, split: str) -> datasets.Dataset:
         raise ValueError(f"unknown demo data set {name!r}: choose one of {', '.join(DATASETS)}")
     if split not in SPLITS:
         raise ValueError(f"demo data set {name!r} has no split {split!r}: choose one of {', '.join(SPLITS)}")
-    text, image = datasets.Value("string"), datasets.Image()
-    columns: dict[str, dict[str, Any]] = {
-        "shapes": {"image": image, "label": datasets.ClassLabel(names=[f"{c} {s}" for c in COLOURS for s in SHAPES])},
-        "questions": {"image": image, "question": text, "answer": text},
-        "digits": {"image": image, "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])},
-        "names": {"text": text, "label": datasets.ClassLabel(names=list(LANGUAGES))},
-        "translation": {"text": text, "target": text},
-    }
-    build = {
-        "shapes": _shapes,
-        "questions": _questions,
-        "digits": _digits,
-        "names": _names,
-        "translation": _translation,
+    text, image, label = datasets.Value("string"), datasets.Image(), datasets.ClassLabel
+    build, columns = {
+        "shapes": (_shapes, {"image": image, "label": label(names=[f"{c} {s}" for c in COLOURS for s in SHAPES])}),
+        "questions": (_questions, {"image": image, "question": text, "answer": text}),
+        "digits": (_digits, {"image": image, "label": label(names=[str(digit) for digit in range(10)])}),
+        "names": (_names, {"text": text, "label": label(names=list(LANGUAGES))}),
+        "translation": (_translation, {"text": text, "target": text}),
     }[name]
-    features = datasets.Features({"item": text, **columns[name]})
+    features = datasets.Features({"item": text, **columns})
     rows = sorted(build(split), key=lambda row: _unit(repr([row[key] for key in features if key != "image"])))
     return datasets.Dataset.from_dict({key: [row[key] for row in rows] for key in features}, features=features)
 

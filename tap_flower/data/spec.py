@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import date
 from difflib import get_close_matches
+from types import NoneType
 from typing import Any
 
 from tap_flower.core.components import Pair
@@ -21,20 +21,15 @@ MODALITIES = ("image", "text")
 SPLITS = ("train", "validation", "test")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 """Names of clients, tasks and domains: a client's is also that of its folder."""
-MOST_CLASSES = 65_536
-_FILE = (("path",), ("path",))
+MOST = 65_536
+"""Largest number of classes, and of examples in a batch."""
 FORMATS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "packaged": (("name", "split"), ("name", "split")),
     "hub": (("name", "split"), ("name", "config", "revision", "split")),
-    "parquet": _FILE,
-    "csv": _FILE,
-    "json": _FILE,
-    "imagefolder": (("path",), ("path", "split")),
-    "disk": (("path",), ("path", "split")),
+    **dict.fromkeys(("parquet", "csv", "json"), (("path",), ("path",))),
+    **dict.fromkeys(("imagefolder", "disk"), (("path",), ("path", "split"))),
 }
 """Format -> (what a source of it must say about where it lies, what it may say)."""
-
-
 _KINDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
     key: (words, types)
     for keys, words, types in (
@@ -153,8 +148,7 @@ class TaskSpec:
 
     def fields(self, source: Source) -> dict[str, Field]:
         """Role -> what it is read from in `source`; a source's own entry comes before the task's."""
-        own = fields_of(source.columns, source.templates)
-        return fields_of(self.columns, self.templates) | own
+        return fields_of(self.columns, self.templates) | fields_of(source.columns, source.templates)
 
 
 @dataclass(frozen=True)
@@ -198,63 +192,51 @@ def read_spec(values: Mapping[str, Any]) -> tuple[ClientSpec | None, list[SpecEr
     Returns:
         The spec with the tasks that are right, None where no task is; and what is wrong with it.
     """
-    where = f"client {_named(values)}"
-    errors: list[SpecError] = []
-    tasks: list[TaskSpec] = []
+    where = f"client {_name(values)}"
+    given: dict[str, Any] = {}
+    errors, tasks = list[SpecError](), list[TaskSpec]()
     try:
-        check_keys(values, ClientSpec, where)
-        check_name(values["name"], where, "name")
-        if not values["tasks"]:
+        given = check_keys(values, ClientSpec, where)
+        check_name(given["name"], where, "name")
+        if not given["tasks"]:
             raise SpecError(f"{where} has no tasks: list at least one under `tasks`")
     except SpecError as error:
         errors.append(error)
-    right = not errors
-    listed = values.get("tasks") if isinstance(values, Mapping) else None
+    right, listed = not errors, values.get("tasks") if isinstance(values, Mapping) else None
     for task in listed if isinstance(listed, list | tuple) else ():
         try:
-            tasks.append(_task(task, f"{where}: task {_named(task)}"))
+            tasks.append(_task(task, f"{where}: task {_name(task)}"))
         except SpecError as error:
             errors.append(error)
-    names = [task.name for task in tasks]
-    if double := sorted({name for name in names if names.count(name) > 1}):
+    if double := [name for name, count in Counter(task.name for task in tasks).items() if count > 1]:
         errors.append(SpecError(f"{where} names the task {double[0]!r} twice: give each task of a client its own name"))
     if not right or double or not tasks:
         return None, errors
-    return ClientSpec(values["name"], values["backbone"], tuple(tasks), _text(values.get("revision"))), errors
-
-
-def _named(values: Any) -> str:
-    return shown(values.get("name", "?")) if isinstance(values, Mapping) else "'?'"
+    return ClientSpec(**{**given, "tasks": tuple(tasks)}), errors
 
 
 def _task(values: Mapping[str, Any], where: str) -> TaskSpec:
-    check_keys(values, TaskSpec, where)
+    given = check_keys(values, TaskSpec, where)
     for key in ("name", "domain"):
-        check_name(values[key], where, key)
-    kind, modalities = values["kind"], tuple(values["modalities"])
-    check_kind(kind, modalities, where)
-    margin = values.get("margin")
-    if margin is not None and not 0 <= margin < 1e300:
-        raise SpecError(f"{where} has margin {margin}: use a number of at least 0")
-    batch_size = values.get("batch_size")
-    if batch_size is not None and not 1 <= batch_size <= 65_536:
-        raise SpecError(f"{where} has batch_size {batch_size!r}: use a whole number from 1 to 65536")
-    classes = class_names(values.get("classes"), kind, where)
-    labels = tuple(values.get("labels") or ())
+        check_name(given[key], where, key)
+    check_kind(given["kind"], given["modalities"], where)
+    if not 0 <= given.get("margin", 0) < 1e300:
+        raise SpecError(f"{where} has margin {given['margin']}: use a number of at least 0")
+    if not 1 <= given.get("batch_size", 1) <= MOST:
+        raise SpecError(f"{where} has batch_size {given['batch_size']!r}: use a whole number from 1 to {MOST}")
+    classes = class_names(given.get("classes"), given["kind"], where)
+    labels = tuple(given.get("labels", ()))
     _check_scalars(labels, f"{where} has label")
     if labels and len(labels) != len(classes):
         raise SpecError(f"{where} has {len(labels)} labels for {len(classes)} classes: list one label for each class")
-    read: dict[str, Any] = {
-        "modalities": modalities,
-        "classes": classes,
-        "labels": labels,
-        "margin": None if margin is None else float(margin),
-        **{key: dict(values.get(key) or {}) for key in ("columns", "templates")},
-        **{split: _sources(values.get(split) or [], f"{where}: {split}") for split in SPLITS},
-    }
-    task = TaskSpec(**{**values, **read})
+    given |= {"modalities": tuple(given["modalities"]), "classes": classes, "labels": labels}
+    for split in SPLITS:
+        sources = given.get(split, ())
+        sources = [sources] if isinstance(sources, Mapping) else sources
+        given[split] = tuple(_source(source, f"{where}: {split}") for source in sources)
+    task = TaskSpec(**given)
     check_columns(task.columns, task.templates, where)
-    for source in itertools.chain(*task.splits.values()):
+    for source in (*task.train, *task.validation, *task.test):
         check_columns(source.columns, source.templates, where)
         check_fields(task.fields(source), task.roles, where)
     return task
@@ -281,43 +263,40 @@ def class_names(value: Any, kind: str, where: str) -> tuple[str, ...]:
         SpecError: there are too few or too many, or one is named twice; `where` begins the message.
     """
     count = value if isinstance(value, int) else len(value or ())
-    if count > MOST_CLASSES:
-        raise SpecError(f"{where} has {count} classes: use at most {MOST_CLASSES}")
+    if count > MOST:
+        raise SpecError(f"{where} has {count} classes: use at most {MOST}")
     names = range(value) if isinstance(value, int) else value or ()
     _check_scalars(names, f"{where} has class")
     classes = tuple(str(name) for name in names)
-    if len(set(classes)) < len(classes):
-        ((double, _),) = Counter(classes).most_common(1)
-        raise SpecError(f"{where} names the class {shown(double)} twice: give each class its own name")
+    if double := [name for name, count in Counter(classes).items() if count > 1]:
+        raise SpecError(f"{where} names the class {shown(double[0])} twice: give each class its own name")
     if kind.endswith("_classification") and len(classes) < 2:
         raise SpecError(f"{where} has {len(classes)} classes: list the names of at least two under `classes`")
     return classes
 
 
-def _sources(values: Any, where: str) -> tuple[Source, ...]:
-    return tuple(_source(value, where) for value in ([values] if isinstance(values, Mapping) else values))
-
-
 def _source(values: Mapping[str, Any], where: str) -> Source:
-    check_keys(values, Source, where)
-    form = values["format"]
+    given = check_keys(values, Source, where)
+    form = given["format"]
     if form not in FORMATS:
         raise SpecError(f"{where} has format {form!r}: use one of {', '.join(FORMATS)}")
     needed, allowed = FORMATS[form]
-    if missing := [key for key in needed if not values.get(key)]:
+    if missing := [key for key in needed if not given.get(key)]:
         raise SpecError(f"{where} lacks {', '.join(missing)}, which format {form!r} needs")
-    if extra := [k for k in ("name", "path", "config", "revision", "split") if values.get(k) and k not in allowed]:
-        raise SpecError(
-            f"{where} has {extra[0]} = {values[extra[0]]!r}: format {form!r} takes {', '.join(allowed)} only"
-        )
-    if values.get("rows") is not None and not _is_range(values["rows"]):
-        raise SpecError(f"{where} has rows {shown(values['rows'])}: give the first row and the row after the last")
-    if values.get("domain") is not None:
-        check_name(values["domain"], where, "domain")
-    given = {key: value for key, value in values.items() if value is not None}
+    if extra := [k for k in ("name", "path", "config", "revision", "split") if given.get(k) and k not in allowed]:
+        value = f"{extra[0]} = {given[extra[0]]!r}"
+        raise SpecError(f"{where} has {value}: format {form!r} takes {', '.join(allowed)} only")
     if "rows" in given:
+        if not _is_range(given["rows"]):
+            raise SpecError(f"{where} has rows {shown(given['rows'])}: give the first row and the row after the last")
         given["rows"] = tuple(given["rows"])
-    return Source(**{**given, "revision": _text(given.get("revision"))})
+    if "domain" in given:
+        check_name(given["domain"], where, "domain")
+    return Source(**given)
+
+
+def _name(values: Any) -> str:
+    return shown(values.get("name", "?") if isinstance(values, Mapping) else "?")
 
 
 def _check_scalars(values: Iterable[Any], where: str) -> None:
@@ -328,42 +307,37 @@ def _check_scalars(values: Iterable[Any], where: str) -> None:
 
 def _is_range(rows: Any) -> bool:
     """Whether it is [a row, a later row or null]."""
-    if not isinstance(rows, list | tuple) or len(rows) != 2 or type(rows[0]) is not int:
-        return False
-    first, last = rows
-    return first >= 0 and (last is None or (type(last) is int and first < last))
+    types = [type(row) for row in rows] if isinstance(rows, list | tuple) else []
+    return types in ([int, int], [int, NoneType]) and rows[0] >= 0 and (rows[1] is None or rows[0] < rows[1])
 
 
-def _text(value: Any) -> str | None:
-    """A revision: YAML reads one of digits alone as a number."""
-    return None if value is None else str(value)
+def check_keys(values: Mapping[str, Any], schema: type, where: str) -> dict[str, Any]:
+    """Checks that `values` has no key that the dataclass `schema` lacks, all that it needs, and values of the right types.
 
-
-def check_keys(values: Mapping[str, Any], schema: type, where: str) -> None:
-    """Checks that `values` has no key that the dataclass `schema` lacks, and all that it needs.
+    Returns:
+        The values that are not null; a revision as a text, since YAML reads one of digits alone as a number.
 
     Raises:
-        SpecError: a key is unknown or missing; `where` begins the message.
+        SpecError: a key is unknown or missing, or a value is wrong; `where` begins the message.
     """
     if not isinstance(values, Mapping):
         raise SpecError(f"{where} is {shown(values)}: write `key: value` lines")
-    known = {f.name: f for f in fields(schema)}
-    for key in values:
-        if key not in known:
-            near = get_close_matches(str(key)[:64], known, n=1)
-            raise SpecError(
-                f"{where} has the unknown key {shown(key)}" + (f": did you mean {near[0]!r}?" if near else "")
-            )
-    required = [name for name, f in known.items() if f.default is f.default_factory]  # both MISSING
+    known = [f.name for f in fields(schema)]
+    if unknown := [key for key in values if key not in known]:
+        near = get_close_matches(str(unknown[0])[:64], known, n=1)
+        hint = f": did you mean {near[0]!r}?" if near else ""
+        raise SpecError(f"{where} has the unknown key {shown(unknown[0])}{hint}")
+    required = [f.name for f in fields(schema) if f.default is f.default_factory]  # both are MISSING
     if missing := [name for name in required if values.get(name) is None]:
         raise SpecError(f"{where} lacks {', '.join(missing)}")
-    for key, value in values.items():
+    given = {key: value for key, value in values.items() if value is not None}
+    for key, value in given.items():
         words, types = _KINDS[key]
-        fits = value is None or isinstance(value, types)
-        if not fits or (isinstance(value, bool) and bool not in types):
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise SpecError(f"{where} has {key} {shown(value)}: give {words}")
         if isinstance(value, str) and "\0" in value:
             raise SpecError(f"{where} has {key} {shown(value)}: leave the zero byte out")
+    return {key: str(value) if key == "revision" else value for key, value in given.items()}
 
 
 def check_name(value: str, where: str, key: str) -> None:
