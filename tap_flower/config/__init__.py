@@ -1,46 +1,21 @@
 """The configuration of a run: its options, and how presets, files and settings are resolved to them."""
 
-from tap_flower.config.options import (
-    Config,
-    Encoding,
-    HyperParameters,
-    Metrics,
-    Model,
-    ReplacementEvidence,
-    ReplacementSource,
-    StageTwo,
-    options,
-)
-from tap_flower.config.resolve import (
-    client_specs,
-    hyper_parameters,
-    load_config,
-    plain,
-    presets,
-    read_yaml,
-    sent_hyper_parameters,
-    to_yaml,
-)
-from tap_flower.config.run_config import simulated_clients, simulated_run
-
-__all__ = [
-    "Config",
-    "Encoding",
-    "HyperParameters",
-    "Metrics",
-    "Model",
-    "ReplacementEvidence",
-    "ReplacementSource",
-    "StageTwo",
-    "client_specs",
-    "hyper_parameters",
-    "load_config",
-    "options",
-    "plain",
-    "presets",
-    "read_yaml",
-    "sent_hyper_parameters",
-    "simulated_clients",
-    "simulated_run",
-    "to_yaml",
-]
+from tap_flower.config.options import Config as Config
+from tap_flower.config.options import Encoding as Encoding
+from tap_flower.config.options import HyperParameters as HyperParameters
+from tap_flower.config.options import Metrics as Metrics
+from tap_flower.config.options import Model as Model
+from tap_flower.config.options import ReplacementEvidence as ReplacementEvidence
+from tap_flower.config.options import ReplacementSource as ReplacementSource
+from tap_flower.config.options import StageTwo as StageTwo
+from tap_flower.config.options import options as options
+from tap_flower.config.resolve import client_specs as client_specs
+from tap_flower.config.resolve import hyper_parameters as hyper_parameters
+from tap_flower.config.resolve import load_config as load_config
+from tap_flower.config.resolve import plain as plain
+from tap_flower.config.resolve import presets as presets
+from tap_flower.config.resolve import read_yaml as read_yaml
+from tap_flower.config.resolve import sent_hyper_parameters as sent_hyper_parameters
+from tap_flower.config.resolve import to_yaml as to_yaml
+from tap_flower.config.run_config import simulated_clients as simulated_clients
+from tap_flower.config.run_config import simulated_run as simulated_run

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from tap_flower.report.svg import SERIES, Scale, box, cell, dot, drawing, group, lane, line, number, text, ticks
+from tap_flower.report.svg import SERIES, Scale, box, cell, dot, drawing, group, line, number, text, ticks
 
 _WIDTH = 340
 """Width of a chart in pixels: that of a phone, so that its letters are not scaled down there."""
@@ -242,7 +242,7 @@ def round_map(lanes: Sequence[Lane], rounds: int, label: str) -> tuple[Markup, M
                 marks.append(cell(x + 0.5, y + 2, f"{at_round}: replaced", "replaced"))
             else:
                 marks.append(cell(x + width / 2 - 2, y + row / 2 - 2, f"{at_round}: kept its own", "kept"))
-        parts.append(lane("".join(marks), f"{each.name}, round "))
+        parts.append(group(None, "".join(marks), f"{each.name}, round "))
     opening = f'<svg class="names" aria-hidden="true" width="166" height="{height}" viewBox="0 0 166 {height}">'
     parts = [f'<g style="--width:{width - 1}px">', *parts, "</g>"]
     return Markup(f"{opening}{''.join(names)}</svg>"), drawing(across, height, label, parts, "wide")

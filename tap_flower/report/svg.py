@@ -83,24 +83,17 @@ def box(x: float, y: float, width: float, height: float, tip: str, kind: str, st
     )
 
 
-def group(series: int, content: str, tips: str = "") -> str:
-    """The marks of one series: its colour, its dashes, what switches it off, and how its tips begin."""
-    kind = f"series s{series % SERIES} d{series // SERIES % 3}"
-    return f'<g class="{kind}" data-series="{series}"{_beginning(tips)}>{content}</g>'
-
-
-def lane(content: str, tips: str) -> str:
-    """The marks of one row, and how their tips begin: a page has thousands of them."""
-    return f"<g{_beginning(tips)}>{content}</g>"
+def group(series: int | None, content: str, tips: str = "") -> str:
+    """Marks whose tips begin alike: of a series, which has a colour, dashes and can be switched off, or of a row (None)."""
+    beginning = f' data-of="{escape(tips)}"' if tips else ""
+    if series is not None:
+        beginning += f' class="series s{series % SERIES} d{series // SERIES % 3}" data-series="{series}"'
+    return f"<g{beginning}>{content}</g>"
 
 
 def cell(x: float, y: float, tip: str, kind: str) -> str:
     """A rectangle with a tip, whose size is in the style sheet."""
     return f'<rect class="m {kind}" x="{x:g}" y="{y:g}">{_tip(tip)}</rect>'
-
-
-def _beginning(tips: str) -> str:
-    return f' data-of="{escape(tips)}"' if tips else ""
 
 
 def _tip(words: str) -> str:

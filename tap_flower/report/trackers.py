@@ -33,6 +33,11 @@ class Tracked:
     identity: str
     after_round: int | None = None
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Key with dots -> value of every option that is no list: clients and their data are not parameters."""
+        return dict(_flat(plain(self.config)))
+
 
 class Tracker(Protocol):
     """An experiment tracker: shows a run while it goes on."""
@@ -55,7 +60,7 @@ class TensorBoard:
         void = None if run.after_round is None else run.after_round + 1
         self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=void)
         if run.after_round is None:
-            config = "\n".join(f"    {key}: {value}" for key, value in _flat(plain(run.config)))
+            config = "\n".join(f"    {key}: {value}" for key, value in run.parameters.items())
             self._writer.add_text("config", config)
 
     def log(self, step: int, scalars: Scalars) -> None:
@@ -89,7 +94,7 @@ class MLflow:
             return
         tags = {self._IDENTITY: run.identity}
         self._run = self._client.create_run(number, run_name=run.folder.name, tags=tags).info.run_id
-        for key, value in _flat(plain(run.config)):
+        for key, value in run.parameters.items():
             self._client.log_param(self._run, key, value)
 
     def log(self, step: int, scalars: Scalars) -> None:
@@ -114,7 +119,7 @@ class WeightsAndBiases:
             id=run.identity,
             resume="allow",
             dir=str(run.folder),
-            config=dict(_flat(plain(run.config))),
+            config=run.parameters,
         )
 
     def log(self, step: int, scalars: Scalars) -> None:
@@ -196,7 +201,6 @@ def scalars(event: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key with dots, value) of what is no list: clients and their data are not parameters."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
