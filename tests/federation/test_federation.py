@@ -21,7 +21,6 @@ import yaml
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from safetensors.torch import load_file
-from tap_flower.report.check_tables import exchange_line
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,6 +33,7 @@ from tap_flower.files import read_tensors
 from tap_flower.methods import tap
 from tap_flower.methods.registry import METHODS
 from tap_flower.report.events import read_events
+from tap_flower.report.terminal_tables import exchange_line
 from tap_flower.run.in_process import Tamper
 from tap_flower.server import grid as exchange
 from tap_flower.server.roster import Roster

@@ -12,7 +12,6 @@ from flwr.app import Array
 from torch import Tensor
 
 from tap_flower.config import Encoding
-from tap_flower.wire import messages
 from tap_flower.wire import tensors as encodings
 
 from .soak import SHAPES, soak
@@ -23,12 +22,14 @@ ROOT = Path(__file__).parents[2]
 def test_the_server_keeps_no_update_of_a_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[ReferenceType[Tensor]] = []
 
+    from_array = encodings.from_array
+
     def watched(array: Array, encoding: Encoding) -> Tensor:
-        tensor = encodings.from_array(array, encoding)
+        tensor = from_array(array, encoding)
         received.append(ref(tensor))
         return tensor
 
-    monkeypatch.setattr(messages, "from_array", watched)
+    monkeypatch.setattr(encodings, "from_array", watched)
     dropped, alive = soak(tmp_path / "run", 5, 4, lambda: sum(tensor() is not None for tensor in received))
     assert dropped == 0
     assert len(received) == 4 * 5 * len(SHAPES)

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from tap_flower.errors import PersonalError, StorageError
-from tap_flower.models import backbones
+from tap_flower.models import load
 from tap_flower.models.load import demo_folder
 from tap_flower.personal.export import export, load_export
 from tests.personal.test_personal_model import rows
@@ -35,7 +35,7 @@ def test_an_export_answers_as_the_model_does(
     inputs = {name: [row[column] for row in rows(data)] for name, column in INPUTS[task].items()}
     expected = export(run / "clients" / client, tmp_path / "out", task, run=run).predict(task, **inputs)
 
-    monkeypatch.setattr(backbones, "load_backbone", None)  # the checkpoint is not asked for
+    monkeypatch.setattr(load, "load_backbone", None)  # the checkpoint is not asked for
     exported = load_export(tmp_path / "out")
     assert list(exported.tasks) == [task]
     for one, other in zip(exported.predict(task, **inputs), expected, strict=True):

@@ -3,7 +3,8 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from tap_flower.server import main as server
+from tap_flower.config import simulated_run
+from tap_flower.server.strategy import TapStrategy
 
 app = ServerApp()
 
@@ -11,4 +12,6 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """A whole run."""
-    server.run(grid, context)
+    config, folder = simulated_run(context.run_config, context.run_id)
+    resume = bool(context.run_config.get("resume", False))
+    TapStrategy(config=config, run_folder=folder, resume=resume).start(grid)
