@@ -8,11 +8,12 @@ top. The expected number of participations of a client is rounds · clients a ro
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import torch
 
 from benchmarks.measure import count_flop, parser, show
-from benchmarks.workload import client
+from benchmarks.workload import MadeUpData, client, specs_of
 from tap_flower.config import client_specs, load_config
 from tap_flower.core.training import Batch
 from tap_flower.models.model import TapModel
@@ -29,11 +30,11 @@ def main() -> None:
     rows, total = [], 0.0
     for pattern in range(clients // config.groups):
         local = client(given.preset, "base", pattern, 1, config.model.text_length)
-        model = local.model()
+        model, data, tasks = cast(TapModel, local.model()), cast(MadeUpData, local.data), specs_of(local)
         forward = both = 0.0
-        for task in local.holdings.spec.tasks:
-            batch = local.data.batch(task, 1, torch.Generator().manual_seed(0), cpu)
-            share = config.train.batch_size / len(local.holdings.spec.tasks)
+        for task in tasks:
+            batch = data.batch(task, 1, torch.Generator().manual_seed(0), cpu)
+            share = config.train.batch_size / len(tasks)
             forward += share * count_flop(partial(model, batch.task, batch.inputs))
             both += share * count_flop(partial(_there_and_back, model, batch))
         first = 2 * both * config.train.steps * config.train.accumulation
@@ -43,7 +44,7 @@ def main() -> None:
         rows.append(
             {
                 "pattern": pattern,
-                "tasks": ", ".join(task.name for task in local.holdings.spec.tasks),
+                "tasks": ", ".join(task.name for task in tasks),
                 "TFLOP a batch": both / 1e12,
                 "TFLOP a participation": first / 1e12,
                 "PFLOP a run": whole / 1e15,

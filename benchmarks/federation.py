@@ -13,7 +13,7 @@ import itertools
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +25,8 @@ from flwr.serverapp.strategy import FedAvg
 
 from benchmarks.measure import parser, show
 from client_app.app import app as tap_app
+from tap_flower.client.from_spec import client_from_spec
+from tap_flower.client.node import Node
 from tap_flower.config import Config, client_specs, load_config
 from tap_flower.core.components import cpu_state
 from tap_flower.methods.session import Session
@@ -103,14 +105,22 @@ class StageOne(TapStrategy):
         self.stamps.append(_now())
         return super().configure_train(*args)
 
-    def configure_personalise(self, *args: Any) -> Iterable[Message]:
+    def configure_personalise(self, *_: Any) -> Iterable[Message]:
         """Ends the run."""
         self.stamps.append(_now())
         raise _Enough
 
 
 def stage_one(config: Config, run_config: dict[str, Any]) -> StageOne:
-    """Stage 1 of a run in this process, with all of its clients; returns its strategy, which knows when rounds were."""
+    """Stage 1 of a run in this process, with all of its clients.
+
+    Args:
+        config: configuration of the run.
+        run_config: Flower's run configuration, from which nodes and server take the same configuration and the run folder.
+
+    Returns:
+        The strategy, which knows when rounds were.
+    """
     grid = InProcessGrid(tap_app, [{"partition-id": i} for i in range(len(client_specs(config)))], run_config)
     strategy = StageOne(config, Path(run_config["out"]))
     with contextlib.suppress(_Enough):

@@ -130,7 +130,7 @@ class Part:
 
 
 def parity_rows(asked: Asked) -> Iterator[Row]:
-    """See `benchmarks.parity`.
+    """The deviations of the device's numbers from golden ones and from the CPU's, see `benchmarks.parity`.
 
     Raises:
         ArithmeticError: float32 deviates; the message says where, and by how much.
@@ -201,7 +201,7 @@ def demo_rows(asked: Asked) -> Iterator[Row]:
     reset_peak(asked.device)
     with tempfile.TemporaryDirectory() as folder:
         run_config = {"preset": "demo", "config": "", "set": " ".join(settings), "out": f"{folder}/run"}
-        strategy, _ = stage_one(load_config("demo", settings=settings), run_config)
+        strategy = stage_one(load_config("demo", settings=settings), run_config)
         events = list(read_events(Path(run_config["out"])))
     if dropped := [event for event in events if event["event"] == "dropped"]:
         raise RuntimeError(f"{dropped[0]['who']}: {dropped[0]['problem']}")

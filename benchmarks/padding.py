@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.measure import parser, seconds, show
 from benchmarks.step import one_step
-from benchmarks.workload import client
+from benchmarks.workload import client, specs_of
 from tap_flower.core.training import Batch
 from tap_flower.data.batching import batches_of
 from tap_flower.data.loading import SourceRows
@@ -37,7 +37,7 @@ def main() -> None:
     drawn = random.lognormal(math.log(MEAN) - variance / 2, math.sqrt(variance), TEXTS)
     lengths = drawn.round().clip(SHORTEST, LONGEST).astype(int)
     local = client("flava", "base", 1, given.batch, LONGEST)  # pattern 1: AG News alone
-    model, (task,) = local.model(), local.holdings.spec.tasks
+    model, (task,) = local.model(), specs_of(local)
     ids = random.integers(1000, 30_000, lengths.sum()).astype(np.int32)
     texts, order = Tokens(ids, lengths.cumsum()), list(range(TEXTS))
     examples = SourceRows(task, task.domains[0], order, {"text": texts, "label": [0] * TEXTS}, 0).examples()

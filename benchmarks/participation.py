@@ -3,8 +3,8 @@
 FLAVA or ViLT at the size of the paper's checkpoints (`--size tiny`: 64 dimensions) with random weights (no download). The
 client is the demo's client-7, which has the paper's pattern 7: images to classify and texts to classify, read, tokenised
 and decoded as in a run (`--made-up`: random examples, for a machine without the demo's data). Teacher, replacement,
-personal model, state on disk and messages are those of a run. `share` is each part's of the participation; `compute` is
-forward, backward and optimiser of both models.
+personal model, state on disk and messages are those of a run; without Flower, the last two are left out. `share` is each
+part's of the participation; `compute` is forward, backward and optimiser of both models.
 """
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from benchmarks.measure import parser, peak_bytes, reset_peak, show, synchronize
-from benchmarks.workload import client, configuration
-from tap_flower.client.from_spec import SpecHoldings
-from tap_flower.client.state import ClientStore, Kept
-from tap_flower.config import Config, client_specs, load_config
-from tap_flower.core.components import ComponentModel, cpu_state
+from benchmarks.workload import backbone_of, client, configuration, session_of
+from tap_flower.config import Encoding, client_specs, load_config
+from tap_flower.core.components import ComponentModel, State
 from tap_flower.core.training import Batch
 from tap_flower.data.batching import ClientData
 from tap_flower.methods import tap
-from tap_flower.methods.method import Memory
+from tap_flower.methods.method import Memory, Participation
 from tap_flower.methods.session import Session
 from tap_flower.models.load import from_config, locate
 from tap_flower.models.model import TapModel
+
+if TYPE_CHECKING:
+    from tap_flower.client.state import StateFolder
 
 CLIENT = 7
 
@@ -121,8 +122,7 @@ def timed_client(given: argparse.Namespace, clock: Clock) -> TimedClient:
     """The client of the benchmark."""
     dtype = getattr(torch, given.dtype)
     if given.made_up:
-        made = client(given.model, given.size, CLIENT, given.batch, given.length, dtype, given.recompute)
-        holdings, data, settings = cast(SpecHoldings, made.holdings), made.data, cast(Config, made.settings)
+        made = client(given.model, given.size, CLIENT, given.batch, given.length, dtype, given.recompute, clock.device)
     else:
         # Not on top: they need `datasets`, which made-up examples do without.
         from tap_flower.data.loading import load_client_data
@@ -137,10 +137,11 @@ def timed_client(given: argparse.Namespace, clock: Clock) -> TimedClient:
         data = load_client_data(
             spec, load_tokenizer(locate("demo")), settings.model.text_length, settings.seed, hold_out=False
         )
-        holdings = SpecHoldings(spec, backbone, settings.model.text_length)
-    settings.train.steps, settings.train.accumulation = given.steps, given.accumulation
-    holdings.backbone.to(clock.device)
-    return TimedClient(holdings, cast(ClientData, TimedData(data, clock)), settings, clock.device, clock)
+        made = session_of(spec, backbone, data, settings, clock.device)
+    made.settings.train.steps, made.settings.train.accumulation = given.steps, given.accumulation
+    backbone_of(made).to(clock.device)
+    made.data = cast(ClientData, TimedData(made.data, clock))
+    return TimedClient(**{f.name: getattr(made, f.name) for f in fields(made) if f.init}, clock=clock)
 
 
 def options() -> argparse.ArgumentParser:
@@ -172,14 +173,15 @@ def measured(given: argparse.Namespace) -> Measured:
     device = torch.device(given.device)
     clocks = [Clock(device), Clock(device)]
     local = clocks[0].run("load", lambda: timed_client(given, clocks[0]))
-    received = cpu_state(local.holdings.new_model().initialise(local.settings.seed))
+    received, memory = local.initial_values(), Memory()
     reset_peak(device)
-    with tempfile.TemporaryDirectory() as folder:
-        store = ClientStore(Path(folder), "benchmark")
+    with tempfile.TemporaryDirectory() as path:
+        folder = state_folder(Path(path))
         for number, clock in enumerate(clocks, 1):
             local.clock = clock
             cast(TimedData, local.data)._clock = clock
-            received = clock.run("rest", lambda: participate(local, store, clock, number, received))  # noqa: B023
+            result = clock.run("rest", lambda: participate(local, folder, number, received, memory))  # noqa: B023
+            received, memory = result.returned, result.memory
     rows = []
     for part in sorted(clocks[0].seconds.keys() | clocks[1].seconds.keys(), key=list(clocks[0].seconds).index):
         row: dict[str, Any] = {"part": part}
@@ -190,24 +192,49 @@ def measured(given: argparse.Namespace) -> Measured:
     return Measured(rows, peak_bytes(device), sum(tensor.nbytes for tensor in received.values()))
 
 
-def participate(
-    local: TimedClient, store: ClientStore, clock: Clock, number: int, received: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """What a client does with a `train` message, between the message and its reply, both included."""
-    kept = clock.run("state", lambda: store.load(before_round=number))
-    result = tap.participate(local, number, received, Memory() if kept is None else kept.memory)
-    clock.run("state", lambda: store.save(Kept(number, result.memory, Counter())))
-    clock.run("encode", lambda: _encoded(result.returned))
-    return result.returned
-
-
-def _encoded(tensors: dict[str, torch.Tensor]) -> None:
-    """To a message and back; without Flower, nothing."""
+def state_folder(path: Path) -> StateFolder | None:
+    """The client's state folder; None without Flower."""
     try:
-        from tap_flower.wire import messages
+        from tap_flower.client.state import StateFolder
+        from tap_flower.wire.messages import Epoch
     except ImportError:
-        return
-    messages.decode_tensors(messages.encode({}, messages.encode_tensors(tensors)))
+        return None
+    return StateFolder(path, "benchmark", [Epoch("history", 0)])
+
+
+def participate(
+    local: TimedClient, folder: StateFolder | None, number: int, received: State, memory: Memory
+) -> Participation:
+    """What a client does with a `train` message, between the message and its reply, both included.
+
+    Args:
+        local: the client.
+        folder: its state; None leaves state and messages out.
+        number: of the round, counted from 1.
+        received: the server's tensors.
+        memory: what it kept from the round before, where there is no folder.
+    """
+    clock = local.clock
+    if folder is None:
+        return tap.participate(local, number, received, memory)
+    from tap_flower.client.state import ClientState
+
+    state = clock.run("state", lambda: folder.load(before_round=number))
+    result = tap.participate(local, number, received, Memory() if state is None else state.memory)
+    clock.run("encode", lambda: _sent(local, number, received, result))
+    clock.run("state", lambda: folder.save(ClientState(number, result.memory)))
+    return result
+
+
+def _sent(local: TimedClient, number: int, received: State, result: Participation) -> None:
+    """The difference, to a message and back."""
+    from tap_flower.wire import messages
+    from tap_flower.wire.tensors import encode_tensors, make_update
+
+    update = make_update(received, result.returned, {}, Encoding.float32)
+    report = messages.Report(round=number, examples=local.data.sizes("train"), losses=result.losses, steps=local.steps)
+    content = messages.encode(report, encode_tensors(update.difference, Encoding.float32))
+    messages.tensors_of(content, Encoding.float32)
 
 
 if __name__ == "__main__":

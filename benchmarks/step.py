@@ -15,7 +15,7 @@ from typing import cast
 import torch
 
 from benchmarks.measure import Row, count_flop, matmul_speed, parser, peak_bytes, reset_peak, seconds, show
-from benchmarks.workload import MadeUpData, backbone_of, client
+from benchmarks.workload import MadeUpData, backbone_of, client, specs_of
 from tap_flower.core.components import ComponentModel
 from tap_flower.core.training import Batch, Optimisation, train
 from tap_flower.methods.session import Session
@@ -35,7 +35,7 @@ def steps(local: Session, model: ComponentModel, batches: Sequence[Batch]) -> No
 def batches_of(local: Session, batch_size: int) -> list[Batch]:
     """A random batch of each of a client's tasks, on its device."""
     data, random = cast(MadeUpData, local.data), torch.Generator().manual_seed(0)
-    return [data.batch(task, batch_size, random, local.device) for task in data.spec.tasks]
+    return [data.batch(task, batch_size, random, local.device) for task in specs_of(local)]
 
 
 def measured(

@@ -6,7 +6,8 @@ with what the method's published code sends in each direction for such a FLAVA c
 
 Values are made up like trained ones: every tensor starts as in a run; `down` it has moved by DOWN (rms) since, `up` by UP
 in a participation (20 steps of AdamW at 3e-4 move a value by 6e-3 at most); both times normal, with rows of different
-sizes (log-normal). Errors are those of the receiver's values, in the values' own units.
+sizes (log-normal). Errors are what the encoding takes from the server's values and from the client's differences, in the
+values' own units; the client adds its own to its next difference.
 """
 
 from __future__ import annotations
@@ -16,23 +17,21 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import torch
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-from tap_flower.wire.reports import Report, encode_report
-from tap_flower.wire.updates import make_update, moved
 from torch import Tensor
 
 from benchmarks.measure import Row, parser, show
 from benchmarks.workload import configuration
-from tap_flower.client.client_model import client_model
+from tap_flower.client.from_spec import client_model
 from tap_flower.config import Config, Encoding, client_specs, load_config, sent_hyper_parameters
 from tap_flower.core.components import trainable_state
 from tap_flower.core.initial import named_seed
 from tap_flower.models.load import from_config
 from tap_flower.models.model import TapModel
 from tap_flower.wire import messages
-from tap_flower.wire.messages import Instruction
-from tap_flower.wire.tensors import rounded
+from tap_flower.wire.messages import Epoch, Instruction, Report
+from tap_flower.wire.tensors import encode_tensors, make_update, moved_from, moved_to
 
 PATTERN = 7
 PUBLISHED = 1528e6
@@ -60,25 +59,31 @@ def measure(preset: str) -> list[Row]:
     rows: list[Row] = []
     for encoding in Encoding:
         config.wire.encoding = encoding
-        sent = moved(values, initial, encoding)
-        received = {name: value + (rounded(sent[name], encoding) - sent[name]) for name, value in values.items()}
-        trained = {name: value + step(value, UP, name, "up") for name, value in received.items()}
-        update = make_update(received, trained, {}, component_of, encoding)
-        wanted = Instruction("0" * 32, 1, sent_hyper_parameters(config))
-        down = messages.encode_instruction(wanted, messages.encode_tensors(sent, encoding))
-        tasks = dict.fromkeys(model.tasks, 1)
-        report = Report(
-            server_round=1,
-            examples=tasks,
-            losses=dict.fromkeys(tasks, math.pi),
-            steps=1,
-            replacements=tasks,
-            unchanged=tuple(update.unchanged),
+        sent = moved_from(values, initial, encoding)
+        down = messages.encode(
+            Instruction(
+                run="0" * 32,
+                epochs=(Epoch("0" * 32, 0),),
+                round=1,
+                hyper_parameters=sent_hyper_parameters(config),
+            ),
+            encode_tensors(sent, encoding),
+            config=ConfigRecord({"server-round": 1}),
         )
-        up = encode_report(report, messages.encode_tensors(update.tensors, encoding))
+        arrived = messages.tensors_of(down, encoding)
+        received = moved_to(arrived, initial, encoding)
+        trained = {name: value + step(value, UP, name, "up") for name, value in received.items()}
+        difference = make_update(received, trained, {}, encoding).difference
+        tasks = dict.fromkeys(model.tasks, 1)
+        up = messages.encode(
+            Report(round=1, examples=tasks, losses=dict.fromkeys(tasks, math.pi), steps=1, replacements=tasks),
+            encode_tensors(difference, encoding),
+            metrics=MetricRecord({"num-examples": len(tasks), "train-loss": math.pi}),
+        )
+        returned = messages.tensors_of(up, encoding)
         errors = {
-            "down": {name: rounded(value, encoding) - value for name, value in sent.items()},
-            "up": {name: rounded(value, encoding) - value for name, value in update.tensors.items()},
+            "down": {name: arrived[name] - value for name, value in sent.items()},
+            "up": {name: returned[name] - value for name, value in difference.items()},
         }
         counted = {"down": messages.payload_bytes(down), "up": messages.payload_bytes(up)}
         groups = defaultdict[str, list[str]](list)

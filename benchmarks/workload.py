@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import FlavaConfig, PreTrainedConfig, ViltConfig
 
-from tap_flower.client.from_spec import SpecHoldings
-from tap_flower.config import client_specs, load_config
+from tap_flower.config import HyperParameters, client_specs, load_config
+from tap_flower.core.tasks import TASK_KINDS, TEXT_GENERATION
 from tap_flower.core.training import Batch
 from tap_flower.data.batching import ClientData
 from tap_flower.data.spec import ClientSpec, TaskSpec
-from tap_flower.methods.session import Session
+from tap_flower.methods.session import Session, SessionTask
 from tap_flower.models.backbone import Backbone
 from tap_flower.models.heads import IMAGE_SIZE
 from tap_flower.models.load import from_config
+from tap_flower.models.model import ModelTask, TapModel
 
 _TINY = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256, "num_hidden_layers": 8}
 
@@ -59,12 +61,41 @@ def client(
     backbone = from_config(configuration(model, size), config.model.layers, config.model.image_size)
     backbone.computing(dtype, recompute)
     data = cast(ClientData, MadeUpData(spec, backbone, min(length, backbone.text_length)))
-    return Session(SpecHoldings(spec, backbone, config.model.text_length), data, config, device)
+    return session_of(spec, backbone, data, config, device)
+
+
+def session_of(
+    spec: ClientSpec, backbone: Backbone, data: ClientData, settings: HyperParameters, device: torch.device
+) -> Session:
+    """The client of a client spec over any backbone. It needs no Flower, as `client.from_spec` does.
+
+    Args:
+        spec: names the client and its tasks.
+        backbone: of its models.
+        data: its examples.
+        settings: the run's hyper-parameters.
+        device: where its models compute.
+    """
+    tasks = [SessionTask(task.pair, TASK_KINDS[task.kind], task.domains, len(task.classes)) for task in spec.tasks]
+    lengths = {TEXT_GENERATION.name: settings.model.text_length}
+    model_tasks = [
+        ModelTask(task.pair, task.kind, task.domains, len(task.classes), lengths.get(task.kind, 0))
+        for task in spec.tasks
+    ]
+    build = partial(TapModel, backbone, model_tasks)
+    with torch.device("meta"):
+        outline = build()
+    return Session(spec.name, tasks, build, outline, data, settings, "random-weights", device)
 
 
 def backbone_of(local: Session) -> Backbone:
-    """The backbone of a client that `client` made."""
-    return cast(SpecHoldings, local.holdings).backbone
+    """The backbone that all models of a client share."""
+    return cast(TapModel, local.outline).backbone
+
+
+def specs_of(local: Session) -> tuple[TaskSpec, ...]:
+    """The tasks of a client that `client` made."""
+    return cast(MadeUpData, local.data).spec.tasks
 
 
 class MadeUpData:

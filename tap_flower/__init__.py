@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tap_flower.core.tasks import TEXT_GENERATION as TEXT_GENERATION
     from tap_flower.core.tasks import TaskKind as TaskKind
     from tap_flower.personal.personal_model import PersonalModel as PersonalModel
+    from tap_flower.server.result import TapResult as TapResult
     from tap_flower.server.strategy import TapStrategy as TapStrategy
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ _HOMES = {
         "TaskKind",
     ),
     "tap_flower.client.app": ("TapClientApp",),
+    "tap_flower.server.result": ("TapResult",),
     "tap_flower.server.strategy": ("TapStrategy",),
     "tap_flower.personal.personal_model": ("PersonalModel",),
     "tap_flower.client.task": ("Client", "Task"),

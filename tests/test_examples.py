@@ -19,18 +19,19 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tap_flower import Client
+from tap_flower import Client, TapClientApp, TapResult, TapStrategy
+from tap_flower.config import Encoding
 from tap_flower.core.tasks import IGNORE
 from tap_flower.files import read_tensors
 from tap_flower.report.html_report import write_report
 from tap_flower.run.in_process import InProcessGrid
 from tap_flower.run.simulation import CONNECTION, flwr, status_of, superlink
 from tap_flower.wire import messages
+from tests.docs_blocks import blocks
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -42,7 +43,7 @@ class Ran:
     Attributes:
         results: of the run.
         clients: as the project makes them.
-        returned: client -> tensor name -> value that it returned in the last round.
+        returned: client -> tensor name -> value that it trained to in the last round: what it received, and its difference.
     """
 
     results: dict[str, Any]
@@ -85,7 +86,8 @@ def run(project: Path, nodes: int, folder: Path, apps: tuple[str, str, str], rou
 
     def watch(instruction: Message, reply: Message) -> Message:
         if instruction.metadata.message_type == messages.TRAIN:
-            returned[instruction.metadata.dst_node_id] = messages.decode_tensors(reply.content)
+            sent, back = (messages.tensors_of(message.content, Encoding.float32) for message in (instruction, reply))
+            returned[instruction.metadata.dst_node_id] = {name: sent[name] + back[name] for name in back}
         return reply
 
     with importing(project, apps[0].partition(".")[0]):
@@ -153,7 +155,7 @@ def check_the_average(ran: Ran, folder: Path, tensor: str, reached: dict[str, li
     total = sum(weight * ran.returned[name][tensor].double() for name, weight in weights.items())
     mean = total / sum(weights.values())
     for client in ran.clients:
-        (file,) = (folder / client.name).rglob("received.safetensors")
+        (file,) = (folder / client.name).rglob("server.safetensors")
         received, _ = read_tensors(file)
         assert (tensor in received) == (client.name in reached), (tensor, client.name)
         if tensor in received:
@@ -267,7 +269,7 @@ def test_the_quickstart_becomes_tap_by_a_diff_of_less_than_30_lines(quickstart: 
     assert components == {"serverapp": QUICKSTART[0], "clientapp": QUICKSTART[1]}
     with importing(quickstart, "quickstart"):
         server, client, make = map(named, QUICKSTART)
-        assert (type(server), type(client)) == (ServerApp, ClientApp)
+        assert (type(server), type(client)) == (ServerApp, TapClientApp)
         node = {"partition-id": 1, "num-partitions": 2}
         made = make(Context(1, 1, node, RecordDict(), OPTIONS))
         (digits,) = made.tasks
@@ -306,3 +308,29 @@ def test_the_changed_quickstart_under_flwr_run(quickstart: Path, tmp_path: Path)
 def test_the_docs_show_that_diff() -> None:
     shown = (EXAMPLES.parent / "docs" / "plug-in.md").read_text()
     assert f"```diff\n{(EXAMPLES / 'quickstart' / 'tap.diff').read_text().rstrip()}\n```" in shown
+
+
+def test_the_strategy_in_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two clients as the page defines them, and its ServerApp with its own kind of `TapStrategy`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    results: list[TapResult] = []
+    start = TapStrategy.start
+
+    def noted(*arguments: Any, **options: Any) -> TapResult:
+        results.append(start(*arguments, **options))
+        return results[-1]
+
+    monkeypatch.setattr(TapStrategy, "start", noted)
+    names: dict[str, Any] = {}
+    python = [block for block in blocks(EXAMPLES.parent / "docs" / "plug-in.md") if block.language == "python"]
+    for block in python[:2]:
+        exec(compile(block.text, str(block), "exec"), names)
+    configs = [{"partition-id": i, "state-dir": str(tmp_path / "state")} for i in range(2)]
+    names["server"](InProcessGrid(names["app"], configs, {}), Context(1, 1, {}, RecordDict(), {}))
+    (result,) = results
+    assert set(result.clients) == {"hospital-0", "hospital-1"}
+    assert result.train_metrics_clientapp.keys() == {1, 2, 3}
+    assert all(metrics["moved"] > 0 for metrics in result.train_metrics_clientapp.values())
+    assert result.evaluate_metrics_serverapp.keys() == {0, 1, 2, 3}
+    last = names["accuracy"](3, result.arrays)["accuracy"]
+    assert last == result.evaluate_metrics_serverapp[3]["accuracy"] > 0.5  # 150 steps on the examples that are tested

@@ -103,11 +103,13 @@ def test_the_reference_has_the_public_names(site: Path) -> None:
     pages = {path.parent.name: path.read_text() for path in (site / "api").rglob("index.html")}
     for page, name in (
         ("core", "tap_flower.core.replacement.decide"),
-        ("core", "tap_flower.core.averaging.Aggregator.add"),
+        ("core", "tap_flower.core.averaging.Averaging.add"),
         ("methods", "tap_flower.methods.method.Method"),
         ("models", "tap_flower.models.fusion.paths"),
-        ("federation", "tap_flower.server.strategy.TapStrategy.start"),
-        ("federation", "tap_flower.wire.manifest.Manifest"),
+        ("public", "tap_flower.client.app.TapClientApp"),
+        ("client", "tap_flower.client.task.Client.session"),
+        ("server", "tap_flower.server.strategy.TapStrategy.start"),
+        ("wire", "tap_flower.wire.messages.Manifest"),
         ("results", "tap_flower.report.results.read_results"),
     ):
         assert f'id="{name}"' in pages[page]

@@ -10,8 +10,9 @@ from flwr.app import Context
 
 from tap_flower.client.client_model import client_model, outlined
 from tap_flower.client.description import describe
-from tap_flower.client.evaluation import Samples, TestObserver
+from tap_flower.client.evaluation import TestObserver
 from tap_flower.client.node import Node, this_node
+from tap_flower.client.samples import Samples
 from tap_flower.client.task import Client, Task
 from tap_flower.client.text_metrics import TextMetrics
 from tap_flower.config import HyperParameters, Metrics

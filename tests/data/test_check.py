@@ -183,7 +183,7 @@ def test_a_template_may_be_the_same_for_all_rows(tmp_path: Path) -> None:
     assert problems == []
     assert summaries["triage", "train"].examples[2].shown["text"] == "[CLS] what is it? [SEP]"
     loaded = load_client_data(client_spec(spec_of(task)), load_tokenizer(locate("demo")), 8, 41, hold_out=False)
-    assert [len(example["text"]) for example in loaded.splits["train"]["triage"][0]] == [6, 6, 6]
+    assert [len(example["text"]) for example in loaded.splits["train"]["triage"][0]] == [7, 7, 7]
 
 
 def test_a_backbone_without_a_tokenizer_stops_nothing(tmp_path: Path) -> None:

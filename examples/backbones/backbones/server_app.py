@@ -13,8 +13,9 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """A whole run."""
-    rounds = context.run_config["num-server-rounds"]
-    config = load_config("plug-in", settings=["train.steps=30", "distill.iterations=30", f"rounds={rounds}"])
-    result = TapStrategy(config=config, run_folder=Path(str(context.run_config["out"])).absolute()).start(grid)
+    run = context.run_config
+    config = load_config("plug-in", settings=["train.steps=30", "distill.iterations=30"])
+    strategy = TapStrategy(config=config, run_folder=Path(str(run["out"])).absolute())
+    result = strategy.start(grid, num_rounds=int(run["num-server-rounds"]))
     for task, models in result.tasks.items():
         print(task, {name: round(metrics["accuracy"], 3) for name, metrics in models.items()})

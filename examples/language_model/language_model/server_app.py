@@ -13,9 +13,10 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """A whole run."""
-    rounds = context.run_config["num-server-rounds"]
+    run = context.run_config
     few = ["train.steps=20", "distill.iterations=20", "train.learning_rate=5e-3", "distill.learning_rate=5e-3"]
-    config = load_config("plug-in", settings=["clients_per_round=3", f"rounds={rounds}", *few])
-    result = TapStrategy(config=config, run_folder=Path(str(context.run_config["out"])).absolute()).start(grid)
+    config = load_config("plug-in", settings=["clients_per_round=3", *few])
+    strategy = TapStrategy(config=config, run_folder=Path(str(run["out"])).absolute())
+    result = strategy.start(grid, num_rounds=int(run["num-server-rounds"]))
     for task, models in result.tasks.items():
         print(task, {name: round(metrics["perplexity"], 3) for name, metrics in models.items()})

@@ -5,7 +5,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from tap_flower import TapStrategy, load_config
+from tap_flower import TapStrategy
 
 app = ServerApp()
 
@@ -13,7 +13,8 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """A whole run."""
-    config = load_config("plug-in", settings=[f"rounds={context.run_config['num-server-rounds']}"])
-    result = TapStrategy(config=config, run_folder=Path(str(context.run_config["out"])).absolute()).start(grid)
+    run = context.run_config
+    strategy = TapStrategy(run_folder=Path(str(run["out"])).absolute())
+    result = strategy.start(grid, num_rounds=int(run["num-server-rounds"]))
     for task, models in result.tasks.items():
         print(task, {name: round(metrics["r2"], 3) for name, metrics in models.items()})
