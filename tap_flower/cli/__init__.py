@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 
 import typer
 from rich.console import Console
 
 from tap_flower.cli import check, predict, simulate, sweep
-from tap_flower.errors import SpecError, StorageError, TapFlowerError
-
-EXPECTED = (TapFlowerError, SpecError, StorageError)
-"""Errors that are told in one line, without a traceback."""
+from tap_flower.errors import TapFlowerError
 
 app = typer.Typer(
     help="TAP: two-stage adaptive personalization for multi-task, multi-modal federated learning.",
@@ -20,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # In the order in which somebody uses them: `tap-flower --help` keeps it.
-for panel, commands in {
+_PANELS: Mapping[str, Mapping[str, Callable[..., None]]] = {
     "Simulate": {
         "presets": simulate.presets_command,
         "simulate": simulate.simulate_command,
@@ -33,7 +31,8 @@ for panel, commands in {
         "export": predict.export_command,
         "demo": predict.demo_command,
     },
-}.items():
+}
+for panel, commands in _PANELS.items():
     for name, command in commands.items():
         app.command(name, rich_help_panel=panel)(command)
 app.add_typer(sweep.study_app, name="study", rich_help_panel="Compare")
@@ -45,6 +44,6 @@ def main() -> None:
         os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
-    except EXPECTED as error:
+    except TapFlowerError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from error

@@ -24,7 +24,6 @@ from tap_flower.report.terminal_tables import download_table, terminal
 from tap_flower.report.trackers import tracker_names
 from tap_flower.run.resources import CLUSTER, shared, shared_cluster, this_machine
 from tap_flower.run.simulation import Launch, simulate
-from tap_flower.server.privacy import budget_of
 
 
 def presets_command() -> None:
@@ -65,6 +64,8 @@ def simulate_command(
     settings = tuple(set_ or ())
     settings += () if rounds is None else (f"rounds={rounds}",)
     settings += () if seed is None else (f"seed={seed}",)
+    from tap_flower.server.privacy import budget_of  # it imports Flower, which other commands do without
+
     # What is wrong is said now, not after Flower's start.
     resolved = load_config(preset, config, settings)
     find_method(resolved.method)
