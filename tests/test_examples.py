@@ -240,7 +240,7 @@ def test_an_example_runs(
     assert {path.parent.parent.name for path in (tmp_path / "state").rglob("tap.safetensors")} == clients.keys()
     check_that_it_learned(ran, metric)
     for tensor, reached in averaged.items():
-        check_the_average(ran, tmp_path / "state", f"components.{tensor}", reached)
+        check_the_average(ran, tmp_path / "state", tensor, reached)
     write_report([tmp_path / "run"], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert all(f"{task}: training loss" in page for task in found["tasks"])

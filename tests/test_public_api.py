@@ -24,7 +24,7 @@ SIGNATURES = {
     "TapClientApp": "(mods=None, quotes=<lambda>)",
     "TapResult": (
         "(arrays=<factory>, train_metrics_clientapp=<factory>, evaluate_metrics_clientapp=<factory>, "
-        "evaluate_metrics_serverapp=<factory>, personalise_metrics_clientapp=None, clients=<factory>, tasks=<factory>, "
+        "evaluate_metrics_serverapp=<factory>, personalise_metrics_clientapp=<factory>, clients=<factory>, tasks=<factory>, "
         "bytes=<factory>, missing=<factory>, summary=<factory>)"
     ),
     "TapStrategy": (

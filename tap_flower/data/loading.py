@@ -194,8 +194,8 @@ def read_source(
             columns[role], errors = read_labels(task, data, rows, read.columns[0])
         else:
             columns[role], errors = tokenised(source, root, seed, read, tokenizer, text_length, role == "target")
-        for problem in errors:
-            report(role, problem)
+        for found in errors:
+            report(role, found)
     pad = cast(int, tokenizer.pad_token_id) if tokenizer else 0
     return SourceRows(task, source.domain or task.domain, rows, columns, pad)
 

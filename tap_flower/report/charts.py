@@ -228,7 +228,7 @@ def round_map(lanes: Sequence[Lane], rounds: int, label: str) -> tuple[Markup, M
     """
     width, row, top = max(5, min(18, 700 // max(rounds, 1))), 18, 4
     across, height = width * rounds + 24, top + row * len(lanes) + 36
-    places = {n: 8 + width * (n - 0.5) for n in _round_ticks(rounds)}
+    places: dict[float, float] = {n: 8 + width * (n - 0.5) for n in _round_ticks(rounds)}
     names, parts = [], _rules(places, top, top + row * len(lanes))
     parts.append(text(8, height - 4, "round", "label"))
     for place, each in enumerate(lanes):
