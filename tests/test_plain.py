@@ -1,8 +1,6 @@
-"""Plain values that somebody else wrote: what is out of bounds, and what is of another type."""
+"""Plain values that somebody else wrote: what is out of bounds."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 
@@ -10,8 +8,6 @@ from tap_flower import plain
 from tap_flower.plain import (
     DEEPEST,
     PlainError,
-    check_fields,
-    check_type,
     parse_json,
     parse_yaml,
     shown,
@@ -95,46 +91,6 @@ def test_the_keys_that_a_yaml_mapping_merges_count(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(plain, "MOST_VALUES", 3)
     with pytest.raises(PlainError, match=r"a mapping has more than 3 keys with those that it merges"):
         parse_yaml(text)
-
-
-@pytest.mark.parametrize(
-    ("value", "kind"),
-    [
-        (1, int), (1, float), (1.5, float), (True, bool), ("a", str), (None, int | None), (3, int | None), ([1], list[int]),
-        ({"a": [0.5]}, dict[str, list[float]]), (object, Any),
-    ],
-)  # fmt: skip
-def test_a_value_of_its_type_passes(value: object, kind: Any) -> None:
-    check_type(value, kind, "x")
-
-
-@pytest.mark.parametrize(
-    ("value", "kind", "problem"),
-    [
-        (True, int, "x is True, not a whole number"),
-        (1.0, int, "x is 1.0, not a whole number"),
-        (False, float, "x is False, not a number"),
-        (0, bool, "x is 0, not true or false"),
-        (None, str, "x is None, not a text"),
-        ("3", int | None, "x is '3', not a whole number"),
-        ({}, list[int], "x is {}, not a list"),
-        ([0, "a"], list[int], r"x\[1\] is 'a', not a whole number"),
-        ([], dict[str, int], r"x is \[\], not an object"),
-        ({1: 2}, dict[str, int], "a key of x is 1, not a text"),
-        ({"a": {"b": None}}, dict[str, dict[str, int]], r"x\['a'\]\['b'\] is None, not a whole number"),
-    ],
-)
-def test_a_value_of_another_type_is_named_with_its_place(value: object, kind: Any, problem: str) -> None:
-    with pytest.raises(PlainError, match=problem):
-        check_type(value, kind, "x")
-
-
-def test_fields_are_exactly_those_that_are_known() -> None:
-    check_fields({"a": 1, "b": None}, {"a": int, "b": int | None}, "it")
-    with pytest.raises(PlainError, match="it lacks b"):
-        check_fields({"a": 1}, {"a": int, "b": int | None}, "it")
-    with pytest.raises(PlainError, match="it has the unknown field 'c'"):
-        check_fields({"a": 1, "c": 2}, {"a": int}, "it")
 
 
 def test_a_long_value_is_shown_shortened() -> None:

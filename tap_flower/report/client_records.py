@@ -9,24 +9,28 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
+
+import msgspec
 
 from tap_flower.core.replacement import Decision
 from tap_flower.errors import StorageError
 from tap_flower.files import read_json, write_atomically, write_json
-from tap_flower.plain import PlainError, check_fields, check_type, parse_json
+from tap_flower.plain import PlainError, parse_json
 
 SCHEMA = 1
 DECISIONS, EXAMPLES, GRADIENTS = "decisions.jsonl", "examples.json", "gradients.json"
-_DECISION = {
-    "run": str,
-    "round": int,
-    "task": str,
-    "teacher_loss": float | None,
-    "personal_loss": float | None,
-    "margin": float,
-    "replaced": bool,
-}
+_T = TypeVar("_T")
+
+
+class _Decision(msgspec.Struct, forbid_unknown_fields=True):
+    run: str
+    round: int
+    task: str
+    teacher_loss: float | None
+    personal_loss: float | None
+    margin: float
+    replaced: bool
 
 
 def record_decisions(folder: Path, run: str, server_round: int, decisions: Iterable[Decision]) -> None:
@@ -73,11 +77,10 @@ def read_decisions(folder: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for number, line in enumerate(_text(path).splitlines(), 1):
         try:
-            decision = parse_json(line)
-            check_type(decision, dict[str, Any], "it")
-            check_fields(decision, _DECISION, "it")
-            found.append(decision)
-        except PlainError as error:
+            values = parse_json(line)
+            msgspec.convert(values, _Decision)
+            found.append(values)
+        except (PlainError, msgspec.ValidationError) as error:
             raise StorageError(f"{path} is damaged in line {number}: {error}; remove the file to go on") from error
     return found
 
@@ -97,23 +100,21 @@ def record_evaluation(folder: Path, run: str, tasks: Mapping[str, Any], cosines:
 
 def read_examples(folder: Path) -> dict[str, Any]:
     """Reads task name -> `kind` and `items`, examples with the models' answers; nothing where there is no record."""
-    return cast(dict[str, Any], _read(folder / EXAMPLES, "tasks", dict[str, Any]) or {})
+    return _read(folder / EXAMPLES, "tasks", dict[str, Any]) or {}
 
 
 def read_gradients(folder: Path) -> list[dict[str, Any]]:
     """Reads the cosines between the gradients of each two pairs of a client; none where there is no record."""
-    return cast(list[dict[str, Any]], _read(folder / GRADIENTS, "pairs", list[dict[str, Any]]) or [])
+    return _read(folder / GRADIENTS, "pairs", list[dict[str, Any]]) or []
 
 
-def _read(path: Path, key: str, kind: Any) -> Any:
+def _read(path: Path, key: str, kind: type[_T]) -> _T | None:
     if not path.exists():
         return None
-    value = read_json(path).get(key)
     try:
-        check_type(value, kind | None, key)
-    except PlainError as error:
-        raise StorageError(f"{path} is damaged: {error}; remove the file to go on") from error
-    return value
+        return msgspec.convert(read_json(path).get(key), kind)
+    except msgspec.ValidationError as error:
+        raise StorageError(f"{path} is damaged in {key}: {error}; remove the file to go on") from error
 
 
 def _text(path: Path) -> str:
