@@ -40,7 +40,7 @@ class TaskKind:
         headline: name of the metric that the kind is judged by.
         higher_is_better: its direction.
         margin: replacement margin, where the run's configuration has none for the kind.
-        distillation: weight of the distillation loss, likewise.
+        distillation: weight of the distillation loss, where the run's configuration has none for the kind.
     """
 
     name: str
@@ -68,8 +68,7 @@ class TaskKind:
 
         Args:
             name: letters, digits, `-` and `_`.
-            losses: see the attributes.
-            divergences: likewise.
+            losses, divergences: see the attributes.
             own: other attributes.
         """
 
