@@ -315,7 +315,10 @@ def _with_value(problem: str, text: str) -> str:
     path = re.search(r" - at `\$((?:\.\w+|\[\d+\])+)`$", problem)
     if path is None:
         return problem
-    value: Any = msgspec.json.decode(text)
+    try:
+        value: Any = msgspec.json.decode(text)
+    except msgspec.MsgspecError:  # malformed behind the field that has failed
+        return problem
     for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path[1]):
         if not isinstance(value, dict if key else list):
             return problem

@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,8 +149,13 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     run.mkdir()
     write_events(run, "wandb")
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
-    records = list(wandb_records(file))
-    kinds = [r.WhichOneof("record_type") for r in records]
+    deadline = time.monotonic() + 60
+    while True:  # W&B's own process writes the file, and may still be about to when `finish` has returned
+        records = list(wandb_records(file))
+        kinds = [r.WhichOneof("record_type") for r in records]
+        if "exit" in kinds or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
     assert kinds.count("run") == 1, (kinds, file.stat().st_size)
     begun = records[kinds.index("run")].run
     assert (begun.project, begun.display_name, begun.run_id) == ("tap-flower", "demo-seed7", "0123abcd")
