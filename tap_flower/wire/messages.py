@@ -317,7 +317,7 @@ def _with_value(problem: str, text: str) -> str:
         return problem
     try:
         value: Any = msgspec.json.decode(text)
-    except msgspec.MsgspecError:  # malformed behind the field that has failed
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):  # malformed behind the field that has failed
         return problem
     for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path[1]):
         if not isinstance(value, dict if key else list):
