@@ -68,7 +68,8 @@ class TaskKind:
 
         Args:
             name: letters, digits, `-` and `_`.
-            losses, divergences: see the attributes.
+            losses: see the attribute.
+            divergences: see the attribute.
             own: other attributes.
         """
 
