@@ -100,7 +100,7 @@ def check_data(
 ) -> tuple[list[SplitSummary], list[Problem]]:
     """Reads every row of a client's data; `load_client_data` takes the same arguments and stops at the first problem.
 
-    It finds three things besides that loading does not look for: images that cannot be decoded, texts that are empty, and
+    It finds three things besides that loading lets pass: images that cannot be decoded, texts that are empty, and
     classes without training examples.
 
     Args:

@@ -141,29 +141,25 @@ class Fusion:
         route = paths(modality, kind)
         h = held[SHARED_PROJECTION](x)  # [B, T, D]
 
-        # MoTE. The last two paths enter it through the same block with the same input: that attention is computed once.
+        # MoTE. The last two paths enter it through the same block with the same input, so one entry is enough for both.
         stages = [path.mote for path in route]
         streams = torch.stack([x if path.own_input else h for path in route[:-1]])  # [3, B, T, D]
         for depth, layer in enumerate(self.mote_layers):
-            streams = self._attention_part(layer, depth, held, streams, mask, stages[: len(streams)], domain)
-            if depth == 0:
-                streams = torch.cat([streams, streams[-1:]])  # [4, B, T, D]
-            streams = self._expert_part(layer, depth, held, streams, stages)
+            streams = self._layer(layer, depth, held, streams, mask, stages, domain)  # [4, B, T, D]
         if self.observe is not None:
             self.observe(stages[MODALITY_TASK].expert, masked_mean(streams[MODALITY_TASK][None], mask)[0])
 
         # MoME.
         stages = [path.mome for path in route]
         for depth, layer in enumerate(self.mome_layers):
-            streams = self._attention_part(layer, depth, held, streams, mask, stages, domain)
-            streams = self._expert_part(layer, depth, held, streams, stages)
+            streams = self._layer(layer, depth, held, streams, mask, stages, domain)  # [4, B, T, D]
         return masked_mean(streams, mask)  # [4, B, D]
 
     def project(self, blocks: Sequence[AttentionLoRA], x: Tensor) -> Tensor:
         """The projections of a stack's queries and values: [2, S, B, T, D] -> [2, S, B, T, D]."""
         return lora_linears([[b.query for b in blocks], [b.value for b in blocks]], x)
 
-    def _attention_part(
+    def _layer(
         self,
         layer: FrozenLayer,
         depth: int,
@@ -173,13 +169,12 @@ class Fusion:
         stages: Sequence[Stage],
         domain: str,
     ) -> Tensor:
-        domains = [_at(held[stage.domain_component(domain)], depth) for stage in stages]
-        blocks = [_at(held[stage.block_component], depth) for stage in stages]
-        return self.run(attention_part, self.project, layer, domains, blocks, x, mask)
-
-    def _expert_part(
-        self, layer: FrozenLayer, depth: int, held: nn.ModuleDict, x: Tensor, stages: Sequence[Stage]
-    ) -> Tensor:
+        """One layer: attention for each entry of the stack, then an expert for each stage: [S, B, T, D] -> [4, B, T, D]."""
+        domains = [_at(held[stage.domain_component(domain)], depth) for stage in stages[: len(x)]]
+        blocks = [_at(held[stage.block_component], depth) for stage in stages[: len(x)]]
+        x = self.run(attention_part, self.project, layer, domains, blocks, x, mask)  # [S, B, T, D]
+        if len(x) < len(stages):
+            x = torch.cat([x, x[-1:]])  # from here on, the last two paths differ
         experts = [_at(held[stage.expert_component], depth) for stage in stages]
         return self.run(expert_part, layer, experts, x)
 

@@ -49,18 +49,10 @@ class TextHead(nn.Module):
         self.positions = nn.Embedding(length, size)
         self.value = nn.Linear(size, size)
         self.output = nn.Linear(size, size)
-        config = GPT2Config(
-            vocab_size=1,
-            bos_token_id=None,
-            eos_token_id=None,
-            n_positions=length,
-            n_embd=size,
-            n_layer=1,
-            n_head=4,
-            n_inner=2 * size,
-        )
+        tokens = {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None}  # its input is never token ids
+        config = GPT2Config(**tokens, n_positions=length, n_embd=size, n_layer=1, n_head=4, n_inner=2 * size)
         self.gpt2 = GPT2Model(config)
-        del self.gpt2.wte  # its input is never token ids
+        del self.gpt2.wte
         self.vocabulary = nn.Linear(size, vocabulary, bias=False)
 
     def forward(self, features: Tensor, length: int) -> Tensor:

@@ -87,10 +87,7 @@ class TokenOffsets(nn.Module):
     A tensor of ours starts from its name and the seed alone, so that a server without the checkpoint can start it.
     """
 
-    INITIALS: ClassVar[dict[str, Initial]] = {
-        "class_token": Initial("constant", 0.0),
-        "positions": Initial("constant", 0.0),
-    }
+    INITIALS: ClassVar[dict[str, Initial]] = dict.fromkeys(("class_token", "positions"), Initial("constant", 0.0))
 
     def __init__(self, backbone: ViltBackbone) -> None:
         super().__init__()
