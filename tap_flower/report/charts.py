@@ -205,19 +205,12 @@ class Lane:
     """A row of the map of rounds.
 
     Attributes:
-        client: name of the client.
-        task: name of its task.
+        name: client and task.
         replaced: round -> whether the components of the pair were replaced; rounds without the client are missing.
     """
 
-    client: str
-    task: str
+    name: str
     replaced: Mapping[int, bool]
-
-    @property
-    def name(self) -> str:
-        """The row's name: client and task."""
-        return f"{self.client} · {self.task}"
 
 
 def round_map(lanes: Sequence[Lane], rounds: int, label: str) -> tuple[Markup, Markup]:

@@ -119,7 +119,7 @@ def replacement_map(run: RunRecord) -> Figure | None:
                 found.setdefault((client, task), {})[event["round"]] = bool(replaced)
     if not any(found.values()):
         return None
-    lanes = [Lane(client, task, by_round) for (client, task), by_round in sorted(found.items(), key=_natural)]
+    lanes = [Lane(f"{client} · {task}", by_round) for (client, task), by_round in sorted(found.items(), key=_natural)]
     rows = [
         [lane.name, str(len(lane.replaced)), str(sum(lane.replaced.values())), _rounds(lane.replaced)] for lane in lanes
     ]

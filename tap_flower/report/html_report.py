@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
@@ -17,24 +17,6 @@ from tap_flower.report.svg import SERIES, number
 REPORT = "report.html"
 ITEMS, FEWER_ITEMS, MANY_CLIENTS = 4, 2, 12
 """Test items of a task that are shown, and fewer of them for more clients: pictures are a good part of the file."""
-
-
-@dataclass(frozen=True)
-class RunPage:
-    """A run with the figures of its part of the page."""
-
-    run: RunRecord
-    clients: Sequence[figures.Figure]
-    losses: Sequence[figures.Figure]
-    replacements: figures.Figure | None
-    decisions: dict[str, list[figures.Figure]]
-    bytes: figures.Figure | None
-    gradients: Sequence[figures.Figure]
-
-    @property
-    def on_nodes(self) -> list[str]:
-        """Clients whose own folders are not at hand."""
-        return [name for name, client in self.run.clients.items() if not client.here]
 
 
 def write_report(folders: Sequence[Path], file: Path) -> None:
@@ -76,17 +58,19 @@ def write_study(title: str, lead: str, shown: Sequence[figures.Figure], file: Pa
     write_atomically(file, page.encode())
 
 
-def _run_page(run: RunRecord) -> RunPage:
+def _run_page(run: RunRecord) -> dict[str, Any]:
+    """A run with the figures of its part of the page."""
     gradients = [figures.gradient_figure(run, client) for client in run.clients]
-    return RunPage(
-        run,
-        clients=list(figures.client_figures(run)),
-        losses=list(figures.loss_figures(run)),
-        replacements=figures.replacement_map(run),
-        decisions={client: list(figures.decision_figures(run, client)) for client in run.clients},
-        bytes=figures.byte_figure(run),
-        gradients=[figure for figure in gradients if figure is not None],
-    )
+    return {
+        "run": run,
+        "clients": list(figures.client_figures(run)),
+        "losses": list(figures.loss_figures(run)),
+        "replacements": figures.replacement_map(run),
+        "decisions": {client: list(figures.decision_figures(run, client)) for client in run.clients},
+        "bytes": figures.byte_figure(run),
+        "gradients": [figure for figure in gradients if figure is not None],
+        "on_nodes": [name for name, client in run.clients.items() if not client.here],
+    }
 
 
 @cache
