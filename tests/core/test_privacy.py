@@ -97,6 +97,11 @@ def test_the_noise_is_drawn_from_the_given_source() -> None:
     assert found["v"] is previous["v"]
 
 
+def test_a_released_component_that_nobody_returned_moves_by_its_noise_alone() -> None:
+    found = release({"w": torch.tensor([1.5, -2.0])}, {}, COMPONENT, {"one": 4}, 3.0, lambda count: HALF * (count // 8))
+    assert found["w"].tolist() == [1.5, -2.0]
+
+
 def test_every_value_of_a_component_has_the_noise_of_its_round() -> None:
     """One value, drawn again and again: each draw is N(mean, (z · C / m)²)."""
     source = Random(5).randbytes
