@@ -332,5 +332,4 @@ def test_the_strategy_in_the_docs_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert result.train_metrics_clientapp.keys() == {1, 2, 3}
     assert all(metrics["moved"] > 0 for metrics in result.train_metrics_clientapp.values())
     assert result.evaluate_metrics_serverapp.keys() == {0, 1, 2, 3}
-    last = names["accuracy"](3, result.arrays)["accuracy"]
-    assert last == result.evaluate_metrics_serverapp[3]["accuracy"] > 0.5  # 150 steps on the examples that are tested
+    assert names["accuracy"](3, result.arrays) == result.evaluate_metrics_serverapp[3]

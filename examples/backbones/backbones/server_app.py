@@ -14,7 +14,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """A whole run."""
     run = context.run_config
-    config = load_config("plug-in", settings=["train.steps=30", "distill.iterations=30"])
+    config = load_config("plug-in", settings=["train.steps=60", "distill.iterations=60"])
     strategy = TapStrategy(config=config, run_folder=Path(str(run["out"])).absolute())
     result = strategy.start(grid, num_rounds=int(run["num-server-rounds"]))
     for task, models in result.tasks.items():
