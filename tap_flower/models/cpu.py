@@ -100,8 +100,8 @@ _Frozen = nn.Linear | nn.Conv2d
 def lora_linears(
     x: Tensor,
     maps: Sequence[_Frozen],
-    a: list[Tensor],
-    b: list[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
     scale: float,
     dropout: float,
     training: bool,
@@ -138,7 +138,7 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and x.shape[2] * (features + size) > features * size
 
 
-def _with_sums(x: Tensor, maps: Sequence[_Frozen], a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:
+def _with_sums(x: Tensor, maps: Sequence[_Frozen], a: Sequence[Tensor], b: Sequence[Tensor], scale: float) -> Tensor:
     """With the sums `W + ΔW`, without gradients or dropout: [1 or G, S, N, in] -> [G, S, N, out]."""
     stack = len(a) // len(maps)
     outputs = x.new_empty(len(maps), *x.shape[1:3], len(b[0]))
