@@ -144,7 +144,7 @@ def parity_rows(asked: Asked) -> Iterator[Row]:
 
 
 def step_rows(model: str, compiled: bool, asked: Asked) -> Iterator[Row]:
-    """A row for each dtype and batch size, of the dtypes that there are products for; what a GPU is used for comes first."""
+    """A row for each dtype and batch size, of the dtypes that have products; what a GPU is used for comes first."""
     for dtype in (torch.bfloat16, torch.float32) if bfloat16_products() else (torch.float32,):
         yield from _steps_of_dtype(model, compiled, asked, dtype)
 

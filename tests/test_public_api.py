@@ -28,7 +28,7 @@ SIGNATURES = {
         "bytes=<factory>, missing=<factory>, summary=<factory>)"
     ),
     "TapStrategy": (
-        "(*, config=None, run_folder=None, resume=False, method=None, fraction_train=None, min_train_nodes=2, "
+        "(*, config=None, run_folder=None, resume=False, method=None, fraction_train=None, min_train_nodes=None, "
         "min_available_nodes=None, weighted_by_key='num-examples', train_metrics_aggr_fn=None, "
         "evaluate_metrics_aggr_fn=None)"
     ),

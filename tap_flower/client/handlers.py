@@ -268,7 +268,7 @@ def _metrics(report: Report) -> MetricRecord:
 
 
 def _own_scores(participant: Participant, received: State, memory: Memory) -> dict[str, float]:
-    """Task name -> validation score of the client's own model: the last one of those that there are to evaluate."""
+    """Task name -> validation score of the client's own model, the last one that an evaluation would judge."""
     session = participant.session
     models = participant.method.models(received, memory, session.initial_values)
     return session.scores(session.model(models[next(reversed(models))]), "validation")

@@ -184,7 +184,7 @@ class StateFolder:
             write_tensors(self._file(model), state, {"schema": SCHEMA, "run": self.run})
 
     def load_models(self, names: Iterable[str]) -> dict[str, State]:
-        """Name -> tensors of the models of stage 2 that there are."""
+        """Name -> tensors of each model of stage 2 that has been saved."""
         found = {}
         for model in names:
             if (file := self._file(model)).exists():
@@ -218,7 +218,7 @@ class StateFolder:
         return False
 
     def _records(self) -> dict[str, _StateRecord]:
-        """File -> record of the states that there are, the latest first."""
+        """File -> record of each saved state, the latest first."""
         return {
             name: self._check(name, read_record(self.folder / name), _StateRecord)
             for name in (PERSONAL, PREVIOUS)

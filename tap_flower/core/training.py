@@ -58,7 +58,7 @@ class Objective(Protocol):
 
 
 class Update(Protocol):
-    """What happens with the gradients of a step, in the place of the optimiser's own step."""
+    """What happens with the gradients of a step, in place of the optimiser's own step."""
 
     def __call__(self, number: int, optimizer: torch.optim.Optimizer) -> None:
         """Changes the parameters; their gradients have been computed and clipped.

@@ -45,7 +45,7 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def denormalise(images: Tensor) -> Tensor:
-    """Normalised pixels [B, 3, H, W] -> the nearest uint8 pixels that there are: the way back from `normalise`."""
+    """Normalised pixels [B, 3, H, W] -> the nearest uint8 pixels: the way back from `normalise`."""
     mean, std = _mean_and_std(images.device)
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 

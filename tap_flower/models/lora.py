@@ -86,7 +86,7 @@ def lora_linears(groups: Sequence[Sequence[Adapter]], x: Tensor) -> Tensor:
     """
     shape, x = x.shape, x.flatten(2, -2)  # [1 or G, S, N, in]
 
-    # The dispatch of LoRA. Step 1: a merged model has a dense map in the place of each adapter, and needs no more.
+    # The dispatch of LoRA. Step 1: a merged model has a dense map in place of each adapter, and needs no kernel.
     if isinstance(groups[0][0], nn.Linear):
         linears = cast(Sequence[Sequence[nn.Linear]], groups)
         products = [linear(x[g % len(x), s]) for g, group in enumerate(linears) for s, linear in enumerate(group)]

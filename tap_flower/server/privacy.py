@@ -265,6 +265,6 @@ def _holders(roster: Roster, names: Iterable[str]) -> dict[str, int]:
 
 
 def _few(withheld: Mapping[str, int], needed: int) -> str:
-    """Some components by name, with the holders that there are and that they would need."""
+    """Some components by name, with the holders that they have and those that they need."""
     shown = [f"{component!r} has {count} of {needed} clients" for component, count in list(withheld.items())[:3]]
     return ", ".join(shown) + (f" and {len(withheld) - 3} more (see metrics.jsonl)" if len(withheld) > 3 else "")

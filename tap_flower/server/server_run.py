@@ -120,10 +120,25 @@ class ServerRun:
             self.privacy.announce(self.roster, config.clients_per_round, self.events.write)
 
     def _take_initial_arrays(self) -> None:
-        """Puts `initial_arrays` in the place of the seed's first values."""
+        """Puts `initial_arrays` in place of the seed's first values.
+
+        Raises:
+            RunError: an array is not as the clients' tensor, or not finite, or none is a tensor of theirs.
+        """
         tensors = self.roster.tensors
-        for name in self.initial_arrays.keys() & tensors.keys():
-            given = torch.from_numpy(self.initial_arrays[name].numpy()).float()
+        ours = self.initial_arrays.keys() & tensors.keys()
+        if self.initial_arrays and not ours:
+            raise RunError(
+                f"initial_arrays names no tensor that a client trains: it has {min(self.initial_arrays)!r}, the clients "
+                f"have {min(tensors)!r}: give the names of the clients' own model"
+            )
+        for name in sorted(ours):
+            given = torch.from_numpy(self.initial_arrays[name].numpy())
+            if given.dtype != torch.float32 or not bool(given.isfinite().all()):
+                raise RunError(
+                    f"initial_arrays: {name!r} is {given.dtype}, or holds a value that is not finite: give finite "
+                    f"torch.float32 values, such as those of `model.float().state_dict()`"
+                )
             if given.shape != tensors[name].shape:
                 raise RunError(
                     f"initial_arrays: {name!r} has shape {tuple(given.shape)}, the clients' tensor "

@@ -46,9 +46,8 @@ class TapStrategy(Strategy):
             `tap-flower-runs/TIME` in the user's home.
         resume: whether to go on from the last complete round of the run in `run_folder`.
         method: name of the method, in place of `config.method`.
-        fraction_train: share of the clients that train in a round, at least `min_train_nodes` of them. By default
-            `config.clients_per_round` clients train.
-        min_train_nodes: fewest clients that train in a round, where `fraction_train` is given.
+        fraction_train: share of the clients that train in a round. By default `config.clients_per_round` clients train.
+        min_train_nodes: fewest clients that train in a round; by default 2 where `fraction_train` is given, else none.
         min_available_nodes: number of clients that a run waits for at its start, `config.start_timeout` seconds at most. By
             default those that the configuration names, or as many as train in a round.
         weighted_by_key: key of the weight in the clients' MetricRecords.
@@ -69,7 +68,7 @@ class TapStrategy(Strategy):
         resume: bool = False,
         method: str | None = None,
         fraction_train: float | None = None,
-        min_train_nodes: int = 2,
+        min_train_nodes: int | None = None,
         min_available_nodes: int | None = None,
         weighted_by_key: str = "num-examples",
         train_metrics_aggr_fn: Aggregate | None = None,
@@ -83,7 +82,8 @@ class TapStrategy(Strategy):
         self.run_folder = Path.home() / "tap-flower-runs" / named if run_folder is None else Path(run_folder)
         self.resume = resume
         self.fraction_train = fraction_train
-        self.min_train_nodes = min_train_nodes
+        by_default = 0 if fraction_train is None else 2
+        self.min_train_nodes = by_default if min_train_nodes is None else min_train_nodes
         self.min_available_nodes = (
             len(self.config.clients) or self.config.clients_per_round
             if min_available_nodes is None
@@ -96,7 +96,7 @@ class TapStrategy(Strategy):
     def summary(self) -> None:
         """Logs the settings of the strategy."""
         sampled = (
-            f"{self.config.clients_per_round} clients a round"
+            f"{max(self.config.clients_per_round, self.min_train_nodes)} clients a round"
             if self.fraction_train is None
             else f"fraction {self.fraction_train:.2f}, at least {self.min_train_nodes}"
         )
@@ -118,8 +118,9 @@ class TapStrategy(Strategy):
 
         Args:
             grid: Flower's grid.
-            initial_arrays: first values of tensors by name; those of other tensors come from the run's seed. Names that no
-                client exchanges are kept in `TapResult.arrays` as they are.
+            initial_arrays: first values of tensors by name (float32, finite); those of other tensors come from the run's
+                seed. Names that no client exchanges are kept in `TapResult.arrays` as they are. A resumed run goes on with
+                its own values.
             num_rounds: rounds of stage 1; by default `config.rounds`.
             timeout: seconds that a client may take to answer; by default `config.round_timeout`.
             train_config: sent to clients with every round, and with stage 2.
@@ -230,8 +231,8 @@ class TapStrategy(Strategy):
         del grid  # the roster knows who is there
         run, count = self.run, self.config.clients_per_round
         if self.fraction_train is not None:
-            count = max(int(len(run.roster.names) * self.fraction_train), self.min_train_nodes)
-        sampled = run.roster.sample(server_round, count)
+            count = int(len(run.roster.names) * self.fraction_train)
+        sampled = run.roster.sample(server_round, max(count, self.min_train_nodes))
         if not sampled:
             raise RunError(f"round {server_round}: no client is there; start the nodes again, then `--resume`")
         log(INFO, "configure_train: Sampled %s nodes (out of %s)", len(sampled), len(run.roster.names))

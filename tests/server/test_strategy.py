@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -134,15 +135,27 @@ def test_what_a_flower_user_reads_of_a_result(federation: ToyFederation, lines: 
         assert said in text
 
 
-@pytest.mark.parametrize(("fraction", "fewest", "sampled"), [(0.5, 1, 2), (0.1, 3, 3), (1.0, 2, 4), (1.0, 9, 4)])
+@pytest.mark.parametrize(
+    ("fraction", "fewest", "sampled"), [(0.5, 1, 2), (0.1, 3, 3), (0.1, None, 2), (1.0, 2, 4), (1.0, 9, 4)]
+)
 def test_fractions_and_minimums_are_flowers(
-    federation: ToyFederation, fraction: float, fewest: int, sampled: int
+    federation: ToyFederation, fraction: float, fewest: int | None, sampled: int
 ) -> None:
     strategy = of(federation, fraction_train=fraction, min_train_nodes=fewest)
     strategy.start(federation.grid(), num_rounds=1)
     (event,) = [e for e in read_events(federation.out) if e["event"] == "round_start"]
     assert len(event["clients"]) == sampled
     assert strategy.progress.round == 1
+
+
+@pytest.mark.parametrize(("fewest", "sampled"), [(None, 1), (3, 3)])
+def test_a_minimum_counts_beside_the_configurations_number(
+    make_federation: Make, fewest: int | None, sampled: int
+) -> None:
+    federation = make_federation(TOYS, "clients_per_round=1")
+    of(federation, min_train_nodes=fewest).start(federation.grid(), num_rounds=1)
+    (event,) = [e for e in read_events(federation.out) if e["event"] == "round_start"]
+    assert len(event["clients"]) == sampled
 
 
 def test_a_run_waits_for_the_nodes_that_must_be_there(federation: ToyFederation) -> None:
@@ -168,6 +181,23 @@ def test_initial_arrays_of_another_shape_are_refused(make_federation: Make) -> N
     federation = make_federation(TOYS[3:])
     with pytest.raises(RunError, match=r"initial_arrays: 'trunk.0.bias' has shape \(9,\), the clients' tensor \(6,\)"):
         of(federation).start(federation.grid(), initial_arrays=ArrayRecord({"trunk.0.bias": torch.zeros(9)}))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "problem"),
+    [
+        ({"trunk.0.bias": torch.zeros(6, dtype=torch.float64)}, "'trunk.0.bias' is torch.float64"),
+        ({"trunk.0.bias": torch.full((6,), math.nan)}, "'trunk.0.bias' is torch.float32, or holds a value that is not"),
+        ({"module.trunk.0.bias": torch.zeros(6)}, "names no tensor that a client trains: it has 'module.trunk.0.bias'"),
+    ],
+    ids=["dtype", "nan", "names"],
+)
+def test_initial_arrays_that_would_be_changed_or_dropped_are_refused(
+    make_federation: Make, arrays: dict[str, torch.Tensor], problem: str
+) -> None:
+    federation = make_federation(TOYS[3:])
+    with pytest.raises(RunError, match=f"initial_arrays:? {problem}"):
+        of(federation).start(federation.grid(), initial_arrays=ArrayRecord(arrays))
 
 
 def test_configurations_and_mods_reach_the_clients(make_federation: Make) -> None:
