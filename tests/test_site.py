@@ -107,12 +107,13 @@ def test_the_reference_has_the_public_names(site: Path) -> None:
         ("methods", "tap_flower.methods.method.Method"),
         ("models", "tap_flower.models.fusion.paths"),
         ("public", "tap_flower.client.app.TapClientApp"),
-        ("client", "tap_flower.client.task.Client.session"),
-        ("server", "tap_flower.server.strategy.TapStrategy.start"),
+        ("public", "tap_flower.client.task.Client.session"),
+        ("public", "tap_flower.server.strategy.TapStrategy.start"),
+        ("server", "tap_flower.server.server_run.ServerRun"),
         ("wire", "tap_flower.wire.messages.Manifest"),
         ("results", "tap_flower.report.results.read_results"),
     ):
-        assert f'id="{name}"' in pages[page]
+        assert f'id="{name}"' in pages[page], f"{name} is not on the page {page}"
 
 
 @functools.cache
