@@ -47,12 +47,14 @@ class Participant:
         session: its model, data and the run's hyper-parameters.
         folder: its state.
         instruction: what the server sent.
+        keeps_best: whether the state with the best validation scores is kept; `keep-best` of the node's configuration.
     """
 
     client: Client
     session: Session
     folder: StateFolder
     instruction: Instruction
+    keeps_best: bool
 
     @property
     def encoding(self) -> Encoding:
@@ -136,7 +138,8 @@ class Handlers:
             instruction = messages.decode(message.content, Instruction, "the server")
             client, session = self._open(context, instruction)
             folder = StateFolder(_state_folder(client, context, instruction.run), instruction.run, instruction.epochs)
-            participant = Participant(client, session, folder, instruction)
+            keeps_best = bool(context.node_config.get("keep-best"))
+            participant = Participant(client, session, folder, instruction, keeps_best)
             with folder.locked():
                 content = handler(participant, message)
                 if client.describe is not None:  # not before: a message that is refused leaves nothing behind
@@ -199,6 +202,7 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
                 if name in exchanged
             },
             reach={pair.task: components & kept for pair, components in model.component_map.reach.items()},
+            state=participant.folder.round,
         )
     )
 
@@ -215,19 +219,23 @@ def _train(participant: Participant, message: Message) -> RecordDict:
     # Step 3: what the server gets, Δ = trained − received, and what stays here.
     update = make_update(received, result.returned, {} if state is None else state.residual, participant.encoding)
     replaced = {decision.pair.task: int(decision.replaced) for decision in result.decisions}
+    wanted = instruction.best is not None or participant.keeps_best
+    scores = _own_scores(participant, received, result.memory) if wanted else {}
     report = Report(
         round=instruction.round,
         examples=session.data.sizes("train"),
         losses=result.losses,
         steps=session.steps - steps,
+        state=0 if state is None else state.round,
         replacements=replaced,
-        validation={} if instruction.best is None else _own_scores(participant, received, result.memory),
+        validation={} if instruction.best is None else scores,
     )
     content = messages.encode(report, encode_tensors(update.difference, participant.encoding), metrics=_metrics(report))
     # Step 4: the new state is on the disk before the answer leaves.
     counts = Counter(replaced) + (Counter() if state is None else state.replacements)
     record_decisions(folder.folder, instruction.run, instruction.round, result.decisions)
-    folder.save(ClientState(instruction.round, result.memory, counts, update.residual))
+    score = fmean(scores.values()) if participant.keeps_best and scores else None
+    folder.save(ClientState(instruction.round, result.memory, counts, update.residual, score))
     return content
 
 
@@ -235,12 +243,14 @@ def _personalise(participant: Participant, message: Message) -> RecordDict:
     session, state = participant.session, participant.state_after_stage_1()
     received, steps = participant.receive(message), session.steps
     result = participant.method.second_stage(session, received, _memory(state))
-    participant.folder.save_models(result.models)
+    participant.folder.save_models(result.models, participant.instruction.round)
     report = Report(
         round=participant.instruction.round,
         examples=session.data.sizes("train"),
         losses=result.losses,
         steps=session.steps - steps,
+        state=participant.folder.round,
+        models=tuple(result.models),
     )
     return messages.encode(report, metrics=_metrics(report))
 
@@ -255,7 +265,8 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
     judged = [session.kinds[task].score(by_model[found.last]) for task, by_model in found.metrics.items()]
     examples = sum(session.data.sizes("test").values())
     return messages.encode(
-        Evaluation(found.metrics), metrics=MetricRecord({"num-examples": examples, "score": fmean(judged)})
+        Evaluation(found.metrics, folder.round),
+        metrics=MetricRecord({"num-examples": examples, "score": fmean(judged)}),
     )
 
 

@@ -289,8 +289,12 @@ class Config(HyperParameters):
     preset: str = option("demo", "name of the preset that this configuration came from")
     rounds: int = option(200, "rounds of stage 1", 1, 1_000_000)
     clients_per_round: int = option(2, "clients that are sampled in a round", 1, 1_000_000)
-    round_timeout: float = option(3600.0, "seconds until a client that has not answered is left out", 1.0, 1e7)
+    round_timeout: float = option(
+        3600.0, "seconds without an answer until the clients that are still silent are left out", 1.0, 1e7
+    )
     start_timeout: float = option(120.0, "seconds to wait for the clients before the first round", 1.0, 1e7)
+    min_replies: int = option(1, "fewest replies of a phase that can be used; with fewer the run fails", 1, 1_000_000)
+    require_state: bool = option(False, "whether the run fails where a client has lost its state of this run")
     trackers: str = option("", "experiment trackers, separated by commas: tensorboard, mlflow, wandb")
     aggregation: Aggregation = field(default_factory=Aggregation)
     privacy: Privacy = field(default_factory=Privacy)

@@ -72,16 +72,24 @@ class Roster:
                     f"{self.component_of[tensor]!r} on {self._first_holder[tensor]!r}: install one version everywhere"
                 )
         self.tensors |= manifest.first_values(manifest.tensors.keys() - self.tensors.keys(), self.seed)
+        self.recall(manifest)
+        self.nodes[name] = node
+
+    def recall(self, manifest: Manifest) -> None:
+        """Takes in a client that the run has known before, whether or not it is there."""
         for tensor, info in manifest.tensors.items():
             self.component_of[tensor] = info.component
-            self._first_holder.setdefault(tensor, name)
-        self.manifests[name] = manifest
-        self.nodes[name] = node
+            self._first_holder.setdefault(tensor, manifest.client)
+        self.manifests[manifest.client] = manifest
 
     def keep_only(self, alive: set[int]) -> None:
         """Forgets the nodes (not the tensors) of clients that have gone: their names may come back on other nodes."""
         for name in [name for name, node in self.nodes.items() if node not in alive]:
             del self.nodes[name]
+
+    def leave(self, name: str) -> None:
+        """Forgets the node of a client."""
+        self.nodes.pop(name, None)
 
     @property
     def names(self) -> list[str]:
@@ -95,7 +103,7 @@ class Roster:
         return sorted(chosen)
 
     def name_of(self, node: int) -> str:
-        """The client on a node that was asked."""
+        """The client on a node that is there."""
         return next(name for name, its_node in self.nodes.items() if its_node == node)
 
     def expected_weights(self, names: list[str]) -> dict[str, int]:

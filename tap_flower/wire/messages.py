@@ -33,7 +33,7 @@ from tap_flower.plain import shown
 from tap_flower.wire.fields import Component, Count, Epoch, Examples, Name, Number, TensorName, Word
 from tap_flower.wire.tensors import decode_tensors
 
-PROTOCOL = 5
+PROTOCOL = 6
 MANIFEST, TRAIN, PERSONALISE, EVALUATE = "query.manifest", "train", "train.personalise", "evaluate"
 FIELDS, ARRAYS, CONFIG, METRICS = "tap", "arrays", "config", "metrics"
 """Names of the records of a message."""
@@ -122,6 +122,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, di
         tasks: its pairs.
         tensors: tensor name -> component, shape and first value of each tensor that it exchanges.
         reach: task name -> components that the pair's forward pass reaches, of those that it exchanges.
+        state: round of the client's state of this run; 0 where it has none.
         protocol: version of the protocol.
         version: version of tap-flower.
     """
@@ -131,6 +132,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, di
     tasks: Annotated[tuple[TaskInfo, ...], Meta(min_length=1)]
     tensors: dict[TensorName, TensorInfo]
     reach: dict[Name, frozenset[Component]]
+    state: Count = 0
     protocol: int = PROTOCOL
     version: str = tap_flower.__version__
 
@@ -176,15 +178,19 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         losses: task name -> mean training loss of the server's copy.
         steps: optimiser steps that the client made for it, of all models.
         replacements: task name -> 1 where the personal model's components were replaced, else 0.
+        state: round of the state that the client began with; 0 where it had none of this run.
         validation: task name -> validation score of the client's own model, where the run may stop early.
+        models: names of the models that stage 2 has made.
     """
 
     round: Count
     examples: dict[Name, Examples]
     losses: dict[Name, Number]
     steps: Count
+    state: Count = 0
     replacements: dict[Name, Count] = {}
     validation: dict[Name, Number] = {}
+    models: tuple[Word, ...] = ()
 
     def check(self, manifest: Manifest, server_round: int) -> None:
         """Refuses a report on another round, other tasks or other counts of examples.
@@ -210,9 +216,11 @@ class Evaluation(Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         metrics: task name -> model -> metric -> value.
+        state: round of the client's state of this run; 0 where it has none.
     """
 
     metrics: dict[Name, dict[Word, dict[Word, Number]]]
+    state: Count = 0
 
     def check(self, manifest: Manifest) -> None:
         """Refuses metrics of other tasks than the client's.

@@ -188,7 +188,7 @@ def test_models_of_stage_2(tmp_path: Path) -> None:
     store = state_folder(tmp_path, "r1")
     names = ("server+finetune", "tap")
     assert store.load_models(names) == {}
-    store.save_models({"server+finetune": {"w": torch.zeros(1)}, "tap": {"w": torch.ones(1)}})
+    store.save_models({"server+finetune": {"w": torch.zeros(1)}, "tap": {"w": torch.ones(1)}}, 3)
     found = store.load_models((*names, "ditto"))
     assert {name: state["w"].item() for name, state in found.items()} == {"server+finetune": 0.0, "tap": 1.0}
 
@@ -247,7 +247,7 @@ def test_two_processes_work_on_a_folder_one_after_the_other(tmp_path: Path) -> N
 
 def test_a_foreign_file_is_named(tmp_path: Path) -> None:
     write_tensors(tmp_path / PERSONAL, {"w": torch.zeros(1)}, {"schema": 99, "run": "r1"})
-    with pytest.raises(StorageError, match="has schema 99, not 4"):
+    with pytest.raises(StorageError, match="has schema 99, not 5"):
         state_folder(tmp_path, "r1").load()
 
 

@@ -218,7 +218,7 @@ def _of_files(folder: Path) -> dict[str, Reader]:
     memory = Memory({"personal": copies(), "anchor": copies()}, {"personal_losses": {TASK: 0.5}})
     own.save(ClientState(3, memory, residual=copies()))
     own.save_server(tensors, 3)
-    own.save_models({"tap": tensors})
+    own.save_models({"tap": tensors}, 1)
     progress = Progress(
         run=RUN,
         config={"seed": 41},

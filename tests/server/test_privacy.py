@@ -181,7 +181,7 @@ def test_a_private_run_and_one_that_is_resumed(make_federation: Make) -> None:
     whole = quick(make_federation(), "rounds=3")
     strategy = whole.strategy()
     results = strategy.start(whole.grid()).summary
-    assert strategy.progress.dropped == 0
+    assert strategy.progress.dropped == {}
     spent = results["privacy"]
     assert spent == json.loads((whole.out / "results.json").read_text())["privacy"]
     assert (spent["epsilon_requested"], spent["delta"], spent["clip_norm"]) == (8.0, 1e-5, 1.0)

@@ -74,7 +74,7 @@ def test_a_subclass_chooses_who_trains(federation: ToyFederation) -> None:
     rounds = [e for e in read_events(federation.out) if e["event"] == "round"]
     assert [list(e["clients"]) for e in rounds] == [["cleo"], ["cleo"]]
     assert [e["dropped"] for e in rounds] == [[], []]  # nobody else was asked
-    assert strategy.progress.dropped == 0
+    assert strategy.progress.dropped == {}
     assert set(result.clients) == {"ann", "bob", "cleo", "dan"}
 
 
@@ -127,7 +127,7 @@ def test_what_a_flower_user_reads_of_a_result(federation: ToyFederation, lines: 
     own = {name: state[name] for name in net.state_dict()}
     net.load_state_dict(own)
     assert result.clients["cleo"]["answers"].keys() == {"server", "personal", "server+finetune", "tap"}
-    assert result.missing == []
+    assert result.missing == {}
     text = "\n".join(lines)
     for said in ("Starting TapStrategy strategy:", "[ROUND 1/2]", "configure_train: Sampled 4 nodes (out of 4)",
                  "aggregate_train: Received 4 results and 0 failures", "Aggregated MetricRecord", "[STAGE 2]",
