@@ -25,7 +25,7 @@ SIGNATURES = {
     "TapResult": (
         "(arrays=<factory>, train_metrics_clientapp=<factory>, evaluate_metrics_clientapp=<factory>, "
         "evaluate_metrics_serverapp=<factory>, personalise_metrics_clientapp=<factory>, clients=<factory>, tasks=<factory>, "
-        "bytes=<factory>, missing=<factory>, summary=<factory>)"
+        "bytes=<factory>, missing=<factory>, marks=<factory>, summary=<factory>)"
     ),
     "TapStrategy": (
         "(*, config=None, run_folder=None, resume=False, method=None, fraction_train=None, min_train_nodes=None, "

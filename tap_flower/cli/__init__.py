@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import typer
 from rich.console import Console
 
-from tap_flower.cli import check, predict, simulate, sweep
+from tap_flower.cli import check, predict, restore, simulate, sweep
 from tap_flower.errors import TapFlowerError
 
 app = typer.Typer(
@@ -25,7 +25,7 @@ _PANELS: Mapping[str, Mapping[str, Callable[..., None]]] = {
         "report": simulate.report_command,
     },
     "Compare": {"sweep": sweep.sweep_command},
-    "Deploy": {"check": check.check_command, "node": check.node_command},
+    "Deploy": {"check": check.check_command, "node": check.node_command, "restore": restore.restore_command},
     "Use the models": {
         "predict": predict.predict_command,
         "export": predict.export_command,

@@ -75,6 +75,12 @@ def node_command(
     compile_: Annotated[
         bool, typer.Option("--compile", help="Run models through torch.compile; needs a C++ compiler.")
     ] = False,
+    keep_best: Annotated[
+        bool,
+        typer.Option(
+            "--keep-best", help="Keep the state with the best validation scores too; `restore --best` takes it."
+        ),
+    ] = False,
 ) -> None:
     """Check a client spec with all its data, then become a Flower SuperNode for it."""
     from tap_flower.data.check import check_data, check_spec
@@ -82,7 +88,18 @@ def node_command(
 
     console = Console()
     launch = NodeLaunch(
-        spec, superlink, state_dir, root_certificates, key, insecure, port, data_root, meteor, bertscore, compile_
+        spec,
+        superlink,
+        state_dir,
+        root_certificates,
+        key,
+        insecure,
+        port,
+        data_root,
+        meteor,
+        bertscore,
+        compile_,
+        keep_best,
     )
     launch.command()  # what is wrong with it is said before all data are read
     client, problems = check_spec(read_yaml(spec, "client spec"))

@@ -27,6 +27,7 @@ class NodeLaunch:
         meteor: whether to compute METEOR of generated texts.
         bertscore: model of BERTScore of generated texts, or nothing.
         compile: whether to run models through torch.compile, which starts a C++ compiler.
+        keep_best: whether to keep the state with the best validation scores beside the latest.
     """
 
     spec: Path
@@ -40,6 +41,7 @@ class NodeLaunch:
     meteor: bool = False
     bertscore: str = ""
     compile: bool = False
+    keep_best: bool = False
 
     def command(self) -> list[str]:
         """The program `flower-supernode` and its arguments.
@@ -79,7 +81,7 @@ class NodeLaunch:
             values["data-root"] = str(self.data_root.resolve())
         if self.bertscore:
             values["bertscore-model"] = self.bertscore
-        switches = {"meteor": self.meteor, "compile": self.compile}
+        switches = {"meteor": self.meteor, "compile": self.compile, "keep-best": self.keep_best}
         told = [f"{name}={_quoted(value)}" for name, value in values.items()]
         return " ".join([*told, *(f"{name}=true" for name, chosen in switches.items() if chosen)])
 

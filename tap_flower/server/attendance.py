@@ -33,7 +33,7 @@ class Attendance:
         events: log of events.
 
     Attributes:
-        problems: client -> why it is not there, or why its last reply was dropped.
+        problems: client -> why its last reply was dropped.
     """
 
     gathering: Gathering
@@ -41,6 +41,7 @@ class Attendance:
     def __init__(self, config: Config, folder: Path, roster: Roster, progress: Progress, events: EventLog) -> None:
         self.config, self.folder, self.roster, self.progress, self.events = config, folder, roster, progress, events
         self.problems: dict[str, str] = {}
+        self._absent: dict[str, str] = {}
 
     def begin(self, grid: StreamingGrid, expected: int, ask: Callable[[], RecordDict]) -> None:
         """Waits for the clients and asks each for its manifest.
@@ -72,8 +73,8 @@ class Attendance:
                 + f": start more nodes (`num-supernodes={awaited}` in a simulation) or lower clients_per_round"
             )
         for name in missing:
-            self.problems[name] = f"it has not come back within {config.start_timeout:g} s after the run was resumed"
-            log.warning("going on without client %r: %s", name, self.problems[name])
+            self._absent[name] = f"it has not come back within {config.start_timeout:g} s after the run was resumed"
+            log.warning("going on without client %r: %s", name, self._absent[name])
         self._save()
         self.events.write(
             "start",
@@ -109,7 +110,7 @@ class Attendance:
 
     def _admit(self, node: int, manifest: Manifest) -> None:
         self.roster.admit(node, manifest)
-        self.problems.pop(manifest.client, None)
+        self._absent.pop(manifest.client, None)
         self.check_state(manifest.client, manifest.state)
 
     def _refuse(self, node: int, problem: str) -> None:
@@ -151,7 +152,8 @@ class Attendance:
         """
         self.check_state(name, found.state)
         there = set.intersection(*(set(models) for models in found.metrics.values()))
-        if made is None and find_method(self.config.method).results:
+        results = set(find_method(self.config.method).results)
+        if made is None and results and not results & there:
             self._mark(name, f"stage 2 was not done: {self.problems.get(name, 'it was not there')}")
         elif lost := sorted(set(made or ()) - there):
             self._mark_lost(name, f"at the evaluation it had lost what stage 2 had made: {', '.join(lost)}")
@@ -174,4 +176,4 @@ class Attendance:
     def missing(self, evaluated: Collection[str]) -> dict[str, str]:
         """Client -> why it was not evaluated, of all clients that the run has known."""
         names = sorted(self.roster.manifests.keys() - set(evaluated))
-        return {name: self.problems.get(name, "its node has gone") for name in names}
+        return {name: self.problems.get(name) or self._absent.get(name, "its node has gone") for name in names}

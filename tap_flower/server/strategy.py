@@ -257,7 +257,7 @@ class TapStrategy(Strategy):
         run.reports = {}
 
         def add(name: str, content: RecordDict) -> None:
-            report = messages.decode(content, Report, f"client {name!r}")
+            report = messages.decode(content, Report, "the reply")
             report.check(run.roster.manifests[name], server_round)
             run.attendance.check_state(name, report.state)
             average.add(name, messages.tensors_of(content, self.config.wire.encoding))
@@ -283,7 +283,7 @@ class TapStrategy(Strategy):
 
         def note(name: str, content: RecordDict) -> None:
             messages.refuse_tensors(content)
-            report = messages.decode(content, Report, f"client {name!r}")
+            report = messages.decode(content, Report, "the reply")
             report.check(run.roster.manifests[name], server_round)
             run.attendance.check_state(name, report.state)
             run.count_steps(name, report)
@@ -309,7 +309,7 @@ class TapStrategy(Strategy):
 
         def keep(name: str, content: RecordDict) -> None:
             messages.refuse_tensors(content)
-            found = messages.decode(content, Evaluation, f"client {name!r}")
+            found = messages.decode(content, Evaluation, "the reply")
             found.check(run.roster.manifests[name])
             run.attendance.check_evaluation(name, found, run.personalised.get(name))
             run.result.clients[name] = found.metrics

@@ -228,6 +228,9 @@ def _of_files(folder: Path) -> dict[str, Reader]:
         down={"head/triage": 2},
         up={"head/triage": 2},
         steps={"ann": 2},
+        took_part={"ann": 3},
+        dropped={"client 'ann'": 1},
+        marks={"ann": ["it had no state"]},
         validation=Validation({"ann": 0.5}, 2, 0.5),
         privacy=Ledger({"ann": 1}, {"head/triage": {"ann": 1}}, {"head/triage": 1}),
     )
