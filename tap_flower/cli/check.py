@@ -75,6 +75,13 @@ def node_command(
     compile_: Annotated[
         bool, typer.Option("--compile", help="Run models through torch.compile; needs a C++ compiler.")
     ] = False,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=N",
+            help="Refuse what asks for more: steps, batch_size, text_length, rounds, seconds; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Check a client spec with all its data, then become a Flower SuperNode for it."""
     from tap_flower.data.check import check_data, check_spec
@@ -82,8 +89,9 @@ def node_command(
 
     console = Console()
     launch = NodeLaunch(
-        spec, superlink, state_dir, root_certificates, key, insecure, port, data_root, meteor, bertscore, compile_
-    )
+        spec, superlink, state_dir, root_certificates, key, insecure, port, data_root, meteor, bertscore, compile_,
+        limit or (),
+    )  # fmt: skip
     launch.command()  # what is wrong with it is said before all data are read
     client, problems = check_spec(read_yaml(spec, "client spec"))
     if client is not None:

@@ -9,6 +9,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from tap_flower.errors import MessageError
+from tap_flower.plain import printable
 from tap_flower.server.roster import Roster
 from tap_flower.wire import messages
 from tap_flower.wire.messages import MANIFEST, Manifest
@@ -37,9 +38,9 @@ def welcome(
         refuse: (node, problem) is told of each node that cannot take part.
 
     Returns:
-        A sentence for each of these nodes.
+        A sentence for each problem, with the nodes that have it.
     """
-    refused = []
+    refused: dict[str, list[int]] = {}
     alive = set(grid.get_node_ids())
     roster.keep_only(alive)
     unknown = sorted(alive - set(roster.nodes.values()))
@@ -48,11 +49,14 @@ def welcome(
     for reply in sorted(replies, key=lambda reply: str(reply.metadata.src_node_id)):
         node = reply.metadata.src_node_id
         try:
-            if reply.has_error():
-                raise MessageError(f"{reply.error.reason} (code {reply.error.code})")
-            messages.refuse_tensors(reply.content)
-            roster.admit(node, messages.decode(reply.content, Manifest, f"node {node}"))
+            content = messages.content_of(reply)
+            messages.refuse_tensors(content)
+            roster.admit(node, messages.decode(content, Manifest, f"node {node}"))
         except MessageError as error:
-            refuse(f"node {node}", str(error))
-            refused.append(f"node {node} cannot take part: {error}")
-    return refused
+            problem = printable(str(error))
+            refuse(f"node {node}", problem)
+            refused.setdefault(problem, []).append(node)
+    return [
+        f"node {nodes[0]}{f' and {len(nodes) - 1} more' if nodes[1:] else ''} cannot take part: {problem}"
+        for problem, nodes in refused.items()
+    ]
