@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +33,27 @@ def prepare(name: str) -> None:
         copied = sys.modules.get("datasets.config")  # where it is imported, it has its own copy of the setting
         if copied is not None:
             vars(copied).update(HF_HUB_OFFLINE=True, HF_DATASETS_OFFLINE=True)
+
+
+def absent(wanted: Iterable[tuple[str, str | None, str]]) -> list[tuple[str, str | None, str]]:
+    """What cannot be had: neither a local folder, nor downloaded before, nor on a hub that answers.
+
+    Args:
+        wanted: (name, revision, `model` or `dataset`) of repositories on the hub, or local folders.
+    """
+    lacking = [one for one in wanted if not Path(one[0]).exists() and not _downloaded(*one)]
+    return lacking if lacking and not _answers() else []
+
+
+def _downloaded(name: str, revision: str | None, kind: str) -> bool:
+    """Whether files of a repository are in the caches of the hub's libraries."""
+    from huggingface_hub import constants, snapshot_download
+
+    with suppress(OSError, ValueError):  # not there; no name of a repository
+        snapshot = snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True)
+        return kind == "dataset" or any(Path(snapshot).glob("*.safetensors"))
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME) / "datasets"))
+    return kind == "dataset" and (prepared / name.replace("/", "___")).is_dir()
 
 
 @cache

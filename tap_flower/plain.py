@@ -27,6 +27,17 @@ def shown(value: object) -> str:
     return _shortened.repr(value)
 
 
+def printable(text: str, most: int = 1000) -> str:
+    """Words from elsewhere for a log or a terminal: one line, without control characters, cut where they are long.
+
+    Args:
+        text: the words.
+        most: characters of them that are taken.
+    """
+    rest = f"… ({len(text):,} characters)" if len(text) > most else ""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most]) + rest
+
+
 def parse_json(text: str) -> Any:
     """The values of a JSON text.
 

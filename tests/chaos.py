@@ -292,6 +292,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kills", type=int, default=20)
     arguments = parser.parse_args()
+    from tap_flower.client import handlers  # noqa: F401 - so that no process has to import it
+
     torch.set_num_threads(1)
     os.fsync = lambda _: None  # a killed process loses nothing that it has written; only a power failure would
     began, number, kills = time.monotonic(), 0, Counter[str]()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from tap_flower.cli import check, predict, restore, simulate, sweep
 from tap_flower.errors import TapFlowerError
@@ -45,5 +46,5 @@ def main() -> None:
     try:
         app()
     except TapFlowerError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from error

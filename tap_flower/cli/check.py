@@ -81,6 +81,13 @@ def node_command(
             "--keep-best", help="Keep the state with the best validation scores too; `restore --best` takes it."
         ),
     ] = False,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=N",
+            help="Refuse what asks for more: steps, batch_size, text_length, rounds, seconds; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Check a client spec with all its data, then become a Flower SuperNode for it."""
     from tap_flower.data.check import check_data, check_spec
@@ -88,19 +95,9 @@ def node_command(
 
     console = Console()
     launch = NodeLaunch(
-        spec,
-        superlink,
-        state_dir,
-        root_certificates,
-        key,
-        insecure,
-        port,
-        data_root,
-        meteor,
-        bertscore,
-        compile_,
-        keep_best,
-    )
+        spec, superlink, state_dir, root_certificates, key, insecure, port, data_root, meteor, bertscore, compile_,
+        keep_best, limit or (),
+    )  # fmt: skip
     launch.command()  # what is wrong with it is said before all data are read
     client, problems = check_spec(read_yaml(spec, "client spec"))
     if client is not None:

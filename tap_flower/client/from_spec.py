@@ -75,6 +75,7 @@ def client_from_spec(node: Node, settings: HyperParameters) -> Client:
             batch_size=task.batch_size,
             domains=task.domains,
             head_size=len(task.classes),
+            classes=task.classes,
         )
         for task in spec.tasks
     ]

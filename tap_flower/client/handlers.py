@@ -16,7 +16,9 @@ from statistics import fmean
 from cachetools import LRUCache
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 
+from tap_flower.client.description import hash_of_classes
 from tap_flower.client.evaluation import evaluate_models
+from tap_flower.client.node import Limits, limits_of
 from tap_flower.client.state import ClientState, StateFolder
 from tap_flower.client.task import Client
 from tap_flower.config import Encoding, HyperParameters, hyper_parameters
@@ -26,6 +28,7 @@ from tap_flower.errors import MessageError, SpecError, TapFlowerError
 from tap_flower.methods.method import Memory, Method
 from tap_flower.methods.registry import find_method
 from tap_flower.methods.session import Session
+from tap_flower.plain import printable
 from tap_flower.report.client_records import record_decisions, record_evaluation
 from tap_flower.wire import messages
 from tap_flower.wire.messages import Evaluation, Instruction, Manifest, Report, TaskInfo, TensorInfo
@@ -135,18 +138,22 @@ class Handlers:
     ) -> Message:
         """Runs a handler; an error is answered in plain words."""
         try:
-            instruction = messages.decode(message.content, Instruction, "the server")
-            client, session = self._open(context, instruction)
-            folder = StateFolder(_state_folder(client, context, instruction.run), instruction.run, instruction.epochs)
-            keeps_best = bool(context.node_config.get("keep-best"))
-            participant = Participant(client, session, folder, instruction, keeps_best)
-            with folder.locked():
-                content = handler(participant, message)
-                if client.describe is not None:  # not before: a message that is refused leaves nothing behind
-                    client.describe(folder.folder, session, instruction)
+            limits = limits_of(context.node_config)
+            with limits.time(message.metadata.ttl):
+                instruction = messages.decode(message.content, Instruction, "the server")
+                client, session = self._open(context, instruction, limits)
+                folder = StateFolder(
+                    _state_folder(client, context, instruction.run), instruction.run, instruction.epochs
+                )
+                keeps_best = bool(context.node_config.get("keep-best"))
+                participant = Participant(client, session, folder, instruction, keeps_best)
+                with folder.locked():
+                    content = handler(participant, message)
+                    if client.describe is not None:  # not before: a message that is refused leaves nothing behind
+                        client.describe(folder.folder, session, instruction)
             return Message(content, reply_to=message)
         except TapFlowerError as error:
-            reason = str(error)
+            reason = printable(str(error))
             if isinstance(error, SpecError) and not self.quotes(context):
                 log.error("%s", error)
                 reason = "the node's client spec is wrong, or does not fit its data: the log of the node says where"
@@ -155,13 +162,15 @@ class Handlers:
             last = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(last.filename).name}:{last.lineno}"
             traceback.print_exc()
-            reason = str(error) if self.quotes(context) else "the log of its node says more"
+            reason = printable(str(error)) if self.quotes(context) else "the log of its node says more"
             return Message(Error(REFUSED, f"unexpected {type(error).__name__} at {where}: {reason}"), reply_to=message)
 
-    def _open(self, context: Context, instruction: Instruction) -> tuple[Client, Session]:
+    def _open(self, context: Context, instruction: Instruction, limits: Limits) -> tuple[Client, Session]:
         key = (instruction.run, context.node_id, json.dumps(instruction.hyper_parameters, sort_keys=True))
+        limits.check("rounds", "round", instruction.round)
         if key not in self.known:
             settings = hyper_parameters(instruction.hyper_parameters)
+            limits.check_settings(settings)
             client = self.make_client(context, settings)
             self.known[key] = client, client.session(settings)
         return self.known[key]
@@ -181,6 +190,7 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
     participant.method.suits(model)
     examples = session.data.sizes("train")
     kept = set(exchanged.values())
+    classes = {task.name: task.classes for task in participant.client.tasks}
     return messages.encode(
         Manifest(
             client=session.name,
@@ -193,6 +203,7 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
                     task.domains,
                     task.head_size,
                     examples[task.pair.task],
+                    hash_of_classes(participant.instruction.run, task.pair.task, classes[task.pair.task]),
                 )
                 for task in session.tasks
             ),
@@ -261,7 +272,7 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
     models = method.models(received, memory, session.initial_values) | folder.load_models(method.results)
     observer = None if participant.client.observe is None else participant.client.observe(session, method)
     found = evaluate_models(session, models, observer)
-    record_evaluation(folder.folder, participant.instruction.run, found.samples, found.cosines)
+    record_evaluation(folder.folder, participant.instruction.run, found.samples, found.cosines, found.skipped)
     judged = [session.kinds[task].score(by_model[found.last]) for task, by_model in found.metrics.items()]
     examples = sum(session.data.sizes("test").values())
     return messages.encode(

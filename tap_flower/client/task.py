@@ -51,6 +51,8 @@ class Task:
         batch_size: the task's own number of training examples in a batch; None takes the loader's, or the run's.
         domains: domains of the data.
         head_size: number of classes, on which clients that share the task must agree; 0 where it says nothing.
+        classes: their names, in the order of the output, on which clients that share the task must agree; the server
+            sees a keyed hash of them.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Task:
     batch_size: int | None = None
     domains: Sequence[str] = ()
     head_size: int = 0
+    classes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for word in (self.name, self.kind.name, *self.modalities, *self.domains):

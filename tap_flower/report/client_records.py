@@ -85,7 +85,13 @@ def read_decisions(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def record_evaluation(folder: Path, run: str, tasks: Mapping[str, Any], cosines: Sequence[Mapping[str, Any]]) -> None:
+def record_evaluation(
+    folder: Path,
+    run: str,
+    tasks: Mapping[str, Any],
+    cosines: Sequence[Mapping[str, Any]],
+    skipped: Mapping[str, str] | None = None,
+) -> None:
     """Writes what an evaluation has found besides metrics.
 
     Args:
@@ -93,9 +99,12 @@ def record_evaluation(folder: Path, run: str, tasks: Mapping[str, Any], cosines:
         run: identity of the run.
         tasks: task name -> `kind` and `items`, examples with the models' answers.
         cosines: `a`, `b`, `cosine` and `components` of each two pairs: cosines between their gradients.
+        skipped: what could not be had -> why.
     """
     write_json(folder / EXAMPLES, {"schema": SCHEMA, "run": run, "tasks": tasks})
-    write_json(folder / GRADIENTS, {"schema": SCHEMA, "run": run, "pairs": list(cosines)})
+    write_json(
+        folder / GRADIENTS, {"schema": SCHEMA, "run": run, "pairs": list(cosines), "skipped": dict(skipped or {})}
+    )
 
 
 def read_examples(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 
@@ -82,7 +83,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
         self._line(f"round {event['round']}: {', '.join(event['clients'])}; {replaced} replacements; loss {note}")
 
     def _dropped(self, event: dict[str, Any]) -> None:
-        self._console.print(f"[yellow]dropped the reply of {event['who']}: {event['problem']}", highlight=False)
+        self._console.print(f"[yellow]dropped the reply of {event['who']}: {escape(event['problem'])}", highlight=False)
 
     def _clipped(self, event: dict[str, Any]) -> None:
         note = f"scaled down the update of client {event['client']!r}: its norm {event['norm']:g} is above "

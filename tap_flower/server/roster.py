@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from tap_flower.config import Admission
 from tap_flower.core.initial import named_seed
 from tap_flower.errors import MessageError
+from tap_flower.server.admission import check_admission
 from tap_flower.wire.messages import Manifest
 
 
@@ -18,6 +21,7 @@ class Roster:
     Args:
         seed: seed of the run; it decides first values and sampling.
         tensors: values of a checkpoint, or nothing.
+        admission: who may take part, and the bounds of the run; by default anyone within the default bounds.
 
     Attributes:
         tensors: tensor name -> the server's value (float32, CPU).
@@ -26,8 +30,11 @@ class Roster:
         component_of: tensor name -> component.
     """
 
-    def __init__(self, seed: int, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, seed: int, tensors: Mapping[str, Tensor] | None = None, admission: Admission | None = None
+    ) -> None:
         self.seed = seed
+        self.admission = admission or Admission()
         self.tensors = dict(tensors or {})
         self.manifests: dict[str, Manifest] = {}
         self.nodes: dict[str, int] = {}
@@ -46,18 +53,13 @@ class Roster:
                 f"client {name!r} is already there on node {self.nodes[name]}: node {node} is refused; give every node "
                 f"a client spec with a name of its own"
             )
+        check_admission(manifest, self.manifests.values(), self.tensors, self.admission)
         before = self.manifests.get(name)
         if before is not None and before.tensors.keys() != manifest.tensors.keys():
             raise MessageError(
                 f"client {name!r} has come back with the tasks {sorted(manifest.reach)}, and had {sorted(before.reach)} "
                 f"before: give it its client spec again, or another name"
             )
-        for other in self.manifests.values():
-            if other.client != name and other.fingerprint != manifest.fingerprint:
-                raise MessageError(
-                    f"client {name!r} has a backbone with fingerprint {manifest.fingerprint}, client {other.client!r} "
-                    f"has {other.fingerprint}: use the same checkpoint on every node"
-                )
         for tensor, info in manifest.tensors.items():
             known = self.tensors.get(tensor)
             if known is not None and tuple(known.shape) != info.shape:
@@ -106,10 +108,6 @@ class Roster:
         """The client on a node that is there."""
         return next(name for name, its_node in self.nodes.items() if its_node == node)
 
-    def expected_weights(self, names: list[str]) -> dict[str, int]:
-        """Component -> sum of some clients' weights, their examples that reach it."""
-        total = dict.fromkeys(self.component_of.values(), 0)
-        for name in names:
-            for component, examples in self.manifests[name].weights.items():
-                total[component] += examples
-        return total
+    def holders(self, names: Iterable[str]) -> dict[str, int]:
+        """Component -> how many of some clients hold it, for those that any of them holds."""
+        return dict(sorted(Counter(c for n in names for c in set(self.manifests[n].component_of.values())).items()))

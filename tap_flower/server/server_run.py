@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from flwr.common.logger import log
 from tap_flower.config import Config, sent_hyper_parameters
 from tap_flower.errors import MessageError, RunError
 from tap_flower.files import write_json
+from tap_flower.plain import printable
 from tap_flower.report.events import EventLog
 from tap_flower.report.results import RESULTS
 from tap_flower.report.trackers import Tracked, open_trackers
@@ -48,6 +50,7 @@ class ServerRun:
         folder: the run folder.
         resume: whether to go on with the run that the folder holds.
         initial_arrays: first values by name, or None.
+        round_size: (number of clients) -> how many of them train in a round.
 
     Attributes:
         progress: what the run has done so far.
@@ -63,17 +66,25 @@ class ServerRun:
         personalised: client -> models that its stage 2 has made.
     """
 
-    def __init__(self, config: Config, folder: Path, resume: bool, initial_arrays: ArrayRecord | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        resume: bool,
+        initial_arrays: ArrayRecord | None,
+        round_size: Callable[[int], int],
+    ) -> None:
         self.config, self.folder = config, folder
         found = start_or_resume(config, folder, resume)
         self.progress = found.progress
-        self.roster = Roster(config.seed, found.tensors)
+        self.roster = Roster(config.seed, found.tensors, config.admission)
         for manifest in found.manifests:
             self.roster.recall(manifest)
         self._best = found.best
         self.initial_arrays = ArrayRecord() if initial_arrays is None else initial_arrays
         self.values = Values(self.initial_arrays)
-        budget = budget_of(config)
+        self._round_size = round_size
+        budget = budget_of(config, round_size(len(config.clients) or sys.maxsize))
         self.privacy = None if budget is None else Privacy(budget, self.progress.privacy)
         after_round = self.progress.round if resume else None
         trackers = open_trackers(config.trackers, Tracked(folder, config, self.progress.run, after_round))
@@ -112,7 +123,7 @@ class ServerRun:
         if not self.progress.round:
             self._take_initial_arrays()
         if self.privacy is not None:
-            self.privacy.announce(self.roster, self.config.clients_per_round, self.events.write)
+            self.privacy.announce(self.roster, self._round_size(len(self.roster.names)), self.events.write)
 
     def _take_initial_arrays(self) -> None:
         """Puts `initial_arrays` in place of the seed's first values.
@@ -206,17 +217,16 @@ class ServerRun:
         for reply in replies:
             name = client_on[reply.metadata.src_node_id]
             try:
-                if reply.has_error():
-                    if reply.error.code in (SILENT, UNSENT):
-                        self.roster.leave(name)  # it is asked who it is, and takes part again once it has answered
-                    raise MessageError(f"{reply.error.reason} (code {reply.error.code})")
-                use(name, reply.content)
+                if reply.has_error() and reply.error.code in (SILENT, UNSENT):
+                    self.roster.leave(name)  # it is asked who it is, and takes part again once it has answered
+                use(name, messages.content_of(reply))
                 good.append(RecordDict(dict(reply.content.metric_records)))
                 self.attendance.problems.pop(name, None)
             except MessageError as error:
-                self.attendance.problems[name] = str(error)
-                self.attendance.drop(server_round, f"client {name!r}", str(error))
-                self.reasons.append(f"client {name!r}: {error}")
+                problem = printable(str(error))
+                self.attendance.problems[name] = problem
+                self.attendance.drop(server_round, f"client {name!r}", problem)
+                self.reasons.append(f"client {name!r}: {problem}")
         log(INFO, "%s: Received %s results and %s failures", where, len(good), len(self.asked) - len(good))
         return good
 
@@ -254,7 +264,10 @@ class ServerRun:
         self.events.write(
             "round",
             round=server_round,
-            clients={name: {"losses": r.losses, "replacements": r.replacements} for name, r in reports.items()},
+            clients={
+                name: {"examples": r.examples, "losses": r.losses, "replacements": r.replacements}
+                for name, r in reports.items()
+            },
             dropped=sorted(set(self.asked) - reports.keys()),
             seconds=time.monotonic() - began,
             **score,

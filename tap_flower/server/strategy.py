@@ -103,6 +103,11 @@ class TapStrategy(Strategy):
         log(INFO, "\t├──> Sampling: %s | minimum available: %d", sampled, self.min_available_nodes)
         log(INFO, "\t└──> Run folder: %s", self.run_folder)
 
+    def round_size(self, clients: int) -> int:
+        """How many of so many clients train in a round."""
+        count = self.config.clients_per_round if self.fraction_train is None else int(clients * self.fraction_train)
+        return min(clients, max(count, self.min_train_nodes))
+
     def start(
         self,
         grid: Grid,
@@ -136,7 +141,7 @@ class TapStrategy(Strategy):
             self.config.rounds = num_rounds
         if timeout is not None:
             self.config.round_timeout = timeout
-        self.run = run = ServerRun(self.config, self.run_folder, self.resume, initial_arrays)
+        self.run = run = ServerRun(self.config, self.run_folder, self.resume, initial_arrays, self.round_size)
         log(INFO, "Starting %s strategy:", self.__class__.__name__)
         log_strategy_start_info(self.config.rounds, run.initial_arrays, train_config, evaluate_config)
         self.summary()
@@ -239,10 +244,8 @@ class TapStrategy(Strategy):
     ) -> Iterable[Message]:
         """Samples the clients of a round; each gets the tensors of its own components."""
         del grid  # the roster knows who is there
-        run, count = self.run, self.config.clients_per_round
-        if self.fraction_train is not None:
-            count = int(len(run.roster.names) * self.fraction_train)
-        sampled = run.roster.sample(server_round, max(count, self.min_train_nodes))
+        run = self.run
+        sampled = run.roster.sample(server_round, self.round_size(len(run.roster.names)))
         if not sampled:
             raise RunError(f"round {server_round}: no client is there; start the nodes again, then `--resume`")
         log(INFO, "configure_train: Sampled %s nodes (out of %s)", len(sampled), len(run.roster.names))

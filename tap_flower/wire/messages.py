@@ -20,16 +20,17 @@ from functools import cached_property
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from msgspec import Meta, Struct
 from torch import Tensor
 
 import tap_flower
-from tap_flower.config import Encoding
+from tap_flower.config import MOST_ROUNDS, Encoding
+from tap_flower.core.averaging import LARGEST_WEIGHT
 from tap_flower.core.components import ComponentMap, Pair
 from tap_flower.core.initial import Initial
 from tap_flower.errors import MessageError
-from tap_flower.plain import shown
+from tap_flower.plain import printable, shown
 from tap_flower.wire.fields import Component, Count, Epoch, Examples, Name, Number, TensorName, Word
 from tap_flower.wire.tensors import decode_tensors
 
@@ -60,7 +61,7 @@ class Instruction(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     run: Name
     epochs: Annotated[tuple[Epoch, ...], Meta(min_length=1)]
-    round: Count
+    round: Annotated[int, Meta(ge=0, le=MOST_ROUNDS)]
     hyper_parameters: dict[str, Any]
     best: Count | None = None
     protocol: int = PROTOCOL
@@ -94,6 +95,7 @@ class TaskInfo(Struct, frozen=True, forbid_unknown_fields=True):
         domains: domains of its data.
         head_size: number of classes; 0 where the head has none.
         examples: number of training examples.
+        classes: keyed hash of the names of its classes, in order, which the client makes; empty where they have no names.
     """
 
     task: Name
@@ -102,6 +104,7 @@ class TaskInfo(Struct, frozen=True, forbid_unknown_fields=True):
     domains: tuple[Name, ...]
     head_size: Count
     examples: Examples
+    classes: Annotated[str, Meta(pattern=r"\A([0-9a-f]{16})?\Z")] = ""
 
     def __post_init__(self) -> None:
         if len(set(self.modalities)) < len(self.modalities):
@@ -142,6 +145,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, di
             raise ValueError(f"tasks are {shown(names)}, reach is about {shown(sorted(self.reach))}")
         if (total := sum(math.prod(info.shape) for info in self.tensors.values())) > LARGEST_CLIENT:
             raise ValueError(f"the tensors have {total} values, more than {LARGEST_CLIENT}")
+        if (total := sum(self.examples.values())) > LARGEST_WEIGHT:
+            raise ValueError(f"the tasks have {total} examples, more than {LARGEST_WEIGHT}")
         _ = self.component_map  # its own checks
 
     @cached_property
@@ -205,6 +210,17 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         for field in ("losses", "replacements", "validation"):
             if unknown := sorted(getattr(self, field).keys() - manifest.examples.keys()):
                 raise MessageError(f"{field} names the task {unknown[0]!r}, not one of {sorted(manifest.examples)}")
+
+
+def content_of(reply: Message) -> RecordDict:
+    """The content of a reply.
+
+    Raises:
+        MessageError: the reply is an error; its words, bounded and printable.
+    """
+    if reply.has_error():
+        raise MessageError(f"{printable(str(reply.error.reason))} (code {reply.error.code})")
+    return reply.content
 
 
 Metrics = dict[str, dict[str, dict[str, float]]]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from base64 import b64decode
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from tap_flower.report.client_records import read_decisions, read_examples, read_gradients
 from tap_flower.server import checkpoint
 from tap_flower.wire import messages
 from tests.federations import Make, Whole
-from tests.toys import TOYS
+from tests.toys import TOYS, Net, Toy
 
 
 def test_a_run_leaves_the_clients_decisions_with_the_client(whole: Whole) -> None:
@@ -39,6 +42,44 @@ def test_a_run_leaves_cosines_with_a_client_of_two_pairs(whole: Whole) -> None:
     assert whole.kind == "toys" or "fusion/shared_proj" in pair["components"]
     assert not [component for component in pair["components"] if component.startswith(("encoder", "head"))]
     assert read_gradients(whole.federation.state("ann")) == []  # it has one pair
+
+
+class Branched(Net):
+    """Its norm, which both pairs share, is used in training only."""
+
+    def run(self, task: str, inputs: Sequence[Tensor]) -> Tensor:
+        trunk = self.trunk
+        self.trunk = trunk if self.training else trunk[0]
+        found = super().run(task, inputs)
+        self.trunk = trunk
+        return found
+
+
+class Detached(Net):
+    """Its output has no gradient in evaluation."""
+
+    def run(self, task: str, inputs: Sequence[Tensor]) -> Tensor:
+        found = super().run(task, inputs)
+        return found if self.training else found.detach()
+
+
+@pytest.mark.parametrize("kind", [Branched, Detached])
+def test_a_diagnostic_that_fails_costs_no_result(
+    make_federation: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: type[Net]
+) -> None:
+    monkeypatch.setattr(Toy, "net", lambda self: kind(*self.tasks))
+    federation = make_federation(TOYS[1:2], "clients_per_round=1", "rounds=1")
+    results = federation.strategy().start(federation.grid()).summary
+    assert results["clients"]["bob"]["languages"].keys() == {"server", "personal", "tap"}
+    if kind is Branched:
+        (pair,) = read_gradients(federation.state("bob"))
+        assert pair["components"]["fusion/norm"] is None  # a gradient of zero
+        assert pair["components"]["fusion/mix"] is not None
+    else:
+        assert read_gradients(federation.state("bob")) == []
+        assert "gradient cosines are skipped: RuntimeError: " in caplog.text
+        record = json.loads((federation.state("bob") / "gradients.json").read_text())
+        assert record["skipped"].keys() == {"gradient cosines"}
 
 
 def test_a_run_leaves_examples_with_the_clients_of_client_specs(whole_specs: Whole) -> None:

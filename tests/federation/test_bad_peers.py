@@ -9,17 +9,20 @@ import json
 import math
 import pickle
 from collections.abc import Callable, Iterable
+from io import StringIO
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from rich.console import Console
 from torch import Tensor
 
 from tap_flower.config import Config, Encoding
 from tap_flower.errors import RunError
 from tap_flower.report.events import read_events
+from tap_flower.report.progress import RunProgress
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
 from tap_flower.wire.messages import ARRAYS, EVALUATE, FIELDS, MANIFEST, PERSONALISE, TRAIN
@@ -178,7 +181,7 @@ BAD_UPDATES: list[Any] = [
     ("huge shape", with_array(shape=(2**40, 2**40)), "has the impossible shape"),
     ("examples zero", with_values(put("examples", "languages", value=0)), "Expected `int` >= 1 - at `$.examples[...]`"),
     ("examples negative", with_values(put("examples", "languages", value=-5)), "Expected `int` >= 1"),
-    ("examples 10^18", with_values(put("examples", "languages", value=EVIL)), "Expected `int` <= 9007199254740991"),
+    ("examples 10^18", with_values(put("examples", "languages", value=EVIL)), "Expected `int` <= 2147483648"),
     ("examples bool", with_values(put("examples", "languages", value=True)), "Expected `int`, got `bool`"),
     ("examples float", with_values(put("examples", "languages", value=12.0)), "Expected `int`, got `float`"),
     ("examples other", with_values(put("examples", "languages", value=13)), "the manifest {'languages': 12"),
@@ -226,6 +229,36 @@ def test_a_bad_update_is_dropped_by_name_and_leaves_no_trace(
     assert strategy.progress.replacements.keys() == {"ann"}
     assert set(strategy.progress.steps) == {"ann", "bob"}  # of stage 2, in which bob is honest again
     assert events[-1]["event"] == "end"
+
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07[/red]\n" * 300_000
+"""9 MB that clear a terminal, set its title, and end a markup that never began."""
+
+
+@pytest.mark.parametrize("message_type", [MANIFEST, TRAIN, EVALUATE])
+def test_the_words_of_an_error_are_bounded_and_printable(
+    play: Play, message_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(message: Message, _: RecordDict) -> list[Message]:
+        return [Message(Error(7, HOSTILE), reply_to=message)]
+
+    if message_type == MANIFEST:
+        with pytest.raises(RunError) as refused:
+            play(message_type, fail)
+        problems = [str(refused.value)]
+    else:
+        _, events = play(message_type, fail)
+        problems = [e["problem"] for e in events if e["event"] == "dropped"]
+        with RunProgress(Console(file=(shown := StringIO()))) as progress:
+            for event in events:
+                progress.show(event)
+        assert "owned" in shown.getvalue()
+        assert "\x1b" not in shown.getvalue()
+    assert problems
+    for text in (*problems, caplog.text.replace("\n", "")):
+        assert "owned" in text
+        assert text.isprintable()
+        assert len(text) < 20_000
 
 
 def test_what_nobody_else_has_keeps_its_value_bit_for_bit(play: Play) -> None:
@@ -300,6 +333,7 @@ BAD_MANIFESTS: list[Any] = [
     (put("tasks", value=[]), "tasks is []: Expected `array` of length >= 1"),
     (lambda v: v["tasks"].append(v["tasks"][0]), "tasks are ['languages', 'shape_images', 'languages'], reach"),
     (lambda v: v["tasks"][0].update(examples=EVIL), f"tasks[0].examples is {EVIL}: Expected `int`"),
+    (lambda v: v["tasks"][0].update(examples=2**31), f"the tasks have {2**31 + 8} examples, more than {2**31}"),
     (lambda v: v["tasks"][0].update(examples=0), "tasks[0].examples is 0: Expected `int` >= 1"),
     (lambda v: v["tasks"][0].update(examples=True), "tasks[0].examples is True"),
     (lambda v: v["tasks"][0].update(kind="a smell"), "tasks[0].kind is 'a smell'"),

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
-from flwr.app import Message
+from flwr.app import Error, Message
 
 from tap_flower.client.state import PERSONAL
 from tap_flower.errors import RunError
 from tap_flower.files import read_tensors
 from tap_flower.report.events import read_events
-from tap_flower.server import gathering
+from tap_flower.server import attendance
 from tap_flower.server import grid as grids
 from tap_flower.server.grid import StreamingGrid
 from tap_flower.wire import messages
@@ -91,7 +91,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    for module in (grids, gathering):
+    for module in (grids, attendance):
         monkeypatch.setattr(module.time, "monotonic", found.monotonic)
         monkeypatch.setattr(module.time, "sleep", found.sleep)
     return found
@@ -305,6 +305,17 @@ def test_a_node_that_hangs_from_the_start_costs_no_time_and_is_asked_once(make_f
     assert result.clients.keys() == {"ann", "bob", "cleo", "dan"}
     assert asked(grid, MANIFEST, 104) == 1
     assert clock.slept < 60
+
+
+def test_one_problem_of_many_nodes_is_said_once(make_federation: Make) -> None:
+    federation = make_federation([TOYS[0]] * 30)
+
+    def fail(message: Message, _: Message) -> Message:
+        return Message(Error(7, "no backbone"), reply_to=message)
+
+    with pytest.raises(RunError, match=r"^node 100 and 29 more cannot take part: no backbone \(code 7\)$"):
+        federation.strategy().start(federation.grid(tamper=fail))
+    assert len(events(federation, "dropped")) == 30  # each in the events
 
 
 def test_a_refused_node_is_asked_once(make_federation: Make) -> None:
