@@ -137,6 +137,7 @@ class Handlers:
             client, session = self._open(context, instruction)
             folder = StateFolder(_state_folder(client, context, instruction.run), instruction.run, instruction.epochs)
             participant = Participant(client, session, folder, instruction)
+            session.config, session.metrics = dict(message.content.config_records.get(messages.CONFIG, {})), {}
             with folder.locked():
                 content = handler(participant, message)
                 if client.describe is not None:  # not before: a message that is refused leaves nothing behind
@@ -223,7 +224,8 @@ def _train(participant: Participant, message: Message) -> RecordDict:
         replacements=replaced,
         validation={} if instruction.best is None else _own_scores(participant, received, result.memory),
     )
-    content = messages.encode(report, encode_tensors(update.difference, participant.encoding), metrics=_metrics(report))
+    tensors = encode_tensors(update.difference, participant.encoding)
+    content = messages.encode(report, tensors, metrics=_metrics(report, session))
     # Step 4: the new state is on the disk before the answer leaves.
     counts = Counter(replaced) + (Counter() if state is None else state.replacements)
     record_decisions(folder.folder, instruction.run, instruction.round, result.decisions)
@@ -242,7 +244,7 @@ def _personalise(participant: Participant, message: Message) -> RecordDict:
         losses=result.losses,
         steps=session.steps - steps,
     )
-    return messages.encode(report, metrics=_metrics(report))
+    return messages.encode(report, metrics=_metrics(report, session))
 
 
 def _evaluate(participant: Participant, message: Message) -> RecordDict:
@@ -252,16 +254,16 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
     observer = None if participant.client.observe is None else participant.client.observe(session, method)
     found = evaluate_models(session, models, observer)
     record_evaluation(folder.folder, participant.instruction.run, found.samples, found.cosines)
-    judged = [session.kinds[task].score(by_model[found.last]) for task, by_model in found.metrics.items()]
-    examples = sum(session.data.sizes("test").values())
-    return messages.encode(
-        Evaluation(found.metrics), metrics=MetricRecord({"num-examples": examples, "score": fmean(judged)})
-    )
+    judged = [session.kinds[task].score(models[found.last]) for task, models in found.metrics.items() if models]
+    metrics: dict[str, int | float] = {"num-examples": sum(session.data.sizes("test").values())}
+    if judged:  # a client may have nothing to test on
+        metrics["score"] = fmean(judged)
+    return messages.encode(Evaluation(found.metrics), metrics=MetricRecord(dict(metrics)))
 
 
-def _metrics(report: Report) -> MetricRecord:
-    """Flower's record of a round: examples, and the mean loss over the client's tasks."""
-    found: dict[str, int | float] = {"num-examples": sum(report.examples.values())}
+def _metrics(report: Report, session: Session) -> MetricRecord:
+    """Flower's record of a round: examples, the mean loss over the client's tasks, what its own loops returned."""
+    found: dict[str, int | float] = {**session.metrics, "num-examples": sum(report.examples.values())}
     if report.losses:
         found["train-loss"] = fmean(report.losses.values())
     return MetricRecord(dict(found))

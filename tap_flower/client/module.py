@@ -47,6 +47,11 @@ class OwnModel(ComponentModel):
         self.initials = initials
         self._forwards = forwards
 
+    @property
+    def own_module(self) -> nn.Module:
+        """The user's module itself."""
+        return self._all[0]
+
     def forward(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
         """The output of a task for a batch of the client's own data."""
         return self._forwards[task](self._all[0], inputs[OWN])

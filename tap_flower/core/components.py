@@ -94,6 +94,11 @@ class ComponentModel(nn.Module):
     component_map: ComponentMap
     initials: Mapping[str, Initial]
 
+    @property
+    def own_module(self) -> nn.Module:
+        """The module that a loop of the project's own trains."""
+        return self
+
     def forward(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
         """The output of a task for a batch of inputs."""
         raise NotImplementedError

@@ -90,6 +90,7 @@ class Method:
         models: makes the models that are evaluated as stage 1 left them.
         exchanges: (name of a component) -> whether server and clients exchange it.
         suits: raises a ConfigError where the method cannot work with a client's model.
+        own_loop: why a project's own loop (`Task.fit`) cannot train for the method, after its name; empty where it can.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Method:
     models: Models = server_copy
     exchanges: Callable[[str], bool] = every_component
     suits: Callable[[ComponentModel], None] = any_model
+    own_loop: str = ""
 
     @property
     def result(self) -> str:

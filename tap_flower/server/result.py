@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-from flwr.app import MetricRecord
+import numpy as np
+from flwr.app import MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result
 
 from tap_flower.config import Config
@@ -36,6 +37,27 @@ class TapResult(Result):
     bytes: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
+
+
+def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """The weighted mean of each metric over the clients that have it.
+
+    Flower's own function divides by the weight of all clients, also where some have not the metric: clients may have other
+    tasks, or nothing to test on.
+
+    Args:
+        contents: of the replies; the metrics are numbers, or lists of equal length.
+        weighted_by_key: key of the weight.
+    """
+    sums: dict[str, Any] = {}
+    weights: dict[str, float] = {}
+    for record in (record for content in contents for record in content.metric_records.values()):
+        weight = float(cast(float, record[weighted_by_key]))
+        for name, value in record.items():
+            if name != weighted_by_key and weight:
+                sums[name] = sums.get(name, 0.0) + weight * np.asarray(value, np.float64)
+                weights[name] = weights.get(name, 0.0) + weight
+    return MetricRecord({name: (total / weights[name]).tolist() for name, total in sums.items()})
 
 
 def collect(
