@@ -8,6 +8,7 @@ import os
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from tap_flower.client.evaluation import evaluate_models
 from tap_flower.client.state import ClientState, StateFolder
 from tap_flower.client.task import Client
-from tap_flower.config import Encoding, HyperParameters, hyper_parameters
+from tap_flower.config import Encoding, HyperParameters, NotedConfig, hyper_parameters
 from tap_flower.core.averaging import check_form
 from tap_flower.core.components import State, trainable_state
 from tap_flower.errors import MessageError, SpecError, TapFlowerError
@@ -72,8 +73,7 @@ class Participant:
     def exchanged(self) -> dict[str, str]:
         """Tensor -> component, for the tensors that client and server exchange."""
         component_of = self.session.outline.component_map.component_of
-        exchanges = {component: self.method.exchanges(component) for component in set(component_of.values())}
-        return {name: component for name, component in component_of.items() if exchanges[component]}
+        return {name: component for name, component in component_of.items() if self.method.exchanges(component, name)}
 
     def state_after_stage_1(self) -> ClientState | None:
         """The client's latest state, or that of the best round where the run may stop early."""
@@ -160,8 +160,14 @@ class Handlers:
         key = (instruction.run, context.node_id, json.dumps(instruction.hyper_parameters, sort_keys=True))
         if key not in self.known:
             settings = hyper_parameters(instruction.hyper_parameters)
-            client = self.make_client(context, settings)
-            self.known[key] = client, client.session(settings)
+            noted = copy(context)
+            noted.run_config = run_config = NotedConfig(context.run_config)
+            client = self.make_client(noted, settings)
+            session = client.session(settings)
+            # A client spec may stand for the run configuration, and a loop of the project's own reads it later.
+            if client.outline is None and not any(task.fit or task.score for task in client.tasks):
+                session.unread = run_config.unread
+            self.known[key] = client, session
         return self.known[key]
 
 
@@ -200,6 +206,7 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
                 if name in exchanged
             },
             reach={pair.task: components & kept for pair, components in model.component_map.reach.items()},
+            unread=session.unread,
         )
     )
 

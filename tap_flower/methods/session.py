@@ -78,6 +78,7 @@ class Session:
         config: Flower's `config` record of the message that is being answered.
         metrics: metric -> value that the projects' own loops returned for the message that is being answered; of the first
             model that they trained, as the losses are.
+        unread: keys of Flower's run configuration that nobody read while the client was made.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Session:
     steps: int = field(default=0, init=False)
     config: Mapping[str, Any] = field(default_factory=dict, init=False)
     metrics: dict[str, float] = field(default_factory=dict, init=False)
+    unread: tuple[str, ...] = field(default=(), init=False)
 
     @cached_property
     def kinds(self) -> Mapping[str, TaskKind]:

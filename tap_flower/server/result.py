@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, cast
 
 import numpy as np
@@ -15,7 +16,10 @@ from tap_flower.report.results import results
 from tap_flower.server.checkpoint import Progress
 from tap_flower.server.privacy import Privacy
 from tap_flower.server.roster import Roster
-from tap_flower.wire.messages import Metrics
+from tap_flower.wire.messages import Metrics, Report
+
+_TOLD = 10
+"""Clients that a line of the log names."""
 
 
 @dataclass(repr=False)
@@ -58,6 +62,28 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
                 sums[name] = sums.get(name, 0.0) + weight * np.asarray(value, np.float64)
                 weights[name] = weights.get(name, 0.0) + weight
     return MetricRecord({name: (total / weights[name]).tolist() for name, total in sums.items()})
+
+
+def told(names: Collection[str]) -> str:
+    """Names for a line of a log, the first ten of them."""
+    first = ", ".join(sorted(names)[:_TOLD])
+    return first if len(names) <= _TOLD else f"{first} and {len(names) - _TOLD} more"
+
+
+def round_in_words(reports: Mapping[str, Report]) -> list[str]:
+    """What a log says of a round or of stage 2: of each task the mean training loss, and how many clients replaced.
+
+    Args:
+        reports: client -> its report.
+    """
+    lines = []
+    for task in sorted({task for report in reports.values() for task in report.examples}):
+        losses = [report.losses[task] for report in reports.values() if task in report.losses]
+        decided = [report.replacements[task] for report in reports.values() if task in report.replacements]
+        found = [f"training loss {fmean(losses):.4f} (mean of {len(losses)} clients)"] if losses else []
+        found += [f"replaced on {sum(decided)} of {len(decided)} clients"] if decided else []
+        lines += [f"{task}: {', '.join(found)}"] if found else []
+    return lines
 
 
 def collect(

@@ -16,10 +16,12 @@ from typing import Self
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
+from torch import Tensor
 
 from tap_flower.config import Config, client_specs, sent_hyper_parameters
-from tap_flower.errors import MessageError, RunError
+from tap_flower.errors import ConfigError, MessageError, RunError
 from tap_flower.files import write_json
+from tap_flower.methods.registry import find_method
 from tap_flower.report.events import EventLog
 from tap_flower.report.results import RESULTS
 from tap_flower.report.trackers import Tracked, open_trackers
@@ -31,11 +33,13 @@ from tap_flower.server.outgoing import Outgoing, Values
 from tap_flower.server.privacy import Privacy, PrivateAverage, budget_of
 from tap_flower.server.result import TapResult, collect
 from tap_flower.server.roster import Roster
-from tap_flower.server.rounds import WeightedAverage
+from tap_flower.server.rounds import MethodAverage, WeightedAverage
 from tap_flower.wire import messages
 from tap_flower.wire.messages import Instruction, Report
 
 warnings = logging.getLogger("tap_flower")
+_MEMORY = "method:"
+"""Begins the names, in the checkpoint, of what the method's server half keeps."""
 
 
 class ServerRun:
@@ -63,7 +67,15 @@ class ServerRun:
 
     def __init__(self, config: Config, folder: Path, resume: bool, initial_arrays: ArrayRecord | None) -> None:
         self.config, self.folder = config, folder
+        self._half = find_method(config.method).server
+        if self._half is not None and config.privacy.epsilon is not None:
+            raise ConfigError(
+                f"method={config.method} has a server half, and privacy.epsilon = {config.privacy.epsilon:g} covers the "
+                f"mean difference alone: use another method, or leave privacy.epsilon null"
+            )
         found = start_or_resume(config, folder, resume)
+        self._memory = _taken_out(found.tensors)
+        _taken_out(found.best)
         self.progress = found.progress
         self.roster = Roster(config.seed, found.tensors)
         self._best = found.best
@@ -110,6 +122,13 @@ class ServerRun:
             )
         if not self.progress.round:
             self._take_initial_arrays()
+        manifests = self.roster.manifests.values()
+        if unread := set.intersection(*(set(manifest.unread) for manifest in manifests)) if manifests else set():
+            warnings.warning(
+                "run config: no client has read %s: what the ServerApp does not read either does nothing; tap-flower's own "
+                "loop takes train.learning_rate and train.steps of its configuration, `Task(fit=...)` the project's own",
+                ", ".join(map(repr, sorted(unread))),
+            )
         self.events.write(
             "start",
             round=self.progress.round,
@@ -195,7 +214,10 @@ class ServerRun:
         tell = partial(self.events.write, round=server_round)
         if self.privacy is not None:
             return PrivateAverage(self.privacy, self.roster, self.asked, tell)
-        return WeightedAverage(self.roster, self.asked, self.config.aggregation.clip_norm, tell)
+        usual = (self.roster, self.asked, self.config.aggregation.clip_norm, tell)
+        if self._half is not None:
+            return MethodAverage(self._half, self._memory, server_round, *usual)
+        return WeightedAverage(*usual)
 
     def use(
         self, where: str, server_round: int, replies: Iterable[Message], use: Callable[[str, RecordDict], None]
@@ -245,7 +267,8 @@ class ServerRun:
             score = {"validation": progress.validation.take(server_round, scores)}
             if progress.validation.best_round == server_round:
                 self._best = dict(roster.tensors)
-        checkpoint.save(self.folder / "server", progress, roster.tensors, self._best)
+        memory = {f"{_MEMORY}{name}": value for name, value in self._memory.items()}
+        checkpoint.save(self.folder / "server", progress, {**roster.tensors, **memory}, self._best)
         self.events.write(
             "round",
             round=server_round,
@@ -293,3 +316,9 @@ class ServerRun:
         self.events.write(
             "end", round=self.progress.round, seconds=seconds["total"], tasks=self.result.tasks, **private
         )
+
+
+def _taken_out(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Takes what the method's server half keeps out of the tensors of a checkpoint."""
+    kept = [name for name in tensors if name.startswith(_MEMORY)]
+    return {name.removeprefix(_MEMORY): tensors.pop(name) for name in kept}

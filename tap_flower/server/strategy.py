@@ -18,10 +18,11 @@ from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 from tap_flower.config import Config, load_config
 from tap_flower.errors import RunError
 from tap_flower.methods.registry import find_method
+from tap_flower.report.results import RESULTS
 from tap_flower.server.checkpoint import Progress
 from tap_flower.server.gathering import wait_for_nodes
 from tap_flower.server.grid import StreamingGrid
-from tap_flower.server.result import TapResult, mean_metrics
+from tap_flower.server.result import TapResult, mean_metrics, round_in_words, told
 from tap_flower.server.roster import Roster
 from tap_flower.server.server_run import ServerRun
 from tap_flower.wire import messages
@@ -149,6 +150,7 @@ class TapStrategy(Strategy):
                 ConfigRecord() if evaluate_config is None else evaluate_config,
                 evaluate_fn,
             )
+        log(INFO, "Results: %s; a page of them: tap-flower report %s", self.run_folder / RESULTS, self.run_folder)
         log(INFO, "Final results:")
         for line in io.StringIO(str(result)):
             log(INFO, "\t%s", line.rstrip("\n"))
@@ -237,6 +239,7 @@ class TapStrategy(Strategy):
         if not sampled:
             raise RunError(f"round {server_round}: no client is there; start the nodes again, then `--resume`")
         log(INFO, "configure_train: Sampled %s nodes (out of %s)", len(sampled), len(run.roster.names))
+        log(INFO, "\t├──> %s", told(sampled))
         run.events.write("round_start", round=server_round, clients=sampled)
         return run.messages(TRAIN, server_round, arrays, config, sampled)
 
@@ -255,6 +258,8 @@ class TapStrategy(Strategy):
             run.count(run.progress.up, content)
 
         good = run.use("aggregate_train", server_round, replies, add)
+        for line in round_in_words(run.reports):
+            log(INFO, "\t├──> %s", line)
         return run.values.record(average.finish()), self._aggregated(self.train_metrics_aggr_fn, good)
 
     def configure_personalise(

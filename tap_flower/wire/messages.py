@@ -122,6 +122,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, di
         tasks: its pairs.
         tensors: tensor name -> component, shape and first value of each tensor that it exchanges.
         reach: task name -> components that the pair's forward pass reaches, of those that it exchanges.
+        unread: keys of Flower's run configuration that the project has not read while it made the client.
         protocol: version of the protocol.
         version: version of tap-flower.
     """
@@ -131,6 +132,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, di
     tasks: Annotated[tuple[TaskInfo, ...], Meta(min_length=1)]
     tensors: dict[TensorName, TensorInfo]
     reach: dict[Name, frozenset[Component]]
+    unread: Annotated[tuple[Annotated[str, Meta(max_length=256)], ...], Meta(max_length=256)] = ()
     protocol: int = PROTOCOL
     version: str = tap_flower.__version__
 
