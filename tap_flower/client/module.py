@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tap_flower.core.components import ComponentModel, State
 from tap_flower.core.initial import named_seed
-from tap_flower.core.module_tensors import BuiltModule, Names, as_float32
+from tap_flower.core.module_tensors import BuiltModule, Names
 from tap_flower.core.tracing import Forward, Parts, of_the_user
 from tap_flower.data.examples import OWN
 from tap_flower.errors import ClientError
@@ -149,8 +149,6 @@ def built_module(model: Callable[[], nn.Module], seed: int) -> BuiltModule | Non
 def unstable(model: Callable[[], nn.Module], seed: int) -> State:
     """The first values (float32) of those tensors that a build in another process may give other values.
 
-    These are the tensors that a second build gives other values, and those that it shares with the first.
-
     Args:
         model: as in `Client`.
         seed: seed of the run.
@@ -158,15 +156,9 @@ def unstable(model: Callable[[], nn.Module], seed: int) -> State:
     built = built_module(model, seed)
     if built is None:
         return {}
-    first = {**{name: built.values[name] for name in built.trainable}, **built.fixed()}
-    again, module = _fresh(model, seed), _fresh(model, seed)
-    shared = {id(tensor) for tensor in Names(module).tensors(module).values()}
-    found = {}
-    for name, tensor in Names(again).tensors(again).items():
-        other = as_float32(tensor)
-        if name in first and (id(tensor) in shared or other is None or not other.equal(first[name])):
-            found[name] = first[name]
-    return found
+    if built.unstable is None:
+        built.unstable = built.unlike(_fresh(model, seed))
+    return built.unstable
 
 
 def _fresh(model: Callable[[], nn.Module], seed: int) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import weakref
 from collections.abc import Iterator, Mapping
 from itertools import chain
 
@@ -112,8 +113,8 @@ def keep_still(module: nn.Module) -> None:
 class BuiltModule:
     """A module that was built once, and copies of it, whose tensors are set for each use.
 
-    The module itself is never trained: it may be one that the user holds, and gives again when asked for another.
-    Copies share the frozen parameters.
+    The module itself is never touched: it may be one that the user holds, and gives again when asked for another. The
+    copies share the frozen parameters.
 
     Args:
         module: as it was built.
@@ -121,21 +122,27 @@ class BuiltModule:
     Attributes:
         names: of its tensors.
         trainable: names of the trainable parameters.
+        copies: number of copies that were made.
+        unstable: what `unlike` has found, or None before it was asked.
         values: name -> value that it was built with (CPU), of trainable parameters and of buffers.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.names = Names(module)
         self.trainable = tuple(name for name, p in self.names.parameters(module) if p.requires_grad)
-        self._frozen = {p for p in module.parameters() if not p.requires_grad}
+        self.copies, self._frozen = 0, list[nn.Parameter]()
         self._template = self._copied(module)
+        self._frozen = [p for p in self._template.parameters() if not p.requires_grad]
         self._free = [self._template]
         kept = chain(
             ((n, p) for n, p in self.names.parameters(module) if p.requires_grad), self.names.buffers(self._template)
         )
         self.values: dict[str, Tensor] = {name: value.detach().cpu().clone() for name, value in kept}
+        self.unstable: State | None = None
+        self._given = [weakref.ref(tensor) for tensor in self.names.tensors(module).values()]
 
     def _copied(self, module: nn.Module) -> nn.Module:
+        self.copies += 1
         made = copy.deepcopy(module, {id(p): p for p in self._frozen})
         made.zero_grad(set_to_none=True)
         keep_still(made)
@@ -157,6 +164,21 @@ class BuiltModule:
         built = {**dict(others), **self.values}
         found = {name: as_float32(value) for name, value in built.items() if name not in self.trainable}
         return {name: value for name, value in found.items() if value is not None}
+
+    def unlike(self, again: nn.Module) -> State:
+        """The values (float32) of those tensors that another build may give other values, in another process say.
+
+        Args:
+            again: from a second build. What it gives other values counts, and what it shares with the first.
+        """
+        first = {**{name: self.values[name] for name in self.trainable}, **self.fixed()}
+        shared = {id(tensor) for tensor in (reference() for reference in self._given) if tensor is not None}
+        found = {}
+        for name, tensor in self.names.tensors(again).items():
+            other = as_float32(tensor)
+            if name in first and (id(tensor) in shared or other is None or not other.equal(first[name])):
+                found[name] = first[name]
+        return found
 
     @torch.no_grad()
     def reset(self, module: nn.Module, first: Mapping[str, Tensor]) -> None:
