@@ -7,27 +7,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tap_flower.client.evaluation import TestObserver
-from tap_flower.client.module import (
-    Forward,
-    OwnModel,
-    Patterns,
-    adapted,
-    component_map,
-    initials,
-    reached_by,
-    trainable,
-)
+from tap_flower.client.module import OwnModel, OwnOutline, adapted, built_module
 from tap_flower.config import HyperParameters
 from tap_flower.core.components import ComponentModel, Pair
 from tap_flower.core.initial import named_seed
+from tap_flower.core.module_tensors import BuiltModule
 from tap_flower.core.tasks import TaskKind
+from tap_flower.core.tracing import AVERAGE, PERSONAL, Forward, Patterns, TracedTask, parts_of
 from tap_flower.data.batching import ClientData
 from tap_flower.data.examples import HELD_OUT, OWN, Examples, OwnLoader, own_examples, set_aside, split_off
 from tap_flower.data.spec import NAME
@@ -38,8 +31,6 @@ from tap_flower.methods.registry import find_method
 from tap_flower.methods.session import Fit, Score, Session, SessionTask
 from tap_flower.wire.messages import Instruction
 
-_TRACED = 2
-"""Examples in the batch that a forward pass is traced with."""
 Data = Dataset[Any] | DataLoader[Any] | Sequence[Examples]
 """A data set with a length and an index, a DataLoader, which is iterated as it is, or examples that make their own batches,
 those of each source apart."""
@@ -203,10 +194,12 @@ class Client:
 
     Attributes:
         name: stable, and of this client alone: its personal model is found by it.
-        model: builds the module; called for every model that a round needs. All calls must give equal names and shapes.
-            A `ComponentModel`, such as `models.model.TapModel`, knows its components and first values itself.
-            Tensors with `requires_grad` are trained and averaged with those of the same name on other clients; the others
-            are yours to load, and never leave the client.
+        model: builds the module. A process calls it once and copies what it gets; clients that have one function share its
+            module. All calls must give equal names and shapes. Tensors with `requires_grad` are trained, and averaged with
+            those of the same name on other clients. All tensors start as the module was built on the first client by name
+            that has them; `torch`, `numpy.random` and `random` draw from the run's seed meanwhile.
+            A `ComponentModel`, such as `models.model.TapModel`, knows its components and first values itself, and is built
+            for every model that a round needs.
         tasks: its tasks, with their data.
         components: name of a component -> patterns of its tensors' names; None makes a component of every layer.
         state_dir: folder for personal models, as STATE_DIR/NAME/RUN; `state-dir` of the node's configuration goes first.
@@ -216,6 +209,10 @@ class Client:
         outline: builds a model that is looked at only, whose tensors may be without memory; by default `model`.
         observe: (session, method) -> what collects predictions during an evaluation.
         describe: (folder, session, instruction) writes into the state folder what its tensors belong to.
+        buffers: what becomes of buffers that training changes, such as BatchNorm's statistics: `personal`, they stay on the
+            client, each model having its own; or `average`, they are averaged like parameters.
+        reach: task name -> patterns of the names of the tensors that its forward pass reaches. A task that is not named is
+            tried with a few of its training examples.
     """
 
     name: str
@@ -228,8 +225,12 @@ class Client:
     outline: Callable[[], ComponentModel] | None = None
     observe: Callable[[Session, Method], TestObserver] | None = None
     describe: Callable[[Path, Session, Instruction], None] | None = None
+    buffers: str = PERSONAL
+    reach: Patterns | None = None
 
     def __post_init__(self) -> None:
+        if self.buffers not in (PERSONAL, AVERAGE):
+            raise ClientError(f"client {self.name!r} has buffers={self.buffers!r}: use {PERSONAL!r} or {AVERAGE!r}")
         if not NAME.fullmatch(self.name):
             raise ClientError(f"client {self.name!r}: use a name of letters, digits, '-' and '_', at most 64")
         names = [task.name for task in self.tasks]
@@ -249,7 +250,7 @@ class Client:
             own = {task.name: task.fit is not None for task in self.tasks}
             check_own_loops(own, settings.method, find_method(settings.method).own_loop)
         data = self.data(settings.seed, settings.needs_validation)
-        build = self._build(data)
+        build, outline = self._models(data, settings.seed)
         session = Session(
             name=self.name,
             tasks=[
@@ -259,7 +260,7 @@ class Client:
                 for task in self.tasks
             ],
             build=build,
-            outline=build() if self.outline is None else self.outline(),
+            outline=outline,
             data=data,
             settings=settings,
             fingerprint=self.fingerprint,
@@ -290,30 +291,41 @@ class Client:
                     splits[split][task.name] = parts
         return ClientData(splits)
 
-    def _build(self, data: ClientData) -> Callable[[], ComponentModel]:
-        """What makes the client's models; a plain module's forward passes are traced once, on a batch of each task.
+    def _models(self, data: ClientData, seed: int) -> tuple[Callable[[], ComponentModel], ComponentModel]:
+        """What makes the client's models, and one to look at; every task of a plain module is tried.
 
         Raises:
             ClientError: the model does not fit the tasks.
         """
         forwards = {task.name: task.forward for task in self.tasks if task.forward is not None}
+        if self.outline is not None:
+            return lambda: adapted(self.model(), forwards), self.outline()
         with _told(f"client {self.name!r}"):
-            module, cpu = self.model().train(), torch.device("cpu")
-            if isinstance(module, ComponentModel):
-                return lambda: adapted(self.model(), forwards)
-            reached = {}
-            for task in self.tasks:
-                with _told(f"task {task.name!r}"):
-                    if task.forward is None and task.fit is not None and len(self.tasks) == 1:
-                        reached[task.pair] = list(trainable(module))  # its only task trains all that there is
-                        continue
-                    if task.forward is None:
-                        raise ClientError("it has no `forward`: give (module, batch) -> output")
-                    batch = data.first("train", task.name, _TRACED, cpu)
-                    losses = task.kind.losses(task.forward(module, batch.inputs[OWN]), batch.target)
-                    reached[task.pair] = reached_by(module, losses.sum())
-            components, first = component_map(module, reached, self.components), initials(module)
-        return lambda: OwnModel(self.model(), forwards, components, first)
+            built = built_module(self.model, seed)
+            if built is None:
+                return lambda: adapted(self.model(), forwards), adapted(self.model(), forwards)
+            tasks = [
+                TracedTask(
+                    task.pair,
+                    task.kind,
+                    None if task.target is None and task.fit is not None else task.forward,
+                    task.target,
+                    partial(_first_batch, data, task.name),
+                    own_loop=task.fit is not None,
+                )
+                for task in self.tasks
+            ]
+            parts = parts_of(built, tasks, seed, self.components, self.reach, self.buffers)
+
+        def module() -> BuiltModule:
+            return cast(BuiltModule, built_module(self.model, seed))
+
+        return lambda: OwnModel(module(), forwards, parts), OwnOutline(module, parts)
+
+
+def _first_batch(data: ClientData, task: str, size: int) -> tuple[Any, Tensor]:
+    batch = data.first("train", task, size, torch.device("cpu"))
+    return batch.inputs[OWN], batch.target
 
 
 @contextmanager

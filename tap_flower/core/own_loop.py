@@ -121,7 +121,7 @@ def further_loss(module: nn.Module, task: str, objective: Objective | None) -> I
         factor.read(root)
         backward(root, *args, **options)
 
-    hooks = _proximal_hooks(module, objective, factor) if isinstance(objective, Proximal) else []
+    hooks = _proximal_hooks(objective, factor) if isinstance(objective, Proximal) else []
 
     def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         tensors = _tensors(output)
@@ -148,7 +148,7 @@ def further_loss(module: nn.Module, task: str, objective: Objective | None) -> I
         )
 
 
-def _proximal_hooks(module: nn.Module, objective: Proximal, factor: Factor) -> list[Any]:
+def _proximal_hooks(objective: Proximal, factor: Factor) -> list[Any]:
     """Hooks that add `weight · (w − anchor)` to the gradients, once in each backward pass."""
 
     def hook(name: str, parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
@@ -159,7 +159,7 @@ def _proximal_hooks(module: nn.Module, objective: Proximal, factor: Factor) -> l
 
         return near
 
-    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in objective.model.named_parameters() if p.requires_grad]
     return [parameter.register_hook(hook(name, parameter)) for name, parameter in trained]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tap_flower.config import HyperParameters, ReplacementEvidence
-from tap_flower.core.components import ComponentModel, Pair, State, cpu_state, load_trainable_state, trainable_state
+from tap_flower.core.components import ComponentModel, Pair, State, cpu_state, load_trainable_state
 from tap_flower.core.initial import named_seed
 from tap_flower.core.objectives import Proximal
 from tap_flower.core.own_loop import counted_steps, further_loss
@@ -68,12 +68,13 @@ class Session:
     Attributes:
         name: name of the client; it seeds the order of mini-batches and dropout.
         tasks: the client's tasks.
-        build: makes a model with the client's components; its trainable tensors may have any values.
+        build: makes a model with the client's components; the tensors of its state may have any values.
         outline: a model that is looked at only, for names and shapes; its tensors may be without memory.
         data: the client's examples.
         settings: the run's hyper-parameters, as the server sent them.
         fingerprint: fingerprint of the frozen backbone, on which all clients of a run must agree.
         device: device of models and batches.
+        first: tensor name -> first value (float32) that the run has and a module built here has not.
         steps: optimiser steps that this session has made, of all models.
         config: Flower's `config` record of the message that is being answered.
         metrics: metric -> value that the projects' own loops returned for the message that is being answered; of the first
@@ -89,6 +90,7 @@ class Session:
     settings: HyperParameters
     fingerprint: str
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    first: State = field(default_factory=dict, init=False)
     steps: int = field(default=0, init=False)
     config: Mapping[str, Any] = field(default_factory=dict, init=False)
     metrics: dict[str, float] = field(default_factory=dict, init=False)
@@ -115,21 +117,24 @@ class Session:
         return {kind.name: by_kind.get(kind.name, kind.distillation) for kind in self.kinds.values()}
 
     def initial_values(self) -> State:
-        """The run's first values of the client's trainable tensors."""
-        initials, seed = self.outline.initials, self.settings.seed
-        return {n: initials[n].value(n, tuple(t.shape), seed) for n, t in trainable_state(self.outline).items()}
+        """The run's first values of the tensors of the model's state."""
+        own = self.outline.first_values(self.settings.seed)
+        return {name: self.first.get(name, value) for name, value in own.items()}
+
+    def built_values(self) -> State:
+        """The run's first values of all tensors on which its clients must agree, frozen ones and buffers included."""
+        own = {**self.outline.fixed_values(), **self.outline.first_values(self.settings.seed)}
+        return {name: self.first.get(name, value) for name, value in own.items()}
 
     def model(self, state: Mapping[str, Tensor] | None = None) -> ComponentModel:
-        """A new model on the session's device.
+        """A model on the session's device.
 
         Args:
-            state: values of all trainable tensors; None takes the run's first values.
+            state: values of the whole state; None takes the run's first values.
         """
         model = self.build()
-        if state is None:
-            model.initialise(self.settings.seed)
-        else:
-            load_trainable_state(model, state)
+        model.fix(self.first)
+        load_trainable_state(model, self.initial_values() if state is None else state)
         return model.to(self.device)
 
     def train(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ class Roster:
         manifests: client -> its manifest, also where the client has gone.
         nodes: client -> node, of the clients that are there.
         component_of: tensor name -> component.
+        first: tensor name -> first value (float32), of those that do not come from the seed.
     """
 
     def __init__(self, seed: int, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -32,10 +33,30 @@ class Roster:
         self.manifests: dict[str, Manifest] = {}
         self.nodes: dict[str, int] = {}
         self.component_of: dict[str, str] = {}
+        self.first: dict[str, Tensor] = {}
         self._first_holder: dict[str, str] = {}
 
-    def admit(self, node: int, manifest: Manifest) -> None:
+    def first_values(self, manifest: Manifest, names: Iterable[str]) -> dict[str, Tensor]:
+        """The run's first values (float32, CPU) of some tensors of a client."""
+        found = {}
+        for name in names:
+            info = manifest.tensors[name]
+            found[name] = (
+                self.first[name]
+                if info.initial is None or name in self.first
+                else info.initial.value(name, info.shape, self.seed)
+            )
+        return found
+
+    def admit(
+        self, node: int, manifest: Manifest, ask: Callable[[list[str]], dict[str, Tensor]] = lambda _: {}
+    ) -> None:
         """Takes in a client, or a known one that has come back on another node.
+
+        Args:
+            node: its node.
+            manifest: what it has.
+            ask: names of tensors -> their first values (float32), which nobody but this client knows.
 
         Raises:
             MessageError: its name is taken by a node that is alive, or what it holds does not fit the others.
@@ -71,7 +92,10 @@ class Roster:
                     f"tensor {tensor!r} belongs to {info.component!r} on client {name!r} but to "
                     f"{self.component_of[tensor]!r} on {self._first_holder[tensor]!r}: install one version everywhere"
                 )
-        self.tensors |= manifest.first_values(manifest.tensors.keys() - self.tensors.keys(), self.seed)
+        if unknown := [n for n, info in manifest.tensors.items() if info.initial is None and n not in self.first]:
+            self.first |= ask(unknown)
+        new = [tensor for tensor in manifest.tensors if tensor not in self.tensors]
+        self.tensors |= self.first_values(manifest, new)
         for tensor, info in manifest.tensors.items():
             self.component_of[tensor] = info.component
             self._first_holder.setdefault(tensor, name)

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from torch import Tensor
@@ -27,6 +26,7 @@ from tap_flower.report.results import RESULTS
 from tap_flower.report.trackers import Tracked, open_trackers
 from tap_flower.server import checkpoint
 from tap_flower.server.checkpoint import record_config, start_or_resume
+from tap_flower.server.first_values import FirstValues
 from tap_flower.server.gathering import wait_for_nodes, welcome
 from tap_flower.server.grid import StreamingGrid
 from tap_flower.server.outgoing import Outgoing, Values
@@ -57,6 +57,7 @@ class ServerRun:
         progress: what the run has done so far.
         roster: clients and values.
         values: the values as an ArrayRecord.
+        first: the run's first values.
         events: log of events.
         privacy: budget and ledger of a private run, else None.
         result: filled by the strategy.
@@ -81,6 +82,7 @@ class ServerRun:
         self._best = found.best
         self.initial_arrays = ArrayRecord() if initial_arrays is None else initial_arrays
         self.values = Values(self.initial_arrays)
+        self.first = FirstValues(self.roster, self.initial_arrays, folder / "server", config.round_timeout)
         budget = budget_of(config)
         self.privacy = None if budget is None else Privacy(budget, self.progress.privacy)
         after_round = self.progress.round if resume else None
@@ -120,8 +122,7 @@ class ServerRun:
                 + (f", without {', '.join(missing)}" if missing else "")
                 + f": start more nodes (`num-supernodes={expected}` in a simulation) or lower clients_per_round"
             )
-        if not self.progress.round:
-            self._take_initial_arrays()
+        self.first.check_names()
         manifests = self.roster.manifests.values()
         if unread := set.intersection(*(set(manifest.unread) for manifest in manifests)) if manifests else set():
             warnings.warning(
@@ -138,37 +139,11 @@ class ServerRun:
         if self.privacy is not None:
             self.privacy.announce(self.roster, config.clients_per_round, self.events.write)
 
-    def _take_initial_arrays(self) -> None:
-        """Puts `initial_arrays` in place of the seed's first values.
-
-        Raises:
-            RunError: an array is not as the clients' tensor, or not finite, or none is a tensor of theirs.
-        """
-        tensors = self.roster.tensors
-        ours = self.initial_arrays.keys() & tensors.keys()
-        if self.initial_arrays and not ours:
-            raise RunError(
-                f"initial_arrays names no tensor that a client trains: it has {min(self.initial_arrays)!r}, the clients "
-                f"have {min(tensors)!r}: give the names of the clients' own model"
-            )
-        for name in sorted(ours):
-            given = torch.from_numpy(self.initial_arrays[name].numpy())
-            if given.dtype != torch.float32 or not bool(given.isfinite().all()):
-                raise RunError(
-                    f"initial_arrays: {name!r} is {given.dtype}, or holds a value that is not finite: give finite "
-                    f"torch.float32 values, such as those of `model.float().state_dict()`"
-                )
-            if given.shape != tensors[name].shape:
-                raise RunError(
-                    f"initial_arrays: {name!r} has shape {tuple(given.shape)}, the clients' tensor "
-                    f"{tuple(tensors[name].shape)}: give the values of the clients' own model"
-                )
-            tensors[name] = given
-
     def welcome(self, grid: StreamingGrid, server_round: int) -> list[str]:
         """Admits the nodes that are not known yet; says which of them cannot take part, and why."""
         ask = messages.encode(self._instruction(0))
-        return welcome(grid, self.roster, ask, self.config.round_timeout, partial(self._drop, server_round))
+        self.first.instruction, timeout = self._instruction(0), self.config.round_timeout
+        return welcome(grid, self.roster, ask, timeout, partial(self._drop, server_round), self.first)
 
     def arrays(self) -> ArrayRecord:
         """The server's values, and what else `initial_arrays` named."""
