@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tap_flower.client.app import TapClientApp as TapClientApp
-    from tap_flower.client.module import load_module as load_module
     from tap_flower.client.task import Client as Client
     from tap_flower.client.task import Task as Task
     from tap_flower.config import Config as Config
     from tap_flower.config import load_config as load_config
     from tap_flower.core.components import ComponentMap as ComponentMap
     from tap_flower.core.components import Pair as Pair
-    from tap_flower.core.initial import Initial as Initial
     from tap_flower.core.tasks import IMAGE_CLASSIFICATION as IMAGE_CLASSIFICATION
     from tap_flower.core.tasks import IMAGE_GENERATION as IMAGE_GENERATION
     from tap_flower.core.tasks import TEXT_CLASSIFICATION as TEXT_CLASSIFICATION
     from tap_flower.core.tasks import TEXT_GENERATION as TEXT_GENERATION
     from tap_flower.core.tasks import TaskKind as TaskKind
+    from tap_flower.personal.own_modules import load_module as load_module
+    from tap_flower.personal.own_modules import load_personal as load_personal
     from tap_flower.personal.personal_model import PersonalModel as PersonalModel
     from tap_flower.server.result import TapResult as TapResult
     from tap_flower.server.strategy import TapStrategy as TapStrategy
@@ -33,7 +33,6 @@ __version__ = "0.1.0"
 _HOMES = {
     "tap_flower.config": ("Config", "load_config"),
     "tap_flower.core.components": ("ComponentMap", "Pair"),
-    "tap_flower.core.initial": ("Initial",),
     "tap_flower.core.tasks": (
         "IMAGE_CLASSIFICATION",
         "IMAGE_GENERATION",
@@ -46,7 +45,7 @@ _HOMES = {
     "tap_flower.server.strategy": ("TapStrategy",),
     "tap_flower.personal.personal_model": ("PersonalModel",),
     "tap_flower.client.task": ("Client", "Task"),
-    "tap_flower.client.module": ("load_module",),
+    "tap_flower.personal.own_modules": ("load_module", "load_personal"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted([*_HOME, "__version__"])

@@ -1,5 +1,13 @@
 """The errors that tap-flower raises on purpose. A message names the thing, the value and the remedy."""
 
+from __future__ import annotations
+
+import sysconfig
+import traceback
+from pathlib import Path
+
+_NOT_THE_USERS = tuple({str(Path(__file__).parent), *map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))})
+
 
 class TapFlowerError(Exception):
     """Base of all errors that tap-flower raises on purpose."""
@@ -43,3 +51,19 @@ class SpecError(TapFlowerError, ValueError):
 
 class StorageError(TapFlowerError, RuntimeError):
     """A file cannot be read or written, or its content is damaged."""
+
+
+def users_line(error: BaseException) -> str | None:
+    """FILE:LINE of the last line of a user's own code that an error came through; None where there is none."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((*_NOT_THE_USERS, "<")):
+            return f"{Path(frame.filename).name}:{frame.lineno}"
+    return None
+
+
+def defined_at(function: object) -> str | None:
+    """FILE:LINE of the beginning of a user's own function; None where it is none."""
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_filename.startswith((*_NOT_THE_USERS, "<")):
+        return None
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}"

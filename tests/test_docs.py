@@ -30,6 +30,8 @@ RUN_BY = {
     ("docs/plug-in.md", "--- a/pyproject.toml"): "test_the_quickstart_becomes_tap_by_a_diff_of_less_than_30_lines",
     ("docs/plug-in.md", "cd examples/quickstart"): "test_the_quickstart_becomes_tap_by_a_diff_of_less_than_30_lines",
     ("docs/plug-in.md", "from tap_flower import load_module"): "test_a_run",
+    ("docs/add-a-method.md", "[build-system]"): "test_the_pages_package_brings_two_methods",
+    ("docs/add-a-method.md", '"""FedAdam (Reddi'): "test_the_pages_package_brings_two_methods",
     ("docs/use-personal-models.md", "from tap_flower import PersonalModel"): "test_the_pages_python",
     ("docs/use-personal-models.md", "from tap_flower.personal.export import load_export"): "test_the_pages_python",
 }

@@ -15,10 +15,9 @@ import tap_flower
 SIGNATURES = {
     "Client": (
         "(name, model, tasks, components=None, state_dir=None, folder=None, fingerprint='own-modules', outline=None, "
-        "observe=None, describe=None)"
+        "observe=None, describe=None, buffers='personal', reach=None)"
     ),
     "ComponentMap": "(component_of, reach)",
-    "Initial": "(distribution, scale)",
     "Pair": "(task, modalities)",
     "PersonalModel": "(description, which, model, tokenizer, device=None)",
     "TapClientApp": "(mods=None, quotes=<lambda>)",
@@ -40,6 +39,7 @@ SIGNATURES = {
         "(name, losses, divergences, statistics, metrics, headline, higher_is_better, margin=0.0, distillation=1.0)"
     ),
     "load_module": "(module, folder, which='tap')",
+    "load_personal": "(module, client, run=None, which=None, state_dir=None)",
     "load_config": "(preset='demo', config='', settings=())",
 }
 CONSTANTS = {

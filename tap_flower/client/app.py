@@ -47,6 +47,10 @@ class TapClientApp(ClientApp):
         def manifest(message: Message, context: Context) -> Message:
             return self._loaded().manifest(message, context)
 
+        @self.query("values")
+        def values(message: Message, context: Context) -> Message:
+            return self._loaded().values(message, context)
+
         @self.train()
         def train(message: Message, context: Context) -> Message:
             return self._loaded().train(message, context)

@@ -118,7 +118,10 @@ def gradient_cosines(session: Session, model: ComponentModel) -> list[dict[str, 
     parameters = dict(model.named_parameters())
     gradients: dict[str, dict[str, Tensor]] = {}
     model.eval()
+    own = {task.pair.task for task in session.tasks if task.fit is not None}
     for pair in component_map.reach:
+        if pair.task in own:  # its loss is in the project's own loop
+            continue
         names = [n for n in component_map.tensors_of(pair) if held[component_map.component_of[n]] > 1]
         if not names:
             continue

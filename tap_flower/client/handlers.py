@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +18,15 @@ from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 
 from tap_flower.client.description import hash_of_classes
 from tap_flower.client.evaluation import evaluate_models
+from tap_flower.client.module import unstable
 from tap_flower.client.node import Limits, limits_of
-from tap_flower.client.state import ClientState, StateFolder
+from tap_flower.client.state import ClientState, StateFolder, default_state_dir
 from tap_flower.client.task import Client
-from tap_flower.config import Encoding, HyperParameters, hyper_parameters
+from tap_flower.config import Encoding, HyperParameters, NotedConfig, hyper_parameters
 from tap_flower.core.averaging import check_form
 from tap_flower.core.components import State, trainable_state
-from tap_flower.errors import MessageError, SpecError, TapFlowerError
+from tap_flower.core.module_tensors import digest
+from tap_flower.errors import MessageError, SpecError, StorageError, TapFlowerError, users_line
 from tap_flower.methods.method import Memory, Method
 from tap_flower.methods.registry import find_method
 from tap_flower.methods.session import Session
@@ -76,17 +78,37 @@ class Participant:
     @cached_property
     def exchanged(self) -> dict[str, str]:
         """Tensor -> component, for the tensors that client and server exchange."""
-        component_of = self.session.outline.component_map.component_of
-        exchanges = {component: self.method.exchanges(component) for component in set(component_of.values())}
-        return {name: component for name, component in component_of.items() if exchanges[component]}
+        outline = self.session.outline
+        component_of = {n: c for n, c in outline.component_map.component_of.items() if n not in outline.local}
+        return {name: component for name, component in component_of.items() if self.method.exchanges(component, name)}
 
     def state_after_stage_1(self) -> ClientState | None:
         """The client's latest state, or that of the best round where the run may stop early."""
         best = self.instruction.best
         return self.folder.load() if best is None else self.folder.load_best(best)
 
-    def receive(self, message: Message) -> State:
-        """The server's tensors for this client.
+    def take_first_values(self, kept: State | None, message_type: str) -> None:
+        """Gives the session the first values of the run that a module built here may not have.
+
+        Args:
+            kept: from the client's folder; at its first query, those are kept that another process would build otherwise.
+            message_type: of the server's message.
+
+        Raises:
+            StorageError: they are lost.
+        """
+        if kept is None and self.session.outline.is_built:
+            if message_type != messages.MANIFEST:
+                raise StorageError(f"{self.folder.folder} has lost the run's first values: start this node again")
+            self.folder.save_first(kept := unstable(self.client.model, self.session.settings.seed))
+        self.session.first = kept or {}
+
+    def receive(self, message: Message, state: ClientState | None) -> State:
+        """The server's tensors for this client, and those of the server's copy that stay here.
+
+        Args:
+            message: the server's.
+            state: state of the client.
 
         Raises:
             MessageError: the server sent others than the client's tensors, or values that are not finite.
@@ -98,6 +120,10 @@ class Participant:
         if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
             raise MessageError(f"the server's tensor {broken[0]!r} holds a value that is not finite")
         self.folder.save_server(tensors, self.instruction.round)
+        outline, kept = self.session.outline, {} if state is None else state.local
+        if outline.local:
+            own = {**self.session.initial_values(), **kept}
+            tensors |= {name: own[name] for name in outline.local}
         return tensors
 
 
@@ -120,6 +146,10 @@ class Handlers:
     def manifest(self, message: Message, context: Context) -> Message:
         """`query.manifest`: who the client is, what it has, which tensors it exchanges."""
         return self._answer(message, context, _manifest)
+
+    def values(self, message: Message, context: Context) -> Message:
+        """`query.values`: takes over first values of the run, and sends those that the server asks for."""
+        return self._answer(message, context, _values)
 
     def train(self, message: Message, context: Context) -> Message:
         """`train`: one round of stage 1."""
@@ -147,7 +177,9 @@ class Handlers:
                 )
                 keeps_best = bool(context.node_config.get("keep-best"))
                 participant = Participant(client, session, folder, instruction, keeps_best)
+                session.config, session.metrics = dict(message.content.config_records.get(messages.CONFIG, {})), {}
                 with folder.locked():
+                    participant.take_first_values(folder.load_first(), message.metadata.message_type)
                     content = handler(participant, message)
                     if client.describe is not None:  # not before: a message that is refused leaves nothing behind
                         client.describe(folder.folder, session, instruction)
@@ -160,7 +192,7 @@ class Handlers:
             return Message(Error(REFUSED, reason), reply_to=message)
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(last.filename).name}:{last.lineno}"
+            where = users_line(error) or f"{Path(last.filename).name}:{last.lineno}"
             traceback.print_exc()
             reason = printable(str(error)) if self.quotes(context) else "the log of its node says more"
             return Message(Error(REFUSED, f"unexpected {type(error).__name__} at {where}: {reason}"), reply_to=message)
@@ -171,8 +203,14 @@ class Handlers:
         if key not in self.known:
             settings = hyper_parameters(instruction.hyper_parameters)
             limits.check_settings(settings)
-            client = self.make_client(context, settings)
-            self.known[key] = client, client.session(settings)
+            noted = copy(context)
+            noted.run_config = run_config = NotedConfig(context.run_config)
+            client = self.make_client(noted, settings)
+            session = client.session(settings)
+            # A client spec may stand for the run configuration, and a loop of the project's own reads it later.
+            if client.outline is None and not any(task.fit or task.score for task in client.tasks):
+                session.unread = run_config.unread
+            self.known[key] = client, session
         return self.known[key]
 
 
@@ -180,8 +218,8 @@ def _state_folder(client: Client, context: Context, run: str) -> Path:
     """`state-dir` of the node's configuration, the client's `state_dir`, or Flower's home; in it NAME/RUN."""
     if client.folder is not None:
         return client.folder
-    home = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")) / "tap-flower"
-    return Path(str(context.node_config.get("state-dir") or client.state_dir or home)) / client.name / run
+    state_dir = context.node_config.get("state-dir") or client.state_dir or default_state_dir()
+    return Path(str(state_dir)) / client.name / run
 
 
 def _manifest(participant: Participant, _: Message) -> RecordDict:
@@ -208,14 +246,33 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
                 for task in session.tasks
             ),
             tensors={
-                name: TensorInfo(exchanged[name], tuple(tensor.shape), model.initials[name])
+                name: TensorInfo(exchanged[name], tuple(tensor.shape), model.initials.get(name))
                 for name, tensor in trainable_state(model).items()
                 if name in exchanged
             },
             reach={pair.task: components & kept for pair, components in model.component_map.reach.items()},
             state=participant.folder.round,
+            unread=session.unread,
+            built={name: digest(value) for name, value in session.built_values().items()} if model.is_built else {},
         )
     )
+
+
+def _values(participant: Participant, message: Message) -> RecordDict:
+    session, kept = participant.session, State()
+    if messages.ARRAYS in message.content:
+        own = session.built_values()
+        kept = messages.tensors_of(message.content, Encoding.float32)
+        check_form("the server's message", kept, kept.keys() & own.keys(), own)
+        if broken := [name for name, tensor in kept.items() if not bool(tensor.isfinite().all())]:
+            raise MessageError(f"the run's first value of {broken[0]!r} is not finite")
+        participant.folder.save_first(kept)
+        session.first = {**session.first, **kept}
+    values = session.built_values() if participant.instruction.wanted else {}
+    if unknown := sorted(set(participant.instruction.wanted) - values.keys()):
+        raise MessageError(f"the server asks for tensor {unknown[0]!r}, which client {session.name!r} does not have")
+    wanted = {name: values[name] for name in participant.instruction.wanted}
+    return messages.encode(messages.Kept(len(kept)), encode_tensors(wanted, Encoding.float32))
 
 
 def _train(participant: Participant, message: Message) -> RecordDict:
@@ -225,10 +282,12 @@ def _train(participant: Participant, message: Message) -> RecordDict:
     if instruction.best is not None:
         folder.keep_best(instruction.best)
     # Step 2: the method's round.
-    received, steps = participant.receive(message), session.steps
+    received, steps = participant.receive(message, state), session.steps
     result = participant.method.participate(session, instruction.round, received, _memory(state))
     # Step 3: what the server gets, Δ = trained − received, and what stays here.
-    update = make_update(received, result.returned, {} if state is None else state.residual, participant.encoding)
+    returned = {name: value for name, value in result.returned.items() if name in participant.exchanged}
+    update = make_update(received, returned, {} if state is None else state.residual, participant.encoding)
+    local = {name: result.returned.get(name, received[name]) for name in session.outline.local}
     replaced = {decision.pair.task: int(decision.replaced) for decision in result.decisions}
     wanted = instruction.best is not None or participant.keeps_best
     scores = _own_scores(participant, received, result.memory) if wanted else {}
@@ -241,18 +300,19 @@ def _train(participant: Participant, message: Message) -> RecordDict:
         replacements=replaced,
         validation={} if instruction.best is None else scores,
     )
-    content = messages.encode(report, encode_tensors(update.difference, participant.encoding), metrics=_metrics(report))
+    tensors = encode_tensors(update.difference, participant.encoding)
+    content = messages.encode(report, tensors, metrics=_metrics(report, session))
     # Step 4: the new state is on the disk before the answer leaves.
     counts = Counter(replaced) + (Counter() if state is None else state.replacements)
     record_decisions(folder.folder, instruction.run, instruction.round, result.decisions)
     score = fmean(scores.values()) if participant.keeps_best and scores else None
-    folder.save(ClientState(instruction.round, result.memory, counts, update.residual, score))
+    folder.save(ClientState(instruction.round, result.memory, counts, update.residual, local, score))
     return content
 
 
 def _personalise(participant: Participant, message: Message) -> RecordDict:
     session, state = participant.session, participant.state_after_stage_1()
-    received, steps = participant.receive(message), session.steps
+    received, steps = participant.receive(message, state), session.steps
     result = participant.method.second_stage(session, received, _memory(state))
     participant.folder.save_models(result.models, participant.instruction.round)
     report = Report(
@@ -263,27 +323,27 @@ def _personalise(participant: Participant, message: Message) -> RecordDict:
         state=participant.folder.round,
         models=tuple(result.models),
     )
-    return messages.encode(report, metrics=_metrics(report))
+    return messages.encode(report, metrics=_metrics(report, session))
 
 
 def _evaluate(participant: Participant, message: Message) -> RecordDict:
     session, method, folder = participant.session, participant.method, participant.folder
-    received, memory = participant.receive(message), _memory(participant.state_after_stage_1())
+    state = participant.state_after_stage_1()
+    received, memory = participant.receive(message, state), _memory(state)
     models = method.models(received, memory, session.initial_values) | folder.load_models(method.results)
     observer = None if participant.client.observe is None else participant.client.observe(session, method)
     found = evaluate_models(session, models, observer)
     record_evaluation(folder.folder, participant.instruction.run, found.samples, found.cosines, found.skipped)
-    judged = [session.kinds[task].score(by_model[found.last]) for task, by_model in found.metrics.items()]
-    examples = sum(session.data.sizes("test").values())
-    return messages.encode(
-        Evaluation(found.metrics, folder.round),
-        metrics=MetricRecord({"num-examples": examples, "score": fmean(judged)}),
-    )
+    judged = [session.kinds[task].score(models[found.last]) for task, models in found.metrics.items() if models]
+    metrics: dict[str, int | float] = {"num-examples": sum(session.data.sizes("test").values())}
+    if judged:  # a client may have nothing to test on
+        metrics["score"] = fmean(judged)
+    return messages.encode(Evaluation(found.metrics, folder.round), metrics=MetricRecord(dict(metrics)))
 
 
-def _metrics(report: Report) -> MetricRecord:
-    """Flower's record of a round: examples, and the mean loss over the client's tasks."""
-    found: dict[str, int | float] = {"num-examples": sum(report.examples.values())}
+def _metrics(report: Report, session: Session) -> MetricRecord:
+    """Flower's record of a round: examples, the mean loss over the client's tasks, what its own loops returned."""
+    found: dict[str, int | float] = {**session.metrics, "num-examples": sum(report.examples.values())}
     if report.losses:
         found["train-loss"] = fmean(report.losses.values())
     return MetricRecord(dict(found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,13 +32,20 @@ BEST = "personal.best.safetensors"
 KEPT, UNDONE = "personal.kept.safetensors", "personal.undone.safetensors"
 """The state with the best scores on the client's own validation rows, where its node keeps it; and the state that
 `go_back` has taken away."""
+FIRST = "first.safetensors"
+"""First values of the run that a module built anew may not have."""
 SERVER = "server.safetensors"
 """The tensors that the server sent last."""
-_RESIDUAL = "residual:"
-"""Begins the names of the residual's tensors, in the file of the personal model."""
+_RESIDUAL, _LOCAL = "residual:", "server/own:"
+"""Begin the names of the residual's tensors, and of the server's copy's own, in the file of the personal model."""
 _CACHE_BYTES = 256 << 20
 """Size limit of the in-process cache of states: about 15 full-size two-task clients."""
 _Record = TypeVar("_Record", bound="_FileRecord")
+
+
+def default_state_dir() -> Path:
+    """Where clients' states are unless a node's `state-dir` or `Client.state_dir` says otherwise: in Flower's home."""
+    return Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")) / "tap-flower"
 
 
 class _FileRecord(Struct, frozen=True, kw_only=True):
@@ -70,6 +78,7 @@ class ClientState:
         memory: what the method keeps.
         replacements: task name -> how often its components were replaced so far.
         residual: tensor name -> what the wire's encoding has taken from the client's differences so far.
+        local: the tensors of the server's copy that stay on the client, such as BatchNorm's statistics.
         score: mean validation score over the client's tasks, where its node keeps the best state; else None.
     """
 
@@ -77,6 +86,7 @@ class ClientState:
     memory: Memory
     replacements: Counter[str] = field(default_factory=Counter)
     residual: State = field(default_factory=dict)
+    local: State = field(default_factory=dict)
     score: float | None = None
 
     def check_finite(self) -> None:
@@ -193,6 +203,7 @@ class StateFolder:
             score=state.score,
         )
         tensors = {f"{_RESIDUAL}{name}": value for name, value in state.residual.items()}
+        tensors |= {f"{_LOCAL}{name}": value for name, value in state.local.items()}
         for model, own in state.memory.models.items():
             tensors |= {f"{_prefix(model)}{name}": value for name, value in own.items()}
         plain = msgspec.to_builtins(record)
@@ -248,6 +259,20 @@ class StateFolder:
                     found[model] = tensors
         return found
 
+    def save_first(self, tensors: State) -> None:
+        """Keeps first values of the run, beside those that are kept already."""
+        write_tensors(
+            self.folder / FIRST, {**(self.load_first() or {}), **tensors}, {"schema": SCHEMA, "run": self.run}
+        )
+
+    def load_first(self) -> State | None:
+        """The first values that are kept, or None where there is no file of them."""
+        if not (self.folder / FIRST).exists():
+            return None
+        tensors, record = read_tensors(self.folder / FIRST)
+        self._check(FIRST, record, _FileRecord)
+        return tensors
+
     def save_server(self, tensors: State, server_round: int) -> None:
         """Keeps the tensors that the server sent for a round."""
         write_tensors(self.folder / SERVER, tensors, {"schema": SCHEMA, "run": self.run, "round": server_round})
@@ -295,11 +320,16 @@ class StateFolder:
                 self._remember(name, on_disk, tensors, plain)
         record = self._check(name, plain, _StateRecord)
         tensors = dict(tensors)
-        residual = _taken(tensors, _RESIDUAL)
+        residual, local = _taken(tensors, _RESIDUAL), _taken(tensors, _LOCAL)
         # Those under their own names, the personal model's, are what is left at the end.
         models = {model: _taken(tensors, _prefix(model)) for model in sorted(record.models, key=_prefix, reverse=True)}
         return ClientState(
-            record.round, Memory(models, deepcopy(record.record)), Counter(record.replacements), residual, record.score
+            record.round,
+            Memory(models, deepcopy(record.record)),
+            Counter(record.replacements),
+            residual,
+            local,
+            record.score,
         )
 
     def _remember(self, name: str, content: Identity, tensors: State, record: dict[str, Any]) -> None:

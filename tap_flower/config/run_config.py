@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from tap_flower.config.options import Config
 from tap_flower.config.resolve import client_specs, load_config
@@ -12,6 +13,51 @@ from tap_flower.data.spec import ClientSpec
 
 _KNOWN = 8
 """Configurations that a process remembers: all messages of a run have the same one."""
+
+
+class NotedConfig(dict[str, Any]):
+    """Flower's run configuration, which notes what is read of it; reading all of it at once counts as such."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self._unread = set(values)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Keys that nobody has read, sorted."""
+        return tuple(sorted(self._unread))
+
+    def __getitem__(self, key: str) -> Any:
+        self._unread.discard(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key, or `default`."""
+        self._unread.discard(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self._unread.discard(str(key))
+        return super().__contains__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        self._unread.clear()
+        return super().__iter__()
+
+    def keys(self) -> KeysView[str]:
+        """All keys."""
+        self._unread.clear()
+        return super().keys()
+
+    def values(self) -> ValuesView[Any]:
+        """All values."""
+        self._unread.clear()
+        return super().values()
+
+    def items(self) -> ItemsView[str, Any]:
+        """All keys and values."""
+        self._unread.clear()
+        return super().items()
 
 
 def simulated_run(run_config: Mapping[str, object], run_id: int) -> tuple[Config, Path]:

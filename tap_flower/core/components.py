@@ -87,12 +87,23 @@ class ComponentModel(nn.Module):
     """A client's model: it runs one pair at a time, and knows its components.
 
     Attributes:
-        component_map: which trainable tensor belongs to which component, and what each pair reaches.
-        initials: name of a trainable tensor -> how it starts.
+        component_map: which tensor belongs to which component, and what each pair reaches.
+        initials: name of a trainable tensor -> how it starts; nothing where the module's own values are its first ones.
+        moving: names of the buffers (and of frozen parameters) that training changes; they are part of the model's state.
+        local: names of the tensors of the state that stay on the client.
+        is_built: whether its first values are those that a client's module was built with, not the seed's.
     """
 
     component_map: ComponentMap
     initials: Mapping[str, Initial]
+    moving: frozenset[str] = frozenset()
+    local: frozenset[str] = frozenset()
+    is_built: bool = False
+
+    @property
+    def own_module(self) -> nn.Module:
+        """The module that a loop of the project's own trains."""
+        return self
 
     def forward(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
         """The output of a task for a batch of inputs."""
@@ -103,25 +114,41 @@ class ComponentModel(nn.Module):
         initialise(self, self.initials, seed)
         return self
 
+    def first_values(self, seed: int) -> State:
+        """The first value of every tensor of the model's state; the model may be without memory."""
+        initials = self.initials
+        return {n: initials[n].value(n, tuple(t.shape), seed) for n, t in trainable_state(self).items()}
+
+    def fixed_values(self) -> State:
+        """The values of the tensors that never change in a run, of those on which its clients must agree."""
+        return {}
+
+    def fix(self, values: Mapping[str, Tensor]) -> None:
+        """Sets tensors that never change in a run to the run's values; other names are passed over."""
+
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable tensors of `model` by name, detached but sharing memory with the model."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """A model's state: its trainable tensors and those that training moves, by name, sharing memory with the model."""
+    moving: frozenset[str] = getattr(model, "moving", frozenset())
+    found = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or name in moving}
+    if moving:
+        found |= {name: buffer for name, buffer in model.named_buffers() if name in moving}
+    return found
 
 
 def cpu_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the trainable tensors on the CPU."""
-    return {name: tensor.cpu().clone() for name, tensor in trainable_state(model).items()}
+    """A copy of a model's state on the CPU, in float32."""
+    return {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in trainable_state(model).items()}
 
 
 @torch.no_grad()
 def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor], names: Iterable[str] | None = None) -> None:
-    """Copies tensors into the trainable parameters of `model`, strictly.
+    """Copies tensors into the state of `model`, strictly.
 
     Args:
         model: the model that is changed in place.
         state: tensor name -> value; the shape must be that of the parameter.
-        names: the tensors to copy; by default all trainable ones, and `state` must then hold exactly these.
+        names: the tensors to copy; by default the whole state, and `state` must then hold exactly these.
 
     Raises:
         ValueError: a tensor is missing, unknown or has another shape. The model is unchanged then.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from tap_flower.core.components import ComponentModel
 from tap_flower.core.tasks import TaskKind
-from tap_flower.core.training import Batch, PairModel
+from tap_flower.core.training import CALL, Batch, PairModel, comparable
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,14 @@ class Distillation:
         kind = self.kinds[batch.task]
         weight = self.weights.get(kind.name, 0.0)
         if weight == 0.0:
-            return output.new_zeros(())
+            return torch.zeros(())
         self.teacher.eval()
         with torch.no_grad():
-            target = self.teacher(batch.task, batch.inputs)
+            if CALL in batch.inputs:  # in a loop of the project's own, the teacher is called as the student was
+                args, kwargs = batch.inputs[CALL]
+                target = comparable(cast(ComponentModel, self.teacher).own_module(*args, **kwargs))
+            else:
+                target = self.teacher(batch.task, batch.inputs)
         return weight * kind.divergences(output, target, batch.target, self.temperature).mean()
 
 

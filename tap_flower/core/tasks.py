@@ -34,7 +34,8 @@ class TaskKind:
     Attributes:
         name: as in the configuration, `image_classification` for example.
         losses: (output, target) -> loss of each unit, shape [units].
-        divergences: (student, teacher, target, temperature) -> distillation loss of each unit, shape [units].
+        divergences: (student, teacher, target, temperature) -> distillation loss of each unit, shape [units]. The target is
+            None where a loop of the project's own trains.
         statistics: (output, target) -> sums over the batch; they add up over batches.
         metrics: summed statistics -> metric name -> value; `loss` must be among them.
         headline: name of the metric that the kind is judged by.
@@ -145,7 +146,9 @@ def _text_losses(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output[kept], target[kept], reduction="none")
 
 
-def _text_divergences(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
+def _text_divergences(student: Tensor, teacher: Tensor, target: Tensor | None, temperature: float) -> Tensor:
+    if target is None:  # a loop of the project's own does not say what is padding: all positions count
+        return _kl_divergences(student, teacher, temperature).flatten()
     kept = target != IGNORE
     return _kl_divergences(student[kept], teacher[kept], temperature)
 

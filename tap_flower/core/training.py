@@ -13,6 +13,9 @@ from torch import Tensor
 from tap_flower.core.tasks import Statistics, TaskKind
 from tap_flower.errors import DivergedError
 
+CALL = "call"
+"""Name of the only input where a loop of the project's own trains: (args, kwargs) of its call of the module."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -27,6 +30,13 @@ class Batch:
     task: str
     inputs: Mapping[str, Any]
     target: Tensor
+
+
+def comparable(output: Any) -> Any:
+    """What a kind of task compares of a module's output: its `logits`, as transformers name them, or the output itself."""
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    return getattr(output, "logits", output)
 
 
 class PairModel(Protocol):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tap_flower.core.initial import named_seed
 from tap_flower.core.training import Batch
-from tap_flower.data.examples import Examples, permutation
+from tap_flower.data.examples import Examples, OwnLoader, permutation
 
 WINDOW = 16
 """Batches of shuffled training examples that are ordered by length together."""
@@ -116,11 +116,13 @@ class ClientData:
     """The data of one client.
 
     Args:
-        splits: split (`train`, `validation`, `test`) -> task name -> its examples, those of each source apart.
-        workers: processes for each split that read ahead; with any, a split is read by one pass at a time.
+        splits: split (`train`, `validation`, `test`) -> task name -> its examples, those of each source apart, or a list of
+            one `OwnLoader`.
+        workers: processes for each split that read ahead; with any, a split is read by one pass at a time. Loaders of the
+            user's own have their own workers.
     """
 
-    def __init__(self, splits: Mapping[str, Mapping[str, Sequence[Examples]]], workers: int = 0) -> None:
+    def __init__(self, splits: Mapping[str, Mapping[str, Sequence[Examples | OwnLoader]]], workers: int = 0) -> None:
         self.splits, self.workers = splits, workers
         self._loaders: dict[tuple[str, bool], DataLoader[tuple[int, Any]]] = {}
 
@@ -129,22 +131,52 @@ class ClientData:
         return {task: sum(len(part) for part in parts) for task, parts in self.splits[split].items()}
 
     def training_batches(
-        self, batch_size: int, seed: int, device: torch.device, group_by_length: bool = False
+        self, batch_size: int, seed: int, device: torch.device, group_by_length: bool = False, count: int = 0
     ) -> Iterator[Batch]:
-        """Endless shuffled batches of the training examples on `device`; see `TrainingSampler` for the arguments."""
-        return self._read("train", TrainingSampler(self._sources("train"), batch_size, seed, group_by_length), device)
+        """Endless batches of the training examples on `device`; tasks take turns by name.
+
+        Args:
+            batch_size: see `TrainingSampler`, as for `seed` and `group_by_length`; a loader of the user's own has its own.
+            seed: decides the order, as far as a loader of the user's own does not.
+            device: of the batches.
+            group_by_length: whether texts of about one length share a batch.
+            count: batches that will be taken.
+        """
+        sampler = TrainingSampler(self._sources("train"), batch_size, seed, group_by_length)
+        tasks, drawn = sorted(self.splits["train"]), self._read("train", sampler, device)
+        loaders = {own.task: own for own in self._loaders_of("train")}
+        own = {
+            task: loader.passes(named_seed(seed, task), count // len(tasks), device) for task, loader in loaders.items()
+        }
+        while True:
+            for task in tasks:
+                yield next(own.get(task, drawn))
 
     def batches(self, split: str, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """All examples of a split once, texts of about one length in a batch."""
-        return self._read(split, all_once(self._sources(split), batch_size), device)
+        yield from self._read(split, all_once(self._sources(split), batch_size), device)
+        for own in self._loaders_of(split):
+            if own.target is not None:  # else the project evaluates itself
+                yield from own.once(device)
 
     def first(self, split: str, task: str, count: int, device: torch.device) -> Batch:
-        """The first examples of a task's first source, at most `count`."""
+        """The first examples of a task's first source, at most `count`; a loader of the user's own gives its first batch."""
         examples = self.splits[split][task][0]
+        if isinstance(examples, OwnLoader):
+            return examples.first(device)
         return examples.batch(range(min(count, len(examples))), device)
 
+    def loader(self, split: str, task: str) -> DataLoader[Any]:
+        """The user's own loader of a task."""
+        (own,) = self.splits[split][task]
+        assert isinstance(own, OwnLoader)
+        return own.loader
+
     def _sources(self, split: str) -> list[Examples]:
-        return [examples for parts in self.splits[split].values() for examples in parts]
+        return [part for parts in self.splits[split].values() for part in parts if isinstance(part, Examples)]
+
+    def _loaders_of(self, split: str) -> list[OwnLoader]:
+        return [part for parts in self.splits[split].values() for part in parts if isinstance(part, OwnLoader)]
 
     def _read(self, split: str, order: Iterable[Drawn], device: torch.device) -> Iterator[Batch]:
         """The batches of a split in an order.

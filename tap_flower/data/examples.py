@@ -1,23 +1,39 @@
-"""Examples of one task from one source: the data set that batches are drawn from, whoever wrote it."""
+"""Examples of one task from one source: the data set that batches are drawn from, or a loader that has its own order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    default_collate,
+)
+from torch.utils.data import WeightedRandomSampler as Weighted
 
+from tap_flower.core.initial import named_seed
 from tap_flower.core.training import Batch
 
 OWN = "batch"
 """Name of the only model input that a user's own data set gives: whatever its collate function returned."""
-HELD_OUT = 5
-"""Without validation rows of its own, a task sets every fifth training example aside."""
+HELD_OUT = 0.2
+"""Without validation rows of its own, a task sets this share of its training examples aside."""
+_COUNT, _END = 0, object()
+"""Seed of the passes that only look at a loader; what stands behind the last batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,26 +101,18 @@ class Examples(Dataset[Any]):
         return replace(self, rows=[self.rows[position] for position in positions], lengths=lengths)
 
 
-def own_examples(
-    task: str, source: Dataset[Any] | DataLoader[Any], target: Callable[[Any], Tensor], batch_size: int | None
-) -> Examples:
-    """The examples of a user's data set, or of a data loader: its data set, `collate_fn`, batch size and `pin_memory`.
-
-    The order is not the loader's: it comes from the run's seed, so that every method sees the same mini-batches.
+def own_examples(task: str, dataset: Dataset[Any], target: Callable[[Any], Tensor], batch_size: int | None) -> Examples:
+    """The examples of a user's data set. Their order comes from the run's seed.
 
     Args:
         task: name of the task.
-        source: the data.
+        dataset: the data.
         target: batch -> what the task's loss compares the output with.
-        batch_size: the task's own, or None: the loader's, or without a loader the run's.
+        batch_size: the task's own, or None: the run's.
 
     Raises:
         TypeError: the data set has no length or no index.
     """
-    dataset, collate, pinned = source, default_collate, False
-    if isinstance(source, DataLoader):
-        dataset, collate, pinned = source.dataset, source.collate_fn, source.pin_memory
-        batch_size = batch_size or source.batch_size
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
             f"task {task!r} has a {type(dataset).__name__} without a length or an index: give a data set with "
@@ -114,7 +122,7 @@ def own_examples(
     def form(own: Any) -> tuple[Mapping[str, Any], Tensor]:
         return {OWN: own}, target(own)
 
-    return Examples(task, dataset, range(len(dataset)), collate, form, batch_size, pinned=pinned)
+    return Examples(task, dataset, range(len(dataset)), default_collate, form, batch_size)
 
 
 def moved_to(batch: Any, device: torch.device) -> Any:
@@ -132,10 +140,10 @@ def moved_to(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def set_aside(examples: Examples, seed: int) -> tuple[Examples, Examples]:
-    """(the rest, one example in `HELD_OUT` set aside), drawn with `seed`."""
+def set_aside(examples: Examples, seed: int, share: float = HELD_OUT) -> tuple[Examples, Examples]:
+    """(the rest, a share of the examples set aside, at least one), drawn with `seed`."""
     order = permutation(len(examples), seed)
-    held_out = max(1, len(examples) // HELD_OUT)
+    held_out = max(1, int(len(examples) * share))
     return examples.subset(sorted(order[held_out:])), examples.subset(sorted(order[:held_out]))
 
 
@@ -143,3 +151,175 @@ def permutation(count: int, seed: int) -> list[int]:
     """The numbers below `count` in a random order."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return cast(list[int], order.tolist())
+
+
+class OwnLoader:
+    """The examples of one task that a user's data loader gives.
+
+    Whatever the loader draws from torch's own generator follows from the run's seed; a generator, or a sampler, that the
+    user has seeded is left alone.
+
+    Args:
+        task: name of the task.
+        loader: over a data set with an index.
+        target: batch -> what the task's loss compares the output with; None where the project's own loop trains or scores.
+
+    Raises:
+        TypeError: the number of its examples cannot be known.
+    """
+
+    batch_size: None = None
+    """The loader makes the batches."""
+
+    def __init__(self, task: str, loader: DataLoader[Any], target: Callable[[Any], Tensor] | None) -> None:
+        self.task, self.loader, self.target = task, loader, target
+        dataset, batches = loader.dataset, loader.batch_sampler
+        if isinstance(dataset, IterableDataset) or batches is None or not isinstance(batches, Sized):
+            what = f"a {type(dataset).__name__}" if batches is None else f"a {type(batches).__name__}"
+            raise TypeError(
+                f"task {task!r} has a DataLoader over {what} whose number of examples cannot be known: give it a data set "
+                f"with `__len__` and `__getitem__`, and a batch size or a batch sampler with a length"
+            )
+        self._count = len(cast(Sized, loader.sampler)) if _samples_rows(loader) else len(_drawn(loader))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def first(self, device: torch.device) -> Batch:
+        """The first batch, on `device`."""
+        return next(self._pass(self.loader, _COUNT, device))
+
+    def once(self, device: torch.device) -> Iterator[Batch]:
+        """One pass over the loader."""
+        return self._pass(self.loader, _COUNT, device)
+
+    def passes(self, seed: int, count: int, device: torch.device) -> Iterator[Batch]:
+        """Endless passes over the loader.
+
+        Args:
+            seed: of what the loader draws.
+            count: batches that will be taken. Where they are fewer than a pass over a loader in a fixed order, the first
+                pass begins anywhere in it, or the rows of its end would never be seen.
+            device: of the batches.
+        """
+        first = self.loader
+        if count < len(first) and _samples_rows(first) and isinstance(first.sampler, SequentialSampler):
+            skipped = seed % len(first)
+            first = _changed(first, batch_sampler=list(islice(cast(Iterable[Any], first.batch_sampler), skipped, None)))
+        epoch = 0
+        while True:
+            yield from self._pass(first if epoch == 0 else self.loader, named_seed(seed, epoch), device)
+            epoch += 1
+
+    def _pass(self, loader: DataLoader[Any], seed: int, device: torch.device) -> Iterator[Batch]:
+        with _seeded(seed):  # samplers draw when their first row is asked for
+            batches = iter(loader)
+            read = next(batches, _END)
+        while read is not _END:
+            assert self.target is not None
+            own = moved_to(read, device)
+            yield Batch(self.task, {OWN: own}, self.target(own))
+            read = next(batches, _END)
+
+
+def split_off(loader: DataLoader[Any], share: float, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """(the loader without some of its sampler's rows, a loader over these rows in a fixed order).
+
+    Args:
+        loader: of an `OwnLoader`; both results have its collate function, workers and so on.
+        share: of the rows that are set aside, between 0 and 1; at least one row is.
+        seed: decides which.
+
+    Raises:
+        TypeError: it draws fewer than two rows.
+    """
+    rows = sorted(set(_rows(loader)))
+    if len(rows) < 2:
+        raise TypeError("it draws one row, and one is to be set aside: give `validation` data, or None")
+    order = permutation(len(rows), seed)
+    held = {rows[at] for at in order[: max(1, int(len(rows) * share))]}
+    kept: Any = _Without(cast(Iterable[Any], loader.sampler if _samples_rows(loader) else loader.batch_sampler), held)
+    if _samples_rows(loader):
+        assert loader.batch_size is not None
+        rest = _changed(loader, sampler=kept, batch_sampler=BatchSampler(kept, loader.batch_size, loader.drop_last))
+    else:
+        rest = _changed(loader, batch_sampler=kept)
+    some: Any = Subset(loader.dataset, sorted(held))
+    size = loader.batch_size or max(map(len, cast(Iterable[Any], _drawn_batches(loader))))
+    in_order = SequentialSampler(some)
+    aside = _changed(loader, dataset=some, sampler=in_order, batch_sampler=BatchSampler(in_order, size, False))
+    return rest, aside
+
+
+def beginning(loader: DataLoader[Any], count: int) -> DataLoader[Any]:
+    """A loader of an `OwnLoader` that ends after some batches."""
+    return _changed(loader, batch_sampler=_drawn_batches(loader)[:count])
+
+
+class _Without(Sampler[Any]):
+    """A sampler, or a batch sampler, without some rows; batches that become empty are left out."""
+
+    def __init__(self, sampler: Iterable[Any], rows: set[Any]) -> None:
+        self.sampler, self.rows = sampler, rows
+        with _seeded(_COUNT, sampler):
+            self.count = sum(1 for _ in self)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        for drawn in self.sampler:
+            if isinstance(drawn, list | tuple):
+                if kept := [row for row in drawn if _plain(row) not in self.rows]:
+                    yield kept
+            elif _plain(drawn) not in self.rows:
+                yield drawn
+
+
+def _rows(loader: DataLoader[Any]) -> list[Any]:
+    """The rows that a loader can draw, as far as a pass, or its sampler's weights, tell."""
+    if _samples_rows(loader) and isinstance(loader.sampler, Weighted):
+        return cast(list[Any], loader.sampler.weights.nonzero().flatten().tolist())
+    return _drawn(loader)
+
+
+def _drawn(loader: DataLoader[Any]) -> list[Any]:
+    """The rows of one pass."""
+    if not _samples_rows(loader):
+        return [_plain(row) for batch in _drawn_batches(loader) for row in batch]
+    with _seeded(_COUNT, loader.sampler, loader):
+        return [_plain(row) for row in cast(Iterable[Any], loader.sampler)]
+
+
+def _drawn_batches(loader: DataLoader[Any]) -> list[Any]:
+    batches: Any = loader.batch_sampler
+    with _seeded(_COUNT, batches, getattr(batches, "sampler", None), loader):
+        return list(islice(batches, len(batches)))
+
+
+def _samples_rows(loader: DataLoader[Any]) -> bool:
+    """Whether the loader cuts its batches from a sampler's rows; else it has a batch sampler of the user's own."""
+    return loader.batch_size is not None
+
+
+def _plain(row: Any) -> Any:
+    return row.item() if isinstance(row, Tensor) else row
+
+
+def _changed(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
+    """A copy, also of a class of the user's own, with other rows; `DataLoader.__setattr__` would refuse the change."""
+    other = copy.copy(loader)
+    other.__dict__.update(changes, _iterator=None)
+    return other
+
+
+@contextmanager
+def _seeded(seed: int, *others: Any) -> Iterator[None]:
+    """Seeds torch's generator, which is put back afterwards, as are the generators that `others` have."""
+    generators = [g for g in (getattr(other, "generator", None) for other in others) if isinstance(g, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)

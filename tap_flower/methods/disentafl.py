@@ -76,4 +76,5 @@ def has_latents(model: ComponentModel) -> None:
         raise ConfigError(f"method={NAME} needs the fusion of tap-flower's own models: use another method")
 
 
-METHOD = Method(NAME, participate, second_stage, (NAME,), suits=has_latents)
+OWN_LOOP = "compares latents of one batch with those of others, which only tap-flower's own loop takes in turn"
+METHOD = Method(NAME, participate, second_stage, (NAME,), suits=has_latents, own_loop=OWN_LOOP)

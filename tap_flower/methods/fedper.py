@@ -14,8 +14,9 @@ from tap_flower.methods.session import Session
 NAME, HEADS = "fedper", "heads"
 
 
-def is_base(component: str) -> bool:
-    """Whether a component is exchanged: all but the heads are."""
+def is_base(component: str, tensor: str) -> bool:
+    """Whether a tensor is exchanged: all but those of the heads are."""
+    del tensor
     return not component.startswith("head/")
 
 

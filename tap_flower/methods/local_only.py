@@ -31,4 +31,4 @@ def models(received: State, memory: Memory, first: Callable[[], State]) -> dict[
     return {"personal": memory.models.get(NAME)}
 
 
-METHOD = Method(NAME, participate, second_stage, (NAME,), models, exchanges=lambda _: False)
+METHOD = Method(NAME, participate, second_stage, (NAME,), models, exchanges=lambda *_: False)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from tap_flower.core.components import ComponentModel, State
 from tap_flower.core.replacement import Decision
 from tap_flower.methods.session import Session
@@ -64,9 +66,9 @@ def server_copy(received: State, memory: Memory, first: Callable[[], State]) -> 
     return {"server": received}
 
 
-def every_component(component: str) -> bool:
-    """The `exchanges` of a method that exchanges all components."""
-    del component
+def every_tensor(component: str, tensor: str) -> bool:
+    """The `exchanges` of a method that exchanges all tensors."""
+    del component, tensor
     return True
 
 
@@ -75,9 +77,31 @@ def any_model(model: ComponentModel) -> None:
     del model
 
 
+Combine = Callable[[Tensor, Tensor], Tensor]
+"""(differences of a tensor [clients, …], float64; weights of the clients [clients], which sum to 1) -> [...]."""
+Step = Callable[[State, Mapping[str, Any], int], tuple[State, State]]
+"""(mean differences, the server's memory, round counted from 1) -> (what is added to the server's values, memory)."""
+
+
+@dataclass(frozen=True)
+class ServerHalf:
+    """What the server does with the clients' differences, where it is more than the weighted mean.
+
+    Attributes:
+        combine: the difference of one tensor from those of all clients that returned it, a median for example. The server
+            keeps all differences of the round in memory for it, and the sum is no longer exact in whatever order. By
+            default the exact weighted mean, for which a difference is dropped as soon as it has been added.
+        step: what the server adds to its values, in place of the mean difference. Names are those of the tensors that
+            came back; the values it keeps (the moments of an optimiser) may have any names without a slash at the front.
+    """
+
+    combine: Combine | None = None
+    step: Step | None = None
+
+
 @dataclass(frozen=True)
 class Method:
-    """A method, as a client runs it; the server averages differences, whatever the method.
+    """A method, as a client runs it. The server averages differences, unless the method has a server half.
 
     Every function receives `received` (the server's tensors for this client) and `memory` (what the client kept from
     earlier rounds; empty at first).
@@ -88,8 +112,10 @@ class Method:
         second_stage: (session, received, memory) -> result of stage 2, after the last round.
         results: names of the models that stage 2 makes; each has a file and a column of the results.
         models: makes the models that are evaluated as stage 1 left them.
-        exchanges: (name of a component) -> whether server and clients exchange it.
+        exchanges: (name of a component, name of a tensor in it) -> whether server and clients exchange the tensor.
         suits: raises a ConfigError where the method cannot work with a client's model.
+        own_loop: why a project's own loop (`Task.fit`) cannot train for the method, after its name; empty where it can.
+        server: what the server does with the differences; None is the weighted mean.
     """
 
     name: str
@@ -97,8 +123,10 @@ class Method:
     second_stage: Callable[[Session, State, Memory], SecondStage]
     results: tuple[str, ...]
     models: Models = server_copy
-    exchanges: Callable[[str], bool] = every_component
+    exchanges: Callable[[str, str], bool] = every_tensor
     suits: Callable[[ComponentModel], None] = any_model
+    own_loop: str = ""
+    server: ServerHalf | None = None
 
     @property
     def result(self) -> str:

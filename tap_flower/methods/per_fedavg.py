@@ -67,4 +67,5 @@ def second_stage(session: Session, received: State, memory: Memory) -> SecondSta
     return SecondStage({NAME: finetuned}, losses)
 
 
-METHOD = Method(NAME, participate, second_stage, (NAME,))
+OWN_LOOP = "looks ahead in every other optimiser step, which is the loop's own"
+METHOD = Method(NAME, participate, second_stage, (NAME,), own_loop=OWN_LOOP)

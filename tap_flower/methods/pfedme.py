@@ -64,4 +64,5 @@ def second_stage(session: Session, received: State, memory: Memory) -> SecondSta
     return SecondStage({NAME: theta}, losses)
 
 
-METHOD = Method(NAME, participate, second_stage, (NAME,))
+OWN_LOOP = "moves the server's copy between optimiser steps, which are the loop's own"
+METHOD = Method(NAME, participate, second_stage, (NAME,), own_loop=OWN_LOOP)

@@ -5,24 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import isfinite
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from tap_flower.config import HyperParameters
-from tap_flower.core.components import ComponentModel, Pair, State, cpu_state, load_trainable_state, trainable_state
+from tap_flower.config import HyperParameters, ReplacementEvidence
+from tap_flower.core.components import ComponentModel, Pair, State, cpu_state, load_trainable_state
 from tap_flower.core.initial import named_seed
 from tap_flower.core.objectives import Proximal
+from tap_flower.core.own_loop import counted_steps, further_loss
 from tap_flower.core.tasks import TaskKind
 from tap_flower.core.training import Batch, Objective, Observer, Optimisation, Update, evaluate, train
 from tap_flower.data.batching import ClientData
+from tap_flower.data.examples import beginning
+from tap_flower.errors import ClientError, DivergedError
+from tap_flower.methods.own_results import metrics_of, scores_of
 
 EVALUATION_BATCH = 64
 """Examples in a batch of an evaluation; no result depends on it."""
+_TRIED = 2
+"""Batches on which a project's own evaluation is tried at the start."""
 MakeObjective = Callable[[ComponentModel], Objective]
 """(model that is about to be trained) -> a further loss of its training."""
 MakeUpdate = Callable[[ComponentModel], Update]
 """(model that is about to be trained) -> what happens with the gradients of a step; see `core.training.train`."""
+Fit = Callable[[nn.Module, DataLoader[Any], Mapping[str, Any]], Any]
+"""(module, training loader, config of the server's message) -> None, the mean training loss, or metrics by name."""
+Score = Callable[[nn.Module, DataLoader[Any]], Mapping[str, Any]]
+"""(module, loader) -> metrics by name."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,8 @@ class SessionTask:
         domains: domains of its data.
         head_size: number of classes, on which clients that share the task's head must agree; 0 where a head has none.
         margin: the client's own replacement margin; None takes the run's for the kind of task.
+        fit: the project's own training loop, in place of `core.training.train`.
+        score: the project's own evaluation, in place of the kind's metrics.
     """
 
     pair: Pair
@@ -42,6 +57,8 @@ class SessionTask:
     domains: tuple[str, ...] = ()
     head_size: int = 0
     margin: float | None = None
+    fit: Fit | None = None
+    score: Score | None = None
 
 
 @dataclass
@@ -51,13 +68,18 @@ class Session:
     Attributes:
         name: name of the client; it seeds the order of mini-batches and dropout.
         tasks: the client's tasks.
-        build: makes a model with the client's components; its trainable tensors may have any values.
+        build: makes a model with the client's components; the tensors of its state may have any values.
         outline: a model that is looked at only, for names and shapes; its tensors may be without memory.
         data: the client's examples.
         settings: the run's hyper-parameters, as the server sent them.
         fingerprint: fingerprint of the frozen backbone, on which all clients of a run must agree.
         device: device of models and batches.
+        first: tensor name -> first value (float32) that the run has and a module built here has not.
         steps: optimiser steps that this session has made, of all models.
+        config: Flower's `config` record of the message that is being answered.
+        metrics: metric -> value that the projects' own loops returned for the message that is being answered; of the first
+            model that they trained, as the losses are.
+        unread: keys of Flower's run configuration that nobody read while the client was made.
     """
 
     name: str
@@ -68,7 +90,11 @@ class Session:
     settings: HyperParameters
     fingerprint: str
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    first: State = field(default_factory=dict, init=False)
     steps: int = field(default=0, init=False)
+    config: Mapping[str, Any] = field(default_factory=dict, init=False)
+    metrics: dict[str, float] = field(default_factory=dict, init=False)
+    unread: tuple[str, ...] = field(default=(), init=False)
 
     @cached_property
     def kinds(self) -> Mapping[str, TaskKind]:
@@ -91,21 +117,24 @@ class Session:
         return {kind.name: by_kind.get(kind.name, kind.distillation) for kind in self.kinds.values()}
 
     def initial_values(self) -> State:
-        """The run's first values of the client's trainable tensors."""
-        initials, seed = self.outline.initials, self.settings.seed
-        return {n: initials[n].value(n, tuple(t.shape), seed) for n, t in trainable_state(self.outline).items()}
+        """The run's first values of the tensors of the model's state."""
+        own = self.outline.first_values(self.settings.seed)
+        return {name: self.first.get(name, value) for name, value in own.items()}
+
+    def built_values(self) -> State:
+        """The run's first values of all tensors on which its clients must agree, frozen ones and buffers included."""
+        own = {**self.outline.fixed_values(), **self.outline.first_values(self.settings.seed)}
+        return {name: self.first.get(name, value) for name, value in own.items()}
 
     def model(self, state: Mapping[str, Tensor] | None = None) -> ComponentModel:
-        """A new model on the session's device.
+        """A model on the session's device.
 
         Args:
-            state: values of all trainable tensors; None takes the run's first values.
+            state: values of the whole state; None takes the run's first values.
         """
         model = self.build()
-        if state is None:
-            model.initialise(self.settings.seed)
-        else:
-            load_trainable_state(model, state)
+        model.fix(self.first)
+        load_trainable_state(model, self.initial_values() if state is None else state)
         return model.to(self.device)
 
     def train(
@@ -117,8 +146,9 @@ class Session:
         noise: tuple[object, ...],
         objective: Objective | None = None,
         update: Update | None = None,
+        times: int = 1,
     ) -> dict[str, float]:
-        """Trains `model` in place on the client's training examples.
+        """Trains `model` in place on the client's training examples, through the project's own loop where there is one.
 
         Args:
             model: on the session's device.
@@ -127,21 +157,60 @@ class Session:
             noise: names the random numbers of dropout.
             objective: a further loss.
             update: what happens with the gradients of a step; by default the optimiser's step.
+            times: multiple of the steps, and of the calls of the project's own loop.
 
         Returns:
-            Task name -> mean training loss.
+            Task name -> mean training loss; of a loop of the project's own, if it returned one.
         """
+        optimisation = replace(optimisation, steps=times * optimisation.steps)
+        torch.manual_seed(named_seed(self.settings.seed, self.name, "noise", *noise))
+        if any(task.fit is not None for task in self.tasks):
+            assert update is None, "methods with an update of their own say so in `Method.own_loop`"
+            return self._fit(model, objective, times)
         batches = self.data.training_batches(
             self.settings.train.batch_size,
             named_seed(self.settings.seed, self.name, "order", *order),
             self.device,
             self.settings.train.group_by_length,
+            optimisation.steps * optimisation.accumulation,
         )
-        torch.manual_seed(named_seed(self.settings.seed, self.name, "noise", *noise))
         heads = [n for n, component in model.component_map.component_of.items() if component.startswith("head/")]
         optimisation = replace(optimisation, factors=dict.fromkeys(heads, self.settings.train.head_factor))
         self.steps += optimisation.steps
         return train(model, self.kinds, batches, optimisation, objective, update)
+
+    def _fit(self, model: ComponentModel, objective: Objective | None, times: int) -> dict[str, float]:
+        """Trains through the project's own loops, one task after the other.
+
+        Raises:
+            ClientError: a loop returned what is neither a loss nor metrics, or nothing where the loss decides.
+            DivergedError: a loss is NaN or infinite.
+        """
+        losses, model = {}, model.train()
+        metrics: dict[str, float] = {}
+        for task in self.tasks:
+            assert task.fit is not None
+            name, loader = task.pair.task, self.data.loader("train", task.pair.task)
+            for _ in range(times):
+                with counted_steps() as steps, further_loss(model.own_module, name, objective):
+                    found = metrics_of(name, task.fit(model.own_module, loader, self.config))
+                self.steps += steps[0]
+            loss = found.pop("loss", None)
+            if loss is not None and not isfinite(loss):
+                raise DivergedError(
+                    f"the training loss of task {name!r} is {loss}: look at the learning rate of its `fit`"
+                )
+            if loss is None and self.settings.replacement.evidence is ReplacementEvidence.training:
+                raise ClientError(
+                    f"task {name!r}: `fit` returned no loss, and replacement.evidence = training compares it: return the "
+                    f"mean training loss, or set replacement.evidence=validation"
+                )
+            losses |= {} if loss is None else {name: loss}
+            prefix = "" if len(self.tasks) == 1 else f"{name}."
+            metrics |= {f"{prefix}{metric}": value for metric, value in found.items()}
+        model.to(self.device)  # the loop may have moved it
+        self.metrics = self.metrics or metrics
+        return losses
 
     def train_round(
         self,
@@ -189,13 +258,13 @@ class Session:
             The trained tensors (on the CPU), and task name -> mean training loss.
         """
         model = self.model(start)
-        optimisation = self.settings.distill.optimisation(self.settings.train)
         losses = self.train(
             model,
-            replace(optimisation, steps=times * optimisation.steps),
+            self.settings.distill.optimisation(self.settings.train),
             order=("stage 2",),
             noise=("stage 2", name),
             objective=None if objective is None else objective(model),
+            times=times,
         )
         return cpu_state(model), losses
 
@@ -207,7 +276,7 @@ class Session:
     def evaluate(
         self, model: ComponentModel, split: str, observe: Observer | None = None
     ) -> dict[str, dict[str, float]]:
-        """Metrics over all examples of a split.
+        """Metrics over all examples of a split; of a task with an evaluation of its own, what that returned.
 
         Args:
             model: on the session's device.
@@ -215,9 +284,35 @@ class Session:
             observe: called with every batch and the model's output for it.
 
         Returns:
-            Task name -> metric -> value.
+            Task name -> metric -> value; a task without examples in the split is missing.
         """
-        return evaluate(model, self.kinds, self.batches(split), observe)
+        found = evaluate(model, self.kinds, self.batches(split), observe)
+        sizes = self.data.sizes(split)
+        for task in self.tasks:
+            name = task.pair.task
+            if task.score is not None and sizes.get(name):
+                found[name] = self._score(task, model, self.data.loader(split, name))
+        return found
+
+    def _score(self, task: SessionTask, model: ComponentModel, loader: DataLoader[Any]) -> dict[str, float]:
+        assert task.score is not None
+        found = scores_of(task.pair.task, task.kind, task.score(model.eval().own_module, loader))
+        model.to(self.device)  # the evaluation may have moved it
+        return found
+
+    def try_scores(self) -> None:
+        """Tries the projects' own evaluations on two batches, so that what they lack is told before the first round.
+
+        Raises:
+            ClientError: they return what cannot be used.
+        """
+        for task in self.tasks:
+            splits = [split for split in ("validation", "test") if self.data.sizes(split).get(task.pair.task)]
+            if task.score is not None and splits:
+                loader = beginning(self.data.loader(splits[0], task.pair.task), _TRIED)
+                found = {task.pair.task: self._score(task, self.model(), loader)}
+                if self.settings.method == "tap" and self.settings.replacement.enabled and splits[0] == "validation":
+                    _check_losses(found)
 
     def scores(self, model: ComponentModel, split: str) -> dict[str, float]:
         """Task name -> score over all examples of a split: the headline metric, or 1 minus it where lower is better."""
@@ -226,8 +321,18 @@ class Session:
 
     def losses(self, model: ComponentModel, split: str) -> dict[str, float]:
         """Task name -> mean loss over all examples of a split."""
-        return {task: metrics["loss"] for task, metrics in self.evaluate(model, split).items()}
+        found = self.evaluate(model, split)
+        _check_losses(found)
+        return {task: metrics["loss"] for task, metrics in found.items()}
 
     def batches(self, split: str) -> Iterator[Batch]:
         """All examples of a split once."""
         return self.data.batches(split, EVALUATION_BATCH, self.device)
+
+
+def _check_losses(found: Mapping[str, Mapping[str, float]]) -> None:
+    if without := [task for task, metrics in found.items() if "loss" not in metrics]:
+        raise ClientError(
+            f"task {without[0]!r}: `score` returned no 'loss', and replacement.evidence = validation compares it: return "
+            f"it, or set replacement.evidence=training and return the mean training loss from `fit`"
+        )

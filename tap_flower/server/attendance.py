@@ -18,10 +18,11 @@ from tap_flower.plain import printable
 from tap_flower.report.events import EventLog
 from tap_flower.server import checkpoint
 from tap_flower.server.checkpoint import Progress
+from tap_flower.server.first_values import FirstValues
 from tap_flower.server.grid import UNSENT, Pending, StreamingGrid
 from tap_flower.server.roster import Roster
 from tap_flower.wire import messages
-from tap_flower.wire.messages import MANIFEST, Evaluation, Manifest
+from tap_flower.wire.messages import MANIFEST, Evaluation, Instruction, Manifest
 
 log = logging.getLogger("tap_flower")
 _LOOK, _LONGEST_LOOK = 0.1, 0.5
@@ -54,6 +55,7 @@ class Gathering:
     Attributes:
         refused: node -> why it cannot take part, of the nodes that are there.
         alive: the nodes that were there at the last look.
+        answered: node -> manifest, of those that have answered and are not yet admitted.
     """
 
     def __init__(
@@ -71,55 +73,77 @@ class Gathering:
         self._expires: dict[int, float] = {}
         self.refused: dict[int, str] = {}
         self.alive: set[int] = set()
+        self.answered: dict[int, Manifest] = {}
 
     def look(self) -> None:
-        """Forgets the nodes that have gone, admits the clients that have answered, asks the new nodes. Returns at once."""
+        """Forgets the nodes that have gone, takes the answers that have come, asks the new nodes. Returns at once."""
         self.alive = set(self._grid.get_node_ids())
         self._roster.keep_only(self.alive)
         now = time.monotonic()
-        for unheard in (self.refused, self._expires):
+        for unheard in (self.refused, self._expires, self.answered):
             for node in unheard.keys() - self.alive:
                 del unheard[node]
         asked = {node for node, expires in self._expires.items() if expires > now}
-        for node in sorted(self.alive - set(self._roster.nodes.values()) - self.refused.keys() - asked):
+        for node in sorted(self.alive - self._heard() - asked):
             question = Message(self._ask(), node, MANIFEST, group_id="0", ttl=self._timeout)
             self._expires[node] = now + self._timeout
             if (error := self._pending.send(question)) is not None:
                 self._take(error)
-        # In the order of nodes: which of two clients of one name is refused does not depend on the order of arrival.
-        for reply in sorted(self._pending.collect(), key=lambda reply: reply.metadata.src_node_id):
+        for reply in self._pending.collect():
             self._take(reply)
 
-    def wait(self, complete: Callable[[], bool], count: int, timeout: float) -> None:
-        """Looks until all is complete, at most `timeout` seconds; it ends early where no answer is to come any more.
+    def _heard(self) -> set[int]:
+        return {*self._roster.nodes.values(), *self.refused, *self.answered}
+
+    def admit(self) -> None:
+        """Admits the clients that have answered.
+
+        By name: whose first values count, and which of two clients of one name is refused, does not depend on the order in
+        which they have answered.
+        """
+        for node, manifest in sorted(self.answered.items(), key=lambda found: (found[1].client, found[0])):
+            try:
+                self._admit(node, manifest)
+            except MessageError as error:
+                self.refuse(node, str(error))
+        self.answered.clear()
+
+    def wait(self, names: Collection[str], count: int, timeout: float) -> None:
+        """Looks until clients are there, at most `timeout` seconds, and admits those that have come.
 
         Args:
-            complete: whether everybody is there.
-            count: nodes that are expected.
+            names: the clients that are waited for. Without any, it ends when all nodes that are there have answered.
+            count: the fewest nodes that are waited for.
             timeout: seconds.
         """
         deadline, pause = time.monotonic() + timeout, _LOOK
-        self.look()
-        while not complete() and time.monotonic() < deadline:
-            if len(self.alive) >= count and self.alive <= set(self._roster.nodes.values()) | self.refused.keys():
+        while True:
+            self.look()
+            here = self._roster.nodes.keys() | {manifest.client for manifest in self.answered.values()}
+            everybody = len(self.alive) >= count and self.alive <= self._heard()
+            if (everybody and here >= set(names)) or time.monotonic() >= deadline:
+                self.admit()
                 return
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_LOOK)
-            self.look()
+
+    def refuse(self, node: int, problem: str) -> None:
+        """Leaves a node alone until it has gone and come back."""
+        self.refused[node] = printable(problem)
+        self._refuse(node, self.refused[node])
 
     def _take(self, reply: Message) -> None:
         node = reply.metadata.src_node_id
         if reply.has_error() and reply.error.code in _NOT_THE_NODES_WORD:
-            self._refuse(node, f"{reply.error.reason} (code {reply.error.code})")
+            self._refuse(node, printable(f"{reply.error.reason} (code {reply.error.code})"))
             return
         self._expires.pop(node, None)
         try:
             content = messages.content_of(reply)
             messages.refuse_tensors(content)
-            self._admit(node, messages.decode(content, Manifest, f"node {node}"))
+            self.answered[node] = messages.decode(content, Manifest, f"node {node}")
         except MessageError as error:
-            self.refused[node] = printable(str(error))
-            self._refuse(node, self.refused[node])
+            self.refuse(node, str(error))
 
 
 class Attendance:
@@ -143,24 +167,31 @@ class Attendance:
         self.problems: dict[str, str] = {}
         self._absent: dict[str, str] = {}
 
-    def begin(self, grid: StreamingGrid, expected: int, ask: Callable[[], RecordDict]) -> None:
+    def begin(
+        self, grid: StreamingGrid, expected: int, first: FirstValues, instruction: Callable[[], Instruction]
+    ) -> None:
         """Waits for the clients and asks each for its manifest.
 
-        A resumed run waits for all clients that it has known, and goes on with those that have come back.
+        A new run waits until `expected` nodes are there and all have answered. A resumed run waits for all clients that it
+        has known, and goes on with those that have come back.
 
         Args:
             grid: where the nodes are.
             expected: clients that a new run needs.
-            ask: makes the content of the question for a manifest.
+            first: the run's first values, which new clients bring or get.
+            instruction: makes the server's word in a question.
 
         Raises:
             RunError: fewer than `expected` are there in a new run, none in a resumed one, or one that the configuration
                 names is missing.
         """
         config, roster, known = self.config, self.roster, set(self.roster.manifests)
-        self.gathering = Gathering(grid, roster, ask, self._admit, self._refuse, config.round_timeout)
+        self._grid, self._first, self._instruction = grid, first, instruction
+        self.gathering = Gathering(
+            grid, roster, lambda: messages.encode(instruction()), self._admit, self._refuse, config.round_timeout
+        )
         awaited = len(known) or expected
-        self.wait(lambda: len(roster.nodes) >= awaited and known <= roster.nodes.keys(), awaited)
+        self._wait(known, awaited)
         named = {spec.name for spec in client_specs(config)}
         missing = sorted((named | known) - roster.nodes.keys())
         if named.intersection(missing) or len(roster.nodes) < (1 if known else expected):
@@ -175,7 +206,7 @@ class Attendance:
         for name in missing:
             self._absent[name] = f"it has not come back within {config.start_timeout:g} s after the run was resumed"
             log.warning("going on without client %r: %s", name, self._absent[name])
-        self._save()
+        _tell_unread(roster)
         self.events.write(
             "start",
             round=self.progress.round,
@@ -196,30 +227,32 @@ class Attendance:
 
     def wait_for_known(self) -> None:
         """Waits for all clients that the run has known, `config.start_timeout` seconds at most."""
-        known = self.roster.manifests
-        self.wait(lambda: known.keys() <= self.roster.nodes.keys(), len(known))
+        self._wait(self.roster.manifests.keys(), len(self.roster.manifests))
 
-    def wait(self, complete: Callable[[], bool], expected: int) -> None:
-        """Waits for clients, `config.start_timeout` seconds at most.
-
-        Args:
-            complete: whether everybody is there.
-            expected: nodes that are expected; with fewer it waits although all of them have answered.
-        """
-        self.gathering.wait(complete, expected, self.config.start_timeout)
+    def _wait(self, names: Collection[str], count: int) -> None:
+        self.gathering.wait(names, count, self.config.start_timeout)
+        self._settle()
 
     def welcome(self) -> None:
         """Forgets the nodes that have gone, admits the clients that have come, asks the new nodes. Does not wait."""
-        before = dict(self.roster.manifests)
         self.gathering.look()
-        if before != self.roster.manifests:
-            self._save()
+        if self.gathering.answered:
+            self.gathering.admit()
+            self._settle()
+
+    def _settle(self) -> None:
+        """Hands out first values to new clients, and notes who takes part."""
+        self._first.instruction = self._instruction()
+        for node, problem in self._first.hand_out(self._grid):
+            self.gathering.refuse(node, problem)
+        self._save()
 
     def _save(self) -> None:
         checkpoint.save_manifests(self.folder, self.roster.manifests.values())
 
     def _admit(self, node: int, manifest: Manifest) -> None:
-        self.roster.admit(node, manifest)
+        self._first.instruction = self._instruction()
+        self._first.admit(self._grid, node, manifest)
         self._absent.pop(manifest.client, None)
         self.check_state(manifest.client, manifest.state)
 
@@ -287,3 +320,14 @@ class Attendance:
         """Client -> why it was not evaluated, of all clients that the run has known."""
         names = sorted(self.roster.manifests.keys() - set(evaluated))
         return {name: self.problems.get(name) or self._absent.get(name, "its node has gone") for name in names}
+
+
+def _tell_unread(roster: Roster) -> None:
+    """Names the keys of Flower's run configuration that no client has read."""
+    manifests = roster.manifests.values()
+    if unread := set.intersection(*(set(manifest.unread) for manifest in manifests)):
+        log.warning(
+            "run config: no client has read %s: what the ServerApp does not read either does nothing; tap-flower's own "
+            "loop takes train.learning_rate and train.steps of its configuration, `Task(fit=...)` the project's own",
+            ", ".join(map(repr, sorted(unread))),
+        )

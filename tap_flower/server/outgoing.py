@@ -64,7 +64,7 @@ class Outgoing:
     def __init__(self, roster: Roster, record: ArrayRecord, tensors: Mapping[str, Tensor], encoding: Encoding) -> None:
         self._roster, self._record, self._tensors, self._encoding = roster, record, tensors, encoding
         # An encoding that rounds sends the difference to the first value, which is a client's to say.
-        self._encoded: dict[tuple[str, Initial], Array] = {}
+        self._encoded: dict[tuple[str, Initial | None], Array] = {}
 
     def arrays_for(self, client: str) -> ArrayRecord:
         """The arrays of a client's tensors.
@@ -77,7 +77,7 @@ class Outgoing:
             return ArrayRecord({name: self._record[name] for name in manifest.tensors})
         keys = {name: (name, info.initial) for name, info in manifest.tensors.items()}
         new = {name: self._tensors[name] for name, key in keys.items() if key not in self._encoded}
-        first = manifest.first_values(new, self._roster.seed)
+        first = self._roster.first_values(manifest, new)
         encoded = encode_tensors(moved_from(new, first, self._encoding), self._encoding)
         self._encoded |= {keys[name]: array for name, array in encoded.items()}
         return ArrayRecord({name: self._encoded[key] for name, key in keys.items()})

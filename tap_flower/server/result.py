@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from statistics import fmean
+from typing import Any, cast
 
-from flwr.app import MetricRecord
+import numpy as np
+from flwr.app import MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result
 
 from tap_flower.config import Config
@@ -14,7 +16,10 @@ from tap_flower.report.results import results
 from tap_flower.server.checkpoint import Progress
 from tap_flower.server.privacy import Privacy
 from tap_flower.server.roster import Roster
-from tap_flower.wire.messages import Metrics
+from tap_flower.wire.messages import Metrics, Report
+
+_TOLD = 10
+"""Clients that a line of the log names."""
 
 
 @dataclass(repr=False)
@@ -38,6 +43,49 @@ class TapResult(Result):
     missing: dict[str, str] = field(default_factory=dict)
     marks: dict[str, list[str]] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
+
+
+def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """The weighted mean of each metric over the clients that have it.
+
+    Flower's own function divides by the weight of all clients, also where some have not the metric: clients may have other
+    tasks, or nothing to test on.
+
+    Args:
+        contents: of the replies; the metrics are numbers, or lists of equal length.
+        weighted_by_key: key of the weight.
+    """
+    sums: dict[str, Any] = {}
+    weights: dict[str, float] = {}
+    for record in (record for content in contents for record in content.metric_records.values()):
+        weight = float(cast(float, record[weighted_by_key]))
+        for name, value in record.items():
+            if name != weighted_by_key and weight:
+                sums[name] = sums.get(name, 0.0) + weight * np.asarray(value, np.float64)
+                weights[name] = weights.get(name, 0.0) + weight
+    return MetricRecord({name: (total / weights[name]).tolist() for name, total in sums.items()})
+
+
+def told(names: Collection[str]) -> str:
+    """Names for a line of a log, the first ten of them."""
+    first = ", ".join(sorted(names)[:_TOLD])
+    return first if len(names) <= _TOLD else f"{first} and {len(names) - _TOLD} more"
+
+
+def round_in_words(reports: Mapping[str, Report]) -> list[str]:
+    """What a log says of a round or of stage 2: of each task the mean training loss, and how many clients replaced.
+
+    Args:
+        reports: client -> its report.
+    """
+    lines = []
+    for task in sorted({task for report in reports.values() for task in report.examples}):
+        losses = [report.losses[task] for report in reports.values() if task in report.losses]
+        decided = [report.replacements[task] for report in reports.values() if task in report.replacements]
+        found = [f"training loss {fmean(losses):.4f} (mean of {len(losses)} clients)"] if losses else []
+        found += [f"replaced on {sum(decided)} of {len(decided)} clients"] if decided else []
+        lines += [f"{task}: {', '.join(found)}"] if found else []
+    return lines
 
 
 def collect(

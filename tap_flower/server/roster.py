@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
 from tap_flower.config import Admission
 from tap_flower.core.initial import named_seed
 from tap_flower.errors import MessageError
-from tap_flower.server.admission import check_admission
 from tap_flower.wire.messages import Manifest
 
 
@@ -28,6 +28,7 @@ class Roster:
         manifests: client -> its manifest, also where the client has gone.
         nodes: client -> node, of the clients that are there.
         component_of: tensor name -> component.
+        first: tensor name -> first value (float32), of those that do not come from the seed.
     """
 
     def __init__(
@@ -39,10 +40,30 @@ class Roster:
         self.manifests: dict[str, Manifest] = {}
         self.nodes: dict[str, int] = {}
         self.component_of: dict[str, str] = {}
+        self.first: dict[str, Tensor] = {}
         self._first_holder: dict[str, str] = {}
 
-    def admit(self, node: int, manifest: Manifest) -> None:
+    def first_values(self, manifest: Manifest, names: Iterable[str]) -> dict[str, Tensor]:
+        """The run's first values (float32, CPU) of some tensors of a client."""
+        found = {}
+        for name in names:
+            info = manifest.tensors[name]
+            found[name] = (
+                self.first[name]
+                if info.initial is None or name in self.first
+                else info.initial.value(name, info.shape, self.seed)
+            )
+        return found
+
+    def admit(
+        self, node: int, manifest: Manifest, ask: Callable[[list[str]], dict[str, Tensor]] = lambda _: {}
+    ) -> None:
         """Takes in a client, or a known one that has come back on another node.
+
+        Args:
+            node: its node.
+            manifest: what it has.
+            ask: names of tensors -> their first values (float32), which nobody but this client knows.
 
         Raises:
             MessageError: its name is taken by a node that is alive, or what it holds does not fit the others.
@@ -73,7 +94,10 @@ class Roster:
                     f"tensor {tensor!r} belongs to {info.component!r} on client {name!r} but to "
                     f"{self.component_of[tensor]!r} on {self._first_holder[tensor]!r}: install one version everywhere"
                 )
-        self.tensors |= manifest.first_values(manifest.tensors.keys() - self.tensors.keys(), self.seed)
+        if unknown := [n for n, info in manifest.tensors.items() if info.initial is None and n not in self.first]:
+            self.first |= ask(unknown)
+        new = [tensor for tensor in manifest.tensors if tensor not in self.tensors]
+        self.tensors |= self.first_values(manifest, new)
         self.recall(manifest)
         self.nodes[name] = node
 
@@ -111,3 +135,69 @@ class Roster:
     def holders(self, names: Iterable[str]) -> dict[str, int]:
         """Component -> how many of some clients hold it, for those that any of them holds."""
         return dict(sorted(Counter(c for n in names for c in set(self.manifests[n].component_of.values())).items()))
+
+
+def check_admission(
+    manifest: Manifest, known: Iterable[Manifest], tensors: Mapping[str, Tensor], admission: Admission
+) -> None:
+    """Checks a manifest before anything is allocated for it.
+
+    Args:
+        manifest: of the client.
+        known: the manifests of all clients of the run, an earlier one of this client and those of clients that have gone
+            among them.
+        tensors: the server's values.
+        admission: who may take part, and the bounds of the run.
+
+    Raises:
+        MessageError: the client may not take part; the message names what is wrong.
+    """
+    name, others = manifest.client, [other for other in known if other.client != manifest.client]
+    if admission.clients and name not in admission.clients:
+        raise MessageError(
+            f"client {name!r} is not one of the {len(admission.clients)} in admission.clients: add it there, or correct "
+            f"the name in its client spec"
+        )
+    if admission.fingerprint not in ("", manifest.fingerprint):
+        raise MessageError(
+            f"client {name!r} has a backbone with fingerprint {manifest.fingerprint}, not admission.fingerprint = "
+            f"{admission.fingerprint}: use that checkpoint on every node"
+        )
+    new = [info for tensor, info in manifest.tensors.items() if tensor not in tensors]
+    values = sum(tensor.numel() for tensor in tensors.values()) + sum(math.prod(info.shape) for info in new)
+    for what, found, most in (
+        ("clients", len(others) + 1, admission.most_clients),
+        ("tensors", len(tensors) + len(new), admission.most_tensors),
+        ("gigabytes", 4e-9 * values, admission.most_gigabytes),
+    ):
+        if found > most:
+            raise MessageError(
+                f"with client {name!r} the run would have {found:.6g} {what}, more than admission.most_{what} = {most:g}: "
+                f"raise it, or look at who takes part"
+            )
+    for other in others:
+        _check_agreement(manifest, other)
+
+
+def _check_agreement(manifest: Manifest, other: Manifest) -> None:
+    """Refuses a client that means something else by a name that another client has, too."""
+    name = manifest.client
+    if other.fingerprint != manifest.fingerprint:
+        raise MessageError(
+            f"client {name!r} has a backbone with fingerprint {manifest.fingerprint}, client {other.client!r} has "
+            f"{other.fingerprint}: use the same checkpoint on every node"
+        )
+    for theirs in other.tasks:
+        for task in manifest.tasks:
+            if task.task != theirs.task:
+                continue
+            for what, mine, its in (
+                ("kind", task.kind, theirs.kind),
+                ("number of classes", task.head_size, theirs.head_size),
+                ("hash of its classes", task.classes, theirs.classes),
+            ):
+                if mine and its and mine != its:
+                    raise MessageError(
+                        f"task {task.task!r} has the {what} {mine} on client {name!r} but {its} on {other.client!r}: list "
+                        f"the same classes in the same order on both, or give the tasks two names"
+                    )

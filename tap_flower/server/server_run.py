@@ -14,13 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
+from torch import Tensor
 
 from tap_flower.config import Config, sent_hyper_parameters
-from tap_flower.errors import MessageError, RunError
+from tap_flower.errors import ConfigError, MessageError, RunError
 from tap_flower.files import write_json
+from tap_flower.methods.registry import find_method
 from tap_flower.plain import printable
 from tap_flower.report.events import EventLog
 from tap_flower.report.results import RESULTS
@@ -28,16 +29,19 @@ from tap_flower.report.trackers import Tracked, open_trackers
 from tap_flower.server import checkpoint
 from tap_flower.server.attendance import Attendance
 from tap_flower.server.checkpoint import record_config, start_or_resume
+from tap_flower.server.first_values import FirstValues
 from tap_flower.server.grid import SILENT, UNSENT, StreamingGrid
 from tap_flower.server.outgoing import Outgoing, Values
 from tap_flower.server.privacy import Privacy, PrivateAverage, budget_of
 from tap_flower.server.result import TapResult, collect
 from tap_flower.server.roster import Roster
-from tap_flower.server.rounds import WeightedAverage
+from tap_flower.server.rounds import MethodAverage, WeightedAverage
 from tap_flower.wire import messages
 from tap_flower.wire.messages import Instruction, Report
 
 warnings = logging.getLogger("tap_flower")
+_MEMORY = "method:"
+"""Begins the names, in the checkpoint, of what the method's server half keeps."""
 
 
 class ServerRun:
@@ -56,6 +60,7 @@ class ServerRun:
         progress: what the run has done so far.
         roster: clients and values.
         values: the values as an ArrayRecord.
+        first: the run's first values.
         events: log of events.
         privacy: budget and ledger of a private run, else None.
         result: filled by the strategy.
@@ -75,7 +80,15 @@ class ServerRun:
         round_size: Callable[[int], int],
     ) -> None:
         self.config, self.folder = config, folder
+        self._half = find_method(config.method).server
+        if self._half is not None and config.privacy.epsilon is not None:
+            raise ConfigError(
+                f"method={config.method} has a server half, and privacy.epsilon = {config.privacy.epsilon:g} covers the "
+                f"mean difference alone: use another method, or leave privacy.epsilon null"
+            )
         found = start_or_resume(config, folder, resume)
+        self._memory = _taken_out(found.tensors)
+        _taken_out(found.best)
         self.progress = found.progress
         self.roster = Roster(config.seed, found.tensors, config.admission)
         for manifest in found.manifests:
@@ -83,6 +96,7 @@ class ServerRun:
         self._best = found.best
         self.initial_arrays = ArrayRecord() if initial_arrays is None else initial_arrays
         self.values = Values(self.initial_arrays)
+        self.first = FirstValues(self.roster, self.initial_arrays, folder / "server", config.round_timeout)
         self._round_size = round_size
         budget = budget_of(config, round_size(len(config.clients) or sys.maxsize))
         self.privacy = None if budget is None else Privacy(budget, self.progress.privacy)
@@ -119,38 +133,10 @@ class ServerRun:
         Raises:
             RunError: clients are missing; see `Attendance.begin`.
         """
-        self.attendance.begin(grid, expected, lambda: messages.encode(self._instruction(0)))
-        if not self.progress.round:
-            self._take_initial_arrays()
+        self.attendance.begin(grid, expected, self.first, lambda: self._instruction(0))
+        self.first.check_names()
         if self.privacy is not None:
             self.privacy.announce(self.roster, self._round_size(len(self.roster.names)), self.events.write)
-
-    def _take_initial_arrays(self) -> None:
-        """Puts `initial_arrays` in place of the seed's first values.
-
-        Raises:
-            RunError: an array is not as the clients' tensor, or not finite, or none is a tensor of theirs.
-        """
-        tensors = self.roster.tensors
-        ours = self.initial_arrays.keys() & tensors.keys()
-        if self.initial_arrays and not ours:
-            raise RunError(
-                f"initial_arrays names no tensor that a client trains: it has {min(self.initial_arrays)!r}, the clients "
-                f"have {min(tensors)!r}: give the names of the clients' own model"
-            )
-        for name in sorted(ours):
-            given = torch.from_numpy(self.initial_arrays[name].numpy())
-            if given.dtype != torch.float32 or not bool(given.isfinite().all()):
-                raise RunError(
-                    f"initial_arrays: {name!r} is {given.dtype}, or holds a value that is not finite: give finite "
-                    f"torch.float32 values, such as those of `model.float().state_dict()`"
-                )
-            if given.shape != tensors[name].shape:
-                raise RunError(
-                    f"initial_arrays: {name!r} has shape {tuple(given.shape)}, the clients' tensor "
-                    f"{tuple(tensors[name].shape)}: give the values of the clients' own model"
-                )
-            tensors[name] = given
 
     def arrays(self) -> ArrayRecord:
         """The server's values, and what else `initial_arrays` named."""
@@ -196,7 +182,10 @@ class ServerRun:
         tell = partial(self.events.write, round=server_round)
         if self.privacy is not None:
             return PrivateAverage(self.privacy, self.roster, list(self.asked), tell)
-        return WeightedAverage(self.roster, list(self.asked), self.config.aggregation.clip_norm, tell)
+        usual = (self.roster, list(self.asked), self.config.aggregation.clip_norm, tell)
+        if self._half is not None:
+            return MethodAverage(self._half, self._memory, server_round, *usual)
+        return WeightedAverage(*usual)
 
     def use(
         self, where: str, server_round: int, replies: Iterable[Message], use: Callable[[str, RecordDict], None]
@@ -260,7 +249,8 @@ class ServerRun:
             score = {"validation": progress.validation.take(server_round, scores)}
             if progress.validation.best_round == server_round:
                 self._best = dict(roster.tensors)
-        checkpoint.save(self.folder / "server", progress, roster.tensors, self._best)
+        memory = {f"{_MEMORY}{name}": value for name, value in self._memory.items()}
+        checkpoint.save(self.folder / "server", progress, {**roster.tensors, **memory}, self._best)
         self.events.write(
             "round",
             round=server_round,
@@ -311,3 +301,9 @@ class ServerRun:
             missing=self.result.missing,
             **private,
         )
+
+
+def _taken_out(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Takes what the method's server half keeps out of the tensors of a checkpoint."""
+    kept = [name for name in tensors if name.startswith(_MEMORY)]
+    return {name.removeprefix(_MEMORY): tensors.pop(name) for name in kept}

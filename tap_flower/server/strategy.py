@@ -13,14 +13,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords, log_strategy_start_info
+from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
 from tap_flower.config import Config, load_config
 from tap_flower.errors import RunError
 from tap_flower.methods.registry import find_method
+from tap_flower.report.results import RESULTS
 from tap_flower.server.checkpoint import Progress
 from tap_flower.server.grid import StreamingGrid
-from tap_flower.server.result import TapResult
+from tap_flower.server.result import TapResult, mean_metrics, round_in_words, told
 from tap_flower.server.roster import Roster
 from tap_flower.server.server_run import ServerRun
 from tap_flower.wire import messages
@@ -50,8 +51,9 @@ class TapStrategy(Strategy):
         min_available_nodes: number of clients that a run waits for at its start, `config.start_timeout` seconds at most. By
             default those that the configuration names, or as many as train in a round.
         weighted_by_key: key of the weight in the clients' MetricRecords.
-        train_metrics_aggr_fn: aggregates the clients' MetricRecords of a round; by default Flower's weighted mean.
-        evaluate_metrics_aggr_fn: aggregates the clients' MetricRecords of the evaluation; by default Flower's weighted mean.
+        train_metrics_aggr_fn: aggregates the clients' MetricRecords of a round; by default the weighted mean of each metric
+            over the clients that have it.
+        evaluate_metrics_aggr_fn: aggregates the clients' MetricRecords of the evaluation; by default the same mean.
 
     Attributes:
         config: the run's configuration.
@@ -89,8 +91,8 @@ class TapStrategy(Strategy):
             else min_available_nodes
         )
         self.weighted_by_key = weighted_by_key
-        self.train_metrics_aggr_fn = train_metrics_aggr_fn or aggregate_metricrecords
-        self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn or aggregate_metricrecords
+        self.train_metrics_aggr_fn = train_metrics_aggr_fn or mean_metrics
+        self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn or mean_metrics
 
     def summary(self) -> None:
         """Logs the settings of the strategy."""
@@ -152,6 +154,7 @@ class TapStrategy(Strategy):
                 ConfigRecord() if evaluate_config is None else evaluate_config,
                 evaluate_fn,
             )
+        log(INFO, "Results: %s; a page of them: tap-flower report %s", self.run_folder / RESULTS, self.run_folder)
         log(INFO, "Final results:")
         for line in io.StringIO(str(result)):
             log(INFO, "\t%s", line.rstrip("\n"))
@@ -249,6 +252,7 @@ class TapStrategy(Strategy):
         if not sampled:
             raise RunError(f"round {server_round}: no client is there; start the nodes again, then `--resume`")
         log(INFO, "configure_train: Sampled %s nodes (out of %s)", len(sampled), len(run.roster.names))
+        log(INFO, "\t├──> %s", told(sampled))
         run.events.write("round_start", round=server_round, clients=sampled)
         return run.messages(TRAIN, server_round, arrays, config, sampled)
 
@@ -268,6 +272,8 @@ class TapStrategy(Strategy):
             run.count(run.progress.up, content)
 
         good = run.use("aggregate_train", server_round, replies, add)
+        for line in round_in_words(run.reports):
+            log(INFO, "\t├──> %s", line)
         return run.values.record(average.finish()), self._aggregated(self.train_metrics_aggr_fn, good)
 
     def configure_personalise(

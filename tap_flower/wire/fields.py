@@ -17,6 +17,7 @@ Component = Annotated[
 ]
 TensorName = Component
 """Name of a tensor. Files of tensors hold other names, with a colon, beside these."""
+Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
 Examples = Annotated[int, Meta(ge=1, le=LARGEST_WEIGHT)]
 Number = Annotated[float, Meta(gt=-1e305, lt=1e305)]

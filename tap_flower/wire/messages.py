@@ -6,6 +6,7 @@ where tensors travel; Flower's `config` (server to client) and `metrics` (client
 | message | server to client | client to server |
 |---|---|---|
 | `query.manifest` | `Instruction` | `Manifest` |
+| `query.values` | `Instruction`, first values that the client lacks | `Kept`, first values that the server lacks |
 | `train` | `Instruction`, the client's tensors | `Report`, Δ of each tensor |
 | `train.personalise` | `Instruction`, the client's tensors | `Report` |
 | `evaluate` | `Instruction`, the client's tensors | `Evaluation` |
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from functools import cached_property
 from typing import Annotated, Any, TypeVar
 
@@ -31,11 +31,12 @@ from tap_flower.core.components import ComponentMap, Pair
 from tap_flower.core.initial import Initial
 from tap_flower.errors import MessageError
 from tap_flower.plain import printable, shown
-from tap_flower.wire.fields import Component, Count, Epoch, Examples, Name, Number, TensorName, Word
+from tap_flower.wire.fields import Component, Count, Digest, Epoch, Examples, Name, Number, TensorName, Word
 from tap_flower.wire.tensors import decode_tensors
 
 PROTOCOL = 6
-MANIFEST, TRAIN, PERSONALISE, EVALUATE = "query.manifest", "train", "train.personalise", "evaluate"
+MANIFEST, VALUES = "query.manifest", "query.values"
+TRAIN, PERSONALISE, EVALUATE = "train", "train.personalise", "evaluate"
 FIELDS, ARRAYS, CONFIG, METRICS = "tap", "arrays", "config", "metrics"
 """Names of the records of a message."""
 LARGEST_CLIENT = 2**29
@@ -53,6 +54,7 @@ class Instruction(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
             for a round that the next one did not repeat; values of another history are never mixed in.
         round: counted from 1; 0 in a manifest query.
         hyper_parameters: nested plain values of `config.HyperParameters`.
+        wanted: in a query for values, the tensors whose first values the client is to send.
         best: where the run may stop early, its best round so far: the client keeps its state as of then, and goes on from it
             in stage 2. 0 before there is one, None where the run does not stop early.
         protocol: version of the protocol.
@@ -63,6 +65,7 @@ class Instruction(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     epochs: Annotated[tuple[Epoch, ...], Meta(min_length=1)]
     round: Annotated[int, Meta(ge=0, le=MOST_ROUNDS)]
     hyper_parameters: dict[str, Any]
+    wanted: tuple[TensorName, ...] = ()
     best: Count | None = None
     protocol: int = PROTOCOL
     version: str = tap_flower.__version__
@@ -74,15 +77,16 @@ class TensorInfo(Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         component: its component.
         shape: its shape.
-        initial: how its first value is made from its name and the run's seed.
+        initial: how its first value is made from its name and the run's seed; None where a client's module has it.
     """
 
     component: Component
     shape: Annotated[tuple[Annotated[int, Meta(ge=1, le=LARGEST_CLIENT)], ...], Meta(max_length=8)]
-    initial: Initial
+    initial: Initial | None
 
     def __post_init__(self) -> None:
-        self.initial.check(self.shape)
+        if self.initial is not None:
+            self.initial.check(self.shape)
 
 
 class TaskInfo(Struct, frozen=True, forbid_unknown_fields=True):
@@ -126,6 +130,9 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, di
         tensors: tensor name -> component, shape and first value of each tensor that it exchanges.
         reach: task name -> components that the pair's forward pass reaches, of those that it exchanges.
         state: round of the client's state of this run; 0 where it has none.
+        unread: keys of Flower's run configuration that the project has not read while it made the client.
+        built: tensor name -> digest of the value that the client's module was built with, frozen tensors and buffers
+            included; nothing where values come from the run's seed.
         protocol: version of the protocol.
         version: version of tap-flower.
     """
@@ -136,6 +143,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, di
     tensors: dict[TensorName, TensorInfo]
     reach: dict[Name, frozenset[Component]]
     state: Count = 0
+    unread: Annotated[tuple[Annotated[str, Meta(max_length=256)], ...], Meta(max_length=256)] = ()
+    built: dict[TensorName, Digest] = {}
     protocol: int = PROTOCOL
     version: str = tap_flower.__version__
 
@@ -143,6 +152,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, di
         names = [task.task for task in self.tasks]
         if sorted(names) != sorted(self.reach):
             raise ValueError(f"tasks are {shown(names)}, reach is about {shown(sorted(self.reach))}")
+        if unknown := sorted(n for n, info in self.tensors.items() if info.initial is None and n not in self.built):
+            raise ValueError(f"nothing says how tensor {shown(unknown[0])} starts")
         if (total := sum(math.prod(info.shape) for info in self.tensors.values())) > LARGEST_CLIENT:
             raise ValueError(f"the tensors have {total} values, more than {LARGEST_CLIENT}")
         if (total := sum(self.examples.values())) > LARGEST_WEIGHT:
@@ -169,9 +180,15 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, di
         """Component -> n_c, the examples of the client's pairs that reach it: the client's weight in the average."""
         return self.component_map.examples_per_component({task.pair: task.examples for task in self.tasks})
 
-    def first_values(self, names: Iterable[str], seed: int) -> dict[str, Tensor]:
-        """The run's first values (float32, CPU) of some tensors."""
-        return {n: self.tensors[n].initial.value(n, self.tensors[n].shape, seed) for n in names}
+
+class Kept(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a client says to a query for values, beside tensors.
+
+    Attributes:
+        kept: number of first values that it has taken over.
+    """
+
+    kept: Count
 
 
 class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from tap_flower import Client, Initial, Pair, Task
-from tap_flower.client.module import OwnModel, adapted, component_map
+from tap_flower import Client, Pair, Task
+from tap_flower.client.module import OwnModel, adapted
 from tap_flower.config import HyperParameters
 from tap_flower.core.components import ComponentMap, ComponentModel
+from tap_flower.core.module_tensors import BuiltModule
+from tap_flower.core.tracing import Parts
 from tap_flower.errors import ClientError
 from tests.own_clients import REGRESSION, Net, client, digits, mood, pixels
 
@@ -64,44 +66,44 @@ class Two(nn.Module):
         self.scales = nn.ParameterDict({"a": nn.Parameter(torch.ones(3)), "b": nn.Parameter(torch.ones(3))})
 
 
+def scaled(name: str) -> Task:
+    return Task(
+        name, REGRESSION, ["x"], pixels(8, 1), pixels(8, 2), lambda net, b: b[0][:, :3] * net.scales[name], one_hot
+    )
+
+
 def test_a_layer_that_pairs_reach_in_part() -> None:
-    net = Two()
-    reached = {Pair("a", ("x",)): ["scales.a"], Pair("b", ("x",)): ["scales.b"]}
+    tasks = [scaled("a"), scaled("b")]
     with pytest.raises(ClientError, match="task 'a' reaches some tensors of 'scales' and not others"):
-        component_map(net, reached)
-    split = component_map(net, reached, {"a": "*.a", "b": "*.b"})
-    assert split.reach == {Pair("a", ("x",)): {"a"}, Pair("b", ("x",)): {"b"}}
+        outline(Client("ann", Two, tasks))
+    split = outline(Client("ann", Two, tasks, components={"a": "*.a", "b": "*.b"}))
+    assert {pair.task: components for pair, components in split.component_map.reach.items()} == {"a": {"a"}, "b": {"b"}}
+    both = outline(Client("ann", Two, tasks, reach={"a": ["scales.*"], "b": "scales.*"}))
+    assert {pair.task: components for pair, components in both.component_map.reach.items()} == {
+        "a": {"scales"},
+        "b": {"scales"},
+    }
 
 
-class Odd(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.own = nn.Parameter(torch.ones(3))
-
-    def see(self, x: torch.Tensor) -> torch.Tensor:
-        return x[:, :3] * self.own
-
-
-class Said(Odd):
-    INITIALS = {"own": Initial("constant", 2.0)}  # noqa: RUF012
-
-
-def test_how_a_tensor_of_ones_own_starts_must_be_said() -> None:
-    with pytest.raises(ClientError, match="no initial value is defined for Odd.own .* INITIALS"):
-        outline(Client("ann", Odd, [digits(0)]))
-    said = outline(Client("ann", Said, [digits(0)]))
-    assert said.component_map.component_of == {"own": "own"}
-    assert said.initialise(1).get_parameter("own").tolist() == [2.0, 2.0, 2.0]
-
-
-def normed() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+@pytest.mark.parametrize(
+    ("reach", "problem"),
+    [
+        ({"c": "*"}, "`reach` names the task 'c': the client has no such task"),
+        (
+            {"a": ["scales.*", "trunk.*"]},
+            "`reach` of task 'a': 'trunk.\\*' fits no trainable tensor: the model has scales.a",
+        ),
+    ],
+)
+def test_a_reach_that_does_not_fit(reach: Any, problem: str) -> None:
+    with pytest.raises(ClientError, match=problem):
+        outline(Client("ann", Two, [scaled("a"), scaled("b")], reach=reach))
 
 
 @pytest.mark.parametrize(
     ("model", "problem"),
     [
-        (normed, "1 is a BatchNorm1d that keeps running statistics"),
+        (lambda: "net", "`model` returned a str: give a function that builds a torch.nn.Module"),
         (lambda: nn.Linear(4, 3).requires_grad_(False), "the model has no trainable tensor"),
         (lambda: nn.Linear(4, 3).double(), "tensor 'weight' is torch.float64: trainable tensors must be torch.float32"),
     ],
@@ -143,8 +145,10 @@ def test_definitions_that_are_refused(wrong: Any, problem: str) -> None:
 
 
 def test_an_own_model_keeps_names_and_modes_of_its_module() -> None:
-    net = Net("digits", "mood", dropout=0.5)
-    made = OwnModel(net, {}, ComponentMap({}, {}), {})
+    given = Net("digits", "mood", dropout=0.5)
+    made = OwnModel(BuiltModule(given), {}, Parts(ComponentMap({}, {}), frozenset(), frozenset()))
+    net: Any = made.module
+    assert net is not given
     assert dict(made.named_parameters()).keys() == dict(net.named_parameters()).keys()
     assert not made.eval().training
     assert not net.training

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from tap_flower.core.training import Batch
 from tap_flower.data.batching import ClientData, TrainingSampler
-from tap_flower.data.examples import OWN, Examples, moved_to, own_examples, set_aside
+from tap_flower.data.examples import OWN, Examples, OwnLoader, moved_to, own_examples, set_aside, split_off
 
 CPU = torch.device("cpu")
 
@@ -141,15 +148,122 @@ def test_a_users_data_set_is_read_a_batch_at_a_time() -> None:
     assert examples.by_length([3, 1]) == [3, 1]
 
 
-def test_a_users_data_loader_gives_data_set_collate_function_batch_size_and_pinning() -> None:
-    def summed(items: list[tuple[Tensor, int]]) -> Tensor:
-        return torch.stack([x for x, _ in items]).sum()
+def of_loader(loader: DataLoader[Any]) -> OwnLoader:
+    return OwnLoader("t", loader, lambda own: own)
 
-    loader = DataLoader(Squares(), batch_size=3, collate_fn=summed, pin_memory=True)
-    examples = own_examples("t", loader, lambda own: own, None)
-    assert (examples.batch_size, examples.pinned, len(examples)) == (3, True, 5)
-    assert own_examples("t", loader, lambda own: own, 2).batch_size == 2
-    assert examples.batch([4, 1], CPU).target == 5.0
+
+def pass_over(loader: DataLoader[Any]) -> list[list[int]]:
+    return [batch.target.tolist() for batch in of_loader(loader).once(CPU)]
+
+
+class Rows(Dataset[int]):
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> int:
+        return row
+
+
+class Evens(Sampler[int]):
+    """Every other row, the last first."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([8, 6, 4, 2, 0])
+
+    def __len__(self) -> int:
+        return 5
+
+
+def test_a_users_loader_is_iterated_as_it_is() -> None:
+    assert pass_over(DataLoader(Rows(5), batch_size=2)) == [[0, 1], [2, 3], [4]]
+    assert pass_over(DataLoader(Rows(5), batch_size=2, drop_last=True)) == [[0, 1], [2, 3]]
+    assert pass_over(DataLoader(Rows(9), batch_size=3, sampler=Evens())) == [[8, 6, 4], [2, 0]]
+    assert pass_over(DataLoader(Rows(9), batch_sampler=BatchSampler(Evens(), 4, True))) == [[8, 6, 4, 2]]
+    summed = DataLoader(Rows(5), batch_size=3, collate_fn=lambda rows: torch.tensor(sum(rows)))
+    assert pass_over(summed) == [3, 7]
+    heavy = torch.tensor([0.0, 1.0, 0.0])
+    assert pass_over(DataLoader(Rows(3), batch_size=4, sampler=WeightedRandomSampler(heavy, 4))) == [[1, 1, 1, 1]]
+
+
+def test_the_number_of_examples_is_the_samplers() -> None:
+    assert len(of_loader(DataLoader(Rows(9), batch_size=3, sampler=Evens()))) == 5
+    assert len(of_loader(DataLoader(Rows(9), batch_sampler=BatchSampler(Evens(), 2, True)))) == 4
+    assert len(of_loader(DataLoader(Rows(0), batch_size=3))) == 0
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [DataLoader(Rows(3), batch_size=None), DataLoader(Rows(3), batch_sampler=([0], [1]).__iter__())],  # type: ignore[arg-type]
+    ids=["no batches", "no length"],
+)
+def test_a_loader_whose_examples_cannot_be_counted_is_refused(loader: DataLoader[Any]) -> None:
+    with pytest.raises(TypeError, match="task 't' has a DataLoader over a .* whose number of examples cannot be known"):
+        of_loader(loader)
+
+
+def test_passes_over_a_users_loader_follow_from_the_seed() -> None:
+    own = of_loader(DataLoader(Rows(8), batch_size=4, shuffle=True))
+
+    def taken(seed: int) -> list[list[int]]:
+        return [batch.target.tolist() for batch in itertools.islice(own.passes(seed, 6, CPU), 6)]
+
+    one = taken(1)
+    assert one == taken(1) != taken(2)
+    assert all(sorted(a + b) == list(range(8)) for a, b in zip(one[::2], one[1::2], strict=True))
+    assert one[:2] != one[2:4]
+
+
+def test_a_short_participation_sees_all_of_a_loader_in_a_fixed_order_in_the_end() -> None:
+    own = of_loader(DataLoader(Rows(8), batch_size=1))
+    first = [next(own.passes(seed, 2, CPU)).target.item() for seed in range(40)]
+    assert set(first) == set(range(8))
+    pairs = [[b.target.item() for b in itertools.islice(own.passes(seed, 2, CPU), 2)] for seed in range(8)]
+    assert all(b == (a + 1) % 8 for a, b in pairs)
+    assert next(own.passes(5, 8, CPU)).target.item() == 0  # a whole pass begins where the loader does
+
+
+@pytest.mark.parametrize("batches", [False, True], ids=["sampler", "batch sampler"])
+@pytest.mark.parametrize(
+    "sampler",
+    [SubsetRandomSampler(range(3, 13)), WeightedRandomSampler(torch.ones(10), 200)],
+    ids=["subset", "weighted"],
+)
+def test_a_share_of_the_samplers_rows_is_set_aside(sampler: Sampler[int], batches: bool) -> None:
+    if batches:
+        loader = DataLoader(Rows(20), batch_sampler=BatchSampler(sampler, 3, False))
+    else:
+        loader = DataLoader(Rows(20), batch_size=3, sampler=sampler)
+    rest, held = split_off(loader, 0.3, seed=1)
+    trained = {row for batch in pass_over(rest) for row in batch}
+    aside = [row for batch in pass_over(held) for row in batch]
+    may = set(range(3, 13)) if isinstance(sampler, SubsetRandomSampler) else set(range(10))
+    assert len(aside) == 3
+    assert not trained & set(aside)
+    assert trained | set(aside) == may
+    assert [row for b in pass_over(split_off(loader, 0.3, seed=1)[1]) for row in b] == aside
+
+
+def test_looking_at_a_loader_leaves_its_generator_where_it_was() -> None:
+    generator = torch.Generator().manual_seed(5)
+    loader = DataLoader(Rows(8), batch_size=4, shuffle=True, generator=generator)
+    before, everywhere = generator.get_state(), torch.get_rng_state()
+    of_loader(loader)
+    split_off(loader, 0.25, 1)
+    assert generator.get_state().equal(before)
+    assert torch.get_rng_state().equal(everywhere)
+
+
+def test_loaders_and_data_sets_take_turns_by_the_names_of_their_tasks() -> None:
+    a, c = (OwnLoader(name, DataLoader(Rows(2), batch_size=1), lambda own: own) for name in "ac")
+    data = ClientData({"train": {"c": [c], "b": [named("b", "b", 4, None)], "a": [a]}, "test": {"a": [a]}})
+    batches = list(itertools.islice(data.training_batches(2, 41, CPU, count=6), 6))
+    assert [batch.task for batch in batches] == ["a", "b", "c", "a", "b", "c"]
+    assert [b.target.item() for b in batches if b.task == "a"] == [0, 1]
+    assert [b.target.item() for b in data.batches("test", 64, CPU)] == [0, 1]
+    assert data.sizes("train") == {"a": 2, "b": 4, "c": 2}
 
 
 def test_a_data_set_without_an_index_is_refused() -> None:

@@ -264,7 +264,7 @@ def test_the_words_of_an_error_are_bounded_and_printable(
 def test_what_nobody_else_has_keeps_its_value_bit_for_bit(play: Play) -> None:
     strategy, _ = play(TRAIN, with_tensors(fill(math.nan)))
     manifests = strategy.roster.manifests
-    initial = manifests["bob"].first_values(manifests["bob"].tensors, strategy.config.seed)
+    initial = strategy.roster.first_values(manifests["bob"], manifests["bob"].tensors)
     alone = initial.keys() - manifests["ann"].tensors.keys()
     assert alone == {f"{layer}.{part}" for layer in ("image", "heads.shape_images") for part in ("weight", "bias")}
     assert all(torch.equal(strategy.roster.tensors[name], initial[name]) for name in alone)

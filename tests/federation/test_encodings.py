@@ -61,7 +61,7 @@ def test_a_run_with_rounded_messages(
     manifests = strategy.roster.manifests
     by_client = {name: [tensors for client, tensors in starts if client == name] for name in manifests}
     for name, started in by_client.items():
-        first = manifests[name].first_values(manifests[name].tensors, strategy.config.seed)
+        first = strategy.roster.first_values(manifests[name], manifests[name].tensors)
         assert len(started) == 3  # two rounds, stage 2
         assert all(torch.equal(started[0][n], first[n]) for n in first)
         for master, start in zip(masters, started, strict=True):

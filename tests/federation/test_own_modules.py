@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Context, Message
+from safetensors.torch import load_file
 from torch import nn
 
 from tap_flower import Client, TapClientApp, TapStrategy, load_config, load_module
@@ -58,7 +59,7 @@ def test_a_run(tmp_path: Path) -> None:
     torch.testing.assert_close(sent["2/100"][trunk], mean, atol=1e-6, rtol=0)
     torch.testing.assert_close(sent["2/100"][head], (ann[head] + cleo[head]) / 2, atol=1e-6, rtol=0)
     assert head not in bob
-    assert sent["1/100"][trunk].equal(sent["1/102"][trunk])  # from the name and the seed alone
+    assert sent["1/100"][trunk].equal(sent["1/102"][trunk])
 
     # It learns: guessing has 1/3, and the mean of the target has the error 5/12.
     assert results["tasks"]["digits"]["tap"]["accuracy"] > 0.7
@@ -98,17 +99,20 @@ def test_other_shapes_under_one_name_are_refused_with_both_clients(tmp_path: Pat
         run(tmp_path, making=other)
 
 
-def test_what_a_client_lacks_is_told(tmp_path: Path) -> None:
+def test_what_no_task_reaches_stays_on_the_client_and_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def other(context: Context) -> Client:
         made = make(context)
-        return (
-            Client("ann", lambda: Net("digits", "mood"), [digits(0)], state_dir=tmp_path)
-            if made.name == "ann"
-            else made
-        )
+        if made.name != "ann":
+            return made
+        return Client("ann", lambda: Net("digits", "mood"), [digits(0)], state_dir=tmp_path / "state")
 
-    with pytest.raises(RunError, match="client 'ann': no task reaches the trainable tensor 'words.weight_ih_l0'"):
-        run(tmp_path, making=other)
+    strategy, _ = run(tmp_path, "rounds=1", "train.steps=2", "distill.iterations=2", making=other)
+    assert "no task reaches the trainable tensor 'words.weight_ih_l0' (6 in all)" in caplog.text
+    assert not any(name.startswith("words") for name in strategy.roster.manifests["ann"].tensors)
+    (kept,) = (tmp_path / "state" / "ann").glob("*/tap.safetensors")
+    assert "words.weight_ih_l0" in load_file(kept)
 
 
 def test_what_a_clients_own_code_says_stays_in_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

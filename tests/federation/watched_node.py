@@ -92,6 +92,7 @@ def watch(folder: Path, message_types: Collection[str]) -> dict[str, Any]:
     global _seen
     from client_app.app import app
     from tap_flower.config import Encoding, load_config, sent_hyper_parameters
+    from tap_flower.server.roster import Roster
     from tap_flower.wire import messages
     from tap_flower.wire.messages import EVALUATE, FIELDS, MANIFEST, PERSONALISE, TRAIN, Epoch, Instruction, Manifest
     from tap_flower.wire.tensors import encode_tensors
@@ -118,7 +119,7 @@ def watch(folder: Path, message_types: Collection[str]) -> dict[str, Any]:
 
     def honest(run: str) -> None:
         manifest = messages.decode(ask(MANIFEST, messages.encode(instruction(run, 0))).content, Manifest, "the client")
-        arrays = encode_tensors(manifest.first_values(manifest.tensors, 41), Encoding.float32)
+        arrays = encode_tensors(Roster(41).first_values(manifest, manifest.tensors), Encoding.float32)
         for kind, number in ((TRAIN, 1), (PERSONALISE, 1), (EVALUATE, 1)):
             reply = ask(kind, messages.encode(instruction(run, number), arrays))
             assert not reply.has_error(), reply.error.reason

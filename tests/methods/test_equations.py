@@ -108,8 +108,8 @@ def test_fedper_keeps_the_heads(client: ToyClient) -> None:
     # the gradient of both is 2 (1 + 0.5) = 3: 0.7 and 0.2; then 1.8: 0.52 and 0.02
     assert numbers(done.returned) == {"base": 0.52}
     assert numbers(done.memory.models["heads"]) == {"head": 0.02}
-    assert fedper.METHOD.exchanges("encoder/text")
-    assert not fedper.METHOD.exchanges("head/languages")
+    assert fedper.METHOD.exchanges("encoder/text", "w")
+    assert not fedper.METHOD.exchanges("head/languages", "w")
     personal = fedper.models(state(base=1.0), memory, client.initial_values)["personal"]
     assert personal is not None
     assert numbers(personal) == {"base": 1.0, "head": 0.5}
@@ -128,7 +128,7 @@ def test_local_goes_on_from_its_own_model(alone: ToyClient) -> None:
     second = local_only.participate(alone.local, 5, {}, first.memory)
     assert base(second.memory.models["local"]) == 0.8192
     assert base(local_only.second_stage(alone.local, {}, first.memory).models["local"]) == 1.024
-    assert not local_only.METHOD.exchanges("encoder/text")
+    assert not local_only.METHOD.exchanges("encoder/text", "w")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -63,7 +63,10 @@ class TapClient(ToyClient):
     def model(self, values: State | None = None) -> Any:
         return Numbers(self.initial if values is None else values)
 
-    def train(self, model: Any, optimisation: training.Optimisation, *, order: Any, noise: Any, **more: Any) -> Any:
+    def train(
+        self, model: Any, optimisation: training.Optimisation, *, order: Any, noise: Any, times: int = 1, **more: Any
+    ) -> Any:
+        optimisation = replace(optimisation, steps=times * optimisation.steps)
         self.did.append(("train", optimisation.steps, order, noise))
         batch = training.Batch("first", {}, torch.zeros(1, 1))
         return training.train(model, self.kinds, itertools.repeat(batch), optimisation, **more)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -61,8 +61,16 @@ class ToyClient:
         return Toy(self.initial if values is None else values)
 
     def train(
-        self, model: Toy, optimisation: training.Optimisation, *, order: tuple[object, ...], noise: object, **more: Any
+        self,
+        model: Toy,
+        optimisation: training.Optimisation,
+        *,
+        order: tuple[object, ...],
+        noise: object,
+        times: int = 1,
+        **more: Any,
     ) -> dict[str, float]:
+        optimisation = replace(optimisation, steps=times * optimisation.steps)
         self.trainings.append((optimisation.steps, order))
         batches = itertools.repeat(training.Batch("t", {}, torch.zeros(1, 1)))
         return training.train(model, {"t": IMAGE_GENERATION}, batches, optimisation, **more)

@@ -47,7 +47,7 @@ def test_every_client_can_restore_its_tensors(encoding: Encoding) -> None:
         sent = decode_tensors(sending.arrays_for(name), encoding)
         own = clients.manifests[name]
         # The third client starts the shared tensor in another way: what rounds is sent relative to that.
-        got = moved_to(sent, own.first_values(sent, clients.seed), encoding)
+        got = moved_to(sent, clients.first_values(own, sent), encoding)
         assert got.keys() == {SHARED, OWN.format(name)}
         for tensor, value in got.items():
             torch.testing.assert_close(value, clients.tensors[tensor], atol=error, rtol=0)

@@ -1,0 +1,200 @@
+"""A training loop of the project's own: a method's further loss reaches it through hooks, and its steps are counted.
+
+The loop is not changed. `further_loss` adds the term where the loop cannot see it, in the backward pass, so that the
+gradients are those of `loss + term`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from tap_flower.core.objectives import Proximal
+from tap_flower.core.training import CALL, Batch, Objective, comparable
+from tap_flower.errors import ClientError
+
+_THROUGH = ("MulBackward0", "DivBackward0", "ToCopyBackward0")
+
+
+@dataclass
+class Factor:
+    """The constant by which the loop multiplies its loss: 1 / accumulation steps, the scale of a GradScaler.
+
+    Attributes:
+        value: in the present backward pass.
+        rows: examples in the last batch.
+        used: whether a term has reached a backward pass.
+    """
+
+    value: float | Tensor = 1.0
+    rows: int = 0
+    used: bool = False
+
+    def read(self, root: Tensor) -> None:
+        """Takes the factors that lie between a loss and what `backward` is called on.
+
+        A sum that is divided by the number of rows is a mean: that divisor is part of the loss.
+        """
+        node: Any = root.grad_fn
+        self.value, divisors = 1.0, []
+        while node is not None and node.name() in _THROUGH:
+            live = [at for at, (function, _) in enumerate(node.next_functions) if function is not None]
+            if len(live) != 1 or (node.name() == "DivBackward0" and live != [0]):
+                break
+            if node.name() == "MulBackward0":
+                self.value = self.value * (node._saved_self if live == [1] else node._saved_other).detach()
+            elif node.name() == "DivBackward0":
+                divisors.append(node._saved_other.detach())
+            node = node.next_functions[live[0]][0]
+        for divisor in divisors:
+            if not (_sums(node) and float(divisor) == self.rows):
+                self.value = self.value / divisor
+
+
+def _sums(node: Any) -> bool:
+    """Whether a loss is a sum over examples, or made of such sums."""
+    if node is None:
+        return False
+    if node.name() == "SumBackward0" or getattr(node, "_saved_reduction", None) == 2:  # torch's number for a sum
+        return True
+    return node.name() in ("AddBackward0", "SubBackward0", *_THROUGH) and any(_sums(n) for n, _ in node.next_functions)
+
+
+@dataclass
+class _Term:
+    """A further loss of one forward pass; it is added once, whichever of the outputs the loop uses."""
+
+    value: Tensor
+    factor: Factor
+    added: bool = field(default=False)
+
+
+class _With(torch.autograd.Function):
+    """The identity on an output; its backward pass also gives the further loss its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, value: Tensor, term: _Term) -> Tensor:
+        del value
+        ctx.term, ctx.is_loss = term, output.dim() == 0
+        return output.clone()  # a view could not be changed in place by the loop
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+        term: _Term = ctx.term
+        if term.added:
+            return gradient, None, None
+        term.added = term.factor.used = True
+        # A module that computes its own loss: what arrives at a scalar is the factor.
+        factor = gradient if ctx.is_loss else term.factor.value * torch.ones_like(term.value)
+        return gradient, factor.to(term.value.dtype), None
+
+
+@contextmanager
+def further_loss(module: nn.Module, task: str, objective: Objective | None) -> Iterator[None]:
+    """Adds a further loss to whatever a loop does with `module` inside the context.
+
+    Distillation, and every other objective, becomes an identity on the module's output whose backward pass adds the
+    objective's gradient; a proximal term becomes a hook on the gradients. Constant factors on the loop's loss multiply
+    the term, too, so that gradient accumulation and a GradScaler act on both alike.
+
+    Args:
+        module: the module that the loop calls.
+        task: name of the task.
+        objective: gets a `Batch` whose inputs are {`CALL`: (args, kwargs) of the module's call}, and whose target is None.
+
+    Raises:
+        ClientError: the loop has ended and no term has reached a backward pass.
+    """
+    if objective is None:
+        yield
+        return
+    factor, backward = Factor(), Tensor.backward
+
+    def watched(root: Tensor, *args: Any, **options: Any) -> None:
+        factor.read(root)
+        backward(root, *args, **options)
+
+    hooks = _proximal_hooks(objective, factor) if isinstance(objective, Proximal) else []
+
+    def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        tensors = _tensors(output)
+        factor.rows = next((len(tensor) for tensor in tensors if tensor.dim()), 0)
+        if isinstance(objective, Proximal) or not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+            return output
+        batch = Batch(task, {CALL: (args, kwargs)}, None)  # type: ignore[arg-type]
+        value = objective(batch, comparable(output))
+        term = _Term(value, factor)
+        return _mapped(output, lambda tensor: _With.apply(tensor, value, term) if tensor.requires_grad else tensor)
+
+    hooks.append(module.register_forward_hook(called, with_kwargs=True))
+    Tensor.backward = watched  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        Tensor.backward = backward  # type: ignore[method-assign]
+        for hook in hooks:
+            hook.remove()
+    if not factor.used:
+        raise ClientError(
+            f"task {task!r}: the method's further loss has not reached the loop in `fit`: it must call the module itself, "
+            f"as `net(...)`, and `backward` on a loss of what the module returns"
+        )
+
+
+def _proximal_hooks(objective: Proximal, factor: Factor) -> list[Any]:
+    """Hooks that add `weight · (w − anchor)` to the gradients, once in each backward pass."""
+
+    def hook(name: str, parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
+        def near(gradient: Tensor) -> Tensor:
+            factor.used = True
+            away = parameter.detach() - objective.anchor[name].to(parameter.device)
+            return gradient + factor.value * objective.weight * away
+
+        return near
+
+    trained = [(name, p) for name, p in objective.model.named_parameters() if p.requires_grad]
+    return [parameter.register_hook(hook(name, parameter)) for name, parameter in trained]
+
+
+@contextmanager
+def counted_steps() -> Iterator[list[int]]:
+    """Counts the steps of every optimiser inside the context, in a list of one number."""
+    count = [0]
+
+    def step(*_: Any) -> None:
+        count[0] += 1
+
+    handle = register_optimizer_step_post_hook(step)
+    try:
+        yield count
+    finally:
+        handle.remove()
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The floating-point tensors of an output."""
+    found: list[Tensor] = []
+    _mapped(output, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
+
+
+def _mapped(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """An output with its floating-point tensors changed: a tensor, or mappings, tuples and lists of these."""
+    if isinstance(output, Tensor):
+        return change(output) if output.is_floating_point() else output
+    if isinstance(output, Mapping):  # transformers' outputs are, too
+        other = copy.copy(output)
+        for name, value in output.items():
+            other[name] = _mapped(value, change)  # type: ignore[index]
+        return other
+    if isinstance(output, tuple | list):
+        parts = [_mapped(value, change) for value in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    return output

@@ -1,0 +1,255 @@
+"""What a user's module consists of: every task is tried, and tells which tensors its forward pass reaches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tap_flower.core.components import ComponentMap, Pair
+from tap_flower.core.initial import named_seed
+from tap_flower.core.module_tensors import BuiltModule, as_float32, is_norm, still_norms
+from tap_flower.core.tasks import TaskKind
+from tap_flower.errors import ClientError, TapFlowerError, defined_at, users_line
+
+Forward = Callable[[Any, Any], Any]
+"""(module, batch) -> output of a task."""
+Patterns = Mapping[str, str | Sequence[str]]
+"""Component, or task -> patterns (`*`, `?`) of the names of its tensors."""
+PERSONAL, AVERAGE = "personal", "average"
+"""What becomes of buffers that training changes: they stay on the client, or are averaged like parameters."""
+_EXAMPLES = (2, 8)
+"""Examples in the batches that a forward pass is tried with."""
+log = logging.getLogger("tap_flower")
+
+
+@dataclass(frozen=True)
+class TracedTask:
+    """A task as it is tried before the first round.
+
+    Attributes:
+        pair: name and modalities.
+        kind: its loss, divergence and metrics.
+        forward: how the module runs a batch, or None where the task has a loop of its own.
+        target: batch -> target; named where it is at fault.
+        batch: number -> a batch of so many training examples, and its target.
+        own_loop: whether it has a loop of its own.
+    """
+
+    pair: Pair
+    kind: TaskKind
+    forward: Forward | None
+    target: Callable[[Any], Tensor] | None
+    batch: Callable[[int], tuple[Any, Tensor]]
+    own_loop: bool = False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a client's module consists of.
+
+    Attributes:
+        component_map: components of the tensors that pairs reach.
+        moving: names of the buffers that training changes.
+        local: names of the tensors of the state that stay on the client.
+    """
+
+    component_map: ComponentMap
+    moving: frozenset[str]
+    local: frozenset[str]
+
+
+@contextmanager
+def of_the_user(what: str, *functions: object) -> Iterator[None]:
+    """Names the line of the user's own code that an error comes from; its words, which may quote data, go to the log."""
+    try:
+        yield
+    except TapFlowerError:
+        raise
+    except Exception as error:
+        log.exception("%s failed", what)
+        places = [
+            users_line(error) or "; ".join(filter(None, map(defined_at, functions))),
+            "the log of the node says more",
+        ]
+        raise ClientError(f"{what} raised {type(error).__name__}: {', '.join(filter(None, places))}") from error
+
+
+def parts_of(
+    built: BuiltModule,
+    tasks: Sequence[TracedTask],
+    seed: int,
+    patterns: Patterns | None = None,
+    reach: Patterns | None = None,
+    buffers: str = PERSONAL,
+) -> Parts:
+    """Tries every task of a client, and says what its module consists of.
+
+    Args:
+        built: the module.
+        tasks: of the client; a few training examples of each go through the module, in training and in evaluation mode.
+        seed: seed of the run, which dropout draws from meanwhile.
+        patterns: name of a component -> patterns of its tensors' names.
+        reach: task name -> patterns of the tensors that its forward pass reaches, in place of tracing.
+        buffers: `personal` or `average`.
+
+    Raises:
+        ClientError: a task cannot be run, or a pattern does not fit.
+    """
+    given, module = dict(reach or {}), built.take()
+    if unknown := sorted(given.keys() - {task.pair.task for task in tasks}):
+        raise ClientError(f"`reach` names the task {unknown[0]!r}: the client has no such task")
+    still = {id(buffer) for part in still_norms(module) for buffer in part.buffers()}
+    moving = {
+        built.names.plain(f"{path}.{name}" if path else name)
+        for path, part in module.named_modules()
+        if is_norm(part)
+        for name, buffer in part.named_buffers(recurse=False)
+        if id(buffer) not in still
+    }
+    reached: dict[Pair, set[str]] = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(named_seed(seed, "trace"))
+        for task in tasks:
+            name, before, found = task.pair.task, _marks(built, module), set(built.trainable)
+            if task.forward is not None:
+                found = _tried(task, built, module.cpu(), name in given)
+            elif not task.own_loop:
+                raise ClientError(f"task {name!r}: it has no `forward`: give (module, batch) -> output")
+            moved = {tensor for tensor, mark in _marks(built, module).items() if before[tensor] != mark}
+            moving |= moved
+            reached[task.pair] = (_fitting(name, given[name], built.trainable) if name in given else found) | moved
+    built.give_back(module)
+    for name in sorted(moving):
+        if name not in built.values:
+            raise ClientError(f"training changes the frozen parameter {name!r}: make it a buffer, or train it")
+        if as_float32(built.values[name]) is None:
+            raise ClientError(
+                f"training changes the buffer {name!r}, whose values float32 cannot hold: make it float32"
+            )
+    for names in reached.values():
+        layers = {_layer(name) for name in names}
+        names |= {name for name in moving if _layer(name) in layers}
+    return _parts(built, reached, moving, patterns, buffers)
+
+
+def _tried(task: TracedTask, built: BuiltModule, module: nn.Module, given: bool) -> set[str]:
+    """The trainable tensors that a task's losses depend on; its loss, divergence and metrics are tried as well."""
+    kind, name = task.kind, task.pair.task
+    parameters = {n: p for n, p in built.names.parameters(module) if p.requires_grad}
+    found: set[str] = set()
+    sums: dict[str, Tensor] = {}
+    assert task.forward is not None
+    for size, training in zip((*_EXAMPLES, _EXAMPLES[-1]), (True, True, False), strict=True):
+        with of_the_user(f"task {name!r}: `target`, or its data,", task.target):
+            batch, target = task.batch(size)
+        module.train(training)
+        with of_the_user(f"task {name!r}: `forward`", task.forward):
+            output = task.forward(module, batch)
+        with of_the_user(f"task {name!r}: the losses of kind {kind.name!r}", kind.losses, task.forward, task.target):
+            losses = kind.losses(output, target)
+        _check_units(f"task {name!r}: the losses", losses)
+        if losses.requires_grad:
+            gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
+            found |= {n for n, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+        with (
+            of_the_user(f"task {name!r}: the divergences of kind {kind.name!r}", kind.divergences, task.forward),
+            torch.no_grad(),
+        ):
+            _check_units(f"task {name!r}: the divergences", kind.divergences(output, output, target, 2.0))
+        with (
+            of_the_user(f"task {name!r}: the metrics of kind {kind.name!r}", kind.statistics, kind.metrics),
+            torch.no_grad(),
+        ):
+            new = kind.statistics(output, target)
+            sums = {key: value + sums[key] if key in sums else value for key, value in new.items()}
+            metrics = kind.metrics(sums)
+        if missing := {"loss", kind.headline} - metrics.keys():
+            raise ClientError(f"task {name!r}: the metrics of kind {kind.name!r} lack {min(missing)!r}: add it")
+    if not found and not given:
+        raise ClientError(f"task {name!r}: its loss depends on no trainable tensor: look at its `forward`")
+    return found
+
+
+def _check_units(what: str, found: Any) -> None:
+    if not isinstance(found, Tensor) or found.ndim != 1:
+        told = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ClientError(f"{what} are one for each example or token, a tensor of shape [units], not of {told}")
+
+
+def _marks(built: BuiltModule, module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Name -> what changes when a tensor that is not trained does."""
+    names = built.names
+    frozen = [(name, parameter) for name, parameter in names.parameters(module) if not parameter.requires_grad]
+    return {name: (tensor.data_ptr(), tensor._version) for name, tensor in [*frozen, *names.buffers(module)]}
+
+
+def _parts(
+    built: BuiltModule, reached: Mapping[Pair, set[str]], moving: set[str], patterns: Patterns | None, buffers: str
+) -> Parts:
+    """Which tensor belongs to which component, and which components each pair reaches."""
+    anywhere = set().union(*reached.values())
+    held = [name for name in (*built.trainable, *sorted(moving)) if name in anywhere]
+    if patterns is None:
+        component_of = {name: _layer(name) for name in held}
+        for pair, tensors in reached.items():
+            inside = {component_of[name] for name in tensors}
+            outside = {component_of[name] for name in held if name not in tensors and name not in moving}
+            if torn := inside & outside:
+                raise ClientError(
+                    f"task {pair.task!r} reaches some tensors of {min(torn)!r} and not others: say by `components` which of "
+                    f"them belong together, or by `reach` that it reaches all of them"
+                )
+    else:
+        component_of = _matched([n for n in held if n not in moving], patterns)
+        component_of |= {n: _fits(n, patterns)[0] if _fits(n, patterns) else _layer(n) for n in held if n in moving}
+    if local := [name for name in built.trainable if name not in anywhere]:
+        log.warning(
+            "no task reaches the trainable tensor %r (%d in all): what no task reaches is not averaged and stays on the "
+            "client; say by `reach` what a task reaches that its first examples do not show",
+            local[0],
+            len(local),
+        )
+    counts = {name for name in moving if not built.values[name].is_floating_point()}  # of batches, say
+    stays = (moving if buffers == PERSONAL else counts) | set(local) | (moving - anywhere)
+    reach = {pair: frozenset(component_of[n] for n in names if n in component_of) for pair, names in reached.items()}
+    return Parts(ComponentMap(component_of, reach), frozenset(moving), frozenset(stays))
+
+
+def _layer(name: str) -> str:
+    """The path of the module that owns a tensor; a tensor of the outermost module is a component of its own."""
+    return name.rpartition(".")[0] or name
+
+
+def _fits(name: str, patterns: Patterns) -> list[str]:
+    """The components, or tasks, one of whose patterns a name fits."""
+    lists = {key: [p] if isinstance(p, str) else p for key, p in patterns.items()}
+    return [key for key, wanted in lists.items() if any(fnmatchcase(name, p) for p in wanted)]
+
+
+def _fitting(task: str, wanted: str | Sequence[str], names: Sequence[str]) -> set[str]:
+    for pattern in [wanted] if isinstance(wanted, str) else wanted:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ClientError(
+                f"`reach` of task {task!r}: {pattern!r} fits no trainable tensor: the model has {', '.join(names[:5])} …"
+            )
+    return {name for name in names if _fits(name, {task: wanted})}
+
+
+def _matched(names: Sequence[str], patterns: Patterns) -> dict[str, str]:
+    component_of = {}
+    for name in names:
+        fits = _fits(name, patterns)
+        if len(fits) != 1:
+            found = "no component" if not fits else f"the components {', '.join(map(repr, fits))}"
+            raise ClientError(f"tensor {name!r} fits {found}: change the patterns so that it fits exactly one")
+        component_of[name] = fits[0]
+    if unused := sorted(patterns.keys() - set(component_of.values())):
+        raise ClientError(f"component {unused[0]!r} fits no trainable tensor: the model has {', '.join(names[:5])} …")
+    return component_of

@@ -1,0 +1,84 @@
+"""A project's own loops and evaluations: which methods they do for, and what they return, checked."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tap_flower.core.tasks import TaskKind
+from tap_flower.errors import ClientError
+
+log = logging.getLogger("tap_flower")
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]{0,63}")
+
+
+def check_own_loops(own: Mapping[str, bool], method: str, reason: str) -> None:
+    """Refuses what the projects' own loops cannot do.
+
+    Args:
+        own: task name -> whether it has a loop of its own.
+        method: name of the run's method.
+        reason: its `Method.own_loop`.
+
+    Raises:
+        ClientError: the method needs what only our loop gives, or some tasks have a loop and others have not.
+    """
+    with_fit, without = ([task for task, fits in own.items() if fits is which] for which in (True, False))
+    if with_fit and reason:
+        raise ClientError(
+            f"task {with_fit[0]!r} has `fit`, and method={method} {reason}: use another method, or give "
+            f"`forward` and `target` without `fit`"
+        )
+    if with_fit and without:
+        raise ClientError(
+            f"task {with_fit[0]!r} has `fit` and task {without[0]!r} has not: give it to all tasks or to none"
+        )
+    if with_fit:
+        log.info("tasks %s train by their own `fit`: train.* and the steps of distill.* do nothing", with_fit)
+
+
+def metrics_of(task: str, returned: Any) -> dict[str, float]:
+    """What `fit` returned: nothing, a number, which is the mean training loss, or numbers by name.
+
+    Raises:
+        ClientError: it is something else.
+    """
+    if returned is None:
+        return {}
+    if not isinstance(returned, Mapping):
+        returned = {"loss": returned}
+    return _numbers(f"task {task!r}: `fit`", returned)
+
+
+def scores_of(task: str, kind: TaskKind, returned: Any) -> dict[str, float]:
+    """What `score` returned: numbers by name, among them the one that the kind is judged by.
+
+    Raises:
+        ClientError: it is something else.
+    """
+    what = f"task {task!r}: `score`"
+    if not isinstance(returned, Mapping):
+        raise ClientError(
+            f"{what} returned {returned!r}: return numbers by name, such as {{'loss': 0.3, 'accuracy': 0.9}}"
+        )
+    found = _numbers(what, returned)
+    if kind.headline not in found:
+        raise ClientError(
+            f"{what} returned {', '.join(found) or 'nothing'}, and the kind {kind.name!r} is judged by {kind.headline!r}: "
+            f"return it, too, or take a kind with another `headline`"
+        )
+    return found
+
+
+def _numbers(what: str, returned: Mapping[Any, Any]) -> dict[str, float]:
+    found = {}
+    for name, value in returned.items():
+        if not _WORD.fullmatch(str(name)):
+            raise ClientError(f"{what} returned {name!r}: name metrics by letters, digits, '_', '+', '.' and '-'")
+        try:
+            found[str(name)] = float(value)
+        except (TypeError, ValueError) as error:
+            raise ClientError(f"{what} returned {name} = {value!r}: return numbers by name") from error
+    return found

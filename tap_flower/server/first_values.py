@@ -1,0 +1,187 @@
+"""The run's first values: what `initial_arrays` names, else what the first client by name has built its module with."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import torch
+from flwr.app import Array, ArrayRecord, Message
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from tap_flower.config import Encoding
+from tap_flower.core.averaging import check_form
+from tap_flower.core.module_tensors import as_float32, digest
+from tap_flower.errors import MessageError, RunError, StorageError
+from tap_flower.files import read_tensors, write_tensors
+from tap_flower.server.roster import Roster
+from tap_flower.wire import messages
+from tap_flower.wire.messages import VALUES, Instruction, Manifest
+from tap_flower.wire.tensors import encode_tensors
+
+FIRST = "first.safetensors"
+SCHEMA = 1
+log = logging.getLogger("tap_flower")
+
+
+class FirstValues:
+    """Sees to it that all clients of a run start from the same values, whatever their modules were built with.
+
+    A manifest says by a digest what each tensor was built with. Values travel only where digests differ: trainable ones once
+    to the server, and once to each client that has built others; frozen ones and buffers in the same way.
+
+    Args:
+        roster: clients of the run; `roster.first` has the values.
+        initial_arrays: as in `TapStrategy.start`.
+        folder: folder of the server in the run folder.
+        timeout: seconds that a client may take to answer.
+
+    Attributes:
+        instruction: the server's word in a query.
+    """
+
+    def __init__(self, roster: Roster, initial_arrays: ArrayRecord, folder: Path, timeout: float) -> None:
+        self._roster, self._arrays, self._file, self._timeout = roster, initial_arrays, folder / FIRST, timeout
+        self._digests: dict[str, str] = {}
+        self._holder: dict[str, str] = {}
+        self._given: set[str] = set()
+        self._settled: set[str] = set()
+        self.instruction: Instruction
+        if self._file.exists():
+            roster.first, record = read_tensors(self._file)
+            if record.get("schema") != SCHEMA:
+                raise StorageError(f"{self._file} was written by another version of tap-flower: use that version")
+            self._digests, self._given = dict(record["digests"]), set(record["given"])
+
+    def admit(self, grid: Grid, node: int, manifest: Manifest) -> None:
+        """Admits a client, and asks it for the first values that nobody else has.
+
+        Args:
+            grid: a `StreamingGrid`.
+            node: node of the client.
+            manifest: of the client.
+
+        Raises:
+            MessageError: the client does not fit the others, or its values cannot be had.
+            RunError: an array of `initial_arrays` is not as the client's tensor, or not finite.
+        """
+        shapes = {name: info.shape for name, info in manifest.tensors.items()}
+        new = {
+            name: _given(name, self._arrays[name], shapes.get(name))
+            for name in sorted({*shapes, *manifest.built} & self._arrays.keys() - self._given)
+        }
+        before = dict(self._roster.first)
+        self._roster.first |= new
+        try:
+            self._roster.admit(node, manifest, partial(self._ask, grid, node, manifest))
+        except MessageError:
+            self._roster.first = before
+            raise
+        self._given |= new.keys()
+        self._digests |= {name: digest(value) for name, value in new.items()}
+        for name, found in manifest.built.items():
+            self._digests.setdefault(name, found)
+            self._holder.setdefault(name, manifest.client)
+        self._settled.discard(manifest.client)
+
+    def hand_out(self, grid: Grid) -> list[tuple[int, str]]:
+        """Sends to each new client the first values of the run that its own module was not built with.
+
+        Returns:
+            (node, problem) of those that cannot take them, which are not admitted.
+        """
+        roster, lacking = self._roster, dict[str, list[str]]()
+        problems: dict[str, str] = {}
+        for name in sorted(roster.nodes.keys() - self._settled):
+            manifest = roster.manifests[name]
+            # A client whose values come from the seed has no digests: it lacks what `initial_arrays` gives.
+            names = {n for n, found in manifest.built.items() if self._digests[n] != found}
+            lacking[name] = sorted(names | self._given & manifest.tensors.keys() - manifest.built.keys())
+            try:
+                self._fetch(grid, name, lacking[name])
+            except MessageError as error:
+                problems[name] = str(error)
+        asked = {name: names for name, names in lacking.items() if names and name not in problems}
+        nodes = {roster.nodes[name]: name for name in asked}
+        sent = (
+            Message(
+                messages.encode(
+                    self.instruction, encode_tensors({n: roster.first[n] for n in names}, Encoding.float32)
+                ),
+                roster.nodes[name],
+                VALUES,
+                group_id="0",
+            )
+            for name, names in asked.items()
+        )
+        for reply in grid.send_and_receive(sent, timeout=self._timeout) if asked else ():
+            if reply.has_error():
+                problems[nodes[reply.metadata.src_node_id]] = f"{reply.error.reason} (code {reply.error.code})"
+        self._settled |= lacking.keys() - problems.keys()
+        if lacking and self._digests:
+            record = {"schema": SCHEMA, "digests": self._digests, "given": sorted(self._given)}
+            write_tensors(self._file, roster.first, record)
+        return [(roster.nodes.pop(name), problem) for name, problem in sorted(problems.items())]
+
+    def check_names(self) -> None:
+        """Refuses `initial_arrays` of which no client has any tensor.
+
+        Raises:
+            RunError: with two names.
+        """
+        if self._arrays and not self._given:
+            have = min(self._roster.tensors, default="none")
+            raise RunError(
+                f"initial_arrays names no tensor that a client trains: it has {min(self._arrays)!r}, the clients have "
+                f"{have!r}: give the names of the clients' own model"
+            )
+
+    def _fetch(self, grid: Grid, client: str, names: list[str]) -> None:
+        """Gets the values of tensors that are not trained from a client that has them, and tells of the difference."""
+        unknown = [name for name in names if name not in self._roster.first]
+        for holder in sorted({self._holder.get(name, "") for name in unknown}):
+            theirs = [name for name in unknown if self._holder.get(name, "") == holder]
+            if holder not in self._roster.nodes:
+                raise MessageError(
+                    f"the run's first value of {theirs[0]!r} is {holder!r}'s, which has gone: start it again"
+                )
+            log.warning(
+                "client %r has built %d frozen tensors or buffers, such as %r, with other values than %r: those of %r hold",
+                *(client, len(theirs), theirs[0], holder, holder),
+            )
+            node, manifest = self._roster.nodes[holder], self._roster.manifests[holder]
+            self._roster.first |= self._ask(grid, node, manifest, theirs)
+
+    def _ask(self, grid: Grid, node: int, manifest: Manifest, names: list[str]) -> dict[str, Tensor]:
+        content = messages.encode(msgspec.structs.replace(self.instruction, wanted=tuple(names)))
+        found: dict[str, Tensor] = {}
+        for reply in grid.send_and_receive([Message(content, node, VALUES, group_id="0")], timeout=self._timeout):
+            if reply.has_error():
+                raise MessageError(f"{reply.error.reason} (code {reply.error.code})")
+            found = messages.tensors_of(reply.content, Encoding.float32)
+        who = f"client {manifest.client!r}: its first values"
+        shapes = {n: torch.empty(info.shape, device="meta") for n, info in manifest.tensors.items()}
+        check_form(who, found, names, {**found, **shapes})
+        if changed := [name for name in names if digest(found[name]) != manifest.built[name]]:
+            raise MessageError(f"{who}: {changed[0]!r} is not what the manifest says")
+        return found
+
+
+def _given(name: str, array: Array, shape: tuple[int, ...] | None) -> Tensor:
+    """A first value from `initial_arrays`, checked."""
+    tensor = torch.from_numpy(array.numpy())
+    value = as_float32(tensor)
+    if value is None:
+        raise RunError(
+            f"initial_arrays: {name!r} is {tensor.dtype}, or holds a value that is not finite or that float32 cannot hold: "
+            f"give finite torch.float32 values, such as those of `model.float().state_dict()`"
+        )
+    if shape is not None and tuple(value.shape) != shape:
+        raise RunError(
+            f"initial_arrays: {name!r} has shape {tuple(value.shape)}, the clients' tensor {shape}: give the values of the "
+            f"clients' own model"
+        )
+    return value

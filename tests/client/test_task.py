@@ -1,0 +1,274 @@
+"""What a user says of a task, and the project's own loop and evaluation in a federation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
+
+from tap_flower import IMAGE_CLASSIFICATION, Client, TapClientApp, TapResult, TapStrategy, Task, load_config
+from tap_flower.config import HyperParameters
+from tap_flower.errors import ClientError, RunError
+from tap_flower.run.in_process import InProcessGrid
+from tests.toys import pixels
+
+FEW = ["train.steps=2", "distill.iterations=2", "start_timeout=1"]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.trunk(x)))
+
+
+def loader(count: int = 12, seed: int = 0, size: int = 4, **more: Any) -> DataLoader[Any]:
+    return DataLoader(pixels(count, seed), batch_size=size, **more)
+
+
+def task(train: Any = None, test: Any = None, **more: Any) -> Task:
+    forward = {"forward": lambda net, batch: net(batch[0]), "target": lambda batch: batch[1]}
+    train, test = loader() if train is None else train, loader(8, 1) if test is None else test
+    return Task("digits", IMAGE_CLASSIFICATION, ["image"], train, test, **{**forward, **more})
+
+
+class Loop:
+    """A project's own loop and evaluation, which note what they were given."""
+
+    def __init__(self, returns: Callable[[float], Any] = lambda loss: {"loss": loss, "epochs": 1}) -> None:
+        self.returns = returns
+        self.rows: list[torch.Tensor] = []
+        self.rates: list[float] = []
+        self.scored: list[int] = []
+
+    def fit(self, net: nn.Module, data: DataLoader[Any], config: Mapping[str, Any]) -> Any:
+        assert type(net) is Net
+        self.rates.append(config["lr"])
+        optimizer = torch.optim.SGD(net.parameters(), lr=config["lr"])
+        losses = []
+        for x, y in data:
+            self.rows.append(x)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return self.returns(sum(losses) / len(losses))
+
+    def score(self, net: nn.Module, data: DataLoader[Any]) -> dict[str, float]:
+        net.eval()
+        losses = [F.cross_entropy(net(x), y).item() for x, y in data]
+        right = [(net(x).argmax(1) == y).float().mean().item() for x, y in data]
+        self.scored.append(len(losses))
+        return {"loss": sum(losses) / len(losses), "accuracy": sum(right) / len(right)}
+
+    def task(self, train: Any = None, **more: Any) -> Task:
+        return task(train, **{"forward": None, "target": None, "fit": self.fit, "score": self.score, **more})
+
+
+def run(folder: Path, tasks: Callable[[int], Task], *settings: str, rate: float = 0.05, nodes: int = 2) -> TapResult:
+    app = TapClientApp()
+
+    @app.client()
+    def make(context: Context) -> Client:
+        number = int(context.node_config["partition-id"])
+        return Client(f"c{number}", Net, [tasks(number)], state_dir=folder / "state")
+
+    strategy = TapStrategy(
+        config=load_config("plug-in", settings=["rounds=1", f"clients_per_round={nodes}", *FEW, *settings]),
+        run_folder=folder / "run",
+    )
+    grid = InProcessGrid(app, [{"partition-id": i} for i in range(nodes)], {})
+    return strategy.start(grid, train_config=ConfigRecord({"lr": rate}))
+
+
+def session(of: Task, name: str = "ann", **settings: Any) -> Any:
+    return Client(name, Net, [of]).session(HyperParameters(**settings))
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_samplers_other_half_are_never_trained_on() -> None:
+    x = torch.arange(20.0).repeat(4, 1).T
+    whole = TensorDataset(x, torch.zeros(20, dtype=torch.int64))
+    train, test = (DataLoader(whole, 3, sampler=SubsetRandomSampler(range(*ends))) for ends in ((12,), (12, 20)))
+    data = session(task(train, test)).data
+    seen = {
+        split: {
+            int(v) for batch in data.batches(split, 64, torch.device("cpu")) for v in batch.inputs["batch"][0][:, 0]
+        }
+        for split in ("train", "validation", "test")
+    }
+    assert data.sizes("train") == {"digits": 10}  # a fifth of the sampler's twelve rows is set aside
+    assert data.sizes("validation") == {"digits": 2}
+    assert seen["test"] == set(range(12, 20))
+    assert seen["train"] | seen["validation"] == set(range(12))
+    assert not seen["train"] & seen["validation"]
+
+
+@pytest.mark.parametrize("data", [loader(10), pixels(10, 0)], ids=["loader", "data set"])
+def test_validation_is_a_share_or_data_or_none(data: Any) -> None:
+    sizes = {share: session(task(data, validation=share)).data.sizes("validation")["digits"] for share in (0.1, 0.5)}
+    assert sizes == {0.1: 1, 0.5: 5}
+    given = session(task(data, validation=loader(7, 3))).data
+    assert (given.sizes("train"), given.sizes("validation")) == ({"digits": 10}, {"digits": 7})
+    with pytest.raises(ClientError, match="task 'digits' has validation=None, and the run compares losses of held-out"):
+        session(task(data, validation=None))
+    with pytest.raises(ClientError, match="task 'digits' has validation 1.5: give a share between 0 and 1"):
+        task(data, validation=1.5)
+
+
+def test_a_batch_size_beside_a_loaders_own_is_refused() -> None:
+    with pytest.raises(ClientError, match="has batch_size=2 and a DataLoader, which has its own batch size"):
+        session(task(batch_size=2))
+    with pytest.raises(ClientError, match="has a DataLoader that gives no batch"):
+        session(task(loader(3, drop_last=True)))
+
+
+def test_a_test_loader_has_its_own_batch_size() -> None:
+    data = session(task(test=loader(8, 1, size=5))).data
+    assert [len(batch.target) for batch in data.batches("test", 64, torch.device("cpu"))] == [5, 3]
+
+
+def test_without_test_examples_a_client_is_not_tested_and_the_run_goes_on(tmp_path: Path) -> None:
+    result = run(tmp_path, lambda number: task(test=loader(0 if number else 8, 1)))
+    assert result.clients["c1"] == {"digits": {}}
+    assert result.clients["c0"]["digits"].keys() == {"server", "server+finetune", "personal", "tap"}
+    assert result.tasks["digits"]["tap"] == result.clients["c0"]["digits"]["tap"]
+
+
+def test_a_run_without_any_test_examples_ends_well(tmp_path: Path) -> None:
+    result = run(tmp_path, lambda _: task(test=loader(0, 1)))
+    assert (result.tasks, set(result.clients)) == ({}, {"c0", "c1"})
+
+
+def test_one_example_is_enough_where_none_is_set_aside(tmp_path: Path) -> None:
+    with pytest.raises(ClientError, match="task 'digits'.* one row, and one is to be set aside|one training example"):
+        session(task(loader(1)))
+    result = run(tmp_path, lambda _: task(loader(1), loader(1, 1)), "replacement.evidence=training")
+    assert set(result.clients) == {"c0", "c1"}
+
+
+# --- the project's own loop -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["tap", "local", "fedavg", "fedavg+finetune", "fedprox", "fedper", "ditto"])
+def test_methods_work_with_a_projects_own_loop(tmp_path: Path, method: str) -> None:
+    loops = [Loop(), Loop()]
+    result = run(tmp_path, lambda number: loops[number].task(), f"method={method}")
+    assert set(result.clients) == {"c0", "c1"}
+    assert all(loop.rates and set(loop.rates) == {0.05} for loop in loops)  # the learning rate in use is the project's
+    steps = result.summary["steps"]["c0"]
+    assert steps == sum(len(rows) for rows in ([*loops[0].rows],))  # one for each batch that the loop took
+    metrics = result.train_metrics_clientapp[1]
+    assert metrics["epochs"] == 1.0
+    assert metrics["train-loss"] > 0
+
+
+@pytest.mark.parametrize("method", ["pfedme", "per-fedavg"])
+def test_methods_that_need_our_loop_say_so_by_name(tmp_path: Path, method: str) -> None:
+    with pytest.raises(RunError, match=f"task 'digits' has `fit`, and method={method} .*: use another method"):
+        run(tmp_path, lambda _: Loop().task(), f"method={method}")
+
+
+def test_the_same_loop_by_hand_gives_the_server_the_same_values(tmp_path: Path) -> None:
+    result = run(tmp_path, lambda _: Loop().task(loader(12, 0)), "method=fedavg", nodes=1)
+    session_ = session(Loop().task(), "c0", seed=41)
+    net = Net()
+    net.load_state_dict(session_.initial_values())
+    rows = session_.data.loader("train", "digits")
+    Loop().fit(net, rows, {"lr": 0.05})
+    for name, value in result.arrays.to_torch_state_dict().items():
+        torch.testing.assert_close(value, net.state_dict()[name], atol=1e-6, rtol=1e-6)
+
+
+def test_the_distillation_of_an_own_loop_moves_the_student(tmp_path: Path) -> None:
+    ends = []
+    for weight in (0.0, 5.0):
+        name = str(weight)
+        run(tmp_path / name, lambda _: Loop().task(), f"distill.weight.image_classification={weight}", rate=0.3)
+        (file,) = (tmp_path / name / "state" / "c0").rglob("tap.safetensors")
+        ends.append(file.read_bytes())
+    assert ends[0] != ends[1]
+
+
+def test_held_out_rows_are_not_in_the_loader_that_fit_gets(tmp_path: Path) -> None:
+    loop = Loop()
+    run(tmp_path, lambda _: loop.task(loader(10, 0, size=10)), "method=fedavg", nodes=1)
+    assert [len(rows) for rows in loop.rows] == [8]
+    assert loop.scored == [
+        1,
+        2,
+    ]  # a trial before the first round; the test loader's own two batches for the server's model
+
+
+@pytest.mark.parametrize(
+    ("returns", "words"),
+    [
+        (lambda loss: "fine", "`fit` returned loss = 'fine': return numbers by name"),
+        (lambda loss: {"my loss": loss}, "`fit` returned 'my loss': name metrics by letters"),
+        (lambda loss: float("nan"), "the training loss of task 'digits' is nan"),
+    ],
+)
+def test_what_a_loop_returns_is_checked(
+    tmp_path: Path, returns: Callable[[float], Any], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "tap_flower"), suppress(RunError):
+        run(tmp_path, lambda _: Loop(returns).task())
+    assert words in caplog.text
+
+
+def test_a_loss_that_decides_must_be_returned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "tap_flower"), suppress(RunError):
+        run(tmp_path, lambda _: Loop(lambda loss: None).task(), "replacement.evidence=training")
+    assert "`fit` returned no loss, and replacement.evidence = training compares it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (0.5, "`score` returned 0.5: return numbers by name"),
+        ({"loss": 1.0}, "`score` returned loss, and the kind 'image_classification' is judged by 'accuracy'"),
+        ({"accuracy": 1.0}, "`score` returned no 'loss', and replacement.evidence = validation compares it"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_used_is_refused_before_the_first_round(
+    tmp_path: Path, returned: Any, words: str
+) -> None:
+    with pytest.raises(RunError, match=words):
+        run(tmp_path, lambda _: Loop().task(score=lambda net, data: returned))
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda: Loop().task(pixels(8, 0)), "has `fit`, and its train data are a TensorDataset: give a DataLoader"),
+        (
+            lambda: Loop().task(test=pixels(8, 0)),
+            "has `score`, and its test data are a TensorDataset: give a DataLoader",
+        ),
+        (lambda: Loop().task(score=None), "has `fit`, and nothing to evaluate by: give `score`"),
+    ],
+)
+def test_tasks_that_are_refused(made: Callable[[], Task], words: str) -> None:
+    with pytest.raises(ClientError, match=f"task 'digits' {words}"):
+        session(made())
+
+
+def test_own_loops_for_some_tasks_only_are_refused() -> None:
+    other = replace(task(), name="others")
+    with pytest.raises(ClientError, match="task 'digits' has `fit` and task 'others' has not: give it to all tasks"):
+        Client("ann", Net, [Loop().task(), other]).session(HyperParameters())

@@ -1,0 +1,224 @@
+"""First values of users' own modules: kept as they were built, on every client, in every process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, Context, Message
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tap_flower import Client, TapClientApp, TapResult, TapStrategy, load_config, load_personal
+from tap_flower.client import module as modules
+from tap_flower.config import Encoding
+from tap_flower.errors import RunError
+from tap_flower.run.in_process import InProcessGrid
+from tap_flower.wire import messages
+from tests.own_clients import digits
+
+SHORT = ["rounds=1", "clients_per_round=2", "train.steps=2", "distill.iterations=2", "start_timeout=1"]
+Sent = dict[tuple[str, int], dict[str, Tensor]]
+
+
+class Normed(nn.Module):
+    """A frozen trunk made at random, a norm, a zero head, a counter of its own."""
+
+    scale: Tensor
+    seen: Tensor
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(4, 6).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 3)
+        nn.init.zeros_(self.head.weight)
+        self.register_buffer("mask", torch.rand(6).round())
+        self.register_buffer("seen", torch.zeros(()))
+
+    def see(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += len(x)
+        return self.head(self.mask + self.norm(self.trunk(x)))
+
+
+def run(
+    folder: Path,
+    model: Callable[[int], Callable[[], nn.Module]],
+    *settings: str,
+    initial: dict[str, Tensor] | None = None,
+    nodes: int = 2,
+    sent: Sent | None = None,
+    **more: Any,
+) -> TapResult:
+    """A run of clients c0, c1, …; `model` gives the one's function by its number."""
+    app = TapClientApp()
+
+    @app.client()
+    def make(context: Context) -> Client:
+        number = int(context.node_config["partition-id"])
+        return Client(f"c{number}", model(number), [digits(number)], state_dir=folder / "state", **more)
+
+    def watch(instruction: Message, reply: Message) -> Message:
+        if sent is not None and messages.ARRAYS in instruction.content:
+            key = instruction.metadata.message_type, instruction.metadata.dst_node_id - 100
+            sent[key] = messages.tensors_of(instruction.content, Encoding.float32)
+        return reply
+
+    grid = InProcessGrid(app, [{"partition-id": i} for i in range(nodes)], {}, tamper=watch)
+    strategy = TapStrategy(config=load_config("plug-in", settings=[*SHORT, *settings]), run_folder=folder / "run")
+    return strategy.start(grid, None if initial is None else ArrayRecord(initial))
+
+
+def test_training_starts_from_what_the_first_client_has_built(tmp_path: Path) -> None:
+    nets = [Normed(), Normed()]
+    sent: Sent = {}
+    run(tmp_path, lambda number: lambda: nets[number], sent=sent)
+    first = nets[0].state_dict()
+    exchanged = {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    for client in (0, 1):
+        assert sent["train", client].keys() == exchanged
+        assert all(value.equal(first[name]) for name, value in sent["train", client].items())
+    # The second client has built other values: it gets the first one's, frozen ones and buffers included.
+    assert ("query.values", 0) not in sent
+    assert {"trunk.weight", "trunk.bias"} <= sent["query.values", 1].keys()
+    (kept,) = (tmp_path / "state" / "c1").glob("*/first.safetensors")
+    assert load_file(kept)["trunk.weight"].equal(nets[0].trunk.weight)
+    # What the user holds is not touched.
+    assert not nets[1].trunk.weight.equal(nets[0].trunk.weight)
+    assert int(nets[0].norm.num_batches_tracked) == 0
+
+
+def test_equal_modules_are_built_from_the_seed_and_nothing_is_sent(tmp_path: Path) -> None:
+    sent: Sent = {}
+    run(tmp_path, lambda _: lambda: Normed(), sent=sent)
+    assert {kind for kind, _ in sent} == {"train", "train.personalise", "evaluate"}
+    assert sent["train", 0]["head.weight"].count_nonzero() == 0
+
+
+def test_initial_arrays_go_first_whatever_they_name(tmp_path: Path) -> None:
+    given = {name: torch.full_like(value, 2) for name, value in Normed().state_dict().items()}
+    sent: Sent = {}
+    result = run(tmp_path, lambda _: Normed, initial=given, sent=sent)
+    assert sent["train", 0]["norm.weight"].equal(given["norm.weight"])
+    (folder,) = (tmp_path / "state" / "c0").iterdir()
+    assert load_file(folder / "first.safetensors")["mask"].tolist() == [2.0] * 6
+    net = load_personal(Normed(), "c0", state_dir=tmp_path / "state")
+    assert net.trunk.weight.equal(given["trunk.weight"])
+    assert float(net.seen) == 2 + 3 * 2 * 32  # 2 at first; as below, in batches of 32
+    assert result.arrays["trunk.weight"].numpy().tolist() == given["trunk.weight"].tolist()
+
+
+def test_initial_arrays_that_fit_nothing(tmp_path: Path) -> None:
+    with pytest.raises(
+        RunError, match="initial_arrays: 'head.weight' has shape \\(2, 6\\), the clients' tensor \\(3, 6\\)"
+    ):
+        run(tmp_path, lambda _: Normed, initial={"head.weight": torch.zeros(2, 6)})
+
+
+@pytest.mark.parametrize("encoding", ["bfloat16", "int8"])
+def test_encodings_that_round_start_from_the_same_values(tmp_path: Path, encoding: str) -> None:
+    nets = [Normed(), Normed()]
+    result = run(tmp_path, lambda number: lambda: nets[number], f"wire.encoding={encoding}")
+    assert set(result.clients) == {"c0", "c1"}
+
+
+def test_a_process_that_builds_other_values_goes_on_with_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another actor of a simulation, or a node that was started again, does."""
+    made: list[Normed] = []
+
+    def unseeded() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.seed()
+            made.append(Normed())
+        return made[-1]
+
+    forgetful = modules._built.__class__(maxsize=1)
+    monkeypatch.setattr(modules, "_built", forgetful)
+    sent: Sent = {}
+    run(tmp_path, lambda _: lambda: unseeded(), sent=sent)
+    assert len(made) > 2  # c0 and c1 take turns
+    for client in ("c0", "c1"):
+        net = load_personal(Normed(), client, state_dir=tmp_path / "state")
+        assert net.trunk.weight.equal(made[0].trunk.weight)
+        assert net.mask.equal(made[0].mask)
+
+
+def test_statistics_stay_on_the_client_or_are_averaged(tmp_path: Path) -> None:
+    sent: Sent = {}
+    run(tmp_path / "personal", lambda _: Normed, sent=sent)
+    assert "norm.running_mean" not in sent["evaluate", 0]
+    nets = [load_personal(Normed(), f"c{i}", state_dir=tmp_path / "personal" / "state") for i in (0, 1)]
+    assert not nets[0].norm.running_mean.equal(nets[1].norm.running_mean)
+    assert int(nets[0].norm.num_batches_tracked) == 6  # the copy's 2, which replaced it, then 2 in each stage
+
+    sent.clear()
+    result = run(tmp_path / "average", lambda _: Normed, buffers="average", sent=sent)
+    after = result.arrays["norm.running_mean"].numpy()
+    assert sent["train", 0]["norm.running_mean"].count_nonzero() == 0
+    assert sent["evaluate", 0]["norm.running_mean"].tolist() == sent["evaluate", 1]["norm.running_mean"].tolist()
+    assert abs(after).max() > 0
+    assert "norm.num_batches_tracked" not in sent["evaluate", 0]  # a count has no mean
+
+
+def test_a_frozen_norm_stays_in_evaluation_mode(tmp_path: Path) -> None:
+    class Pretrained(Normed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm.requires_grad_(False)
+            self.norm.running_mean.fill_(0.5)
+
+    run(tmp_path, lambda _: Pretrained)
+    net = load_personal(Pretrained(), "c0", state_dir=tmp_path / "state")
+    assert net.norm.running_mean.tolist() == [0.5] * 6
+    assert int(net.norm.num_batches_tracked) == 0
+
+
+class Counted(Normed):
+    """Counts its objects: those that were built, and those that are alive."""
+
+    built = 0
+
+    def __init__(self) -> None:
+        type(self).built += 1
+        super().__init__()
+
+
+def test_a_module_is_built_once_and_has_two_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules, "_built", modules._built.__class__(maxsize=8))
+    Counted.built = 0
+    run(tmp_path, lambda _: Counted, "rounds=2")
+    assert Counted.built == 2  # one more, at the first query of a run, to see whether another process builds the same
+    ((built, _),) = modules._built.values()
+    assert len(built._free) == 2
+    assert built.copies == 2
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
+def test_wrappers_leave_names_as_they_are(tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    class Called(Normed):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.see(x)
+
+    app = TapClientApp()
+
+    @app.client()
+    def make(context: Context) -> Client:
+        number = int(context.node_config["partition-id"])
+        task = digits(number)
+        object.__setattr__(task, "forward", lambda net, batch: net(batch[0]))
+        model = Called if number else lambda: wrap(Called())
+        return Client(f"c{number}", model, [task], state_dir=tmp_path / "state")
+
+    strategy = TapStrategy(config=load_config("plug-in", settings=SHORT), run_folder=tmp_path / "run")
+    result = strategy.start(InProcessGrid(app, [{"partition-id": i} for i in range(2)], {}))
+    assert "norm.weight" in result.arrays
+    assert not [name for name in result.arrays if "module" in name or "orig_mod" in name]
+    assert set(result.clients) == {"c0", "c1"}
+    load_personal(Called(), "c0", state_dir=tmp_path / "state")
