@@ -26,18 +26,16 @@ from tap_flower.config import Encoding, HyperParameters, NotedConfig, hyper_para
 from tap_flower.core.averaging import check_form
 from tap_flower.core.components import State, trainable_state
 from tap_flower.core.module_tensors import digest
-from tap_flower.errors import MessageError, SpecError, StorageError, TapFlowerError, users_line
+from tap_flower.errors import MessageError, SpecError, StateLostError, TapFlowerError, users_line
 from tap_flower.methods.method import Memory, Method
 from tap_flower.methods.registry import find_method
 from tap_flower.methods.session import Session
 from tap_flower.plain import printable
 from tap_flower.report.client_records import record_decisions, record_evaluation
 from tap_flower.wire import messages
-from tap_flower.wire.messages import Evaluation, Instruction, Manifest, Report, TaskInfo, TensorInfo
+from tap_flower.wire.messages import LOST, REFUSED, Evaluation, Instruction, Manifest, Report, TaskInfo, TensorInfo
 from tap_flower.wire.tensors import encode_tensors, make_update, moved_to
 
-REFUSED = 1001
-"""Error code of a reply whose reason is meant for the person who runs the server or the node."""
 OPEN_CLIENTS = 1024
 """Clients that a process keeps open; a process of a simulation serves many."""
 log = logging.getLogger("tap_flower")
@@ -95,11 +93,13 @@ class Participant:
             message_type: of the server's message.
 
         Raises:
-            StorageError: they are lost.
+            StateLostError: they are lost.
         """
         if kept is None and self.session.outline.is_built:
             if message_type != messages.MANIFEST:
-                raise StorageError(f"{self.folder.folder} has lost the run's first values: start this node again")
+                raise StateLostError(
+                    f"{self.folder.folder} has lost the run's first values: the server has to give them again"
+                )
             self.folder.save_first(kept := unstable(self.client.model, self.session.settings.seed))
         self.session.first = kept or {}
 
@@ -189,7 +189,7 @@ class Handlers:
             if isinstance(error, SpecError) and not self.quotes(context):
                 log.error("%s", error)
                 reason = "the node's client spec is wrong, or does not fit its data: the log of the node says where"
-            return Message(Error(REFUSED, reason), reply_to=message)
+            return Message(Error(LOST if isinstance(error, StateLostError) else REFUSED, reason), reply_to=message)
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             where = users_line(error) or f"{Path(last.filename).name}:{last.lineno}"

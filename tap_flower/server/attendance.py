@@ -196,9 +196,7 @@ class Attendance:
         missing = sorted((named | known) - roster.nodes.keys())
         if named.intersection(missing) or len(roster.nodes) < (1 if known else expected):
             raise RunError(
-                "; ".join(
-                    f"node {node} cannot take part: {problem}" for node, problem in self.gathering.refused.items()
-                )
+                self._refusals()
                 or f"{len(roster.nodes)} of {awaited} clients are there after {config.start_timeout:g} s"
                 + (f", without {', '.join(missing)}" if missing else "")
                 + f": start more nodes (`num-supernodes={awaited}` in a simulation) or lower clients_per_round"

@@ -206,7 +206,7 @@ class ServerRun:
         for reply in replies:
             name = client_on[reply.metadata.src_node_id]
             try:
-                if reply.has_error() and reply.error.code in (SILENT, UNSENT):
+                if reply.has_error() and reply.error.code in (SILENT, UNSENT, messages.LOST):
                     self.roster.leave(name)  # it is asked who it is, and takes part again once it has answered
                 use(name, messages.content_of(reply))
                 good.append(RecordDict(dict(reply.content.metric_records)))

@@ -39,6 +39,9 @@ MANIFEST, VALUES = "query.manifest", "query.values"
 TRAIN, PERSONALISE, EVALUATE = "train", "train.personalise", "evaluate"
 FIELDS, ARRAYS, CONFIG, METRICS = "tap", "arrays", "config", "metrics"
 """Names of the records of a message."""
+REFUSED, LOST = 1001, 1002
+"""Error codes of replies: the reason is meant for the person who runs the server or the node; the client has lost the run's
+first values, and must be asked who it is once more."""
 LARGEST_CLIENT = 2**29
 """Values of all tensors of a client, 2 GiB in float32; more are refused before anything is allocated for them."""
 

@@ -17,12 +17,12 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from tap_flower.client import from_spec
 from tap_flower.client import node as node_module
-from tap_flower.client.handlers import REFUSED
 from tap_flower.client.node import Limits, limits_of, this_node
 from tap_flower.config import Metrics
 from tap_flower.errors import RunError, SpecError
 from tap_flower.methods.session import Session
 from tap_flower.wire import messages
+from tap_flower.wire.messages import REFUSED
 from tests.federations import CLIENTS, Make, federation_of_specs
 from tests.toys import TOYS
 

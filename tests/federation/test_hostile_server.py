@@ -15,10 +15,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
-from tap_flower.client.handlers import REFUSED
 from tap_flower.config import Encoding, HyperParameters, plain
 from tap_flower.wire import messages
-from tap_flower.wire.messages import ARRAYS, FIELDS, TRAIN
+from tap_flower.wire.messages import ARRAYS, FIELDS, REFUSED, TRAIN
 from tests.federations import federation_of
 from tests.grid import InProcessGrid
 
