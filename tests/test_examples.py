@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -19,11 +20,10 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
-from flwr.serverapp import ServerApp
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tap_flower import Client, TapClientApp, TapResult, TapStrategy
+from tap_flower import Client, TapResult, TapStrategy
 from tap_flower.config import Encoding
 from tap_flower.core.tasks import IGNORE
 from tap_flower.files import read_tensors
@@ -246,54 +246,120 @@ def test_an_example_runs(
     assert all(f"{task}: training loss" in page for task in found["tasks"])
 
 
-QUICKSTART = ("quickstart.tap:server", "quickstart.tap:client", "quickstart.tap:make_client")
-OPTIONS = {"batch-size": 32, "learning-rate": 0.01, "local-epochs": 1}
+STOCK = {"quickstart": "digits", "resnet": "digits", "bert": "languages", "tabular": "diagnosis", "vae": "digits"}
+"""Stock project -> its task."""
+RUN = {"num-server-rounds": 1, "batch-size": 32, "learning-rate": 0.01, "local-epochs": 1}
 
 
-@pytest.fixture
-def quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The changed project; what it writes below the home folder is below `tmp_path / "home"`."""
-    project = tmp_path / "quickstart"
-    shutil.copytree(EXAMPLES / "quickstart", project)
+@dataclass(frozen=True)
+class Changed:
+    """A stock project that the patch has turned into one of TAP's.
+
+    Attributes:
+        name: its name.
+        folder: where it lies.
+        run_config: of both runs.
+    """
+
+    name: str
+    folder: Path
+    run_config: Mapping[str, Any]
+
+    @property
+    def apps(self) -> tuple[str, str, str]:
+        """Where its apps are, and what makes a client."""
+        return f"{self.name}.tap:server", f"{self.name}.tap:client", f"{self.name}.tap:make_client"
+
+
+def changed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Changed:
+    """A copy of a stock project, patched; what it writes below the home folder is below `folder / "home"`."""
+    project = folder / name
+    shutil.copytree(EXAMPLES / name, project)
     subprocess.run(["patch", "-p1", "-i", "tap.diff"], cwd=project, check=True, capture_output=True)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    return project
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    (folder / "home").mkdir()
+    run_config = tomllib.loads((project / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"] | {
+        "num-server-rounds": 1
+    }
+    if "checkpoint" in run_config:
+        run_config["checkpoint"] = str(folder / "checkpoint")
+        with importing(project, name):
+            sys.modules.pop("make_checkpoint", None)
+            importlib.import_module("make_checkpoint").main(run_config["checkpoint"], steps=60)
+    return Changed(name, project, run_config)
 
 
-def test_the_quickstart_becomes_tap_by_a_diff_of_less_than_30_lines(quickstart: Path) -> None:
-    patch = quickstart / "tap.diff"
-    lines = [line for line in patch.read_text().splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+@pytest.mark.parametrize("name", STOCK)
+def test_a_stock_project_becomes_tap_by_a_diff_of_less_than_30_lines(name: str) -> None:
+    patch = (EXAMPLES / name / "tap.diff").read_text()
+    lines = [line for line in patch.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
     assert len(lines) < 30
-    components = tomllib.loads((quickstart / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["components"]
-    assert components == {"serverapp": QUICKSTART[0], "clientapp": QUICKSTART[1]}
-    with importing(quickstart, "quickstart"):
-        server, client, make = map(named, QUICKSTART)
-        assert (type(server), type(client)) == (ServerApp, TapClientApp)
-        node = {"partition-id": 1, "num-partitions": 2}
-        made = make(Context(1, 1, node, RecordDict(), OPTIONS))
-        (digits,) = made.tasks
-        assert (made.name, digits.name, digits.modalities) == ("client-1", "digits", ["image"])
-        # Half of the 1797 digits; four fifths of these to train on.
-        assert (len(digits.train.dataset), len(digits.test.dataset)) == (719, 179)
-        batch = next(iter(digits.test))
-        assert digits.forward(made.model(), batch).shape == (32, 10)
-        assert digits.target(batch).tolist() == batch["label"].tolist()
-
-
-def test_the_changed_quickstart_learns(quickstart: Path, tmp_path: Path) -> None:
-    ran = run(quickstart, 2, tmp_path, QUICKSTART, **OPTIONS)
-    assert set(ran.results["clients"]) == {"client-0", "client-1"}
-    # Guessing is right once in ten; a client that had learned nothing would be caught here.
-    assert ran.results["tasks"]["digits"]["tap"]["accuracy"] > 0.5
+    readme = (EXAMPLES / name / "README.md").read_text()
+    assert f"```diff\n{patch.rstrip()}\n```" in readme
+    assert len(re.findall("^## ", readme, re.MULTILINE)) == 5
+    project = tomllib.loads((EXAMPLES / name / "pyproject.toml").read_text())
+    assert project["project"]["license"] == "Apache-2.0"
+    assert project["tool"]["flwr"]["app"]["config"].keys() >= RUN.keys()
 
 
 @pytest.mark.slow
-def test_the_changed_quickstart_under_flwr_run(quickstart: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", STOCK)
+def test_a_stock_project_runs_before_and_after_the_patch(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = changed(name, tmp_path, monkeypatch)
+    configs = [{"partition-id": i, "num-partitions": 2, "state-dir": str(tmp_path / "state")} for i in range(2)]
+    rates: list[float] = []
+    first: list[dict[str, Tensor]] = []
+    with importing(project.folder, name):
+        # As it is: Flower's FedAvg.
+        server, client = named(f"{name}.server_app:app"), named(f"{name}.client_app:app")
+        server(InProcessGrid(client, configs, dict(project.run_config)), context_of(project))
+
+        # After the patch: what the project's own `train` is called with.
+        task = importlib.import_module(f"{name}.task")
+        train = task.train
+
+        def noted(net: Any, loader: Any, epochs: int, rate: float) -> float:
+            rates.append(rate)
+            first.append({key: value.clone() for key, value in net.state_dict().items()})
+            return float(train(net, loader, epochs, rate))
+
+        monkeypatch.setattr(task, "train", noted)
+        server, client, make = map(named, project.apps)
+        grid = InProcessGrid(client, configs, dict(project.run_config))
+        server(grid, context_of(project))
+        made = [make(context) for context in grid.contexts.values()]
+        built = made[0].model()
+    (found,) = (tmp_path / "home").rglob("results.json")
+    results = json.loads(found.read_text())
+    models = {"server", "server+finetune", "personal", "tap"}
+    assert all(by_task[STOCK[name]].keys() == models for by_task in results["clients"].values())
+    assert set(rates) == {project.run_config["learning-rate"]}  # the learning rate in use is the run configuration's
+    if (
+        "checkpoint" in project.run_config
+    ):  # training starts from the pretrained values, frozen ones and buffers included
+        assert all(first[0][key].equal(value) for key, value in built.state_dict().items())
+    if name == "quickstart":
+        samplers = [(set(task.train.sampler), set(task.test.sampler)) for of in made for task in of.tasks]
+        assert all(train and test and not train & test for train, test in samplers)
+        (state,) = (tmp_path / "state" / "client-0").rglob("tap.safetensors")
+        tensors, _ = read_tensors(state)
+        assert not tensors["norm1.running_mean"].equal(torch.zeros(16))  # BatchNorm's statistics are the client's own
+
+
+def context_of(project: Changed) -> Context:
+    """Flower's context of the server."""
+    return Context(1, 1, {}, RecordDict(), dict(project.run_config))
+
+
+@pytest.mark.slow
+def test_the_changed_quickstart_under_flwr_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = changed("quickstart", tmp_path, monkeypatch).folder
     (tmp_path / "work").mkdir()
     with superlink(tmp_path / "work") as flower:
         said = flwr(
-            flower, "run", str(quickstart), CONNECTION, "--run-config", "num-server-rounds=1",
+            flower, "run", str(project), CONNECTION, "--run-config", "num-server-rounds=1",
             "--federation-config", "num-supernodes=2 client-resources-num-cpus=1",
         )  # fmt: skip
         while not (status := status_of(flower, said["run-id"])).startswith("finished"):

@@ -32,8 +32,8 @@ SIGNATURES = {
         "evaluate_metrics_aggr_fn=None)"
     ),
     "Task": (
-        "(name, kind, modalities, train, test, forward=None, target=None, validation=None, margin=None, "
-        "batch_size=None, domains=(), head_size=0)"
+        "(name, kind, modalities, train, test, forward=None, target=None, validation=0.2, margin=None, "
+        "batch_size=None, domains=(), head_size=0, fit=None, score=None)"
     ),
     "TaskKind": (
         "(name, losses, divergences, statistics, metrics, headline, higher_is_better, margin=0.0, distillation=1.0)"

@@ -78,7 +78,7 @@ class TaskKind:
             found = losses(output, target).double()
             return {
                 "loss": found.sum(),
-                "units": torch.tensor(float(len(found)), dtype=torch.float64, device=output.device),
+                "units": torch.tensor(float(len(found)), dtype=torch.float64, device=found.device),
             }
 
         def metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from tap_flower.client.client_model import client_model
 from tap_flower.client.description import Description, TaskDescription, read_description
 from tap_flower.client.state import SERVER, StateFolder
-from tap_flower.core.components import State, cpu_state, load_trainable_state
+from tap_flower.core.components import State, load_trainable_state
 from tap_flower.data.examples import moved_to
 from tap_flower.data.images import open_image, pixels_of
 from tap_flower.data.loading import input_tensors, model_inputs
@@ -91,13 +92,10 @@ class PersonalModel:
         if which not in states:
             raise PersonalError(f"{folder} has no model {which!r}: use one of {', '.join(states)}")
         state = states[which]
-        if state is None:
-            model.initialise(description.settings.seed)
-        else:
-            try:
-                load_trainable_state(model, state)
-            except ValueError as error:
-                raise StorageError(f"{folder}: model {which!r} is not what model.json says: {error}") from error
+        try:
+            load_trainable_state(model, _first(folder, description, model) if state is None else state)
+        except ValueError as error:
+            raise StorageError(f"{folder}: model {which!r} is not what model.json says: {error}") from error
         return cls(description, which, model, _tokenizer(description), device)
 
     def predict(
@@ -230,11 +228,15 @@ def _states(folder: Path, description: Description, model: TapModel) -> dict[str
     state = states.load() if description.best is None else states.load_best(description.best)
     received, memory = states.load_server(), Memory() if state is None else state.memory
 
-    def first() -> State:
-        return cpu_state(model.initialise(description.settings.seed))
-
+    first = partial(_first, folder, description, model)
     models = {} if received is None else method.models(received, memory, first)
     return {**models, **states.load_models(method.results)}
+
+
+def _first(folder: Path, description: Description, model: TapModel) -> State:
+    """The run's first values: the seed's, but for those that `initial_arrays` named."""
+    given = StateFolder(folder, description.run, description.epochs).load_first() or {}
+    return {**model.first_values(description.settings.seed), **given}
 
 
 def _pixels(picture: Picture) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context
+from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
@@ -20,6 +20,7 @@ from tap_flower import IMAGE_CLASSIFICATION, Client, TapClientApp, TapResult, Ta
 from tap_flower.config import HyperParameters
 from tap_flower.errors import ClientError, RunError
 from tap_flower.run.in_process import InProcessGrid
+from tap_flower.server.result import mean_metrics
 from tests.toys import pixels
 
 FEW = ["train.steps=2", "distill.iterations=2", "start_timeout=1"]
@@ -272,3 +273,54 @@ def test_own_loops_for_some_tasks_only_are_refused() -> None:
     other = replace(task(), name="others")
     with pytest.raises(ClientError, match="task 'digits' has `fit` and task 'others' has not: give it to all tasks"):
         Client("ann", Net, [Loop().task(), other]).session(HyperParameters())
+
+
+# --- Flower's conveniences --------------------------------------------------------------------------------------------
+
+FLOWERS = {"num-server-rounds": 1, "learning-rate": 0.1, "local-epochs": 2, "batch-size": 4}
+
+
+def told_of_keys(folder: Path, make_task: Callable[[Any], Task], caplog: pytest.LogCaptureFixture) -> str:
+    app = TapClientApp()
+
+    @app.client()
+    def make(context: Context) -> Client:
+        return Client(f"c{context.node_config['partition-id']}", Net, [make_task(context.run_config)], state_dir=folder)
+
+    config = load_config("plug-in", settings=["rounds=1", *FEW])
+    with caplog.at_level(logging.INFO):
+        TapStrategy(config=config, run_folder=folder / "run").start(
+            InProcessGrid(app, [{"partition-id": i} for i in range(2)], dict(FLOWERS)),
+            train_config=ConfigRecord({"lr": 0.1}),
+        )
+    return caplog.text
+
+
+def test_keys_of_the_run_config_that_no_client_reads_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = told_of_keys(tmp_path, lambda run: task(loader(size=run["batch-size"])), caplog)
+    assert (
+        "no client has read 'learning-rate', 'local-epochs', 'num-server-rounds': what the ServerApp does not" in told
+    )
+
+
+def test_keys_that_a_loop_reads_later_are_not_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loop = Loop()
+    assert "no client has read" not in told_of_keys(tmp_path, lambda _: loop.task(), caplog)
+
+
+def test_the_log_says_who_was_asked_what_came_back_and_where_results_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = told_of_keys(tmp_path, lambda _: task(), caplog)
+    assert "├──> c0, c1" in told
+    assert "digits: training loss " in told
+    assert "(mean of 2 clients), replaced on 2 of 2 clients" in told
+    assert f"Results: {tmp_path / 'run' / 'results.json'}" in told
+
+
+def test_metrics_are_means_over_the_clients_that_have_them() -> None:
+    records = [{"num-examples": 3, "a": 1.0}, {"num-examples": 1, "a": 5.0, "b": 7.0}, {"num-examples": 0, "c": 1.0}]
+    found = mean_metrics([RecordDict({"metrics": MetricRecord(record)}) for record in records], "num-examples")
+    assert dict(found) == {"a": 2.0, "b": 7.0}

@@ -2,14 +2,12 @@
 
 from copy import deepcopy
 from functools import cache
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from language_model.data import ALPHABET, LENGTH, examples, names
-from tap_flower import Initial
 
 RANK = 8
 
@@ -38,11 +36,9 @@ def pretrained() -> GPT2LMHeadModel:
 class LoRA(nn.Module):
     """x A B, zero at first."""
 
-    INITIALS: ClassVar = {"A": Initial("normal", 0.1), "B": Initial("constant", 0.0)}
-
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.A, self.B = nn.Parameter(torch.empty(inputs, RANK)), nn.Parameter(torch.empty(RANK, outputs))
+        self.A, self.B = nn.Parameter(0.1 * torch.randn(inputs, RANK)), nn.Parameter(torch.zeros(RANK, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""

@@ -1,4 +1,4 @@
-"""A client of FedAvg."""
+"""quickstart: a client of FedAvg."""
 
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -13,9 +13,9 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round."""
+    node, run = context.node_config, context.run_config
     net = Net()
     net.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    node, run = context.node_config, context.run_config
     loader, _ = load_data(node["partition-id"], node["num-partitions"], run["batch-size"])
     loss = train_net(net, loader, run["local-epochs"], message.content["config"]["lr"])
     metrics = MetricRecord({"train_loss": loss, "num-examples": len(loader.dataset)})
@@ -25,9 +25,11 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Tests the server's model on the client's data."""
+    node, run = context.node_config, context.run_config
     net = Net()
     net.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    node = context.node_config
-    _, loader = load_data(node["partition-id"], node["num-partitions"], context.run_config["batch-size"])
-    metrics = MetricRecord({"accuracy": test_net(net, loader), "num-examples": len(loader.dataset)})
+    _, loader = load_data(node["partition-id"], node["num-partitions"], run["batch-size"])
+    metrics = MetricRecord(
+        dict(zip(("loss", "accuracy"), test_net(net, loader), strict=True)) | {"num-examples": len(loader.sampler)}
+    )
     return Message(RecordDict({"metrics": metrics}), reply_to=message)

@@ -1,4 +1,4 @@
-"""The server of FedAvg."""
+"""quickstart: the server of FedAvg."""
 
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
@@ -13,7 +13,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """A whole run."""
     run = context.run_config
-    FedAvg().start(
+    FedAvg(fraction_evaluate=1.0).start(
         grid=grid,
         initial_arrays=ArrayRecord(Net().state_dict()),
         train_config=ConfigRecord({"lr": run["learning-rate"]}),

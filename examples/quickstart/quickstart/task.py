@@ -3,7 +3,7 @@
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, random_split
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 
 
 class Net(nn.Module):
@@ -11,13 +11,14 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+        self.conv1, self.norm1 = nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.conv2, self.norm2 = nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32)
         self.fc1, self.fc2 = nn.Linear(32 * 2 * 2, 64), nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the digits."""
-        x = torch.max_pool2d(torch.relu(self.conv1(x)), 2)
-        x = torch.max_pool2d(torch.relu(self.conv2(x)), 2)
+        x = torch.max_pool2d(torch.relu(self.norm1(self.conv1(x))), 2)
+        x = torch.max_pool2d(torch.relu(self.norm2(self.conv2(x))), 2)
         return self.fc2(torch.relu(self.fc1(x.flatten(1))))
 
 
@@ -37,14 +38,18 @@ class Digits(Dataset):
 
 
 def load_data(partition_id: int, num_partitions: int, batch_size: int) -> tuple[DataLoader, DataLoader]:
-    """The client's loaders: four fifths to train on, one to test on."""
-    train, test = random_split(Digits(partition_id, num_partitions), [0.8, 0.2], torch.Generator().manual_seed(42))
-    return DataLoader(train, batch_size, shuffle=True), DataLoader(test, batch_size)
+    """The client's loaders, over one data set: four fifths of its rows to train on, one to test on."""
+    data = Digits(partition_id, num_partitions)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(42)).tolist()
+    cut = len(data) * 4 // 5
+    train, test = SubsetRandomSampler(order[:cut]), SubsetRandomSampler(order[cut:])
+    return DataLoader(data, batch_size, sampler=train, drop_last=True), DataLoader(data, 64, sampler=test)
 
 
-def train(net: Net, loader: DataLoader, epochs: int, rate: float) -> float:
+def train(net: nn.Module, loader: DataLoader, epochs: int, rate: float) -> float:
     """Trains; returns the mean loss of a batch."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=rate, momentum=0.9)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=rate, momentum=0.9)
+    net.train()
     losses = []
     for _ in range(epochs):
         for batch in loader:
@@ -57,7 +62,12 @@ def train(net: Net, loader: DataLoader, epochs: int, rate: float) -> float:
 
 
 @torch.no_grad()
-def test(net: Net, loader: DataLoader) -> float:
-    """The accuracy."""
-    right = sum((net(batch["image"]).argmax(1) == batch["label"]).sum().item() for batch in loader)
-    return right / len(loader.dataset)
+def test(net: nn.Module, loader: DataLoader) -> tuple[float, float]:
+    """Mean loss and accuracy."""
+    net.eval()
+    loss, right = 0.0, 0
+    for batch in loader:
+        logits = net(batch["image"])
+        loss += nn.functional.cross_entropy(logits, batch["label"], reduction="sum").item()
+        right += (logits.argmax(1) == batch["label"]).sum().item()
+    return loss / len(loader.sampler), right / len(loader.sampler)

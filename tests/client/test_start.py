@@ -1,0 +1,214 @@
+"""What is tried before the first round: forward, loss, divergence and metrics of every task; errors name the user's line."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tap_flower import Client, Task, TaskKind
+from tap_flower.client.module import built_module
+from tap_flower.config import HyperParameters
+from tap_flower.core.components import ComponentModel, trainable_state
+from tap_flower.core.module_tensors import still_norms
+from tap_flower.errors import ClientError
+from tap_flower.methods.session import Session
+from tests.own_clients import REGRESSION, Net, digits, pixels
+
+
+def session(made: Client) -> Session:
+    return made.session(HyperParameters(seed=1))
+
+
+def net() -> nn.Module:
+    return Net("digits")
+
+
+def line_of(function: Callable[..., Any], after: int = 0) -> str:
+    return f"test_start.py:{function.__code__.co_firstlineno + after}"
+
+
+def broken(module: Any, batch: Any) -> Tensor:
+    return module.see(batch[0][:, :2])
+
+
+def two(module: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    return module.see(batch[0]), batch[0]
+
+
+def missing(batch: Any) -> Tensor:
+    return batch["label"]
+
+
+def out_of_range(batch: Any) -> Tensor:
+    return batch[1] + 7
+
+
+def scalar(output: Tensor, target: Tensor) -> Tensor:
+    return (output - nn.functional.one_hot(target, 3)).square().mean()
+
+
+def apart(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
+    return (student - teacher).square().mean(-1)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"forward": broken}, "`forward` raised RuntimeError: toys.py:[0-9]+, the log of the node"),
+        ({"target": missing}, f"`target`, or its data, raised TypeError: {line_of(missing, 1)}"),
+        (
+            {"target": out_of_range},
+            f"losses of kind 'image_classification' raised IndexError: .*{line_of(out_of_range)}",
+        ),
+        ({"forward": two}, f"losses of kind 'image_classification' raised TypeError: {line_of(two)}"),
+        (
+            {"kind": TaskKind.of("own", scalar, apart)},
+            "the losses are one for each example or token, .* not of shape \\(\\)",
+        ),
+        (
+            {"kind": TaskKind.of("own", lambda o, t: apart(o, o, t, 1.0), lambda s, t, y, k: scalar(s, y))},
+            "the divergences are one for each",
+        ),
+        (
+            {"kind": replace(digits(0).kind, headline="auc")},
+            "the metrics of kind 'image_classification' lack 'auc': add it",
+        ),
+    ],
+)
+def test_an_error_names_the_users_line(change: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ClientError, match=f"client 'ann': task 'digits': .*{problem}"):
+        session(Client("ann", net, [replace(digits(0), **change)]))
+
+
+def failing() -> nn.Module:
+    raise OSError("/secret/weights")
+
+
+def test_a_model_that_cannot_be_built(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ClientError, match=f"`model` raised OSError: {line_of(failing, 1)}") as error:
+        session(Client("ann", failing, [digits(0)]))
+    assert "secret" not in str(error.value)  # the server is told of the error
+    assert "secret" in caplog.text
+
+
+def test_what_the_process_draws_afterwards_is_as_it_would_have_been() -> None:
+    def drawn() -> list[float]:
+        return [float(torch.rand(())), random.random(), float(np.random.rand())]
+
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+    expected = drawn()
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+    session(Client("ann", lambda: Net("digits", dropout=0.5), [digits(0)]))
+    assert drawn() == expected
+
+
+class Branches(nn.Module):
+    """An expert for each half of the classes, and one for training alone; the third class comes late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 3) for _ in range(3))
+        self.late = nn.Linear(4, 3)
+
+    def see(self, x: Tensor) -> Tensor:
+        number = 2 if self.training else int(x.sum()) % 2
+        return self.experts[number](x) + self.experts[1 - int(x.sum()) % 2](x)
+
+
+def test_tracing_runs_batches_in_training_and_in_evaluation_mode(caplog: pytest.LogCaptureFixture) -> None:
+    found = session(Client("ann", Branches, [digits(0)])).outline.component_map
+    (reached,) = found.reach.values()
+    assert {"experts.2"} < reached
+    assert "late" not in reached
+    assert "no task reaches the trainable tensor 'late.weight'" in caplog.text
+    said = session(Client("ann", Branches, [digits(0)], reach={"digits": ["*"]})).outline
+    assert set(said.component_map.reach.popitem()[1]) == {"experts.0", "experts.1", "experts.2", "late"}  # type: ignore[attr-defined]
+    assert said.local == frozenset()
+
+
+class Teacher(nn.Module):
+    """A frozen parameter that moves, as a momentum encoder's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.slow = nn.Linear(4, 3), nn.Parameter(torch.zeros(3), requires_grad=False)
+
+    def see(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.slow += 0.1 * self.own.bias
+        return self.own(x) + self.slow
+
+
+class Precise(Teacher):
+    """A buffer that moves and that float32 cannot hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.slow
+        self.register_buffer("slow", torch.full((3,), 0.1, dtype=torch.float64))
+
+    def see(self, x: Tensor) -> Tensor:
+        return super().see(x).float()
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        (Teacher, "training changes the frozen parameter 'slow': make it a buffer, or train it"),
+        (Precise, "training changes the buffer 'slow', whose values float32 cannot hold: make it float32"),
+    ],
+)
+def test_what_moves_and_cannot_be_kept_is_refused(model: type[nn.Module], problem: str) -> None:
+    with pytest.raises(ClientError, match=problem):
+        session(Client("ann", model, [digits(0)]))
+
+
+def test_a_choice_for_buffers_that_there_is_not() -> None:
+    with pytest.raises(ClientError, match="client 'ann' has buffers='mean': use 'personal' or 'average'"):
+        Client("ann", net, [digits(0)], buffers="mean")
+
+
+def test_models_are_copies_whose_tensors_are_swapped() -> None:
+    held = Net("digits")
+    made = session(Client("ann", lambda: held, [digits(0)]))
+    one, other = made.model(), made.model()
+    with torch.no_grad():
+        one.get_parameter("image.bias").fill_(7)
+    assert not (other.get_parameter("image.bias") == 7).any()  # `model` gave one object for both
+    assert not (held.image.bias == 7).any()
+    del one
+    again: ComponentModel = made.model()
+    assert all(value.equal(held.state_dict()[name]) for name, value in trainable_state(again).items())
+    built = built_module(lambda: held, 1)
+    assert built is not None
+    assert built.copies == 1
+
+
+def test_frozen_norms() -> None:
+    trunk = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False)).requires_grad_(False)
+    head = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False), nn.BatchNorm1d(4))
+    head[3].requires_grad_(False)
+    found = still_norms(nn.Sequential(trunk, head))
+    assert [id(part) for part in found] == [id(trunk[1]), id(head[3])]
+
+
+def test_a_kind_whose_output_is_a_tuple() -> None:
+    kind = TaskKind.of(
+        "autoencoder",
+        lambda output, target: (output[0] - output[1][:, :3]).square().mean(-1),
+        lambda student, teacher, target, temperature: (student[0] - teacher[0]).square().mean(-1),
+    )
+    task = Task("code", kind, ["image"], pixels(8, 1), pixels(8, 2), two, lambda batch: batch[1])
+    assert session(Client("ann", net, [task])).outline.component_map.reach
+    assert REGRESSION.name != kind.name
