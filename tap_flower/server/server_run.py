@@ -126,6 +126,7 @@ class ServerRun:
             round=self.progress.round,
             rounds=config.rounds,
             clients={name: sorted(self.roster.manifests[name].reach) for name in self.roster.names},
+            fingerprints=sorted({manifest.fingerprint for manifest in self.roster.manifests.values()}),
         )
         if self.privacy is not None:
             self.privacy.announce(self.roster, self._round_size(len(self.roster.names)), self.events.write)

@@ -30,7 +30,7 @@ from tap_flower.core.averaging import LARGEST_WEIGHT
 from tap_flower.core.components import ComponentMap, Pair
 from tap_flower.core.initial import Initial
 from tap_flower.errors import MessageError
-from tap_flower.plain import printable, shown
+from tap_flower.plain import shown
 from tap_flower.wire.fields import Component, Count, Epoch, Examples, Name, Number, TensorName, Word
 from tap_flower.wire.tensors import decode_tensors
 
@@ -210,10 +210,10 @@ def content_of(reply: Message) -> RecordDict:
     """The content of a reply.
 
     Raises:
-        MessageError: the reply is an error; its words, bounded and printable.
+        MessageError: the reply is an error; its words are the sender's, see `plain.printable`.
     """
     if reply.has_error():
-        raise MessageError(f"{printable(str(reply.error.reason))} (code {reply.error.code})")
+        raise MessageError(f"{reply.error.reason} (code {reply.error.code})")
     return reply.content
 
 
