@@ -67,9 +67,11 @@ def test_proxies_that_cannot_be_used_are_left_out_and_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     found = environment()
     assert "ALL_PROXY" not in found
-    assert "do without the proxies of the environment, which cannot be used: " in caplog.text
+    assert found["http_proxy"] == "http://127.0.0.1:9"
+    assert "Flower's processes do without ALL_PROXY, which cannot be used: Using SOCKS proxy, but" in caplog.text
     subprocess.run([sys.executable, "-c", "import httpx; httpx.Client()"], env=found, check=True)
 
 
