@@ -34,7 +34,7 @@ SIGNATURES = {
     ),
     "Task": (
         "(name, kind, modalities, train, test, forward=None, target=None, validation=None, margin=None, "
-        "batch_size=None, domains=(), head_size=0)"
+        "batch_size=None, domains=(), head_size=0, classes=())"
     ),
     "TaskKind": (
         "(name, losses, divergences, statistics, metrics, headline, higher_is_better, margin=0.0, distillation=1.0)"

@@ -41,6 +41,8 @@ FIELDS, ARRAYS, CONFIG, METRICS = "tap", "arrays", "config", "metrics"
 LARGEST_CLIENT = 2**29
 """Values of all tensors of a client, 2 GiB in float32; more are refused before anything is allocated for them."""
 
+_FEW = Meta(max_length=100)
+"""Models of a task, metrics of a model: they stand in the log of events."""
 _Fields = TypeVar("_Fields", bound=Struct)
 
 
@@ -99,9 +101,9 @@ class TaskInfo(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     task: Name
-    modalities: Annotated[tuple[Name, ...], Meta(min_length=1)]
+    modalities: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=100)]
     kind: Name
-    domains: tuple[Name, ...]
+    domains: Annotated[tuple[Name, ...], Meta(max_length=1000)]
     head_size: Count
     examples: Examples
     classes: Annotated[str, Meta(pattern=r"\A([0-9a-f]{16})?\Z")] = ""
@@ -131,7 +133,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, di
 
     client: Name
     fingerprint: Name
-    tasks: Annotated[tuple[TaskInfo, ...], Meta(min_length=1)]
+    tasks: Annotated[tuple[TaskInfo, ...], Meta(min_length=1, max_length=1000)]
     tensors: dict[TensorName, TensorInfo]
     reach: dict[Name, frozenset[Component]]
     protocol: int = PROTOCOL
@@ -228,7 +230,7 @@ class Evaluation(Struct, frozen=True, forbid_unknown_fields=True):
         metrics: task name -> model -> metric -> value.
     """
 
-    metrics: dict[Name, dict[Word, dict[Word, Number]]]
+    metrics: dict[Name, Annotated[dict[Word, Annotated[dict[Word, Number], _FEW]], _FEW]]
 
     def check(self, manifest: Manifest) -> None:
         """Refuses metrics of other tasks than the client's.

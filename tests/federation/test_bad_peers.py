@@ -311,6 +311,11 @@ BAD_LATER: list[Any] = [
     (EVALUATE, with_values(put("metrics", "languages", "tap", "loss", value=1e308)), "Expected `float` < 1e+305"),
     (EVALUATE, with_values(put("metrics", "languages", "tap", "loss", value="1")), "Expected `float`, got `str`"),
     (EVALUATE, with_values(put("metrics", "languages", "<script>", value={"loss": 1.0})), "Expected `str` matching"),
+    (
+        EVALUATE,
+        with_values(put("metrics", "languages", "tap", value={f"m{i}": 1.0 for i in range(101)})),
+        "Expected `object` of length <= 100",
+    ),
     (EVALUATE, with_values(put("metrics", value={})), "the metrics are about [], not about the tasks"),
     (EVALUATE, with_values(put("metrics", "digits", value={})), "not about the tasks"),
 ]
