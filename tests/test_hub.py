@@ -50,17 +50,26 @@ SPEC = {
 }  # fmt: skip
 
 
-def told(endpoint: str, folder: Path) -> tuple[dict[str, Any], str]:
-    """What a process with an empty cache finds, and its log."""
+SLOW = 3
+"""Times as long as a process of this test may take on a machine that others use as well."""
+
+
+def ran(code: str, endpoint: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process whose caches are in a folder."""
     switches = {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"}
     environment = {name: value for name, value in os.environ.items() if name not in switches}
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK, json.dumps(SPEC)],
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
         env={**environment, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "NO_PROXY": "127.0.0.1"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def told(endpoint: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """What a process with an empty cache finds, and its log."""
+    done = ran(CHECK, endpoint, folder, json.dumps(SPEC))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -85,6 +94,55 @@ def test_without_a_network_everything_that_cannot_be_had_is_told_within_five_sec
     assert "`hf download owner/one --repo-type dataset`" in train
     assert "`hf download owner/two --repo-type dataset`" in test
     assert "backbone 'owner/backbone' cannot be loaded" in backbone
+
+
+PRESET = """
+import logging, sys, time
+logging.basicConfig(format="%(message)s")
+began = time.monotonic()
+from tap_flower.cli import main, simulate
+simulate.simulate = lambda *_: print("started")
+sys.argv = ["tap-flower", "simulate", "--preset", "flava", "--out", sys.argv[1]]
+imported = time.monotonic()
+try:
+    main()
+finally:
+    print("seconds", time.monotonic() - imported)
+"""
+
+
+def test_what_a_preset_lacks_is_told_once_before_anything_starts(endpoint: str, tmp_path: Path) -> None:
+    done = ran(PRESET, endpoint, tmp_path, str(tmp_path / "run"))
+    assert done.returncode == 1
+    assert "started" not in done.stdout
+    assert not (tmp_path / "run").exists()
+    assert done.stderr.count("error:") == 1
+    assert "9 of the 9 checkpoints and data sets of this run are not on this machine" in done.stderr
+    assert "`tap-flower fetch facebook/flava-full zh-plus/tiny-imagenet " in done.stderr
+    lines = done.stderr.splitlines()
+    assert sum(line.startswith("  hf download facebook/flava-full --revision ") for line in lines) == 1
+    assert sum(line.startswith("  hf download cais/mmlu --repo-type dataset --revision ") for line in lines) == 1
+    assert max(map(len, lines)) < 500
+    assert float(done.stdout.split("seconds ")[1]) < 5 * SLOW
+
+
+def test_what_was_downloaded_before_or_lies_in_a_folder_is_not_asked_for(tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--owner--backbone" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "datasets" / "owner___one").mkdir(parents=True)
+    code = (
+        "import json, sys; from tap_flower import hub\n"
+        "wanted = [('owner/backbone', None, 'model'), ('owner/one', None, 'dataset'), (sys.argv[1], None, 'model'), "
+        "('owner/two', 'abc', 'dataset')]\n"
+        "print(json.dumps([one[0] for one in hub.absent(wanted)]))"
+    )
+    endpoint = "http://127.0.0.1:9"
+    assert json.loads(ran(code, endpoint, tmp_path, str(tmp_path)).stdout) == ["owner/backbone", "owner/two"]
+    (snapshot / "model.safetensors").write_text("")
+    assert json.loads(ran(code, endpoint, tmp_path, str(tmp_path)).stdout) == ["owner/two"]
 
 
 def test_a_hub_that_answers_is_asked_for_the_files(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ SIGNATURES = {
     ),
     "Task": (
         "(name, kind, modalities, train, test, forward=None, target=None, validation=0.2, margin=None, "
-        "batch_size=None, domains=(), head_size=0, fit=None, score=None)"
+        "batch_size=None, domains=(), head_size=0, classes=(), fit=None, score=None)"
     ),
     "TaskKind": (
         "(name, losses, divergences, statistics, metrics, headline, higher_is_better, margin=0.0, distillation=1.0)"

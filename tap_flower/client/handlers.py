@@ -97,9 +97,7 @@ class Participant:
         """
         if kept is None and self.session.outline.is_built:
             if message_type != messages.MANIFEST:
-                raise StateLostError(
-                    f"{self.folder.folder} has lost the run's first values: the server has to give them again"
-                )
+                raise StateLostError("its folder has lost the run's first values: the server has to give them again")
             self.folder.save_first(kept := unstable(self.client.model, self.session.settings.seed))
         self.session.first = kept or {}
 

@@ -22,6 +22,9 @@ from tap_flower.errors import ConfigError, MessageError, RunError, SpecError
 GRACE, LAST = 60.0, 60.0
 """Seconds for which work goes on after the server has given it up, and a process that does not stop after its deadline."""
 
+_LONGEST = 1e9
+"""Seconds that a clock of the system takes without overflow."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -81,7 +84,7 @@ class Limits:
         Raises:
             RunError: the time is over.
         """
-        seconds = min(ttl + GRACE, self.seconds or math.inf, threading.TIMEOUT_MAX)
+        seconds = min(ttl + GRACE, self.seconds or math.inf, _LONGEST)
         if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
             yield
             return

@@ -54,13 +54,12 @@ def environment() -> dict[str, str]:
     found = {**os.environ, **QUIET, **path_of_programs()}
     told = [found.get("no_proxy") or found.get("NO_PROXY", ""), "127.0.0.1", "localhost", "::1"]
     found["no_proxy"] = found["NO_PROXY"] = ",".join(filter(None, told))
-    try:
-        httpx.Client().close()
-    except (ImportError, ValueError) as error:
-        log.warning("Flower's processes do without the proxies of the environment, which cannot be used: %s", error)
-        for name in ("http_proxy", "https_proxy", "all_proxy"):
-            found.pop(name, None)
-            found.pop(name.upper(), None)
+    for name in [name for name in found if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]:
+        try:
+            httpx.Client(proxy=found[name] or None, trust_env=False).close()
+        except (ImportError, ValueError) as error:
+            del found[name]
+            log.warning("Flower's processes do without %s, which cannot be used: %s", name, error)
     if len(tempfile.gettempdir()) > _LONGEST_FOLDER and os.access(_SHORT, os.W_OK):
         found.setdefault("RAY_TMPDIR", _SHORT)
     return found

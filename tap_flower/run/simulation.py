@@ -99,7 +99,7 @@ def simulate(launch: Launch, on_event: Callable[[dict[str, Any]], None]) -> dict
         superlink(Path(work)) as flower,
     ):
         run_id = _submit(launch, out, flower)
-        seen, last = 0, time.monotonic()
+        seen, last, status = 0, time.monotonic(), ""
         while True:
             new = list(read_events(out, seen)) if _identity(out / METRICS) != before else []
             for event in new:
@@ -108,11 +108,11 @@ def simulate(launch: Launch, on_event: Callable[[dict[str, Any]], None]) -> dict
                     raise SimulationError(event["problem"])
                 if event["event"] == "end":
                     return read_results(out)
+            if status.startswith("finished"):  # and the events since it was asked for have been read
+                raise SimulationError(f"the run ended with status {status}{cause(flower.log)}\n{_tail(flower.log)}")
             seen, last = seen + len(new), time.monotonic() if new else last
             if time.monotonic() - last > (_STATUS_SECONDS if seen else _FIRST_STATUS_SECONDS):
                 status, last = status_of(flower, run_id), time.monotonic()
-                if status.startswith("finished"):
-                    raise SimulationError(f"the run ended with status {status}{cause(flower.log)}\n{_tail(flower.log)}")
             time.sleep(0.2)
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from tap_flower.client.node import Limits
 from tap_flower.errors import ConfigError
 from tap_flower.run.flower import environment, flower_program, free_port
 
@@ -103,6 +102,8 @@ def start(launch: NodeLaunch) -> None:
 
 def _limit(text: str) -> str:
     """`steps=100` as the node's setting `max-steps=100`."""
+    from tap_flower.client.node import Limits  # it imports Flower, which other commands do without
+
     key, _, value = text.partition("=")
     known = [field.name for field in fields(Limits)]
     if key not in known or not value.isdecimal() or int(value) < 1:

@@ -210,6 +210,7 @@ class Attendance:
             round=self.progress.round,
             rounds=config.rounds,
             clients={name: sorted(roster.manifests[name].reach) for name in roster.names},
+            fingerprints=sorted({manifest.fingerprint for manifest in roster.manifests.values()}),
             missing=missing,
         )
 

@@ -30,7 +30,7 @@ from tap_flower.core.averaging import LARGEST_WEIGHT
 from tap_flower.core.components import ComponentMap, Pair
 from tap_flower.core.initial import Initial
 from tap_flower.errors import MessageError
-from tap_flower.plain import printable, shown
+from tap_flower.plain import shown
 from tap_flower.wire.fields import Component, Count, Digest, Epoch, Examples, Name, Number, TensorName, Word
 from tap_flower.wire.tensors import decode_tensors
 
@@ -45,6 +45,8 @@ first values, and must be asked who it is once more."""
 LARGEST_CLIENT = 2**29
 """Values of all tensors of a client, 2 GiB in float32; more are refused before anything is allocated for them."""
 
+_FEW = Meta(max_length=100)
+"""Models of a task, metrics of a model: they stand in the log of events."""
 _Fields = TypeVar("_Fields", bound=Struct)
 
 
@@ -106,9 +108,9 @@ class TaskInfo(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     task: Name
-    modalities: Annotated[tuple[Name, ...], Meta(min_length=1)]
+    modalities: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=100)]
     kind: Name
-    domains: tuple[Name, ...]
+    domains: Annotated[tuple[Name, ...], Meta(max_length=1000)]
     head_size: Count
     examples: Examples
     classes: Annotated[str, Meta(pattern=r"\A([0-9a-f]{16})?\Z")] = ""
@@ -142,7 +144,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, di
 
     client: Name
     fingerprint: Name
-    tasks: Annotated[tuple[TaskInfo, ...], Meta(min_length=1)]
+    tasks: Annotated[tuple[TaskInfo, ...], Meta(min_length=1, max_length=1000)]
     tensors: dict[TensorName, TensorInfo]
     reach: dict[Name, frozenset[Component]]
     state: Count = 0
@@ -236,10 +238,10 @@ def content_of(reply: Message) -> RecordDict:
     """The content of a reply.
 
     Raises:
-        MessageError: the reply is an error; its words, bounded and printable.
+        MessageError: the reply is an error; its words are the sender's, see `plain.printable`.
     """
     if reply.has_error():
-        raise MessageError(f"{printable(str(reply.error.reason))} (code {reply.error.code})")
+        raise MessageError(f"{reply.error.reason} (code {reply.error.code})")
     return reply.content
 
 
@@ -255,7 +257,7 @@ class Evaluation(Struct, frozen=True, forbid_unknown_fields=True):
         state: round of the client's state of this run; 0 where it has none.
     """
 
-    metrics: dict[Name, dict[Word, dict[Word, Number]]]
+    metrics: dict[Name, Annotated[dict[Word, Annotated[dict[Word, Number], _FEW]], _FEW]]
     state: Count = 0
 
     def check(self, manifest: Manifest) -> None:

@@ -90,7 +90,7 @@ def test_the_node_decides_whether_its_models_are_compiled(
     assert compiled == [chosen]
 
 
-TRAINING = {"train.steps": 40, "distill.iterations": 30, "train.batch_size": 8, "train.accumulation": 2}
+TRAINING = {"train.steps": 4, "distill.iterations": 3, "train.batch_size": 8, "train.accumulation": 2}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_work_is_broken_off_at_the_nodes_deadline(make_federation: Make, monkeyp
             time.sleep(600)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "train_round", hang)
+        patch.setattr(Session, "train", hang)
         began = time.monotonic()
         reply = fresh.answer(Message(asked.content, dst_node_id=100, message_type=messages.TRAIN))
     assert time.monotonic() - began < 30

@@ -70,7 +70,7 @@ def test_a_diagnostic_that_fails_costs_no_result(
     monkeypatch.setattr(Toy, "net", lambda self: kind(*self.tasks))
     federation = make_federation(TOYS[1:2], "clients_per_round=1", "rounds=1")
     results = federation.strategy().start(federation.grid()).summary
-    assert results["clients"]["bob"]["languages"].keys() == {"server", "personal", "tap"}
+    assert results["clients"]["bob"]["languages"].keys() >= {"server", "personal", "tap"}
     if kind is Branched:
         (pair,) = read_gradients(federation.state("bob"))
         assert pair["components"]["fusion/norm"] is None  # a gradient of zero

@@ -99,7 +99,7 @@ def many(name: str, prefix: str, count: int, size: int = 1) -> Manifest:
         (
             many("bob", "y", 1, 2**20),
             {"most_gigabytes": 0.004},
-            "gigabytes, more than admission.most_gigabytes = 0.004",
+            "0.00419434 gigabytes, more than admission.most_gigabytes = 0.004",
         ),
     ],
 )

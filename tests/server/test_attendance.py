@@ -153,9 +153,12 @@ def lose(federation: ToyFederation, client: str = "ann") -> None:
 )
 def test_a_state_that_was_lost_marks_the_metrics(federation: ToyFederation, phase: str, marks: list[str]) -> None:
     class Losing(InProcessGrid):
+        lost = False
+
         def answer(self, message: Message) -> Message:
-            if message.metadata.message_type == phase and message.metadata.dst_node_id == 100:
+            if message.metadata.message_type == phase and message.metadata.dst_node_id == 100 and not self.lost:
                 lose(federation)
+                self.lost = True
             return super().answer(message)
 
     node = federation.grid()
