@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
-from importlib.resources import files
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -16,25 +14,15 @@ from transformers.utils.hub import has_file
 
 from tap_flower import hub
 from tap_flower.errors import BackboneError
+from tap_flower.hub import locate
 from tap_flower.models.backbone import Backbone
 from tap_flower.models.flava import FlavaBackbone
 from tap_flower.models.vilt import ViltBackbone
 
-DEMO = "demo"
 _FAMILIES: dict[str, type[FlavaBackbone | ViltBackbone]] = {"flava": FlavaBackbone, "vilt": ViltBackbone}
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 """Files of which a checkpoint has one; pytorch_model.bin is a pickle, and is never read."""
 log = logging.getLogger("tap_flower")
-
-
-def demo_folder() -> Path:
-    """Folder of the packaged demo backbone."""
-    return Path(str(files("tap_flower.assets"))) / "flava-demo"
-
-
-def locate(backbone: str) -> str:
-    """What `from_pretrained` takes: the packaged folder for `demo`, otherwise the local folder or hub id itself."""
-    return str(demo_folder()) if backbone == DEMO else backbone
 
 
 @lru_cache(maxsize=4)

@@ -15,7 +15,7 @@ from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec, client_spec
 from tap_flower.data.text import load_tokenizer
 from tap_flower.errors import SpecError
-from tap_flower.models.load import locate
+from tap_flower.hub import locate
 
 NOTES = "title,note,urgency\n"
 READ = {

@@ -19,7 +19,7 @@ from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec, Source
 from tap_flower.data.text import load_tokenizer, pad_inputs, pad_targets
 from tap_flower.errors import SpecError
-from tap_flower.models.load import locate
+from tap_flower.hub import locate
 
 CPU = torch.device("cpu")
 CLIENTS = client_specs(load_config("demo"))
