@@ -130,7 +130,7 @@ def test_a_checkpoint_with_pickled_weights_alone_is_refused(
     pickled: Path, mark: Path, load: Callable[..., Any]
 ) -> None:
     with pytest.raises(
-        BackboneError, match=r"pytorch_model.bin is a pickle and never read.*save_pretrained"
+        BackboneError, match=r"`tap-flower fetch .*pytorch_model.bin is a pickle and never read: the same"
     ) as refused:
         load(str(pickled), 1)
     assert "model.safetensors" in str(refused.value)

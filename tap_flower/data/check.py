@@ -204,7 +204,9 @@ class _Checker:
             for role in ("", *self.task.fields(source)):
                 problems += [replace(one, what=f"{split} {source} {one.what}") for one in _grouped(role, errors[role])]
         if sizes or not sources:
-            problems += [Problem(problem) for problem in too_few_rows(self.task, split, sizes, hold_out)]
+            problems += [Problem(problem) for problem in too_few_rows(split, sizes)]
+        if split == "train" and hold_out and not self.task.validation and 1 in sizes:
+            problems.append(Problem("train has a source with 1 row, which is trained on and held out", is_note=True))
         empty = [repr(name) for name, count in summary.classes.items() if not count]
         if split == "train" and summary.labelled and empty:
             remedy = "add rows, or drop it from the `classes` of all clients"

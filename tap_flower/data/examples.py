@@ -133,7 +133,9 @@ def moved_to(batch: Any, device: torch.device) -> Any:
 
 
 def set_aside(examples: Examples, seed: int) -> tuple[Examples, Examples]:
-    """(the rest, one example in `HELD_OUT` set aside), drawn with `seed`."""
+    """(the rest, one example in `HELD_OUT` set aside), drawn with `seed`; a single example is in both."""
+    if len(examples) == 1:
+        return examples, examples
     order = permutation(len(examples), seed)
     held_out = max(1, len(examples) // HELD_OUT)
     return examples.subset(sorted(order[held_out:])), examples.subset(sorted(order[:held_out]))

@@ -132,7 +132,12 @@ def _defined(name: str, value: Any) -> Any:
 
 def fields_of(columns: Mapping[str, Any], templates: Mapping[str, Any]) -> dict[str, Field]:
     """Role -> what it is read from, by `columns` and `templates` of a client spec; templates come first."""
-    found = {role: Field((names,) if isinstance(names, str) else tuple(names)) for role, names in columns.items()}
+    found = {
+        role: Field(template=names["template"])
+        if isinstance(names, Mapping)
+        else Field((names,) if isinstance(names, str) else tuple(names))
+        for role, names in columns.items()
+    }
     return found | {role: Field(template=text) for role, text in templates.items()}
 
 
@@ -142,7 +147,11 @@ def check_columns(columns: Mapping[Any, Any], templates: Mapping[Any, Any], wher
     Raises:
         SpecError: one is not; `where` begins the message.
     """
+    templates = dict(templates)
     for role, names in columns.items():
+        if isinstance(names, Mapping) and names.keys() == {"template"} and role not in templates:
+            templates[role] = names["template"]
+            continue
         listed = names if isinstance(names, list | tuple) else [names]
         if not listed or not all(isinstance(name, str) for name in listed):
             raise SpecError(f"{where} reads {shown(role)} from {shown(names)}: name a column, or list several")

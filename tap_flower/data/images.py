@@ -146,7 +146,7 @@ def _rgb(image: Image.Image, kind: str | None, background: str) -> Image.Image:
         values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 1):
             raise ValueError(
-                f"it has floating-point values (32 bits) from {values.min():g} to {values.max():g}: save them between 0 and 1"
+                f"it has 32-bit floating-point values from {values.min():g} to {values.max():g}: save them between 0 and 1"
             )
         image = Image.fromarray((values * 255).round().astype(np.uint8))
     elif image.has_transparency_data:

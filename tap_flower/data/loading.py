@@ -35,8 +35,8 @@ class SourceRows(Dataset[dict[str, Any]]):
         task: that reads them.
         domain: of all rows.
         rows: of the data set, by place.
-        columns: role -> its values. `image` (uint8 [3, size, size]) is indexed by row; `text` and `target` (int32 token ids, a
-            target with its closing separator) and `label` (int) by place.
+        columns: role -> its values. `image` (uint8 [3, size, size]) is indexed by row; `text` and `target` (int32 token ids,
+            a target with its closing separator) and `label` (int) by place.
         pad: id of the padding token.
     """
 
@@ -102,7 +102,7 @@ def input_tensors(images: Sequence[Tensor] | None, texts: Sequence[TokenIds] | N
 
 
 def model_inputs(domain: str, tensors: Mapping[str, Tensor], form: ImageForm) -> dict[str, Any]:
-    """What a model gets of a batch: its domain, and the tensors of `input_tensors` with the image normalised as `form` says."""
+    """What a model gets of a batch: its domain, and the tensors of `input_tensors`, the image normalised as `form` says."""
     return {"domain": domain} | {name: normalise(x, form) if name == "image" else x for name, x in tensors.items()}
 
 
@@ -137,7 +137,7 @@ def load_client_data(
                 found = [read_source(task, source, tokenizer, text_length, seed, root, _raise) for source in sources]
             except SourceError as error:
                 raise SpecError(f"{where}: {split} {error}") from error
-            for problem in too_few_rows(task, split, [len(part) for part in found], hold_out):
+            for problem in too_few_rows(split, [len(part) for part in found]):
                 raise SpecError(f"{where}: {problem}")
             splits[split][task.name] = [part.examples() for part in found]
         if hold_out and not task.validation:
@@ -205,15 +205,12 @@ def read_source(
     return SourceRows(task, source.domain or task.domain, rows, columns, pad)
 
 
-def too_few_rows(task: TaskSpec, split: str, sizes: Sequence[int], hold_out: bool) -> Iterator[str]:
-    """What is wrong with the number of rows of a split's sources; see `load_client_data` for `hold_out`."""
-    fewest = 2 if split == "train" and hold_out and not task.validation else 1
+def too_few_rows(split: str, sizes: Sequence[int]) -> Iterator[str]:
+    """What is wrong with the number of rows of a split's sources."""
     if not sizes and split != "validation":
         yield f"{split} has no source: name one"
-    for size in sizes:
-        if size < fewest:
-            why = ", one of them to be set aside" if fewest > 1 else ""
-            yield f"{split} has a source with {size} rows: give it at least {fewest}{why}"
+    if 0 in sizes:
+        yield f"{split} has a source with 0 rows: give it at least 1"
 
 
 def _raise(role: str, error: SourceError) -> None:

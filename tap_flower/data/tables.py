@@ -63,7 +63,7 @@ def csv_table(
 
 
 def json_table(files: Sequence[str]) -> datasets.Dataset:
-    """The rows of JSON files: a list of objects each, or one object a line. A text stays one, if it looks like a date or not.
+    """The rows of JSON files: a list of objects each, or one object a line. What looks like a date stays a text.
 
     Raises:
         ValueError: a file is neither, an object has a key twice, or a column holds values of several types.
