@@ -25,7 +25,7 @@ from tap_flower.models.load import outline
 from tap_flower.client.text_metrics import missing
 spec, _ = check_spec(json.loads(sys.argv[1]))
 began = time.monotonic()
-problems = [str(problem) for problem in check_data(spec, spec.backbone, 8, 41)[1]]
+problems = [str(problem) for problem in check_data(spec, 8, 41)[1]]
 try:
     outline(spec.backbone, 1)
 except BackboneError as error:

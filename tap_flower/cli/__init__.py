@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import typer
 from rich.console import Console
 
-from tap_flower.cli import check, predict, simulate, sweep
+from tap_flower.cli import check, fetch, init, predict, simulate, sweep
 from tap_flower.errors import TapFlowerError
 
 app = typer.Typer(
@@ -25,7 +25,12 @@ _PANELS: Mapping[str, Mapping[str, Callable[..., None]]] = {
         "report": simulate.report_command,
     },
     "Compare": {"sweep": sweep.sweep_command},
-    "Deploy": {"check": check.check_command, "node": check.node_command},
+    "Deploy": {
+        "init": init.init_command,
+        "fetch": fetch.fetch_command,
+        "check": check.check_command,
+        "node": check.node_command,
+    },
     "Use the models": {
         "predict": predict.predict_command,
         "export": predict.export_command,

@@ -61,8 +61,6 @@ class Source:
     format: str
     name: str = ""
     split: str = ""
-    part: tuple[float, float] | None = None
-    by: tuple[str, ...] = ()
     rows: tuple[int, int | None] | None = None
     shuffle: bool = False
     path: str = ""
@@ -71,6 +69,8 @@ class Source:
     delimiter: str = ""
     encoding: str = ""
     missing: tuple[str, ...] = ()
+    part: tuple[float, float] | None = None
+    by: tuple[str, ...] = ()
     domain: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
     templates: Mapping[str, str] = field(default_factory=dict, hash=False)

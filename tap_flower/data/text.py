@@ -137,16 +137,14 @@ def texts_of(
         is_target: for messages.
     """
     role = "target" if is_target else "text"
-    if not read.template:  # a class is a word here, not its number
-        for name in read.columns:
-            if isinstance(data.features[name], datasets.ClassLabel):
-                data = data.cast_column(name, datasets.Value("string"))
+    # A class is a word here and not its number, unless a template takes it.
+    names = {} if read.template else {name: getattr(data.features[name], "names", None) for name in read.columns}
     for part in values_of(data, rows, read.reads):
         texts: list[str] = []
         errors: list[RowError] = []
         for row, values in part:
             try:
-                texts.append(_text_of(read, row, values))
+                texts.append(_text_of(read, row, _named(values, names)))
             except RowError as error:
                 texts.append("")
                 errors.append(error)
@@ -154,6 +152,16 @@ def texts_of(
                 if not texts[-1].strip():
                     errors.append(EmptyTextError(f"has an empty {role}", row, ": fill it, or leave the row out"))
         yield texts, errors
+
+
+def _named(values: dict[str, object], names: Mapping[str, Sequence[str] | None]) -> dict[str, object]:
+    """A row's values, a class by its name; -1 stands for none."""
+    classes = {name: known for name, known in names.items() if known}
+    found = {name: values[name] for name in classes}
+    return values | {
+        name: classes[name][number] if isinstance(number, int) and number >= 0 else None
+        for name, number in found.items()
+    }
 
 
 def _text_of(read: Field, row: int, values: Mapping[str, object]) -> str:
