@@ -38,6 +38,15 @@ def printable(text: str, most: int = 1000) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most]) + rest
 
 
+def as_text(value: object) -> str:
+    """A plain value as a text: booleans as in YAML (`true`), whole numbers without a fraction (1.0 is `1`)."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value)
+
+
 def parse_json(text: str) -> Any:
     """The values of a JSON text.
 
@@ -59,12 +68,27 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         values = yaml.load(text, _Loader)
+    except PlainError:
+        raise
     except Exception as error:  # beside YAMLError, whatever its makers of numbers and dates raise
         raise PlainError(f"it is no YAML: {error}") from error
     return _bounded(values)
 
 
 class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """A mapping as it is written. YAML's own loaders take the last of two equal keys."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+                line = key.start_mark.line + 1
+                if (key.tag, key.value) in lines:
+                    before = lines[key.tag, key.value]
+                    raise PlainError(f"the key {shown(key.value)} stands twice, in lines {before} and {line}: keep one")
+                lines[key.tag, key.value] = line
+        return node
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
         if len(node.value) > MOST_VALUES:

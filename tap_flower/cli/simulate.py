@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tap_flower.cli.common import ConfigFile, Preset, Settings, check_downloads, say
+from tap_flower.cli.common import ConfigFile, Preset, Settings, say
+from tap_flower.cli.fetch import check_fetched
 from tap_flower.client.text_metrics import missing
 from tap_flower.config import client_specs, load_config, presets
 from tap_flower.errors import ConfigError
@@ -74,7 +75,7 @@ def simulate_command(
     specs = client_specs(resolved)
     if not specs:
         raise ConfigError(f"preset {preset!r} has no clients: add client specs under `clients`")
-    check_downloads(specs, resolved.data.root)
+    check_fetched(specs, resolved.data.root, f"tap-flower fetch {preset}")
     out = out or _free_folder(Path("runs"), f"{preset}-seed{resolved.seed}", resume)
     if resume:
         read_tensors(out / "server" / "server.safetensors")

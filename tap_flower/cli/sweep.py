@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tap_flower.cli.common import ConfigFile, Jobs, Preset, Settings, check_downloads, say
+from tap_flower.cli.common import ConfigFile, Jobs, Preset, Settings, say
+from tap_flower.cli.fetch import check_fetched
 from tap_flower.config import client_specs
 from tap_flower.errors import SimulationError
 from tap_flower.files import write_atomically
@@ -88,7 +89,7 @@ def _execute(console: Console, runs: Sequence[PlannedRun], jobs: int | None) -> 
     machine, missing = this_machine(), [run for run in runs if not run.done]
     jobs = max(1, min(jobs or machine.gpus or machine.cores, len(missing)))
     for run in missing[:1]:
-        check_downloads(client_specs(run.resolved), run.resolved.data.root)
+        check_fetched(client_specs(run.resolved), run.resolved.data.root, f"tap-flower fetch {run.resolved.preset}")
     say(console, f"{len(runs)} runs, {len(runs) - len(missing)} of them finished; {jobs} at once")
     failed: list[Outcome] = []
     ended = count(1)

@@ -16,8 +16,10 @@ from msgspec import Meta, Struct
 
 from tap_flower.config import HyperParameters, hyper_parameters
 from tap_flower.core.components import Pair
+from tap_flower.core.tasks import IMAGE_GENERATION
+from tap_flower.data.fields import ImageForm
 from tap_flower.data.spec import ClientSpec, check_kind, class_names
-from tap_flower.errors import StorageError
+from tap_flower.errors import SpecError, StorageError
 from tap_flower.files import read_json, write_json
 from tap_flower.methods.registry import find_method
 from tap_flower.wire.fields import Epoch, Name
@@ -35,6 +37,7 @@ class TaskDescription(Struct, frozen=True, forbid_unknown_fields=True):
         modalities: modalities of the input.
         domains: domains of its data; a batch has one of them.
         classes: names of the classes, in the order of the model's outputs (classification).
+        image: what its images are made into, whole; as it is by default where the task has none.
     """
 
     name: Name
@@ -42,10 +45,13 @@ class TaskDescription(Struct, frozen=True, forbid_unknown_fields=True):
     modalities: tuple[str, ...]
     domains: Annotated[tuple[Name, ...], Meta(min_length=1)]
     classes: tuple[str, ...]
+    image: ImageForm = ImageForm()
 
     def __post_init__(self) -> None:
         check_kind(self.kind, list(self.modalities), f"task {self.name!r}")
         class_names(list(self.classes), self.kind, f"task {self.name!r}")
+        if ("image" in self.modalities or self.kind == IMAGE_GENERATION.name) and not self.image.is_complete:
+            raise SpecError(f"task {self.name!r} lacks the form of its images")
 
     @property
     def pair(self) -> Pair:
@@ -143,7 +149,7 @@ def describe(
         stated=_Settings(
             settings.method, settings.seed, asdict(settings.model), {"precision": settings.compute.precision.value}
         ),
-        tasks=tuple(TaskDescription(t.name, t.kind, t.modalities, t.domains, t.classes) for t in spec.tasks),
+        tasks=tuple(TaskDescription(t.name, t.kind, t.modalities, t.domains, t.classes, t.image) for t in spec.tasks),
     )
     values = msgspec.to_builtins(found)
     with suppress(StorageError):

@@ -16,15 +16,17 @@ from tap_flower.client.samples import Samples
 from tap_flower.client.task import Client, Task
 from tap_flower.client.text_metrics import TextMetrics
 from tap_flower.config import HyperParameters, Metrics
-from tap_flower.core.tasks import TASK_KINDS, TEXT_GENERATION
+from tap_flower.core.tasks import IMAGE_GENERATION, TASK_KINDS, TEXT_GENERATION, image_generation
+from tap_flower.data.images import with_image_forms
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec
 from tap_flower.data.text import load_tokenizer
 from tap_flower.errors import ConfigError, SpecError
+from tap_flower.hub import locate
 from tap_flower.methods.method import Method
 from tap_flower.methods.session import Session
 from tap_flower.models.cpu import prepare_allocation
-from tap_flower.models.load import load_backbone, locate
+from tap_flower.models.load import load_backbone
 from tap_flower.wire.messages import Instruction
 
 
@@ -49,7 +51,7 @@ def client_of_node(context: Context, settings: HyperParameters) -> Client:
 
 def client_from_spec(node: Node, settings: HyperParameters) -> Client:
     """The client of a node's client spec; its backbone is shared by all clients of the process."""
-    spec, model = node.spec, settings.model
+    spec, model = with_image_forms(node.spec), settings.model
     backbone = load_backbone(
         spec.backbone,
         model.layers,
@@ -66,7 +68,8 @@ def client_from_spec(node: Node, settings: HyperParameters) -> Client:
     tasks = [
         Task(
             name=task.name,
-            kind=TASK_KINDS[task.kind],
+            # PSNR is of pixels, as they were before the task's own normalisation.
+            kind=image_generation(task.image.std) if task.kind == IMAGE_GENERATION.name else TASK_KINDS[task.kind],
             modalities=task.modalities,
             train=list(data["train"][task.name]),
             test=list(data["test"][task.name]),

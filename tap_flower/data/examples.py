@@ -141,7 +141,9 @@ def moved_to(batch: Any, device: torch.device) -> Any:
 
 
 def set_aside(examples: Examples, seed: int, share: float = HELD_OUT) -> tuple[Examples, Examples]:
-    """(the rest, a share of the examples set aside, at least one), drawn with `seed`."""
+    """(the rest, a share of the examples set aside, at least one), drawn with `seed`; a single example is in both."""
+    if len(examples) == 1:
+        return examples, examples
     order = permutation(len(examples), seed)
     held_out = max(1, int(len(examples) * share))
     return examples.subset(sorted(order[held_out:])), examples.subset(sorted(order[:held_out]))

@@ -15,11 +15,11 @@ from transformers import AutoConfig
 
 from tap_flower.client.client_model import model_task
 from tap_flower.client.description import DESCRIPTION, Description, read_description
-from tap_flower.data.presets import CATALOGUE
 from tap_flower.data.text import load_tokenizer
 from tap_flower.errors import PersonalError, StorageError
 from tap_flower.files import read_json, write_atomically, write_json
-from tap_flower.models.load import DEMO, from_config, locate, outline
+from tap_flower.hub import CATALOGUE, DEMO, locate
+from tap_flower.models.load import from_config, outline
 from tap_flower.models.merged import merged_outline, merged_state
 from tap_flower.personal.personal_model import Device, PersonalModel
 from tap_flower.plain import shown
