@@ -74,8 +74,12 @@ def read_decisions(folder: Path) -> list[dict[str, Any]]:
     path = folder / DECISIONS
     if not path.exists():
         return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
     found: list[dict[str, Any]] = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             values = parse_json(line)
             msgspec.convert(values, _Decision)
@@ -100,25 +104,18 @@ def record_evaluation(folder: Path, run: str, tasks: Mapping[str, Any], cosines:
 
 def read_examples(folder: Path) -> dict[str, Any]:
     """Reads task name -> `kind` and `items`, examples with the models' answers; nothing where there is no record."""
-    return _read(folder / EXAMPLES, "tasks", dict[str, Any]) or {}
+    return _read(folder / EXAMPLES, "tasks", dict[str, Any])
 
 
 def read_gradients(folder: Path) -> list[dict[str, Any]]:
     """Reads the cosines between the gradients of each two pairs of a client; none where there is no record."""
-    return _read(folder / GRADIENTS, "pairs", list[dict[str, Any]]) or []
+    return _read(folder / GRADIENTS, "pairs", list[dict[str, Any]])
 
 
-def _read(path: Path, key: str, kind: type[_T]) -> _T | None:
+def _read(path: Path, key: str, kind: type[_T]) -> _T:
     if not path.exists():
-        return None
+        return kind()
     try:
         return msgspec.convert(read_json(path).get(key), kind)
     except msgspec.ValidationError as error:
         raise StorageError(f"{path} is damaged in {key}: {error}; remove the file to go on") from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StorageError(f"{path} cannot be read: {error}") from error

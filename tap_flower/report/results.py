@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -20,61 +19,30 @@ _REQUIRED = {"preset", "method", "seed", "rounds", "clients", "tasks", "kinds", 
 Metrics = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
-def results(
-    *,
-    preset: str,
-    method: str,
-    seed: int,
-    rounds: int,
-    clients: Mapping[str, Metrics],
-    kinds: Mapping[str, str],
-    replacements: Mapping[str, Mapping[str, int]],
-    bytes_: Mapping[str, Any],
-    steps: Mapping[str, int],
-    seconds: Mapping[str, float],
-    privacy: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Puts the content of `results.json` together, with each metric's mean over clients.
+def results(clients: Mapping[str, Metrics], **known: Any) -> dict[str, Any]:
+    """Puts the content of `results.json` together: each metric's mean over clients beside what else is known of a run.
 
     Args:
-        preset: name of the preset.
-        method: name of the method.
-        seed: seed of the run.
-        rounds: rounds of stage 1.
         clients: client -> task -> model -> metric -> value on the client's test data.
-        kinds: task name -> name of its kind.
-        replacements: client -> task -> number of rounds in which its components were replaced.
-        bytes_: `down`, `up` and `per_component`.
-        steps: client -> optimiser steps that it made, both stages.
-        seconds: phase -> its seconds; `total` is the whole run.
-        privacy: what a private run has spent; None leaves the key out.
+        **known: `preset`, `method`, `seed` and `rounds` of stage 1; `kinds`: task -> kind; `replacements`: client -> task ->
+            number of rounds in which its components were replaced; `bytes`: `down`, `up` and `per_component`; `steps`:
+            client -> optimiser steps of both stages; `seconds`: phase -> duration, `total` that of the whole run; `privacy`:
+            what a private run has spent. A value of None is left out.
     """
-    collected: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(list))
-    )
+    collected: dict[str, dict[str, dict[str, list[float]]]] = {}
     for _, by_task in sorted(clients.items()):
         for task, by_model in by_task.items():
             for model, by_metric in by_model.items():
                 for metric, value in by_metric.items():
-                    collected[task][model][metric].append(value)
-    return {
-        "schema": SCHEMA,
-        "preset": preset,
-        "method": method,
-        "seed": seed,
-        "rounds": rounds,
-        "clients": {name: clients[name] for name in sorted(clients)},
-        "tasks": {
-            task: {model: {metric: fmean(v) for metric, v in m.items()} for model, m in by_model.items()}
-            for task, by_model in sorted(collected.items())
-        },
-        "kinds": dict(sorted(kinds.items())),
-        "replacements": {name: dict(replacements[name]) for name in sorted(replacements)},
-        "bytes": dict(bytes_),
-        "steps": {name: steps[name] for name in sorted(steps)},
-        "seconds": dict(seconds),
-        **({} if privacy is None else {"privacy": dict(privacy)}),
+                    of_model = collected.setdefault(task, {}).setdefault(model, {})
+                    of_model.setdefault(metric, []).append(value)
+    tasks = {
+        task: {model: {metric: fmean(v) for metric, v in m.items()} for model, m in by_model.items()}
+        for task, by_model in collected.items()
     }
+    values = {**known, "clients": clients, "tasks": tasks}
+    ordered = {k: dict(sorted(v.items())) if isinstance(v, Mapping) else v for k, v in values.items() if v is not None}
+    return {"schema": SCHEMA, **ordered}
 
 
 def read_results(run: Path) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def collect(
         clients=result.clients,
         kinds={task.task: task.kind for manifest in roster.manifests.values() for task in manifest.tasks},
         replacements=progress.replacements,
-        bytes_=result.bytes,
+        bytes=result.bytes,
         steps=progress.steps,
         seconds=seconds,
         privacy=None if privacy is None else privacy.spent(roster),
