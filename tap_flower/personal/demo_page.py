@@ -79,7 +79,7 @@ class Page:
             return {part: values[modality] for modality, part in given.items()}
 
         def answer(domain: str, *inputs: Any) -> dict[Any, Any]:
-            wanted = {modality: value or None for modality, value in zip(given, inputs, strict=True)}
+            wanted: dict[str, Any] = {modality: value or None for modality, value in zip(given, inputs, strict=True)}
             try:
                 found = [self._load(folder, which).predict(task.name, **wanted, domain=domain) for which in models]
             except (PersonalError, StorageError) as error:

@@ -64,10 +64,10 @@ def execute(runs: Sequence[PlannedRun], jobs: int, machine: Machine, finished: C
                     running[process] = run, part, time.monotonic()
                     process.start()
                 wait([process.sentinel for process in running])
-                for process in [process for process in running if process.exitcode is not None]:
-                    run, part, began = running.pop(process)
+                for ended in [process for process in running if process.exitcode is not None]:
+                    run, part, began = running.pop(ended)
                     free.append(part)
-                    problem = "" if run.done else f"exit status {process.exitcode}, see {_log(run)}"
+                    problem = "" if run.done else f"exit status {ended.exitcode}, see {_log(run)}"
                     finished(Outcome(run, time.monotonic() - began, problem))
         finally:
             _end([process for process in running if process.pid is not None])
