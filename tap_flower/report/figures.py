@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from markupsafe import Markup
 
 from tap_flower.report import charts
 from tap_flower.report.charts import Point, Series
+from tap_flower.report.client_records import DecisionRecord
 from tap_flower.report.result_tables import Table
 from tap_flower.report.results import headline, metric_in_words, models_in
 from tap_flower.report.run_record import RunRecord
@@ -133,21 +133,20 @@ def replacement_map(run: RunRecord) -> Figure | None:
 
 def decision_figures(run: RunRecord, client: str) -> Iterator[Figure]:
     """A figure for each of a client's tasks: the losses that were compared, by round, and what was decided."""
-    by_task: dict[str, list[Mapping[str, Any]]] = {}
+    by_task: dict[str, list[DecisionRecord]] = {}
     for decision in run.clients[client].decisions:
-        by_task.setdefault(decision["task"], []).append(decision)
+        by_task.setdefault(decision.task, []).append(decision)
     for task, decisions in by_task.items():
         teacher, personal, rows = [], [], []
         for d in decisions:
-            done = "replaced" if d["replaced"] else "kept"
-            losses = f"{number(d['teacher_loss'])} against {number(d['personal_loss'])}"
-            tip = f"{d['round']}: {losses}, margin {d['margin']:g}: {done}"
-            if d["teacher_loss"] is not None:
-                teacher.append(Point(d["round"], d["teacher_loss"], tip, filled=bool(d["replaced"])))
-            if d["personal_loss"] is not None:
-                personal.append(Point(d["round"], d["personal_loss"], tip, filled=False))
-            cells = (number(d["teacher_loss"]), number(d["personal_loss"]), f"{d['margin']:g}")
-            rows.append([str(d["round"]), *cells, done])
+            done = "replaced" if d.replaced else "kept"
+            cells = (number(d.teacher_loss), number(d.personal_loss), f"{d.margin:g}")
+            tip = "{}: {} against {}, margin {}: {}".format(d.round, *cells, done)
+            if d.teacher_loss is not None:
+                teacher.append(Point(d.round, d.teacher_loss, tip, filled=d.replaced))
+            if d.personal_loss is not None:
+                personal.append(Point(d.round, d.personal_loss, tip, filled=False))
+            rows.append([str(d.round), *cells, done])
         few = len(decisions) <= _FEW  # with more, the values are in the tips of the decisions alone
         series = [Series("server's copy", teacher, "round "), Series("personal model", personal, "round ", few)]
         unit = loss_of(run.results["kinds"].get(task, ""))
@@ -156,9 +155,7 @@ def decision_figures(run: RunRecord, client: str) -> Iterator[Figure]:
             ["round", "server's copy", "personal", "margin", "decision"],
             rows,
         )
-        label = (
-            f"{client}, {task}: losses at {len(decisions)} decisions, {sum(d['replaced'] for d in decisions)} replaced"
-        )
+        label = f"{client}, {task}: losses at {len(decisions)} decisions, {sum(d.replaced for d in decisions)} replaced"
         chart = charts.line_chart(series, charts.rounds_axis(run.results["rounds"]), unit, label)
         yield Figure(task, chart, table, [one.name for one in series])
 
