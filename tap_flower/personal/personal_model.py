@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from tap_flower.models.load import load_backbone
 from tap_flower.models.model import TapModel
 from tap_flower.personal.answers import Answer, class_answers, image_answers, text_answers
 
-T = TypeVar("T")
 Picture = Image.Image | str | Path | NDArray[np.uint8]
 """An image, a file of one, or pixels [H, W, 3] or [H, W], uint8."""
 Device = torch.device | str | None
@@ -136,8 +135,8 @@ class PersonalModel:
             raise PersonalError(f"task {task!r} got {sizes['image']} images and {sizes['text']} texts: give as many")
         domain = self._domain(wanted, domain)
         answers: list[Answer] = []
-        for rows in _parts(range(next(iter(sizes.values()))), batch_size):
-            part = {name: [column[row] for row in rows] for name, column in columns.items()}
+        for start in range(0, next(iter(sizes.values())), batch_size):
+            part = {name: column[start : start + batch_size] for name, column in columns.items()}
             answers += self._answers(wanted, self._inputs(part, domain, wanted.image))
         return answers[0] if single else answers
 
@@ -264,8 +263,3 @@ def _listed(value: Any, single: bool) -> Sequence[Any]:
     if not single and not isinstance(value, list | tuple):
         raise PersonalError("one input is a list and the other is not: give two lists of one length")
     return [value] if single else cast(Sequence[Any], value)
-
-
-def _parts(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]

@@ -22,12 +22,13 @@ from tests.toys import TOYS, Net, Toy
 def test_a_run_leaves_the_clients_decisions_with_the_client(whole: Whole) -> None:
     for name, counts in whole.results["replacements"].items():
         decisions = read_decisions(whole.federation.state(name))
-        assert [d["round"] for d in decisions] == sorted([1, 2] * len(counts))
+        assert [d.round for d in decisions] == sorted([1, 2] * len(counts))
         for d in decisions:
-            personal = float("inf") if d["personal_loss"] is None else d["personal_loss"]
-            assert d["replaced"] == (d["teacher_loss"] + d["margin"] < personal)
-            assert (d["personal_loss"] is None) == (d["round"] == 1)
-        assert {t: sum(d["replaced"] for d in decisions if d["task"] == t) for t in counts} == counts
+            assert d.teacher_loss is not None
+            personal = float("inf") if d.personal_loss is None else d.personal_loss
+            assert d.replaced == (d.teacher_loss + d.margin < personal)
+            assert (d.personal_loss is None) == (d.round == 1)
+        assert {t: sum(d.replaced for d in decisions if d.task == t) for t in counts} == counts
     for reply in whole.grid.received:  # none of it travels, nor of what is below
         text = str(reply.content.config_records[messages.FIELDS]["json"])
         assert not [word for word in ("margin", "personal_loss", "decisions", "items", "cosine") if word in text]
@@ -118,4 +119,4 @@ def test_a_repeated_round_is_recorded_once(make_federation: Make, monkeypatch: p
         with pytest.raises(RuntimeError, match="crashed"):
             federation.strategy().start(federation.grid())
     federation.strategy(resume=True).start(federation.grid())
-    assert [d["round"] for d in read_decisions(federation.state("ann"))] == [1, 2]
+    assert [d.round for d in read_decisions(federation.state("ann"))] == [1, 2]
