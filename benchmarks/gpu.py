@@ -11,7 +11,7 @@ The parts, one after the other:
 
 Each part is a process of its own with a time limit of its own: its share of what is left of `--minutes`, by its `seconds` in
 PARTS. What it has found is printed, and written to FILE, row by row; a part that fails or hangs leaves the others alone.
-float32 is computed without TF32. torch, transformers, msgspec and Rich are enough; `demo` also needs Flower and the
+float32 is computed without TF32. torch, transformers, OmegaConf and Rich are enough; `demo` also needs Flower and the
 demo's data, and is skipped where they are not installed. Nothing is downloaded.
 
 The exit status is 1 where a part failed or parity was not shown.

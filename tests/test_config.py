@@ -38,7 +38,7 @@ def test_precedence(tmp_path: Path) -> None:
     [
         (["train.stepz=3"], r"unknown key 'train.stepz' \(did you mean 'train.steps'\?\)"),
         (["roundz=3"], r"unknown key 'roundz' \(did you mean 'rounds'\?\)"),
-        (["rounds=many"], "setting 'rounds=many': rounds = 'many'"),
+        (["rounds=many"], "setting 'rounds=many': rounds:.*'many'"),
         (["rounds=0"], "rounds = 0 is out of bounds: choose between 1 and"),
         (["train.learning_rate=.nan"], "train.learning_rate = nan is out of bounds"),
         (["replacement.source=borrowed"], "replacement.source.*'borrowed'.*trained.*received"),
@@ -51,7 +51,12 @@ def test_precedence(tmp_path: Path) -> None:
         (["rounds=2020-13-45"], "it is no YAML: month must be"),
         (["train.learning_rate=0x" + "f" * 300], "a whole number of 1200 bits"),
         (["train." + "a." * 10_000 + "b=1"], "has a key of more than 32 parts"),
-        (["train.accumulation=${rounds}"], r"train.accumulation = '\$\{rounds\}': Expected `int`"),
+        (["datasets.d=???"], "the configuration: datasets.d"),
+        (["trackers=${nowhere}"], "trackers.*nowhere"),
+        (
+            ["train.accumulation=${rounds}", "rounds=5000"],
+            "the configuration: train.accumulation = 5000 is out of bounds",
+        ),
         (["clients=[3]"], r"client '\?' is 3"),
     ],
 )
@@ -101,8 +106,6 @@ def test_the_learning_rate_warms_up() -> None:
     # 1e-4 + (3e-4 - 1e-4) · min(r / 20, 1), where r counts from 0 and our rounds from 1
     train = Train(learning_rate=3e-4, start_learning_rate=1e-4, warmup_rounds=20)
     assert train.optimisation(1).learning_rate == pytest.approx(1e-4)
-    level = Train(learning_rate=3e-4, start_learning_rate=None)
-    assert level.optimisation(1).learning_rate == level.optimisation(9).learning_rate == 3e-4
     assert train.optimisation(11).learning_rate == pytest.approx(2e-4)
     assert train.optimisation(21).learning_rate == train.optimisation(150).learning_rate == pytest.approx(3e-4)
     assert Distill(iterations=9, learning_rate=0.5).optimisation(train).steps == 9

@@ -421,7 +421,7 @@ def test_a_part_that_takes_too_long_leaves_the_others_alone(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_handful_of_packages_is_enough(tmp_path: Path) -> None:
-    """torch, transformers, msgspec, Rich and what these need: none of the project's other dependencies, nor pytest."""
+    """torch, transformers, OmegaConf, Rich and what these need: none of the project's other dependencies, nor pytest."""
     data = ["datasets", "easy_vqa", "sklearn", "emoji", "pyarrow", "pandas"]
     others = ["flwr", "ray", "scipy", "psutil", "PIL", "pytest", "hypothesis", "gradio", "mlflow", "wandb"]
     environment = without(tmp_path, [*data, *others])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
-from typing import Any, get_type_hints
+from typing import Any
 
 from tap_flower.core.training import Optimisation
 
@@ -51,8 +51,8 @@ class Precision(Enum):
 
 
 def option(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
-    """A field of a configuration dataclass: default, help text, inclusive bounds."""
-    return field(default=default, metadata={"help": text, "low": low, "high": high})
+    """A field of a configuration dataclass: default, help text, inclusive bounds. With the default None it may be null."""
+    return field(default=default, metadata={"help": text, "low": low, "high": high, "optional": default is None})
 
 
 def collection(kind: type[Any], text: str) -> Any:
@@ -142,8 +142,7 @@ class Train:
     def optimisation(self, server_round: int) -> Optimisation:
         """The optimisation of one participation in `server_round` (counted from 1): the learning rate warms up linearly."""
         progress = min((server_round - 1) / self.warmup_rounds, 1.0)
-        start = self.learning_rate if self.start_learning_rate is None else self.start_learning_rate
-        learning_rate = start + (self.learning_rate - start) * progress
+        learning_rate = self.start_learning_rate + (self.learning_rate - self.start_learning_rate) * progress
         return Optimisation(self.steps, learning_rate, self.weight_decay, self.accumulation, self.clip_norm)
 
 
@@ -334,12 +333,12 @@ def options(schema: type[Any] = Config, prefix: str = "") -> Iterator[tuple[str,
     """Lists the options of a configuration dataclass.
 
     Yields:
-        (key, default, metadata) of every option: nested keys have dots, the metadata are help text, type and bounds.
+        (key, default, metadata) of every option: nested keys have dots, the metadata are help text and bounds.
     """
-    instance, types = schema(), get_type_hints(schema)
+    instance = schema()
     for f in fields(schema):
         value = getattr(instance, f.name)
         if is_dataclass(value):
             yield from options(type(value), f"{prefix}{f.name}.")
         else:
-            yield f"{prefix}{f.name}", value, {**f.metadata, "type": types[f.name]}
+            yield f"{prefix}{f.name}", value, f.metadata

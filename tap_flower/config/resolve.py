@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from enum import EnumType
-from functools import reduce
+from enum import Enum
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
-import msgspec
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tap_flower.config.options import Config, HyperParameters, ReplacementEvidence, ReplacementSource, options
 from tap_flower.config.patterns import expand
@@ -103,9 +104,9 @@ def _check_privacy(config: Config) -> None:
 
 def sent_hyper_parameters(config: Config) -> dict[str, Any]:
     """The part of a configuration that the server sends to clients, as nested plain values."""
-    values = plain(config)
-    del values["compute"]["compile"]  # a server must not start a compiler on a node
-    return {f.name: values[f.name] for f in fields(HyperParameters)}
+    sent: dict[str, Any] = {f.name: _plain(getattr(config, f.name)) for f in fields(HyperParameters)}
+    del sent["compute"]["compile"]  # a server must not start a compiler on a node
+    return sent
 
 
 def hyper_parameters(values: Mapping[str, Any]) -> HyperParameters:
@@ -115,10 +116,12 @@ def hyper_parameters(values: Mapping[str, Any]) -> HyperParameters:
         values: nested plain values, as `sent_hyper_parameters` gives them; what is missing has its default.
 
     Raises:
-        ConfigError: a key is unknown, a value is out of bounds, or two values do not go together.
+        ConfigError: a key is unknown, a value is out of bounds or an interpolation, or two values do not go together.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"the server: the hyper-parameters are {shown(values)}, not keys and values")
+    if "${" in str(values):  # OmegaConf would read this node's environment for it
+        raise ConfigError("the server: interpolations (${...}) are not accepted in hyper-parameters")
     found = cast(HyperParameters, _merged(HyperParameters, [("the server", values)]))
     _check_replacement(found)
     return found
@@ -146,7 +149,17 @@ def client_specs(config: Config) -> list[ClientSpec]:
 
 def plain(config: HyperParameters) -> dict[str, Any]:
     """A configuration as nested dictionaries of plain values, enums by name."""
-    return cast(dict[str, Any], msgspec.to_builtins(config))
+    return cast(dict[str, Any], _plain(config))
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return value.name if isinstance(value, Enum) else value
 
 
 def to_yaml(config: Config) -> str:
@@ -157,48 +170,50 @@ def to_yaml(config: Config) -> str:
 def _merged(schema: type[Any], layers: Sequence[Layer]) -> Any:
     """An instance of `schema` with the values of the layers, the last of which counts."""
     known = {key: metadata for key, _, metadata in options(schema)}
-    found: dict[str, Any] = {}
+    merged = OmegaConf.structured(schema)
     for where, values in layers:
-        for key, value in _leaves(values, known):
+        keys = list(_leaves(values, known))
+        for key in keys:
             if key not in known:
                 raise ConfigError(f"{where}: unknown key {key!r}{_near(key, known)}")
-            found[key] = _checked(where, key, _over(found.get(key), value), known[key])
-    merged = schema()
-    for key, value in found.items():
-        *path, name = key.split(".")
-        setattr(reduce(getattr, path, merged), name, value)
-    return merged
+        with _told(where):
+            merged.merge_with(values)
+        _check_bounds(where, merged, {key: known[key] for key in keys})
+    _check_bounds("the configuration", merged, known)  # an interpolation may have changed with what it refers to
+    with _told("the configuration"):
+        return OmegaConf.to_object(merged)
 
 
-def _checked(where: str, key: str, value: Any, metadata: Mapping[str, Any]) -> Any:
-    """`value` in the type of an option, if it is within its bounds."""
-    kind, low, high = metadata["type"], metadata["low"], metadata["high"]
+def _check_bounds(where: str, merged: Any, known: Mapping[str, Mapping[str, Any]]) -> None:
+    for key, metadata in known.items():
+        with _told(where):
+            value = OmegaConf.select(merged, key)
+        low, high = metadata["low"], metadata["high"]
+        if value is None:
+            if not metadata.get("optional"):
+                raise ConfigError(f"{where}: {key} has no value: give one")
+        elif low is not None and not low <= value <= high:
+            raise ConfigError(f"{where}: {key} = {value} is out of bounds: choose between {low:g} and {high:g}")
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Makes a ConfigError of what OmegaConf raises, and of what it lets through."""
     try:
-        # Not strict: YAML reads 1e-4 as text.
-        converted = msgspec.convert(value, kind, strict=False)
-    except msgspec.ValidationError as error:
-        remedy = f"; use one of {', '.join(kind.__members__)}" if isinstance(kind, EnumType) else ""
-        raise ConfigError(f"{where}: {key} = {shown(value)}: {error}{remedy}") from error
-    if low is not None and converted is not None and not low <= converted <= high:
-        raise ConfigError(f"{where}: {key} = {converted} is out of bounds: choose between {low:g} and {high:g}")
-    return converted
+        yield
+    except (OmegaConfBaseException, ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError(f"{where}: {key}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
-def _over(old: Any, new: Any) -> Any:
-    """`new`; of mappings, the keys of `old` that it lacks as well."""
-    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
-        return new
-    return {**old, **{key: _over(old.get(key), value) for key, value in new.items()}}
-
-
-def _leaves(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key with dots, value) down to the options in `known`, whose own values may be mappings."""
+def _leaves(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys of nested values with dots, down to the options in `known`, whose own values may be mappings."""
     for name, value in values.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and key not in known and any(k.startswith(f"{key}.") for k in known):
             yield from _leaves(value, known, f"{key}.")
         else:
-            yield key, value
+            yield key
 
 
 def read_yaml(path: Path, what: str = "file") -> Mapping[str, Any]:

@@ -11,6 +11,9 @@ from tap_flower.config.options import Config
 from tap_flower.config.resolve import client_specs, load_config
 from tap_flower.data.spec import ClientSpec
 
+_KNOWN = 8
+"""Configurations that a process remembers: all messages of a run have the same one."""
+
 
 class NotedConfig(dict[str, Any]):
     """Flower's run configuration, which notes what is read of it; reading all of it at once counts as such."""
@@ -72,7 +75,7 @@ def simulated_run(run_config: Mapping[str, object], run_id: int) -> tuple[Config
     Raises:
         ConfigError: the preset, the file, a key or a value is wrong.
     """
-    config, _ = _resolved(run_config)
+    config = _config(*_texts(run_config))
     out = str(run_config.get("out", ""))
     return config, Path(out) if out else Path.home() / "tap-flower-runs" / f"{config.preset}-{run_id}"
 
@@ -86,14 +89,19 @@ def simulated_clients(run_config: Mapping[str, object]) -> list[ClientSpec]:
     Raises:
         ConfigError: the configuration or a client spec is wrong, or two clients share a name.
     """
-    return _resolved(run_config)[1]
+    return _specs(*_texts(run_config))
 
 
-def _resolved(run_config: Mapping[str, object]) -> tuple[Config, list[ClientSpec]]:
-    return _of_texts(*(str(run_config.get(key, "")) for key in ("preset", "config", "set")))
+def _texts(run_config: Mapping[str, object]) -> tuple[str, str, str]:
+    preset, config, settings = (str(run_config.get(key, "")) for key in ("preset", "config", "set"))
+    return preset, config, settings
 
 
-@lru_cache(maxsize=8)  # all messages of a run have the same configuration
-def _of_texts(preset: str, config: str, settings: str) -> tuple[Config, list[ClientSpec]]:
-    resolved = load_config(preset, config, settings.split())
-    return resolved, client_specs(resolved)
+@lru_cache(maxsize=_KNOWN)
+def _config(preset: str, config: str, settings: str) -> Config:
+    return load_config(preset, config, settings.split())
+
+
+@lru_cache(maxsize=_KNOWN)
+def _specs(preset: str, config: str, settings: str) -> list[ClientSpec]:
+    return client_specs(_config(preset, config, settings))

@@ -57,7 +57,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
             case "round":
                 self._round(event)
             case "dropped":
-                self._say(f"[yellow]dropped the reply of {event['who']}: {event['problem']}")
+                self._say(f"[yellow]dropped the reply of {event['who']}: {escape(event['problem'])}")
             case "clipped":
                 norms = f"its norm {event['norm']:g} is above {event['clip_norm']:g}"
                 self._say(f"[yellow]scaled down the update of client {event['client']!r}: {norms}")

@@ -123,7 +123,7 @@ def collect(
         clients=result.clients,
         kinds={task.task: task.kind for manifest in roster.manifests.values() for task in manifest.tasks},
         replacements=progress.replacements,
-        bytes=result.bytes,
+        bytes_=result.bytes,
         steps=progress.steps,
         missing=result.missing,
         marks=result.marks,

@@ -42,7 +42,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
         clients={"ann": {"read": models, "paint": pictures}, "bob": {"read": {"tap": {"loss": 3.0, "accuracy": 0.5}}}},
         kinds={"read": "text_classification", "paint": "image_generation"},
         replacements={"ann": {"read": 2, "paint": 0}, "bob": {"read": 1}},
-        bytes={"down": 3_000_000, "up": 1_000_000, "per_component": {}},
+        bytes_={"down": 3_000_000, "up": 1_000_000, "per_component": {}},
         steps={"ann": 12, "bob": 6},
         missing={},
         marks={},
