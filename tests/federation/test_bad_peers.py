@@ -289,7 +289,7 @@ def tensor(
 
 BAD_MANIFESTS: list[Any] = [
     (put("protocol", value=3), "node 101 speaks protocol 3 of tap-flower"),
-    (put("version", value="9.9"), "of tap-flower '9.9', here is protocol 5"),
+    (put("version", value="9.9"), "of tap-flower '9.9', here is protocol 6"),
     (put("fingerprint", value="0123456789abcdef"), "client 'bob' has a backbone with fingerprint 0123456789abcdef"),
     (put("client", value="ann"), "client 'ann' is already there on node 100: node 101 is refused"),
     (put("client", value="../bob"), "client is '../bob': Expected `str` matching regex"),

@@ -533,7 +533,7 @@ def test_another_version_is_refused(federation: ToyFederation, monkeypatch: pyte
     instruction = ServerRun._instruction
     other = partial(msgspec.structs.replace, version="9.9")
     monkeypatch.setattr(ServerRun, "_instruction", lambda self, number: other(instruction(self, number)))
-    with pytest.raises(RunError, match=r"the server speaks protocol 5 of tap-flower.*install one version"):
+    with pytest.raises(RunError, match=r"the server speaks protocol 6 of tap-flower.*install one version"):
         strategy.start(grid)
 
 
