@@ -75,5 +75,6 @@ def recorded(grid: InProcessGrid) -> Replies:
     found: Replies = {}
     for reply in grid.received:
         message = asked[reply.metadata.reply_to_message_id]
-        found[reply.metadata.message_type, reply.metadata.src_node_id, round_of(message)] = reply.content
+        key = reply.metadata.message_type, reply.metadata.src_node_id, round_of(message)
+        found.setdefault(key, reply.content)
     return found
