@@ -186,7 +186,7 @@ def test_initial_arrays_of_another_shape_are_refused(make_federation: Make) -> N
 @pytest.mark.parametrize(
     ("arrays", "problem"),
     [
-        ({"trunk.0.bias": torch.zeros(6, dtype=torch.float64)}, "'trunk.0.bias' is torch.float64"),
+        ({"trunk.0.bias": torch.full((6,), 0.1, dtype=torch.float64)}, "'trunk.0.bias' is torch.float64"),
         ({"trunk.0.bias": torch.full((6,), math.nan)}, "'trunk.0.bias' is torch.float32, or holds a value that is not"),
         ({"module.trunk.0.bias": torch.zeros(6)}, "names no tensor that a client trains: it has 'module.trunk.0.bias'"),
     ],
@@ -211,7 +211,7 @@ def test_configurations_and_mods_reach_the_clients(make_federation: Make) -> Non
 
     inner = toy_app(federation.toys, federation.out / "clients")
     app = ClientApp(mods=[mod])
-    for register in (app.query("manifest"), app.train(), app.train("personalise"), app.evaluate()):
+    for register in (app.query("manifest"), app.query("values"), app.train(), app.train("personalise"), app.evaluate()):
         register(inner)
     of(federation).start(
         InProcessGrid([{"partition-id": 0}], {}, app),
@@ -220,6 +220,7 @@ def test_configurations_and_mods_reach_the_clients(make_federation: Make) -> Non
     )
     assert seen == [
         ("query.manifest", {}),
+        ("query.values", {}),
         ("train", {"lr": 0.5, "server-round": 1}),
         ("train.personalise", {"lr": 0.5, "server-round": 1}),
         ("evaluate", {"deep": True, "server-round": 1}),
