@@ -246,7 +246,14 @@ def test_an_example_runs(
     assert all(f"{task}: training loss" in page for task in found["tasks"])
 
 
-STOCK = {"quickstart": "digits", "resnet": "digits", "bert": "languages", "tabular": "diagnosis", "vae": "digits"}
+STOCK = {
+    "quickstart": "digits",
+    "resnet": "digits",
+    "bert": "languages",
+    "vit": "digits",
+    "tabular": "diagnosis",
+    "vae": "digits",
+}
 """Stock project -> its task."""
 RUN = {"num-server-rounds": 1, "batch-size": 32, "learning-rate": 0.01, "local-epochs": 1}
 
@@ -279,7 +286,8 @@ def changed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Changed
     monkeypatch.setenv("HOME", str(folder / "home"))
     (folder / "home").mkdir()
     run_config = tomllib.loads((project / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"] | {
-        "num-server-rounds": 1
+        "num-server-rounds": 1,
+        "batch-size": 16,
     }
     if "checkpoint" in run_config:
         run_config["checkpoint"] = str(folder / "checkpoint")
@@ -308,7 +316,7 @@ def test_a_stock_project_runs_before_and_after_the_patch(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = changed(name, tmp_path, monkeypatch)
-    configs = [{"partition-id": i, "num-partitions": 2, "state-dir": str(tmp_path / "state")} for i in range(2)]
+    configs = [{"partition-id": i, "num-partitions": 8, "state-dir": str(tmp_path / "state")} for i in range(2)]
     rates: list[float] = []
     first: list[dict[str, Tensor]] = []
     with importing(project.folder, name):

@@ -269,7 +269,7 @@ class Client:
             fingerprint=self.fingerprint,
         )
         with _told(f"client {self.name!r}"):
-            session.try_scores()
+            session.try_own()
         return session
 
     def data(self, seed: int, hold_out: bool) -> ClientData:

@@ -191,6 +191,11 @@ class OwnLoader:
         """The first batch, on `device`."""
         return next(self._pass(self.loader, _COUNT, device))
 
+    def lone(self, device: torch.device) -> Batch | None:
+        """A batch of a single example, where a pass has one: its last batch, for example."""
+        alone = [batch for batch in _drawn_batches(self.loader) if len(batch) == 1]
+        return next(self._pass(_changed(self.loader, batch_sampler=alone), _COUNT, device)) if alone else None
+
     def once(self, device: torch.device) -> Iterator[Batch]:
         """One pass over the loader."""
         return self._pass(self.loader, _COUNT, device)

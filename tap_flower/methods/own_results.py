@@ -7,7 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from tap_flower.core.components import ComponentModel
 from tap_flower.core.tasks import TaskKind
+from tap_flower.core.training import Batch
 from tap_flower.errors import ClientError
 
 log = logging.getLogger("tap_flower")
@@ -37,6 +39,23 @@ def check_own_loops(own: Mapping[str, bool], method: str, reason: str) -> None:
         )
     if with_fit:
         log.info("tasks %s train by their own `fit`: train.* and the steps of distill.* do nothing", with_fit)
+
+
+def check_lone_example(model: ComponentModel, batch: Batch) -> None:
+    """Tries a batch of a single example, which BatchNorm may not be trained on.
+
+    Raises:
+        ClientError: the model refuses it.
+    """
+    try:
+        model.train()(batch.task, batch.inputs)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # torch's words
+            raise
+        raise ClientError(
+            f"task {batch.task!r}: its loader has a batch of one example, on which the model's BatchNorm cannot be trained: "
+            f"give the loader `drop_last=True`, or another batch size"
+        ) from error
 
 
 def metrics_of(task: str, returned: Any) -> dict[str, float]:

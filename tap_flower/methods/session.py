@@ -20,9 +20,9 @@ from tap_flower.core.own_loop import counted_steps, further_loss
 from tap_flower.core.tasks import TaskKind
 from tap_flower.core.training import Batch, Objective, Observer, Optimisation, Update, evaluate, train
 from tap_flower.data.batching import ClientData
-from tap_flower.data.examples import beginning
+from tap_flower.data.examples import OwnLoader, beginning
 from tap_flower.errors import ClientError, DivergedError
-from tap_flower.methods.own_results import metrics_of, scores_of
+from tap_flower.methods.own_results import check_lone_example, metrics_of, scores_of
 
 EVALUATION_BATCH = 64
 """Examples in a batch of an evaluation; no result depends on it."""
@@ -300,13 +300,16 @@ class Session:
         model.to(self.device)  # the evaluation may have moved it
         return found
 
-    def try_scores(self) -> None:
-        """Tries the projects' own evaluations on two batches, so that what they lack is told before the first round.
+    def try_own(self) -> None:
+        """Tries what is the project's own, so that what it lacks is told before the first round.
 
         Raises:
-            ClientError: they return what cannot be used.
+            ClientError: an evaluation returns what cannot be used, or the model refuses a batch of a loader.
         """
         for task in self.tasks:
+            for own in self.data.splits["train"][task.pair.task]:
+                if task.fit is None and isinstance(own, OwnLoader) and (lone := own.lone(self.device)) is not None:
+                    check_lone_example(self.model(), lone)
             splits = [split for split in ("validation", "test") if self.data.sizes(split).get(task.pair.task)]
             if task.score is not None and splits:
                 loader = beginning(self.data.loader(splits[0], task.pair.task), _TRIED)

@@ -163,6 +163,28 @@ def test_one_example_is_enough_where_none_is_set_aside(tmp_path: Path) -> None:
     assert set(result.clients) == {"c0", "c1"}
 
 
+class Normed(Net):
+    """With BatchNorm, which cannot be trained on one vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.trunk(x)))
+
+
+def test_a_last_batch_of_one_works_or_is_refused_at_the_start(tmp_path: Path) -> None:
+    nine, held = loader(9), pixels(4, 3)
+    assert set(run(tmp_path, lambda _: task(nine, validation=held)).clients) == {"c0", "c1"}
+    normed = Client("ann", Normed, [task(nine, validation=held)])
+    with pytest.raises(
+        ClientError, match="its loader has a batch of one example, .*: give the loader `drop_last=True`"
+    ):
+        normed.session(HyperParameters())
+    Client("ann", Normed, [task(loader(9, drop_last=True), validation=held)]).session(HyperParameters())
+
+
 # --- the project's own loop -------------------------------------------------------------------------------------------
 
 

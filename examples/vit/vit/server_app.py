@@ -1,0 +1,21 @@
+"""vit: the server of FedAvg."""
+
+from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+from vit.task import Net
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """A whole run."""
+    run = context.run_config
+    FedAvg(fraction_evaluate=1.0).start(
+        grid=grid,
+        initial_arrays=ArrayRecord(Net(run["checkpoint"]).state_dict()),
+        train_config=ConfigRecord({"lr": run["learning-rate"]}),
+        num_rounds=run["num-server-rounds"],
+    )
