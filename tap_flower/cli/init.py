@@ -109,6 +109,10 @@ def _of_files(splits: Mapping[str, Path]) -> dict[str, Any]:
         _LABELS, left, lambda name: 2 <= len(set(map(str, head[name]))) <= min(_MOST_CLASSES, len(rows) // 2 or 2)
     )
     target = _first(_TARGETS, left, lambda name: _is_text(head[name]))
+    if label is None and target is None:  # a column in which few values come again and again
+        few = {name: len(set(map(str, head[name]))) for name in left}
+        again = [name for name, count in few.items() if 2 <= count <= min(20, len(rows) // 3)]
+        label = min(again, key=lambda name: few[name], default=None)
     texts = sorted(
         (name for name in left if name not in (label, target) and _is_text(head[name])),
         key=lambda name: (name.lower() not in _TEXTS, -sum(map(len, map(str, head[name])))),
@@ -131,14 +135,8 @@ def _of_files(splits: Mapping[str, Path]) -> dict[str, Any]:
         kind = "image_generation"
     else:
         raise SpecError(f"{first} has neither a label nor a target in {', '.join(head)}: write the client spec by hand")
-    return _task(
-        first.stem if "all" in splits else first.parent.name,
-        kind,
-        modalities,
-        columns,
-        classes,
-        _split(given, rows, columns[modalities[0]]),
-    )
+    name = first.stem if "all" in splits else first.parent.name
+    return _task(name, kind, modalities, columns, classes, _split(given, rows, columns[modalities[0]]))
 
 
 def _split(given: dict[str, dict[str, Any]], rows: Dataset, by: str) -> dict[str, dict[str, Any]]:
@@ -210,6 +208,12 @@ def _first(names: Sequence[str], columns: Sequence[str], fits: Any) -> str | Non
     return next((known[name] for name in names if name in known and fits(known[name])), None)
 
 
+def _flow(value: Any) -> str:
+    """A value as YAML in one line."""
+    written = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=float("inf"))
+    return str(written).removesuffix("...\n").rstrip("\n")
+
+
 _COMMENTS = {
     "name": "clients that use the same name share the task's head",
     "kind": "image_classification, text_classification, image_generation or text_generation",
@@ -225,15 +229,11 @@ def spec_text(client: str, backbone: str, task: Mapping[str, Any]) -> str:
     lines = [
         "# A client spec, made by `tap-flower init`. Read it, change what is wrong, then run `tap-flower check`.",
         f"name: {client}",
-        f"backbone: {yaml.safe_dump(backbone).splitlines()[0]}  # demo, a local folder or a hub id",
+        f"backbone: {_flow(backbone)}  # demo, a local folder, or a hub id",
         "tasks:",
     ]
     for number, (key, value) in enumerate(task.items()):
         if key in _COMMENTS and (key != "train" or "part" in value):
             lines.append(f"    # {_COMMENTS[key]}")
-        written = yaml.safe_dump(
-            {key: value}, sort_keys=False, allow_unicode=True, default_flow_style=None, width=10**6
-        )
-        inner = written.rstrip("\n").splitlines()
-        lines += [("  - " if number == 0 and place == 0 else "    ") + line for place, line in enumerate(inner)]
+        lines.append(("  - " if number == 0 else "    ") + f"{key}: {_flow(value)}")
     return "\n".join(lines) + "\n"
