@@ -165,9 +165,9 @@ def fetch_model(name: str, revision: str | None = None, to: Path | None = None) 
     except Exception as error:  # whatever the hub's library and its HTTP client raise
         raise _not_had(name, error) from error
     pickled = not any(fnmatch(file, _SAFE) for file in there)
-    folder = (to or Path(name.split("/")[-1])) if pickled else to
+    target = (to or Path(name.split("/")[-1])) if pickled else to
     weights = _PICKLED if pickled else _SAFE
-    found = _download(name, revision=revision, local_dir=folder, allow_patterns=[weights, *_BESIDE])
+    found = _download(name, revision=revision, local_dir=target, allow_patterns=[weights, *_BESIDE])
     return _converted(found) if pickled else found
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from typing import Any
 
+import msgspec
 import yaml
 
 DEEPEST = 32
@@ -76,7 +78,7 @@ def parse_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """A mapping as it is written. YAML's own loaders take the last of two equal keys."""
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
@@ -121,3 +123,19 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise PlainError(f"it holds the text {shown(text)}, which is not Unicode: half of a character") from error
+
+
+def with_value(problem: str, text: str) -> str:
+    """Msgspec's message with the value that it is about, where its path leads to one."""
+    path = re.search(r" - at `\$((?:\.\w+|\[\d+\])+)`$", problem)
+    if path is None:
+        return problem
+    try:
+        value: Any = msgspec.json.decode(text)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):  # malformed behind the field that has failed
+        return problem
+    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path[1]):
+        if not isinstance(value, dict if key else list):
+            return problem
+        value = value[key] if key else value[int(index)]
+    return f"{path[1].lstrip('.')} is {shown(value)}: {problem[: path.start()]}"

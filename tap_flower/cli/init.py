@@ -136,7 +136,7 @@ def _of_files(splits: Mapping[str, Path]) -> dict[str, Any]:
     else:
         raise SpecError(f"{first} has neither a label nor a target in {', '.join(head)}: write the client spec by hand")
     name = first.stem if "all" in splits else first.parent.name
-    return _task(name, kind, modalities, columns, classes, _split(given, rows, columns[modalities[0]]))
+    return _task(name, kind, list[str](modalities), columns, classes, _split(given, rows, columns[modalities[0]]))
 
 
 def _split(given: dict[str, dict[str, Any]], rows: Dataset, by: str) -> dict[str, dict[str, Any]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from flwr.app import Context
@@ -17,6 +19,7 @@ from tap_flower.client.task import Client, Task
 from tap_flower.client.text_metrics import TextMetrics
 from tap_flower.config import HyperParameters, Metrics
 from tap_flower.core.tasks import IMAGE_GENERATION, TASK_KINDS, TEXT_GENERATION, image_generation
+from tap_flower.data.examples import Examples
 from tap_flower.data.images import with_image_forms
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec
@@ -62,9 +65,10 @@ def client_from_spec(node: Node, settings: HyperParameters) -> Client:
         node.compile,
     )
     tokenizer = load_tokenizer(locate(spec.backbone), spec.revision)
-    data = load_client_data(
+    loaded = load_client_data(
         spec, tokenizer, model.text_length, settings.seed, node.data_root, settings.needs_validation
-    ).splits
+    )
+    data = cast(Mapping[str, Mapping[str, Sequence[Examples]]], loaded.splits)
     tasks = [
         Task(
             name=task.name,

@@ -19,8 +19,8 @@ from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from tap_flower.client.description import hash_of_classes
 from tap_flower.client.evaluation import evaluate_models
 from tap_flower.client.module import unstable
-from tap_flower.client.node import Limits, limits_of
-from tap_flower.client.state import ClientState, StateFolder, default_state_dir
+from tap_flower.client.node import Limits, limits_of, state_folder
+from tap_flower.client.state import ClientState, StateFolder
 from tap_flower.client.task import Client
 from tap_flower.config import Encoding, HyperParameters, NotedConfig, hyper_parameters
 from tap_flower.core.averaging import check_form
@@ -171,7 +171,7 @@ class Handlers:
                 instruction = messages.decode(message.content, Instruction, "the server")
                 client, session = self._open(context, instruction, limits)
                 folder = StateFolder(
-                    _state_folder(client, context, instruction.run), instruction.run, instruction.epochs
+                    state_folder(client, context, instruction.run), instruction.run, instruction.epochs
                 )
                 keeps_best = bool(context.node_config.get("keep-best"))
                 participant = Participant(client, session, folder, instruction, keeps_best)
@@ -210,14 +210,6 @@ class Handlers:
                 session.unread = run_config.unread
             self.known[key] = client, session
         return self.known[key]
-
-
-def _state_folder(client: Client, context: Context, run: str) -> Path:
-    """`state-dir` of the node's configuration, the client's `state_dir`, or Flower's home; in it NAME/RUN."""
-    if client.folder is not None:
-        return client.folder
-    state_dir = context.node_config.get("state-dir") or client.state_dir or default_state_dir()
-    return Path(str(state_dir)) / client.name / run
 
 
 def _manifest(participant: Participant, _: Message) -> RecordDict:

@@ -15,9 +15,11 @@ from types import FrameType
 
 from flwr.app import Context
 
+from tap_flower.client.task import Client
 from tap_flower.config import HyperParameters, Metrics, read_yaml, simulated_clients, simulated_run
 from tap_flower.data.spec import ClientSpec, client_spec
 from tap_flower.errors import ConfigError, MessageError, RunError, SpecError
+from tap_flower.files import default_state_dir
 
 GRACE, LAST = 60.0, 60.0
 """Seconds for which work goes on after the server has given it up, and a process that does not stop after its deadline."""
@@ -183,3 +185,11 @@ def _switch(node: Mapping[str, object], name: str) -> bool:
     if not isinstance(value, bool):
         raise SpecError(f"the node's {name} is {value!r}: write {name}=true or {name}=false in its --node-config")
     return value
+
+
+def state_folder(client: Client, context: Context, run: str) -> Path:
+    """`state-dir` of the node's configuration, the client's `state_dir`, or Flower's home; in it NAME/RUN."""
+    if client.folder is not None:
+        return client.folder
+    state_dir = context.node_config.get("state-dir") or client.state_dir or default_state_dir()
+    return Path(str(state_dir)) / client.name / run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,9 +28,8 @@ PERSONAL, PREVIOUS = "personal.safetensors", "personal.previous.safetensors"
 of more: the checkpoint of a round is on the server's disk before the next round begins."""
 BEST = "personal.best.safetensors"
 """The state of the best round so far, where a run may stop early; a second name of one of the others, or what it was."""
-KEPT, UNDONE = "personal.kept.safetensors", "personal.undone.safetensors"
-"""The state with the best scores on the client's own validation rows, where its node keeps it; and the state that
-`go_back` has taken away."""
+KEPT = "personal.kept.safetensors"
+"""The state with the best scores on the client's own validation rows, where its node keeps it."""
 FIRST = "first.safetensors"
 """First values of the run that a module built anew may not have."""
 SERVER = "server.safetensors"
@@ -41,11 +39,6 @@ _RESIDUAL, _LOCAL = "residual:", "server/own:"
 _CACHE_BYTES = 256 << 20
 """Size limit of the in-process cache of states: about 15 full-size two-task clients."""
 _Record = TypeVar("_Record", bound="_FileRecord")
-
-
-def default_state_dir() -> Path:
-    """Where clients' states are unless a node's `state-dir` or `Client.state_dir` says otherwise: in Flower's home."""
-    return Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")) / "tap-flower"
 
 
 class _FileRecord(Struct, frozen=True, kw_only=True):
@@ -247,13 +240,13 @@ class StateFolder:
         ClientState(server_round, Memory(models)).check_finite()
         record = {"schema": SCHEMA, "run": self.run, "history": self.epochs[-1].history, "round": server_round}
         for model, state in models.items():
-            write_tensors(self._file(model), state, record)
+            write_tensors(self.folder / f"{model}.safetensors", state, record)
 
     def load_models(self, names: Iterable[str]) -> dict[str, State]:
         """Name -> tensors of each model of stage 2 that has been saved in a history that counts."""
         found = {}
         for model in names:
-            if (file := self._file(model)).exists():
+            if (file := self.folder / f"{model}.safetensors").exists():
                 tensors, record = read_tensors(file)
                 if self._counts(self._check(file.name, record, _RoundRecord)):
                     found[model] = tensors
@@ -285,9 +278,6 @@ class StateFolder:
         except StorageError:
             return None
         return tensors
-
-    def _file(self, model: str) -> Path:
-        return self.folder / f"{model}.safetensors"
 
     def _counts(self, record: _RoundRecord) -> bool:
         """Whether a state belongs to the run as the server goes on with it."""
@@ -347,39 +337,6 @@ class StateFolder:
             return msgspec.convert(record, kind)
         except msgspec.ValidationError as error:
             raise StorageError(f"{path} is damaged: {error}; restore it, or start a new run") from error
-
-
-def go_back(folder: Path, to_kept: bool) -> tuple[int, int]:
-    """Puts a client's earlier state in place of its latest, which is kept as `personal.undone.safetensors`.
-
-    Args:
-        folder: the client's folder of a run.
-        to_kept: goes back to the state with the best validation scores, in place of the one before the last round.
-
-    Returns:
-        The round of the state that was taken away, and the round of that in its place.
-
-    Raises:
-        StorageError: there is no earlier state, or it is damaged.
-    """
-    source = folder / (KEPT if to_kept else PREVIOUS)
-    if not source.exists():
-        raise StorageError(
-            f"{folder} holds no {source.name}: "
-            + (
-                "its node keeps one where its configuration says keep-best=true"
-                if to_kept
-                else "there was one round alone"
-            )
-        )
-    with FileLock(folder / ".lock"):
-        tensors, record = read_tensors(source)  # with its checksum
-        undone = read_record(folder / PERSONAL)["round"] if (folder / PERSONAL).exists() else 0
-        keep_as(folder / PERSONAL, folder / UNDONE)
-        write_tensors(folder / PERSONAL, tensors, record)
-        write_json(folder / "state.json", record)
-        (folder / PREVIOUS).unlink(missing_ok=True)
-    return int(undone), int(record["round"])
 
 
 def _prefix(model: str) -> str:

@@ -152,7 +152,7 @@ def _stored(name: str, revision: str | None) -> Shapes | None:
     """The tensors in a checkpoint's files, without reading their values; None where they are not on this machine yet."""
 
     def path(file: str) -> str | None:
-        return cached_file(
+        found: str | None = cached_file(
             locate(name),
             file,
             revision=revision,
@@ -160,6 +160,7 @@ def _stored(name: str, revision: str | None) -> Shapes | None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
+        return found
 
     try:
         files = [path(SAFE_WEIGHTS_NAME)]

@@ -19,7 +19,7 @@ from tap_flower.report.events import EventLog
 from tap_flower.server import checkpoint
 from tap_flower.server.checkpoint import Progress
 from tap_flower.server.first_values import FirstValues
-from tap_flower.server.grid import UNSENT, Pending, StreamingGrid
+from tap_flower.server.grid import UNSENT, Pending, StreamingGrid, content_of
 from tap_flower.server.roster import Roster
 from tap_flower.wire import messages
 from tap_flower.wire.messages import MANIFEST, Evaluation, Instruction, Manifest
@@ -139,7 +139,7 @@ class Gathering:
             return
         self._expires.pop(node, None)
         try:
-            content = messages.content_of(reply)
+            content = content_of(reply)
             messages.refuse_tensors(content)
             self.answered[node] = messages.decode(content, Manifest, f"node {node}")
         except MessageError as error:

@@ -11,6 +11,8 @@ import httpx
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
+from tap_flower.errors import MessageError
+
 FOREIGN, SILENT, UNSENT = 1003, 1004, 1005
 """Error codes of replies that this grid makes: in place of one that is not of the node that was asked, or not its first;
 for a node that has not answered in time; for a message that the SuperLink has not taken."""
@@ -179,3 +181,14 @@ def patiently(ask: Callable[[], T]) -> T:
                 raise
             log.warning("the SuperLink answers with %d: asking again", error.response.status_code)
             time.sleep(_AGAIN)
+
+
+def content_of(reply: Message) -> RecordDict:
+    """The content of a reply.
+
+    Raises:
+        MessageError: the reply is an error; its words are the sender's, see `plain.printable`.
+    """
+    if reply.has_error():
+        raise MessageError(f"{reply.error.reason} (code {reply.error.code})")
+    return reply.content

@@ -30,7 +30,7 @@ from tap_flower.server import checkpoint
 from tap_flower.server.attendance import Attendance
 from tap_flower.server.checkpoint import record_config, start_or_resume
 from tap_flower.server.first_values import FirstValues
-from tap_flower.server.grid import SILENT, UNSENT, StreamingGrid
+from tap_flower.server.grid import SILENT, UNSENT, StreamingGrid, content_of
 from tap_flower.server.outgoing import Outgoing, Values
 from tap_flower.server.privacy import Privacy, PrivateAverage, budget_of
 from tap_flower.server.result import TapResult, collect
@@ -208,7 +208,7 @@ class ServerRun:
             try:
                 if reply.has_error() and reply.error.code in (SILENT, UNSENT, messages.LOST):
                     self.roster.leave(name)  # it is asked who it is, and takes part again once it has answered
-                use(name, messages.content_of(reply))
+                use(name, content_of(reply))
                 good.append(RecordDict(dict(reply.content.metric_records)))
                 self.attendance.problems.pop(name, None)
             except MessageError as error:

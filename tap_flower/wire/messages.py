@@ -15,12 +15,11 @@ where tensors travel; Flower's `config` (server to client) and `metrics` (client
 from __future__ import annotations
 
 import math
-import re
 from functools import cached_property
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from msgspec import Meta, Struct
 from torch import Tensor
 
@@ -30,7 +29,7 @@ from tap_flower.core.averaging import LARGEST_WEIGHT
 from tap_flower.core.components import ComponentMap, Pair
 from tap_flower.core.initial import Initial
 from tap_flower.errors import MessageError
-from tap_flower.plain import shown
+from tap_flower.plain import shown, with_value
 from tap_flower.wire.fields import Component, Count, Digest, Epoch, Examples, Name, Number, TensorName, Word
 from tap_flower.wire.tensors import decode_tensors
 
@@ -234,17 +233,6 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 raise MessageError(f"{field} names the task {unknown[0]!r}, not one of {sorted(manifest.examples)}")
 
 
-def content_of(reply: Message) -> RecordDict:
-    """The content of a reply.
-
-    Raises:
-        MessageError: the reply is an error; its words are the sender's, see `plain.printable`.
-    """
-    if reply.has_error():
-        raise MessageError(f"{reply.error.reason} (code {reply.error.code})")
-    return reply.content
-
-
 Metrics = dict[str, dict[str, dict[str, float]]]
 """Task name -> model (`server`, `tap`, …) -> metric -> value."""
 
@@ -311,7 +299,7 @@ def decode(content: RecordDict, kind: type[_Fields], sender: str) -> _Fields:
             _check_version(text, sender)
         return msgspec.json.decode(text, type=kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
-        raise MessageError(f"{sender}: the message cannot be read: {_with_value(str(error), text)}") from error
+        raise MessageError(f"{sender}: the message cannot be read: {with_value(str(error), text)}") from error
 
 
 def tensors_of(content: RecordDict, encoding: Encoding) -> dict[str, Tensor]:
@@ -354,19 +342,3 @@ def _check_version(text: str, sender: str) -> None:
             f"{sender} speaks protocol {shown(theirs.protocol)} of tap-flower {shown(theirs.version)}, here is protocol "
             f"{PROTOCOL} of tap-flower {tap_flower.__version__}: install one version on the server and on every node"
         )
-
-
-def _with_value(problem: str, text: str) -> str:
-    """Msgspec's message with the value that it is about, where its path leads to one."""
-    path = re.search(r" - at `\$((?:\.\w+|\[\d+\])+)`$", problem)
-    if path is None:
-        return problem
-    try:
-        value: Any = msgspec.json.decode(text)
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):  # malformed behind the field that has failed
-        return problem
-    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path[1]):
-        if not isinstance(value, dict if key else list):
-            return problem
-        value = value[key] if key else value[int(index)]
-    return f"{path[1].lstrip('.')} is {shown(value)}: {problem[: path.start()]}"

@@ -14,8 +14,9 @@ import pytest
 import torch
 from cachetools import LRUCache
 
+from tap_flower.cli.restore import UNDONE, go_back
 from tap_flower.client import state as store_module
-from tap_flower.client.state import PERSONAL, PREVIOUS, SCHEMA, SERVER, UNDONE, ClientState, StateFolder, go_back
+from tap_flower.client.state import PERSONAL, PREVIOUS, SCHEMA, SERVER, ClientState, StateFolder
 from tap_flower.errors import DivergedError, StorageError
 from tap_flower.files import read_json, read_tensors, write_atomically, write_tensors
 from tap_flower.methods.method import Memory
