@@ -254,17 +254,19 @@ class StateFolder:
 
     def save_first(self, tensors: State) -> None:
         """Keeps first values of the run, beside those that are kept already."""
-        write_tensors(
-            self.folder / FIRST, {**(self.load_first() or {}), **tensors}, {"schema": SCHEMA, "run": self.run}
-        )
+        kept, record = {**(self.load_first() or {}), **tensors}, {"schema": SCHEMA, "run": self.run}
+        self._remember(FIRST, write_tensors(self.folder / FIRST, kept, record), kept, record)
 
     def load_first(self) -> State | None:
         """The first values that are kept, or None where there is no file of them."""
-        if not (self.folder / FIRST).exists():
+        found, on_disk = _states.get(self.folder / FIRST), identity(self.folder / FIRST)
+        if on_disk is None:
             return None
-        tensors, record = read_tensors(self.folder / FIRST)
-        self._check(FIRST, record, _FileRecord)
-        return tensors
+        if found is None or found[0] != on_disk:
+            found = (on_disk, *read_tensors(self.folder / FIRST))
+            self._remember(FIRST, *found)
+        self._check(FIRST, found[2], _FileRecord)
+        return dict(found[1])
 
     def save_server(self, tensors: State, server_round: int) -> None:
         """Keeps the tensors that the server sent for a round."""

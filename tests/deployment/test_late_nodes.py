@@ -11,12 +11,12 @@ import psutil
 import pytest
 import torch
 
+from tap_flower.client.module import built_module
 from tap_flower.client.state import SERVER
-from tap_flower.core.initial import Initial
 from tap_flower.files import read_tensors
 
 from . import toy
-from .toy_app.toy.client_app import INPUTS, TASKS
+from .toy_app.toy.client_app import TASKS, Net
 
 pytestmark = pytest.mark.slow
 SEED, LIMIT = 25, 90
@@ -60,11 +60,10 @@ def test_nodes_that_are_late_or_gone(tmp_path: Path) -> None:
         faults.held("cleo")
         received, record = read_tensors(cluster.state("cleo") / SERVER)
         assert record["round"] == 2
-        for layer, width in (("encoders.topic", INPUTS["topic"]), ("heads.topic", 6)):
-            for part in ("weight", "bias"):
-                name = f"{layer}.{part}"
-                initial = Initial("uniform", width**-0.5).value(name, tuple(received[name].shape), SEED)
-                assert torch.equal(received[name], initial)
+        built = built_module(lambda: Net("topic"), SEED)
+        assert built is not None
+        for name in (f"{layer}.topic.{part}" for layer in ("encoders", "heads") for part in ("weight", "bias")):
+            assert torch.equal(received[name], built.values[name])
         assert (received["trunk.1.bias"] != 0).any()  # the server's by then: ann has trained it
 
         # The two that were late go on with what they had been asked for. dora then answers, and is there for the next round;
