@@ -44,17 +44,17 @@ class NotedConfig(dict[str, Any]):
         self._unread.clear()
         return super().__iter__()
 
-    def keys(self) -> KeysView[str]:
+    def keys(self) -> KeysView[str]:  # type: ignore[override]
         """All keys."""
         self._unread.clear()
         return super().keys()
 
-    def values(self) -> ValuesView[Any]:
+    def values(self) -> ValuesView[Any]:  # type: ignore[override]
         """All values."""
         self._unread.clear()
         return super().values()
 
-    def items(self) -> ItemsView[str, Any]:
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
         """All keys and values."""
         self._unread.clear()
         return super().items()

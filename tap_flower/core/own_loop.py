@@ -86,7 +86,7 @@ class _With(torch.autograd.Function):
         return output.clone()  # a view could not be changed in place by the loop
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         term: _Term = ctx.term
         if term.added:
             return gradient, None, None
@@ -119,7 +119,7 @@ def further_loss(module: nn.Module, task: str, objective: Objective | None) -> I
 
     def watched(root: Tensor, *args: Any, **options: Any) -> None:
         factor.read(root)
-        backward(root, *args, **options)
+        backward(root, *args, **options)  # type: ignore[no-untyped-call]
 
     hooks = _proximal_hooks(objective, factor) if isinstance(objective, Proximal) else []
 
@@ -131,7 +131,7 @@ def further_loss(module: nn.Module, task: str, objective: Objective | None) -> I
         batch = Batch(task, {CALL: (args, kwargs)}, None)  # type: ignore[arg-type]
         value = objective(batch, comparable(output))
         term = _Term(value, factor)
-        return _mapped(output, lambda tensor: _With.apply(tensor, value, term) if tensor.requires_grad else tensor)
+        return _mapped(output, lambda tensor: _With.apply(tensor, value, term) if tensor.requires_grad else tensor)  # type: ignore[no-untyped-call]
 
     hooks.append(module.register_forward_hook(called, with_kwargs=True))
     Tensor.backward = watched  # type: ignore[method-assign,assignment]
@@ -160,7 +160,7 @@ def _proximal_hooks(objective: Proximal, factor: Factor) -> list[Any]:
         return near
 
     trained = [(name, p) for name, p in objective.model.named_parameters() if p.requires_grad]
-    return [parameter.register_hook(hook(name, parameter)) for name, parameter in trained]
+    return [parameter.register_hook(hook(name, parameter)) for name, parameter in trained]  # type: ignore[no-untyped-call]
 
 
 @contextmanager

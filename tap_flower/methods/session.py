@@ -186,8 +186,9 @@ class Session:
             ClientError: a loop returned what is neither a loss nor metrics, or nothing where the loss decides.
             DivergedError: a loss is NaN or infinite.
         """
-        losses, model = {}, model.train()
+        losses: dict[str, float] = {}
         metrics: dict[str, float] = {}
+        model.train()
         for task in self.tasks:
             assert task.fit is not None
             name, loader = task.pair.task, self.data.loader("train", task.pair.task)
