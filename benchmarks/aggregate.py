@@ -40,8 +40,7 @@ def main() -> None:
     before, rows = peak_bytes(cpu), []
     for clients in given.clients:
         reset_peak(cpu)
-        expected = dict.fromkeys(component_of.values(), EXAMPLES * clients)
-        averaging = Averaging(differences[0], component_of, expected)
+        averaging = Averaging(differences[0], component_of, dict.fromkeys(component_of.values(), clients))
         adding, copying = [], []
         for number in range(clients):
             adding.append(_add(averaging, differences[number % 2], component_of))

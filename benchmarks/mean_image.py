@@ -13,7 +13,7 @@ from tap_flower.config import client_specs, load_config
 from tap_flower.core.tasks import IMAGE_GENERATION
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.text import load_tokenizer
-from tap_flower.models.load import locate
+from tap_flower.hub import locate
 
 
 def main() -> None:

@@ -26,10 +26,11 @@ from tap_flower.config import Encoding, client_specs, load_config
 from tap_flower.core.components import ComponentModel, State
 from tap_flower.core.training import Batch
 from tap_flower.data.batching import ClientData
+from tap_flower.hub import locate
 from tap_flower.methods import tap
 from tap_flower.methods.method import Memory, Participation
 from tap_flower.methods.session import Session
-from tap_flower.models.load import from_config, locate
+from tap_flower.models.load import from_config
 from tap_flower.models.model import TapModel
 
 if TYPE_CHECKING:

@@ -49,6 +49,10 @@ class SpecError(TapFlowerError, ValueError):
     """A client spec is wrong, or does not fit its data."""
 
 
+class StateLostError(TapFlowerError, RuntimeError):
+    """A client's folder has lost what a run cannot go on without; the server gives it again."""
+
+
 class StorageError(TapFlowerError, RuntimeError):
     """A file cannot be read or written, or its content is damaged."""
 

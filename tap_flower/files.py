@@ -187,3 +187,8 @@ def _float32(name: str, tensor: Tensor) -> Tensor:
     if tensor.dtype != torch.float32:
         raise ValueError(f"tensor {name!r} is {tensor.dtype}, not torch.float32")
     return tensor
+
+
+def default_state_dir() -> Path:
+    """Where clients' states are unless a node's `state-dir` or `Client.state_dir` says otherwise: in Flower's home."""
+    return Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")) / "tap-flower"

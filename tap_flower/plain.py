@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from typing import Any
 
+import msgspec
 import yaml
 
 DEEPEST = 32
@@ -25,6 +27,26 @@ class PlainError(ValueError):
 def shown(value: object) -> str:
     """A value for a message: its beginning, where it is long or deep."""
     return _shortened.repr(value)
+
+
+def printable(text: str, most: int = 1000) -> str:
+    """Words from elsewhere for a log or a terminal: one line, without control characters, cut where they are long.
+
+    Args:
+        text: the words.
+        most: characters of them that are taken.
+    """
+    rest = f"… ({len(text):,} characters)" if len(text) > most else ""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most]) + rest
+
+
+def as_text(value: object) -> str:
+    """A plain value as a text: booleans as in YAML (`true`), whole numbers without a fraction (1.0 is `1`)."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value)
 
 
 def parse_json(text: str) -> Any:
@@ -48,12 +70,27 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         values = yaml.load(text, _Loader)
+    except PlainError:
+        raise
     except Exception as error:  # beside YAMLError, whatever its makers of numbers and dates raise
         raise PlainError(f"it is no YAML: {error}") from error
     return _bounded(values)
 
 
 class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping as it is written. YAML's own loaders take the last of two equal keys."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+                line = key.start_mark.line + 1
+                if (key.tag, key.value) in lines:
+                    before = lines[key.tag, key.value]
+                    raise PlainError(f"the key {shown(key.value)} stands twice, in lines {before} and {line}: keep one")
+                lines[key.tag, key.value] = line
+        return node
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
         if len(node.value) > MOST_VALUES:
@@ -86,3 +123,19 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise PlainError(f"it holds the text {shown(text)}, which is not Unicode: half of a character") from error
+
+
+def with_value(problem: str, text: str) -> str:
+    """Msgspec's message with the value that it is about, where its path leads to one."""
+    path = re.search(r" - at `\$((?:\.\w+|\[\d+\])+)`$", problem)
+    if path is None:
+        return problem
+    try:
+        value: Any = msgspec.json.decode(text)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):  # malformed behind the field that has failed
+        return problem
+    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path[1]):
+        if not isinstance(value, dict if key else list):
+            return problem
+        value = value[key] if key else value[int(index)]
+    return f"{path[1].lstrip('.')} is {shown(value)}: {problem[: path.start()]}"

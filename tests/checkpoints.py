@@ -8,7 +8,7 @@ import torch
 from transformers import FlavaConfig, FlavaModel, ViltConfig, ViltModel
 
 from tap_flower.data.text import load_tokenizer
-from tap_flower.models.load import locate
+from tap_flower.hub import locate
 
 SIZE = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 

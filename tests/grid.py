@@ -67,10 +67,14 @@ class Playback(InProcessGrid):
 
 
 def recorded(grid: InProcessGrid) -> Replies:
-    """What the nodes of a grid have answered, each message being the first of its kind in its round."""
+    """What the nodes of a grid have answered to the first message of each kind in a round.
+
+    A node's second `query.values` brings it values; what it says to that is not looked at.
+    """
     asked = {message.metadata.message_id: message for message in grid.sent}
     found: Replies = {}
     for reply in grid.received:
         message = asked[reply.metadata.reply_to_message_id]
-        found[reply.metadata.message_type, reply.metadata.src_node_id, round_of(message)] = reply.content
+        key = reply.metadata.message_type, reply.metadata.src_node_id, round_of(message)
+        found.setdefault(key, reply.content)
     return found

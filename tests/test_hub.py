@@ -25,7 +25,7 @@ from tap_flower.models.load import outline
 from tap_flower.client.text_metrics import missing
 spec, _ = check_spec(json.loads(sys.argv[1]))
 began = time.monotonic()
-problems = [str(problem) for problem in check_data(spec, spec.backbone, 8, 41)[1]]
+problems = [str(problem) for problem in check_data(spec, 8, 41)[1]]
 try:
     outline(spec.backbone, 1)
 except BackboneError as error:
@@ -50,17 +50,26 @@ SPEC = {
 }  # fmt: skip
 
 
-def told(endpoint: str, folder: Path) -> tuple[dict[str, Any], str]:
-    """What a process with an empty cache finds, and its log."""
+SLOW = 3
+"""Times as long as a process of this test may take on a machine that others use as well."""
+
+
+def ran(code: str, endpoint: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process whose caches are in a folder."""
     switches = {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"}
     environment = {name: value for name, value in os.environ.items() if name not in switches}
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK, json.dumps(SPEC)],
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
         env={**environment, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "NO_PROXY": "127.0.0.1"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def told(endpoint: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """What a process with an empty cache finds, and its log."""
+    done = ran(CHECK, endpoint, folder, json.dumps(SPEC))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -85,6 +94,33 @@ def test_without_a_network_everything_that_cannot_be_had_is_told_within_five_sec
     assert "`hf download owner/one --repo-type dataset`" in train
     assert "`hf download owner/two --repo-type dataset`" in test
     assert "backbone 'owner/backbone' cannot be loaded" in backbone
+
+
+PRESET = """
+import logging, sys, time
+logging.basicConfig(format="%(message)s")
+began = time.monotonic()
+from tap_flower.cli import main, simulate
+simulate.simulate = lambda *_: print("started")
+sys.argv = ["tap-flower", "simulate", "--preset", "flava", "--out", sys.argv[1]]
+imported = time.monotonic()
+try:
+    main()
+finally:
+    print("seconds", time.monotonic() - imported)
+"""
+
+
+def test_what_a_preset_lacks_is_told_once_before_anything_starts(endpoint: str, tmp_path: Path) -> None:
+    done = ran(PRESET, endpoint, tmp_path, str(tmp_path / "run"))
+    assert done.returncode == 1
+    assert "started" not in done.stdout
+    assert not (tmp_path / "run").exists()
+    assert done.stderr.count("error:") == 1
+    assert "must be fetched, and the hub does not answer: run `tap-flower fetch flava` with a network" in done.stderr
+    assert done.stderr.count("facebook/flava-full") == done.stderr.count("cais/mmlu") == 1
+    assert max(map(len, done.stderr.splitlines())) < 500
+    assert float(done.stdout.split("seconds ")[1]) < 5 * SLOW
 
 
 def test_a_hub_that_answers_is_asked_for_the_files(tmp_path: Path) -> None:

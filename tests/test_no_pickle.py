@@ -17,7 +17,8 @@ from tap_flower.client.state import PERSONAL, PREVIOUS, StateFolder
 from tap_flower.client.text_metrics import MissingError, load_bertscore
 from tap_flower.errors import BackboneError, StorageError
 from tap_flower.files import read_json
-from tap_flower.models.load import demo_folder, load_backbone, outline
+from tap_flower.hub import demo_folder
+from tap_flower.models.load import load_backbone, outline
 from tap_flower.server import checkpoint
 from tap_flower.wire.fields import Epoch
 
@@ -129,7 +130,7 @@ def test_a_checkpoint_with_pickled_weights_alone_is_refused(
     pickled: Path, mark: Path, load: Callable[..., Any]
 ) -> None:
     with pytest.raises(
-        BackboneError, match=r"pytorch_model.bin is a pickle and never read.*save_pretrained"
+        BackboneError, match=r"`tap-flower fetch .*pytorch_model.bin is a pickle and never read: the same"
     ) as refused:
         load(str(pickled), 1)
     assert "model.safetensors" in str(refused.value)

@@ -10,10 +10,17 @@ from tap_flower.plain import (
     PlainError,
     parse_json,
     parse_yaml,
+    printable,
     shown,
 )
 
 from .fuzz.corruption import bomb
+
+
+def test_words_from_elsewhere_are_printable_and_short() -> None:
+    assert printable("client 'ä' has 3 µ") == "client 'ä' has 3 µ"
+    assert printable("\x1b[2J\x07a\nb\u202e\ud800") == "\\x1b[2J\\x07a\\nb\\u202e\\ud800"
+    assert printable("x" * 5_000_000, 10) == "x" * 10 + "… (5,000,000 characters)"
 
 
 def test_values_come_as_they_are() -> None:

@@ -24,7 +24,7 @@ SIGNATURES = {
     "TapResult": (
         "(arrays=<factory>, train_metrics_clientapp=<factory>, evaluate_metrics_clientapp=<factory>, "
         "evaluate_metrics_serverapp=<factory>, personalise_metrics_clientapp=<factory>, clients=<factory>, tasks=<factory>, "
-        "bytes=<factory>, missing=<factory>, summary=<factory>)"
+        "bytes=<factory>, missing=<factory>, marks=<factory>, summary=<factory>)"
     ),
     "TapStrategy": (
         "(*, config=None, run_folder=None, resume=False, method=None, fraction_train=None, min_train_nodes=None, "
@@ -33,7 +33,7 @@ SIGNATURES = {
     ),
     "Task": (
         "(name, kind, modalities, train, test, forward=None, target=None, validation=0.2, margin=None, "
-        "batch_size=None, domains=(), head_size=0, fit=None, score=None)"
+        "batch_size=None, domains=(), head_size=0, classes=(), fit=None, score=None)"
     ),
     "TaskKind": (
         "(name, losses, divergences, statistics, metrics, headline, higher_is_better, margin=0.0, distillation=1.0)"

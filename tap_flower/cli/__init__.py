@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from tap_flower.cli import check, predict, simulate, sweep
+from tap_flower.cli import check, fetch, init, predict, restore, simulate, sweep
 from tap_flower.errors import TapFlowerError
 
 app = typer.Typer(
@@ -25,7 +26,13 @@ _PANELS: Mapping[str, Mapping[str, Callable[..., None]]] = {
         "report": simulate.report_command,
     },
     "Compare": {"sweep": sweep.sweep_command},
-    "Deploy": {"check": check.check_command, "node": check.node_command},
+    "Deploy": {
+        "init": init.init_command,
+        "fetch": fetch.fetch_command,
+        "check": check.check_command,
+        "node": check.node_command,
+        "restore": restore.restore_command,
+    },
     "Use the models": {
         "predict": predict.predict_command,
         "export": predict.export_command,
@@ -45,5 +52,5 @@ def main() -> None:
     try:
         app()
     except TapFlowerError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from rich.markup import escape
 from tap_flower.cli.common import ConfigFile, DataRoot, Preset, Settings, say
 from tap_flower.client.text_metrics import missing
 from tap_flower.config import Model, load_config, read_yaml
+from tap_flower.data.spec import SPLITS
+from tap_flower.errors import BackboneError, ConfigError
+from tap_flower.files import write_json
 from tap_flower.run.supernode import NodeLaunch
 from tap_flower.run.supernode import start as start_node
 
@@ -23,30 +26,47 @@ def check_command(
     config: ConfigFile = "",
     set_: Settings = None,
     data_root: DataRoot = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write what was found here, too.")
+    ] = None,
 ) -> None:
     """Check a client spec for a run: read all its data, and list every problem."""
     # Imported here: they bring transformers and datasets, which the other commands do without.
     from tap_flower.client.client_model import exchanged
     from tap_flower.data.check import Problem, check_data, check_spec
-    from tap_flower.errors import BackboneError
-    from tap_flower.models.load import locate
+    from tap_flower.data.images import with_image_forms
     from tap_flower.report.terminal_tables import data_table, example_table, exchange_line
 
     console, run = Console(), load_config(preset, config, tuple(set_ or ()))
     root, length = run.data.root if data_root is None else str(data_root.resolve()), run.model.text_length
-    client, problems = check_spec(read_yaml(spec, "client spec"))
+    found: dict[str, Any] = {"client": None, "problems": [], "notes": [], "tasks": {}}
+    client, problems = None, list[Problem]()
+    try:
+        values = read_yaml(spec, "client spec")
+        found["client"] = values.get("name")
+        client, problems = check_spec(values)
+    except ConfigError as error:
+        if json_ is None:
+            raise
+        problems.append(Problem(str(error)))
     if client is not None:
         with console.status("reading the data"):
-            backbone = locate(client.backbone)
-            summaries, found = check_data(client, backbone, length, run.seed, root, run.needs_validation)
-        problems += found
+            summaries, wrong = check_data(client, length, run.seed, root, run.needs_validation)
+        problems += wrong
+        for task in client.tasks:
+            splits = {one.split: one.plain() for one in summaries if one.task == task.name}
+            found["tasks"][task.name] = {split: splits.get(split, {}) for split in SPLITS}
         console.print(data_table(summaries, length))
         console.print(example_table(summaries))
         try:
-            say(console, exchange_line(exchanged(client, run.model)))
+            say(console, exchange_line(exchanged(with_image_forms(client), run.model)))
         except BackboneError as error:
             problems.append(Problem(str(error)))
-    _exit_with(console, problems)
+    for kind, is_note in (("problems", False), ("notes", True)):
+        found[kind] = list(dict.fromkeys(str(one) for one in problems if one.is_note is is_note))
+    if json_ is not None:
+        write_json(json_, found)
+    _tell(console, found["problems"], found["notes"])
     console.print("no problems found")
 
 
@@ -75,31 +95,46 @@ def node_command(
     compile_: Annotated[
         bool, typer.Option("--compile", help="Run models through torch.compile; needs a C++ compiler.")
     ] = False,
+    keep_best: Annotated[
+        bool,
+        typer.Option(
+            "--keep-best", help="Keep the state with the best validation scores too; `restore --best` takes it."
+        ),
+    ] = False,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=N",
+            help="Refuse what asks for more: steps, batch_size, text_length, rounds, seconds; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Check a client spec with all its data, then become a Flower SuperNode for it."""
     from tap_flower.data.check import check_data, check_spec
-    from tap_flower.models.load import locate
 
     console = Console()
     launch = NodeLaunch(
-        spec, superlink, state_dir, root_certificates, key, insecure, port, data_root, meteor, bertscore, compile_
-    )
+        spec, superlink, state_dir, root_certificates, key, insecure, port, data_root, meteor, bertscore, compile_,
+        keep_best, limit or (),
+    )  # fmt: skip
     launch.command()  # what is wrong with it is said before all data are read
     client, problems = check_spec(read_yaml(spec, "client spec"))
     if client is not None:
         with console.status("reading the data"):
             root = "" if data_root is None else str(data_root.resolve())
-            problems += check_data(client, locate(client.backbone), Model().text_length, seed=0, root=root)[1]
+            problems += check_data(client, Model().text_length, seed=0, root=root)[1]
     for problem in missing(meteor=meteor, bertscore=bertscore):
         say(console, f"[yellow]{escape(problem)}")
-    _exit_with(console, problems)
+    _tell(console, *([str(one) for one in problems if one.is_note is is_note] for is_note in (False, True)))
     start_node(launch)
 
 
-def _exit_with(console: Console, problems: Sequence[object]) -> None:
-    """Prints the problems of a client spec; ends the command where there are any."""
+def _tell(console: Console, problems: Sequence[str], notes: Sequence[str]) -> None:
+    """Prints the notes and problems of a client spec; ends the command where there are problems."""
+    for note in notes:
+        say(console, f"[yellow]note:[/] {escape(note)}")
     for problem in problems:
-        say(console, f"[bold red]problem:[/] {escape(str(problem))}")
+        say(console, f"[bold red]problem:[/] {escape(problem)}")
     if problems:
         say(console, f"{len(problems)} problem{'s' * (len(problems) > 1)} found")
         raise typer.Exit(1)

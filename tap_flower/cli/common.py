@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+DEMO = "demo"
+"""The backbone that the package holds."""
+
 Preset = Annotated[str, typer.Option(help="Name of a preset; `tap-flower presets` lists them.")]
 ConfigFile = Annotated[str, typer.Option(metavar="FILE", help="YAML file that overrides the preset.")]
 Settings = Annotated[

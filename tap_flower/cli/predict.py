@@ -44,19 +44,20 @@ def predict_command(
 ) -> None:
     """Print what a client's model answers to images or texts."""
     folder = client_folder(place, client)
-    wanted = {one.name: one for one in read_description(folder).tasks}
-    task = chosen_task(task, wanted)
+    wanted = chosen_task(task, read_description(folder))
     given: dict[str, list[Any]] = {"image": image or [], "text": text or []}
-    if inputs and len(wanted[task].modalities) > 1:
-        raise PersonalError(f"task {task!r} takes an image and a text: give them with --image and --text")
-    given[wanted[task].modalities[0]] += inputs or []
+    if inputs and len(wanted.modalities) > 1:
+        raise PersonalError(f"task {wanted.name!r} takes an image and a text: give them with --image and --text")
+    given[wanted.modalities[0]] += inputs or []
     if not any(given.values()):
-        raise PersonalError(f"task {task!r} got no input: give {' and '.join(wanted[task].modalities)}")
+        raise PersonalError(f"task {wanted.name!r} got no input: give {' and '.join(wanted.modalities)}")
     # Imported here: it brings transformers, which what was checked so far does without.
     from tap_flower.personal.personal_model import PersonalModel
 
     _without_progress_bars()
-    answers = PersonalModel.load(folder, model).predict(task, given["image"] or None, given["text"] or None, domain)
+    answers = PersonalModel.load(folder, model).predict(
+        wanted.name, given["image"] or None, given["text"] or None, domain
+    )
     for number, answer in enumerate(answers):
         values = _plain(answer, number, out)
         typer.echo(json.dumps(values, ensure_ascii=False) if as_json else _line(values))
@@ -73,11 +74,11 @@ def export_command(
     from tap_flower.personal.export import export
 
     folder = client_folder(place, client)
-    task = chosen_task(task, {one.name: one for one in read_description(folder).tasks})
+    name = chosen_task(task, read_description(folder)).name
     run = next((parent for parent in (place, folder.parent.parent) if (parent / RESULTS).exists()), None)
     _without_progress_bars()
-    written = export(folder, out, task, model, run)
-    typer.echo(f"model {written.which!r} of client {written.description.client!r}, task {task!r}, in {out}")
+    written = export(folder, out, name, model, run)
+    typer.echo(f"model {written.which!r} of client {written.description.client!r}, task {name!r}, in {out}")
 
 
 def demo_command(

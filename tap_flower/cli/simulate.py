@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tap_flower.cli.common import ConfigFile, Preset, Settings, say
+from tap_flower.cli.fetch import check_fetched
 from tap_flower.client.text_metrics import missing
 from tap_flower.config import client_specs, load_config, presets
 from tap_flower.errors import ConfigError
@@ -22,7 +23,7 @@ from tap_flower.report.result_tables import headline_table
 from tap_flower.report.results import read_results
 from tap_flower.report.terminal_tables import download_table, terminal
 from tap_flower.report.trackers import tracker_names
-from tap_flower.run.resources import CLUSTER, shared, shared_cluster, this_machine
+from tap_flower.run.resources import CLUSTER, check_cluster, shared, shared_cluster, this_machine
 from tap_flower.run.simulation import Launch, simulate
 
 
@@ -74,6 +75,7 @@ def simulate_command(
     specs = client_specs(resolved)
     if not specs:
         raise ConfigError(f"preset {preset!r} has no clients: add client specs under `clients`")
+    check_fetched(specs, resolved.data.root, f"tap-flower fetch {preset}")
     out = out or _free_folder(Path("runs"), f"{preset}-seed{resolved.seed}", resume)
     if resume:
         read_tensors(out / "server" / "server.safetensors")
@@ -82,7 +84,8 @@ def simulate_command(
     # The clients log it too, but their log goes with the run: it is said here, before hours of work.
     for problem in missing(meteor=resolved.metrics.meteor, bertscore=resolved.metrics.bertscore):
         say(console, f"[yellow]{escape(problem)}")
-    if os.environ.get(CLUSTER):
+    if address := os.environ.get(CLUSTER):
+        check_cluster(address)
         resources = shared_cluster(cpus_per_client, gpus_per_client)
     else:
         resources = shared(this_machine(), len(specs), resolved.clients_per_round, cpus_per_client, gpus_per_client)

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from tap_flower.cli.common import ConfigFile, Jobs, Preset, Settings, say
+from tap_flower.cli.fetch import check_fetched
+from tap_flower.config import client_specs
 from tap_flower.errors import SimulationError
 from tap_flower.files import write_atomically
 from tap_flower.report.terminal_tables import terminal
@@ -86,6 +88,8 @@ def _execute(console: Console, runs: Sequence[PlannedRun], jobs: int | None) -> 
     """Executes the missing runs, with a line for each, and returns those that failed."""
     machine, missing = this_machine(), [run for run in runs if not run.done]
     jobs = max(1, min(jobs or machine.gpus or machine.cores, len(missing)))
+    for run in missing[:1]:
+        check_fetched(client_specs(run.resolved), run.resolved.data.root, f"tap-flower fetch {run.resolved.preset}")
     say(console, f"{len(runs)} runs, {len(runs) - len(missing)} of them finished; {jobs} at once")
     failed: list[Outcome] = []
     ended = count(1)

@@ -15,6 +15,7 @@ from tap_flower.core.tasks import TEXT_GENERATION
 from tap_flower.data.spec import ClientSpec, TaskSpec
 from tap_flower.errors import BackboneError
 from tap_flower.models.backbone import Backbone
+from tap_flower.models.heads import IMAGE_SIZE
 from tap_flower.models.load import outline
 from tap_flower.models.model import ModelTask, TapModel
 
@@ -48,6 +49,7 @@ def model_task(task: TaskSpec | TaskDescription, text_length: int) -> ModelTask:
         domains=task.domains,
         classes=len(task.classes),
         target_length=text_length if task.kind == TEXT_GENERATION.name else 0,
+        image_size=task.image.size or IMAGE_SIZE,
     )
 
 

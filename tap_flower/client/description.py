@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hmac
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -14,8 +16,10 @@ from msgspec import Meta, Struct
 
 from tap_flower.config import HyperParameters, hyper_parameters
 from tap_flower.core.components import Pair
+from tap_flower.core.tasks import IMAGE_GENERATION
+from tap_flower.data.fields import ImageForm
 from tap_flower.data.spec import ClientSpec, check_kind, class_names
-from tap_flower.errors import StorageError
+from tap_flower.errors import SpecError, StorageError
 from tap_flower.files import read_json, write_json
 from tap_flower.methods.registry import find_method
 from tap_flower.wire.fields import Epoch, Name
@@ -33,6 +37,7 @@ class TaskDescription(Struct, frozen=True, forbid_unknown_fields=True):
         modalities: modalities of the input.
         domains: domains of its data; a batch has one of them.
         classes: names of the classes, in the order of the model's outputs (classification).
+        image: what its images are made into, whole; as it is by default where the task has none.
     """
 
     name: Name
@@ -40,15 +45,28 @@ class TaskDescription(Struct, frozen=True, forbid_unknown_fields=True):
     modalities: tuple[str, ...]
     domains: Annotated[tuple[Name, ...], Meta(min_length=1)]
     classes: tuple[str, ...]
+    image: ImageForm = ImageForm()
 
     def __post_init__(self) -> None:
         check_kind(self.kind, list(self.modalities), f"task {self.name!r}")
         class_names(list(self.classes), self.kind, f"task {self.name!r}")
+        if ("image" in self.modalities or self.kind == IMAGE_GENERATION.name) and not self.image.is_complete:
+            raise SpecError(f"task {self.name!r} lacks the form of its images")
 
     @property
     def pair(self) -> Pair:
         """The modality-task pair."""
         return Pair(self.name, self.modalities)
+
+
+def hash_of_classes(run: str, task: str, classes: Sequence[str]) -> str:
+    """A hash of the names of a task's classes, in order, by which the server sees whether two clients have the same ones.
+
+    Its key is the run's random identity: no table of hashes made before gives the names. A server that guesses all of them,
+    in order, can tell that it was right.
+    """
+    words = json.dumps([task, *classes]).encode()
+    return hmac.new(run.encode(), words, "sha256").hexdigest()[:16] if classes else ""
 
 
 class _Settings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -131,7 +149,7 @@ def describe(
         stated=_Settings(
             settings.method, settings.seed, asdict(settings.model), {"precision": settings.compute.precision.value}
         ),
-        tasks=tuple(TaskDescription(t.name, t.kind, t.modalities, t.domains, t.classes) for t in spec.tasks),
+        tasks=tuple(TaskDescription(t.name, t.kind, t.modalities, t.domains, t.classes, t.image) for t in spec.tasks),
     )
     values = msgspec.to_builtins(found)
     with suppress(StorageError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,9 @@ from tap_flower.wire.messages import Metrics
 
 if TYPE_CHECKING:
     from tap_flower.client.samples import Samples  # it imports PIL and datasets
+
+
+log = logging.getLogger("tap_flower")
 
 
 @dataclass
@@ -42,12 +47,14 @@ class Found:
         last: name of the model that was evaluated last.
         samples: answers to a few test items; see `Samples.tasks`.
         cosines: gradient cosines of the server's model; see `gradient_cosines`.
+        skipped: what could not be had besides metrics -> why.
     """
 
     metrics: Metrics
     last: str
     samples: dict[str, Any] = field(default_factory=dict)
     cosines: list[dict[str, Any]] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate_models(session: Session, models: Mapping[str, State | None], observer: TestObserver | None) -> Found:
@@ -60,26 +67,43 @@ def evaluate_models(session: Session, models: Mapping[str, State | None], observ
     """
     metrics: Metrics = {task: {} for task in session.kinds}
     cosines: list[dict[str, Any]] = []
+    skipped: dict[str, str] = {}
     for name, state in models.items():
         model = session.model(state)
         if name == "server":
-            cosines = gradient_cosines(session, model)
+            with _diagnostic("gradient cosines", skipped):
+                cosines = gradient_cosines(session, model)
         texts = None
         if observer is not None:
-            observer.samples.add(name, model)
+            with _diagnostic("answers to test items", skipped):
+                observer.samples.add(name, model)
             texts = observer.new_texts()
         found = session.evaluate(model, "test", None if texts is None else texts.observe)
-        further = {} if texts is None else texts.metrics()
+        further: Mapping[str, Mapping[str, float]] = {}
+        if texts is not None:
+            with _diagnostic("metrics of generated texts", skipped):
+                further = texts.metrics()
         for task, values in found.items():
-            metrics[task][name] = values | further.get(task, {})
+            metrics[task][name] = {**values, **further.get(task, {})}
     samples = {} if observer is None else observer.samples.tasks
-    return Found(metrics, list(models)[-1], samples, cosines)
+    return Found(metrics, list(models)[-1], samples, cosines, skipped)
+
+
+@contextmanager
+def _diagnostic(what: str, skipped: dict[str, str]) -> Iterator[None]:
+    """What is interesting besides the metrics costs no result: where it fails, it is skipped, and said to be."""
+    try:
+        yield
+    except Exception as error:  # a user's module may raise anything
+        skipped[what] = f"{type(error).__name__}: {error}"
+        log.warning("%s are skipped: %s", what, skipped[what])
 
 
 def gradient_cosines(session: Session, model: ComponentModel) -> list[dict[str, Any]]:
     """Cosines between the gradients of every two pairs of a client, on the components that both reach.
 
     The gradient of a pair is that of its mean loss on one batch of its training examples, without dropout; no step is made.
+    It is zero on tensors that the module uses in training only.
 
     Args:
         session: the client at work; one with a single pair has no cosines.
@@ -104,7 +128,7 @@ def gradient_cosines(session: Session, model: ComponentModel) -> list[dict[str, 
         size = session.data.splits["train"][pair.task][0].batch_size or session.settings.train.batch_size
         batch = session.data.first("train", pair.task, size, session.device)
         loss = session.kinds[pair.task].losses(model(pair.task, batch.inputs), batch.target).mean()
-        found = torch.autograd.grad(loss, [parameters[n] for n in names])
+        found = torch.autograd.grad(loss, [parameters[n] for n in names], allow_unused=True, materialize_grads=True)
         gradients[pair.task] = {name: value.double() for name, value in zip(names, found, strict=True)}
     cosines = []
     for a, b in combinations(sorted(gradients), 2):

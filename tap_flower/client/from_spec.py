@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from flwr.app import Context
@@ -16,15 +18,18 @@ from tap_flower.client.samples import Samples
 from tap_flower.client.task import Client, Task
 from tap_flower.client.text_metrics import TextMetrics
 from tap_flower.config import HyperParameters, Metrics
-from tap_flower.core.tasks import TASK_KINDS, TEXT_GENERATION
+from tap_flower.core.tasks import IMAGE_GENERATION, TASK_KINDS, TEXT_GENERATION, image_generation
+from tap_flower.data.examples import Examples
+from tap_flower.data.images import with_image_forms
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec
 from tap_flower.data.text import load_tokenizer
 from tap_flower.errors import ConfigError, SpecError
+from tap_flower.hub import locate
 from tap_flower.methods.method import Method
 from tap_flower.methods.session import Session
 from tap_flower.models.cpu import prepare_allocation
-from tap_flower.models.load import load_backbone, locate
+from tap_flower.models.load import load_backbone
 from tap_flower.wire.messages import Instruction
 
 
@@ -49,7 +54,7 @@ def client_of_node(context: Context, settings: HyperParameters) -> Client:
 
 def client_from_spec(node: Node, settings: HyperParameters) -> Client:
     """The client of a node's client spec; its backbone is shared by all clients of the process."""
-    spec, model = node.spec, settings.model
+    spec, model = with_image_forms(node.spec), settings.model
     backbone = load_backbone(
         spec.backbone,
         model.layers,
@@ -60,13 +65,15 @@ def client_from_spec(node: Node, settings: HyperParameters) -> Client:
         node.compile,
     )
     tokenizer = load_tokenizer(locate(spec.backbone), spec.revision)
-    data = load_client_data(
+    loaded = load_client_data(
         spec, tokenizer, model.text_length, settings.seed, node.data_root, settings.needs_validation
-    ).splits
+    )
+    data = cast(Mapping[str, Mapping[str, Sequence[Examples]]], loaded.splits)
     tasks = [
         Task(
             name=task.name,
-            kind=TASK_KINDS[task.kind],
+            # PSNR is of pixels, as they were before the task's own normalisation.
+            kind=image_generation(task.image.std) if task.kind == IMAGE_GENERATION.name else TASK_KINDS[task.kind],
             modalities=task.modalities,
             train=list(data["train"][task.name]),
             test=list(data["test"][task.name]),
@@ -75,6 +82,7 @@ def client_from_spec(node: Node, settings: HyperParameters) -> Client:
             batch_size=task.batch_size,
             domains=task.domains,
             head_size=len(task.classes),
+            classes=task.classes,
         )
         for task in spec.tasks
     ]

@@ -16,25 +16,26 @@ from statistics import fmean
 from cachetools import LRUCache
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 
+from tap_flower.client.description import hash_of_classes
 from tap_flower.client.evaluation import evaluate_models
 from tap_flower.client.module import unstable
-from tap_flower.client.state import ClientState, StateFolder, default_state_dir
+from tap_flower.client.node import Limits, limits_of, state_folder
+from tap_flower.client.state import ClientState, StateFolder
 from tap_flower.client.task import Client
 from tap_flower.config import Encoding, HyperParameters, NotedConfig, hyper_parameters
 from tap_flower.core.averaging import check_form
 from tap_flower.core.components import State, trainable_state
 from tap_flower.core.module_tensors import digest
-from tap_flower.errors import MessageError, SpecError, StorageError, TapFlowerError, users_line
+from tap_flower.errors import MessageError, SpecError, StateLostError, TapFlowerError, users_line
 from tap_flower.methods.method import Memory, Method
 from tap_flower.methods.registry import find_method
 from tap_flower.methods.session import Session
+from tap_flower.plain import printable
 from tap_flower.report.client_records import record_decisions, record_evaluation
 from tap_flower.wire import messages
-from tap_flower.wire.messages import Evaluation, Instruction, Manifest, Report, TaskInfo, TensorInfo
+from tap_flower.wire.messages import LOST, REFUSED, Evaluation, Instruction, Manifest, Report, TaskInfo, TensorInfo
 from tap_flower.wire.tensors import encode_tensors, make_update, moved_to
 
-REFUSED = 1001
-"""Error code of a reply whose reason is meant for the person who runs the server or the node."""
 OPEN_CLIENTS = 1024
 """Clients that a process keeps open; a process of a simulation serves many."""
 log = logging.getLogger("tap_flower")
@@ -49,12 +50,14 @@ class Participant:
         session: its model, data and the run's hyper-parameters.
         folder: its state.
         instruction: what the server sent.
+        keeps_best: whether the state with the best validation scores is kept; `keep-best` of the node's configuration.
     """
 
     client: Client
     session: Session
     folder: StateFolder
     instruction: Instruction
+    keeps_best: bool
 
     @property
     def encoding(self) -> Encoding:
@@ -90,11 +93,11 @@ class Participant:
             message_type: of the server's message.
 
         Raises:
-            StorageError: they are lost.
+            StateLostError: they are lost.
         """
         if kept is None and self.session.outline.is_built:
             if message_type != messages.MANIFEST:
-                raise StorageError(f"{self.folder.folder} has lost the run's first values: start this node again")
+                raise StateLostError("its folder has lost the run's first values: the server has to give them again")
             self.folder.save_first(kept := unstable(self.client.model, self.session.settings.seed))
         self.session.first = kept or {}
 
@@ -163,34 +166,41 @@ class Handlers:
     ) -> Message:
         """Runs a handler; an error is answered in plain words."""
         try:
-            instruction = messages.decode(message.content, Instruction, "the server")
-            client, session = self._open(context, instruction)
-            folder = StateFolder(_state_folder(client, context, instruction.run), instruction.run, instruction.epochs)
-            participant = Participant(client, session, folder, instruction)
-            session.config, session.metrics = dict(message.content.config_records.get(messages.CONFIG, {})), {}
-            with folder.locked():
-                participant.take_first_values(folder.load_first(), message.metadata.message_type)
-                content = handler(participant, message)
-                if client.describe is not None:  # not before: a message that is refused leaves nothing behind
-                    client.describe(folder.folder, session, instruction)
+            limits = limits_of(context.node_config)
+            with limits.time(message.metadata.ttl):
+                instruction = messages.decode(message.content, Instruction, "the server")
+                client, session = self._open(context, instruction, limits)
+                folder = StateFolder(
+                    state_folder(client, context, instruction.run), instruction.run, instruction.epochs
+                )
+                keeps_best = bool(context.node_config.get("keep-best"))
+                participant = Participant(client, session, folder, instruction, keeps_best)
+                session.config, session.metrics = dict(message.content.config_records.get(messages.CONFIG, {})), {}
+                with folder.locked():
+                    participant.take_first_values(folder.load_first(), message.metadata.message_type)
+                    content = handler(participant, message)
+                    if client.describe is not None:  # not before: a message that is refused leaves nothing behind
+                        client.describe(folder.folder, session, instruction)
             return Message(content, reply_to=message)
         except TapFlowerError as error:
-            reason = str(error)
+            reason = printable(str(error))
             if isinstance(error, SpecError) and not self.quotes(context):
                 log.error("%s", error)
                 reason = "the node's client spec is wrong, or does not fit its data: the log of the node says where"
-            return Message(Error(REFUSED, reason), reply_to=message)
+            return Message(Error(LOST if isinstance(error, StateLostError) else REFUSED, reason), reply_to=message)
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             where = users_line(error) or f"{Path(last.filename).name}:{last.lineno}"
             traceback.print_exc()
-            reason = str(error) if self.quotes(context) else "the log of its node says more"
+            reason = printable(str(error)) if self.quotes(context) else "the log of its node says more"
             return Message(Error(REFUSED, f"unexpected {type(error).__name__} at {where}: {reason}"), reply_to=message)
 
-    def _open(self, context: Context, instruction: Instruction) -> tuple[Client, Session]:
+    def _open(self, context: Context, instruction: Instruction, limits: Limits) -> tuple[Client, Session]:
         key = (instruction.run, context.node_id, json.dumps(instruction.hyper_parameters, sort_keys=True))
+        limits.check("rounds", "round", instruction.round)
         if key not in self.known:
             settings = hyper_parameters(instruction.hyper_parameters)
+            limits.check_settings(settings)
             noted = copy(context)
             noted.run_config = run_config = NotedConfig(context.run_config)
             client = self.make_client(noted, settings)
@@ -202,20 +212,13 @@ class Handlers:
         return self.known[key]
 
 
-def _state_folder(client: Client, context: Context, run: str) -> Path:
-    """`state-dir` of the node's configuration, the client's `state_dir`, or Flower's home; in it NAME/RUN."""
-    if client.folder is not None:
-        return client.folder
-    state_dir = context.node_config.get("state-dir") or client.state_dir or default_state_dir()
-    return Path(str(state_dir)) / client.name / run
-
-
 def _manifest(participant: Participant, _: Message) -> RecordDict:
     session, exchanged = participant.session, participant.exchanged
     model = session.outline
     participant.method.suits(model)
     examples = session.data.sizes("train")
     kept = set(exchanged.values())
+    classes = {task.name: task.classes for task in participant.client.tasks}
     return messages.encode(
         Manifest(
             client=session.name,
@@ -228,6 +231,7 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
                     task.domains,
                     task.head_size,
                     examples[task.pair.task],
+                    hash_of_classes(participant.instruction.run, task.pair.task, classes[task.pair.task]),
                 )
                 for task in session.tasks
             ),
@@ -237,6 +241,7 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
                 if name in exchanged
             },
             reach={pair.task: components & kept for pair, components in model.component_map.reach.items()},
+            state=participant.folder.round,
             unread=session.unread,
             built={name: digest(value) for name, value in session.built_values().items()} if model.is_built else {},
         )
@@ -274,20 +279,24 @@ def _train(participant: Participant, message: Message) -> RecordDict:
     update = make_update(received, returned, {} if state is None else state.residual, participant.encoding)
     local = {name: result.returned.get(name, received[name]) for name in session.outline.local}
     replaced = {decision.pair.task: int(decision.replaced) for decision in result.decisions}
+    wanted = instruction.best is not None or participant.keeps_best
+    scores = _own_scores(participant, received, result.memory) if wanted else {}
     report = Report(
         round=instruction.round,
         examples=session.data.sizes("train"),
         losses=result.losses,
         steps=session.steps - steps,
+        state=0 if state is None else state.round,
         replacements=replaced,
-        validation={} if instruction.best is None else _own_scores(participant, received, result.memory),
+        validation={} if instruction.best is None else scores,
     )
     tensors = encode_tensors(update.difference, participant.encoding)
     content = messages.encode(report, tensors, metrics=_metrics(report, session))
     # Step 4: the new state is on the disk before the answer leaves.
     counts = Counter(replaced) + (Counter() if state is None else state.replacements)
     record_decisions(folder.folder, instruction.run, instruction.round, result.decisions)
-    folder.save(ClientState(instruction.round, result.memory, counts, update.residual, local))
+    score = fmean(scores.values()) if participant.keeps_best and scores else None
+    folder.save(ClientState(instruction.round, result.memory, counts, update.residual, local, score))
     return content
 
 
@@ -295,12 +304,14 @@ def _personalise(participant: Participant, message: Message) -> RecordDict:
     session, state = participant.session, participant.state_after_stage_1()
     received, steps = participant.receive(message, state), session.steps
     result = participant.method.second_stage(session, received, _memory(state))
-    participant.folder.save_models(result.models)
+    participant.folder.save_models(result.models, participant.instruction.round)
     report = Report(
         round=participant.instruction.round,
         examples=session.data.sizes("train"),
         losses=result.losses,
         steps=session.steps - steps,
+        state=participant.folder.round,
+        models=tuple(result.models),
     )
     return messages.encode(report, metrics=_metrics(report, session))
 
@@ -312,12 +323,12 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
     models = method.models(received, memory, session.initial_values) | folder.load_models(method.results)
     observer = None if participant.client.observe is None else participant.client.observe(session, method)
     found = evaluate_models(session, models, observer)
-    record_evaluation(folder.folder, participant.instruction.run, found.samples, found.cosines)
+    record_evaluation(folder.folder, participant.instruction.run, found.samples, found.cosines, found.skipped)
     judged = [session.kinds[task].score(models[found.last]) for task, models in found.metrics.items() if models]
     metrics: dict[str, int | float] = {"num-examples": sum(session.data.sizes("test").values())}
     if judged:  # a client may have nothing to test on
         metrics["score"] = fmean(judged)
-    return messages.encode(Evaluation(found.metrics), metrics=MetricRecord(dict(metrics)))
+    return messages.encode(Evaluation(found.metrics, folder.round), metrics=MetricRecord(dict(metrics)))
 
 
 def _metrics(report: Report, session: Session) -> MetricRecord:

@@ -1,16 +1,129 @@
-"""What is set on a node, and never comes from the server: its client, its folders, metrics that read files, a compiler."""
+"""What is set on a node, and never comes from the server: its client, its folders, its limits, metrics, a compiler."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import faulthandler
+import math
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import FrameType
 
 from flwr.app import Context
 
-from tap_flower.config import Metrics, read_yaml, simulated_clients, simulated_run
+from tap_flower.client.task import Client
+from tap_flower.config import HyperParameters, Metrics, read_yaml, simulated_clients, simulated_run
 from tap_flower.data.spec import ClientSpec, client_spec
-from tap_flower.errors import ConfigError, SpecError
+from tap_flower.errors import ConfigError, MessageError, RunError, SpecError
+from tap_flower.files import default_state_dir
+
+GRACE, LAST = 60.0, 60.0
+"""Seconds for which work goes on after the server has given it up, and a process that does not stop after its deadline."""
+
+_LONGEST = 1e9
+"""Seconds that a clock of the system takes without overflow."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that a server may ask of a node; None leaves it at the bounds of the options.
+
+    Attributes:
+        steps: optimiser steps of a round, and of each model of stage 2.
+        batch_size: examples of an optimiser step.
+        text_length: tokens of a text.
+        rounds: number of the last round.
+        seconds: time for one message.
+    """
+
+    steps: int | None = None
+    batch_size: int | None = None
+    text_length: int | None = None
+    rounds: int | None = None
+    seconds: int | None = None
+
+    def check(self, limit: str, what: str, value: int) -> None:
+        """Refuses what is above a limit.
+
+        Raises:
+            MessageError: with the value and the limit.
+        """
+        most: int | None = getattr(self, limit)
+        if most is not None and value > most:
+            raise MessageError(
+                f"the server asks for {what} = {value}, and this node allows {most}: lower it in the run, or raise the "
+                f"node's limit (`tap-flower node --limit {limit}={value}`, `max-{limit.replace('_', '-')}` in its "
+                f"--node-config)"
+            )
+
+    def check_settings(self, settings: HyperParameters) -> None:
+        """Refuses hyper-parameters that ask for too much.
+
+        Raises:
+            MessageError: with the value and the limit.
+        """
+        train = settings.train
+        inner = settings.baselines.pfedme_inner_steps if settings.method == "pfedme" else 1
+        self.check("steps", "train.steps", train.steps * inner)
+        self.check("steps", "distill.iterations", settings.distill.iterations)
+        self.check("batch_size", "train.batch_size · train.accumulation", train.batch_size * train.accumulation)
+        self.check("text_length", "model.text_length", settings.model.text_length)
+
+    @contextmanager
+    def time(self, ttl: float) -> Iterator[None]:
+        """Breaks off what takes longer than the server waits for it, or than this node allows.
+
+        An exception in the main thread, where Flower runs an app, ends what runs Python. A process that does not come back
+        to Python is ended with its traceback in the log: Flower starts a new one for the next message.
+
+        Args:
+            ttl: seconds that the server waits for the answer.
+
+        Raises:
+            RunError: the time is over.
+        """
+        seconds = min(ttl + GRACE, self.seconds or math.inf, _LONGEST)
+        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+            yield
+            return
+
+        def stop(_: int, __: FrameType | None) -> None:
+            raise RunError(
+                f"the work took longer than {seconds:g} s and was broken off: raise the run's round_timeout or the node's "
+                f"max-seconds, or ask for less"
+            )
+
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again each second, where somebody's `except` swallows it
+        faulthandler.dump_traceback_later(seconds + LAST, exit=True, file=sys.__stderr__ or sys.stderr)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            signal.signal(signal.SIGALRM, before)
+            faulthandler.cancel_dump_traceback_later()
+
+
+def limits_of(node: Mapping[str, object]) -> Limits:
+    """The limits in a node's `--node-config`: `max-steps`, `max-batch-size`, `max-text-length`, `max-rounds`, `max-seconds`.
+
+    Raises:
+        SpecError: a limit is not a whole number from 1 on.
+    """
+    found: dict[str, int] = {}
+    for field in fields(Limits):
+        key = f"max-{field.name.replace('_', '-')}"
+        value = node.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise SpecError(f"the node's {key} is {value!r}: write {key}=N with a whole number from 1 on")
+        found[field.name] = value
+    return Limits(**found)
 
 
 @dataclass(frozen=True)
@@ -72,3 +185,11 @@ def _switch(node: Mapping[str, object], name: str) -> bool:
     if not isinstance(value, bool):
         raise SpecError(f"the node's {name} is {value!r}: write {name}=true or {name}=false in its --node-config")
     return value
+
+
+def state_folder(client: Client, context: Context, run: str) -> Path:
+    """`state-dir` of the node's configuration, the client's `state_dir`, or Flower's home; in it NAME/RUN."""
+    if client.folder is not None:
+        return client.folder
+    state_dir = context.node_config.get("state-dir") or client.state_dir or default_state_dir()
+    return Path(str(state_dir)) / client.name / run

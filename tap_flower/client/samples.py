@@ -15,6 +15,7 @@ from torch import Tensor
 from tap_flower.client.text_metrics import generated
 from tap_flower.core.components import ComponentModel
 from tap_flower.core.training import Batch
+from tap_flower.data.fields import ImageForm
 from tap_flower.data.images import denormalise
 from tap_flower.data.spec import TaskSpec
 from tap_flower.methods.session import Session
@@ -53,44 +54,45 @@ class Samples:
         model.eval()
         for task in self.specs:
             batch = self.session.data.first("test", task.name, ITEMS, self.session.device)
-            found = self.tasks.setdefault(task.name, {"kind": task.kind, "items": self._inputs(batch)})
-            answers = self._answers(task.kind, task.classes, batch, model(batch.task, batch.inputs))
+            found = self.tasks.setdefault(task.name, {"kind": task.kind, "items": self._inputs(batch, task.image)})
+            answers = self._answers(task, batch, model(batch.task, batch.inputs))
             for item, (target, answer) in zip(found["items"], answers, strict=True):
                 item["target"] = target
                 item["answers"][name] = answer
 
-    def _inputs(self, batch: Batch) -> list[dict[str, Any]]:
+    def _inputs(self, batch: Batch, form: ImageForm) -> list[dict[str, Any]]:
         items: list[dict[str, Any]] = [{"answers": {}} for _ in batch.target]
         if "image" in batch.inputs:
             for item, image in zip(items, batch.inputs["image"], strict=True):
-                item["image"] = _encoded(image)
+                item["image"] = _encoded(image, form)
         if "input_ids" in batch.inputs:
             for item, ids in zip(items, batch.inputs["input_ids"].tolist(), strict=True):
                 item["text"] = self.decode(ids)
         return items
 
-    def _answers(
-        self, kind: str, classes: tuple[str, ...], batch: Batch, output: Tensor
-    ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    def _answers(self, task: TaskSpec, batch: Batch, output: Tensor) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """(target, answer) of each item."""
-        if kind == "text_generation":
+        if task.kind == "text_generation":
             return [
                 ({"text": reference}, {"text": prediction})
                 for prediction, reference in generated(batch, output, self.decode, self.end)
             ]
-        if kind == "image_generation":
+        if task.kind == "image_generation":
             errors = self.session.kinds[batch.task].losses(output, batch.target).tolist()
-            return [({}, {"image": _encoded(image), "mse": error}) for image, error in zip(output, errors, strict=True)]
+            return [
+                ({}, {"image": _encoded(image, task.image), "mse": error})
+                for image, error in zip(output, errors, strict=True)
+            ]
         probability, label = output.softmax(-1).max(-1)
         return [
-            ({"label": classes[target]}, {"label": classes[chosen], "probability": share})
+            ({"label": task.classes[target]}, {"label": task.classes[chosen], "probability": share})
             for target, chosen, share in zip(batch.target.tolist(), label.tolist(), probability.tolist(), strict=True)
         ]
 
 
-def _encoded(image: Tensor) -> str:
+def _encoded(image: Tensor, form: ImageForm) -> str:
     """Normalised pixels [3, H, W] as a WebP in base64: about a sixth of a PNG."""
-    pixels = denormalise(image[None])[0].permute(1, 2, 0).cpu().numpy()
+    pixels = denormalise(image[None], form)[0].permute(1, 2, 0).cpu().numpy()
     file = BytesIO()
     Image.fromarray(pixels).save(file, "WEBP", quality=90)
     return b64encode(file.getvalue()).decode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,17 +17,19 @@ from filelock import FileLock
 from msgspec import Struct
 
 from tap_flower.core.components import State
-from tap_flower.errors import StorageError
+from tap_flower.errors import DivergedError, StorageError
 from tap_flower.files import Identity, identity, keep_as, read_record, read_tensors, write_json, write_tensors
 from tap_flower.methods.method import Memory
 from tap_flower.wire.fields import Count, Epoch
 
-SCHEMA = 4
+SCHEMA = 5
 PERSONAL, PREVIOUS = "personal.safetensors", "personal.previous.safetensors"
 """The latest state, and the one before it, which counts when the server repeats the round of the latest. There is no need
 of more: the checkpoint of a round is on the server's disk before the next round begins."""
 BEST = "personal.best.safetensors"
 """The state of the best round so far, where a run may stop early; a second name of one of the others, or what it was."""
+KEPT = "personal.kept.safetensors"
+"""The state with the best scores on the client's own validation rows, where its node keeps it."""
 FIRST = "first.safetensors"
 """First values of the run that a module built anew may not have."""
 SERVER = "server.safetensors"
@@ -39,11 +41,6 @@ _CACHE_BYTES = 256 << 20
 _Record = TypeVar("_Record", bound="_FileRecord")
 
 
-def default_state_dir() -> Path:
-    """Where clients' states are unless a node's `state-dir` or `Client.state_dir` says otherwise: in Flower's home."""
-    return Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")) / "tap-flower"
-
-
 class _FileRecord(Struct, frozen=True, kw_only=True):
     """What every file says of itself."""
 
@@ -51,12 +48,18 @@ class _FileRecord(Struct, frozen=True, kw_only=True):
     run: str
 
 
-class _StateRecord(_FileRecord, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class _RoundRecord(_FileRecord, frozen=True, kw_only=True):
+    """What a file says that counts only in the history in which it was written."""
+
     history: str
     round: Count
+
+
+class _StateRecord(_RoundRecord, frozen=True, forbid_unknown_fields=True, kw_only=True):
     models: list[str]
     record: dict[str, Any]
     replacements: dict[str, Count]
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class ClientState:
         replacements: task name -> how often its components were replaced so far.
         residual: tensor name -> what the wire's encoding has taken from the client's differences so far.
         local: the tensors of the server's copy that stay on the client, such as BatchNorm's statistics.
+        score: mean validation score over the client's tasks, where its node keeps the best state; else None.
     """
 
     round: int
@@ -76,6 +80,21 @@ class ClientState:
     replacements: Counter[str] = field(default_factory=Counter)
     residual: State = field(default_factory=dict)
     local: State = field(default_factory=dict)
+    score: float | None = None
+
+    def check_finite(self) -> None:
+        """Refuses a state that could not be gone on with.
+
+        Raises:
+            DivergedError: a model holds a value that is not finite.
+        """
+        for model, tensors in self.memory.models.items():
+            for name, tensor in tensors.items():
+                if not bool(tensor.isfinite().all()):
+                    raise DivergedError(
+                        f"round {self.round} left a value that is not finite in {name!r} of the model {model!r}, which "
+                        f"stays as it was before: lower the learning rate, or look for broken examples"
+                    )
 
 
 _states: LRUCache[Path, tuple[Identity, State, dict[str, Any]]] = LRUCache(
@@ -147,8 +166,19 @@ class StateFolder:
             )
         return None
 
+    @property
+    def round(self) -> int:
+        """Round of the latest state that counts; 0 where there is none."""
+        latest = self._latest()
+        return 0 if latest is None else latest[1]
+
     def save(self, state: ClientState) -> None:
-        """Keeps the state after a round; states that a repeated round has made void are removed."""
+        """Keeps the state after a round; states that a repeated round has made void are removed.
+
+        Raises:
+            DivergedError: it holds a value that is not finite; what was kept before stays.
+        """
+        state.check_finite()
         found = self._records()
         earlier = [name for name, record in found.items() if self._counts(record) and record.round < state.round]
         for void in found.keys() - set(earlier[:1]):
@@ -163,6 +193,7 @@ class StateFolder:
             models=sorted(state.memory.models),
             record=deepcopy(dict(state.memory.record)),
             replacements=dict(state.replacements),
+            score=state.score,
         )
         tensors = {f"{_RESIDUAL}{name}": value for name, value in state.residual.items()}
         tensors |= {f"{_LOCAL}{name}": value for name, value in state.local.items()}
@@ -171,6 +202,14 @@ class StateFolder:
         plain = msgspec.to_builtins(record)
         self._remember(PERSONAL, write_tensors(self.folder / PERSONAL, tensors, plain), tensors, plain)
         write_json(self.folder / "state.json", plain)
+        if state.score is not None and state.score >= self._kept_score():
+            keep_as(self.folder / PERSONAL, self.folder / KEPT)
+
+    def _kept_score(self) -> float:
+        if not (self.folder / KEPT).exists():
+            return -math.inf
+        record = self._check(KEPT, read_record(self.folder / KEPT), _StateRecord)
+        return record.score if self._counts(record) and record.score is not None else -math.inf
 
     def keep_best(self, best_round: int) -> None:
         """Keeps the state as of the run's best round so far; called before each round.
@@ -187,21 +226,30 @@ class StateFolder:
         latest = self._latest()
         if latest is not None and latest[1] <= best_round:
             return self._read(latest[0])
-        return self._read(BEST) if (self.folder / BEST).exists() else None
+        if not (self.folder / BEST).exists():
+            return None
+        record = self._check(BEST, read_record(self.folder / BEST), _StateRecord)
+        return self._read(BEST) if self._counts(record) else None
 
-    def save_models(self, models: Mapping[str, State]) -> None:
-        """Keeps the models that stage 2 has made, each in a file of its name."""
+    def save_models(self, models: Mapping[str, State], server_round: int) -> None:
+        """Keeps the models that stage 2 has made after a round, each in a file of its name.
+
+        Raises:
+            DivergedError: one holds a value that is not finite; none is kept then.
+        """
+        ClientState(server_round, Memory(models)).check_finite()
+        record = {"schema": SCHEMA, "run": self.run, "history": self.epochs[-1].history, "round": server_round}
         for model, state in models.items():
-            write_tensors(self._file(model), state, {"schema": SCHEMA, "run": self.run})
+            write_tensors(self.folder / f"{model}.safetensors", state, record)
 
     def load_models(self, names: Iterable[str]) -> dict[str, State]:
-        """Name -> tensors of each model of stage 2 that has been saved."""
+        """Name -> tensors of each model of stage 2 that has been saved in a history that counts."""
         found = {}
         for model in names:
-            if (file := self._file(model)).exists():
+            if (file := self.folder / f"{model}.safetensors").exists():
                 tensors, record = read_tensors(file)
-                self._check(file.name, record, _FileRecord)
-                found[model] = tensors
+                if self._counts(self._check(file.name, record, _RoundRecord)):
+                    found[model] = tensors
         return found
 
     def save_first(self, tensors: State) -> None:
@@ -231,10 +279,7 @@ class StateFolder:
             return None
         return tensors
 
-    def _file(self, model: str) -> Path:
-        return self.folder / f"{model}.safetensors"
-
-    def _counts(self, record: _StateRecord) -> bool:
+    def _counts(self, record: _RoundRecord) -> bool:
         """Whether a state belongs to the run as the server goes on with it."""
         ends = [epoch.start for epoch in self.epochs[1:]]
         for epoch, end in zip(self.epochs, [*ends, record.round], strict=True):
@@ -269,7 +314,12 @@ class StateFolder:
         # Those under their own names, the personal model's, are what is left at the end.
         models = {model: _taken(tensors, _prefix(model)) for model in sorted(record.models, key=_prefix, reverse=True)}
         return ClientState(
-            record.round, Memory(models, deepcopy(record.record)), Counter(record.replacements), residual, local
+            record.round,
+            Memory(models, deepcopy(record.record)),
+            Counter(record.replacements),
+            residual,
+            local,
+            record.score,
         )
 
     def _remember(self, name: str, content: Identity, tensors: State, record: dict[str, Any]) -> None:

@@ -56,6 +56,8 @@ class Task:
         batch_size: the task's own number of training examples in a batch; None takes the run's. A DataLoader has its own.
         domains: domains of the data.
         head_size: number of classes, on which clients that share the task must agree; 0 where it says nothing.
+        classes: their names, in the order of the output, on which clients that share the task must agree; the server
+            sees a keyed hash of them.
         fit: the project's own training loop, (module, training loader, config) -> None, the mean training loss, or numbers
             by name (`loss` and others, which become metrics of the reply). It runs once where the run would make its own
             steps; config is Flower's `config` record of the message. The data must be DataLoaders.
@@ -74,6 +76,7 @@ class Task:
     batch_size: int | None = None
     domains: Sequence[str] = ()
     head_size: int = 0
+    classes: Sequence[str] = ()
     fit: Fit | None = None
     score: Score | None = None
 

@@ -1,5 +1,7 @@
 """The configuration of a run: its options, and how presets, files and settings are resolved to them."""
 
+from tap_flower.config.options import MOST_ROUNDS as MOST_ROUNDS
+from tap_flower.config.options import Admission as Admission
 from tap_flower.config.options import Config as Config
 from tap_flower.config.options import Encoding as Encoding
 from tap_flower.config.options import HyperParameters as HyperParameters

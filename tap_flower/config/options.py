@@ -9,6 +9,9 @@ from typing import Any
 
 from tap_flower.core.training import Optimisation
 
+MOST_ROUNDS = 1_000_000
+"""Rounds of stage 1; a message of a later one is refused."""
+
 
 class ReplacementSource(Enum):
     """The weights that a replacement copies."""
@@ -127,13 +130,13 @@ class Train:
         False,
         "batch texts of about the same length: less padding, but less mixed batches where the length tells the label",
     )
-    learning_rate: float = option(3e-4, "peak learning rate of AdamW", 0.0, 10.0)
-    head_factor: float = option(1.0, "learning rate of the heads, as a multiple of the others'", 0.0, 1e3)
+    learning_rate: float = option(3e-4, "peak learning rate of AdamW", 0.0, 0.1)
+    head_factor: float = option(1.0, "learning rate of the heads, as a multiple of the others'", 0.0, 100.0)
     start_learning_rate: float = option(
-        1e-4, "learning rate of the first round; it rises linearly to the peak", 0.0, 10.0
+        1e-4, "learning rate of the first round; it rises linearly to the peak", 0.0, 0.1
     )
     warmup_rounds: int = option(20, "rounds from the first to the one at the peak", 1, 100_000)
-    weight_decay: float = option(0.01, "weight decay of AdamW", 0.0, 10.0)
+    weight_decay: float = option(0.01, "weight decay of AdamW", 0.0, 0.5)
     clip_norm: float = option(1.0, "largest L2 norm of the gradient", 1e-6, 1e6)
 
     def optimisation(self, server_round: int) -> Optimisation:
@@ -148,8 +151,8 @@ class Distill:
     """Stage 2: fine-tuning, and distillation into the personal model."""
 
     iterations: int = option(50, "optimiser steps K of the fine-tuning, and again of the distillation", 1, 100_000)
-    learning_rate: float = option(1e-4, "learning rate of AdamW in stage 2", 0.0, 10.0)
-    temperature: float = option(1.0, "temperature T of the softened outputs", 1e-3, 1e3)
+    learning_rate: float = option(1e-4, "learning rate of AdamW in stage 2", 0.0, 0.1)
+    temperature: float = option(1.0, "temperature T of the softened outputs", 0.01, 100.0)
     stage: StageTwo = option(
         StageTwo.distillation,
         "of method tap; ablations: finetuning has no teacher, finetuning_twice also takes the teacher's K steps",
@@ -183,12 +186,12 @@ class Replacement:
 class Baselines:
     """Hyper-parameters of the methods that TAP is compared with, in their papers' notation."""
 
-    fedprox_mu: float = option(0.01, "μ of fedprox: weight of its penalty", 0.0, 1e6)
-    ditto_lambda: float = option(0.1, "λ of ditto: how near the personal model stays to the server's", 0.0, 1e6)
-    pfedme_lambda: float = option(15.0, "λ of pfedme: how near θ stays to w", 0.0, 1e6)
-    pfedme_rate: float = option(0.05, "η of pfedme: w ← w − η·λ·(w − θ)", 0.0, 1e6)
-    pfedme_inner_steps: int = option(5, "K of pfedme: optimiser steps of θ for each step of w", 1, 100_000)
-    per_fedavg_rate: float = option(0.01, "α of per-fedavg: rate of the step that it looks ahead", 0.0, 1e3)
+    fedprox_mu: float = option(0.01, "μ of fedprox: weight of its penalty", 0.0, 1e3)
+    ditto_lambda: float = option(0.1, "λ of ditto: how near the personal model stays to the server's", 0.0, 1e3)
+    pfedme_lambda: float = option(15.0, "λ of pfedme: how near θ stays to w", 0.0, 1e3)
+    pfedme_rate: float = option(0.05, "η of pfedme: w ← w − η·λ·(w − θ)", 0.0, 1.0)
+    pfedme_inner_steps: int = option(5, "K of pfedme: optimiser steps of θ for each step of w", 1, 1000)
+    per_fedavg_rate: float = option(0.01, "α of per-fedavg: rate of the step that it looks ahead", 0.0, 1.0)
 
 
 @dataclass
@@ -240,6 +243,17 @@ class Privacy:
 
 
 @dataclass
+class Admission:
+    """Who may take part in a run, and how much all of them may bring, those that have gone included."""
+
+    clients: list[str] = collection(list, "names of the clients that may take part; empty: any")
+    fingerprint: str = option("", "of the backbone that every client must have; empty: that of the first to come")
+    most_clients: int = option(10_000, "most clients", 1, 1_000_000)
+    most_tensors: int = option(20_000, "most tensors that clients exchange", 1, 10_000_000)
+    most_gigabytes: float = option(8.0, "most memory of these tensors' values, 10⁹ bytes", 0.001, 1e4)
+
+
+@dataclass
 class Stopping:
     """Early stopping by the mean validation score of the clients' own models."""
 
@@ -287,11 +301,16 @@ class Config(HyperParameters):
 
     compute: SimulationCompute = field(default_factory=SimulationCompute)
     preset: str = option("demo", "name of the preset that this configuration came from")
-    rounds: int = option(200, "rounds of stage 1", 1, 1_000_000)
+    rounds: int = option(200, "rounds of stage 1", 1, MOST_ROUNDS)
     clients_per_round: int = option(2, "clients that are sampled in a round", 1, 1_000_000)
-    round_timeout: float = option(3600.0, "seconds until a client that has not answered is left out", 1.0, 1e7)
+    round_timeout: float = option(
+        3600.0, "seconds without an answer until the clients that are still silent are left out", 1.0, 1e7
+    )
     start_timeout: float = option(120.0, "seconds to wait for the clients before the first round", 1.0, 1e7)
+    min_replies: int = option(1, "fewest replies of a phase that can be used; with fewer the run fails", 1, 1_000_000)
+    require_state: bool = option(False, "whether the run fails where a client has lost its state of this run")
     trackers: str = option("", "experiment trackers, separated by commas: tensorboard, mlflow, wandb")
+    admission: Admission = field(default_factory=Admission)
     aggregation: Aggregation = field(default_factory=Aggregation)
     privacy: Privacy = field(default_factory=Privacy)
     data: Data = field(default_factory=Data)

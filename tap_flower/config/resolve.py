@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tap_flower.config.options import Config, HyperParameters, ReplacementEvidence, ReplacementSource, options
-from tap_flower.data.presets import expand
+from tap_flower.config.patterns import expand
 from tap_flower.data.spec import ClientSpec, client_spec
 from tap_flower.errors import ConfigError, SpecError
 from tap_flower.plain import DEEPEST, PlainError, parse_yaml, shown

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -18,9 +19,11 @@ from torch import Tensor
 from tap_flower.errors import MessageError
 
 _FRACTION_BITS = 39
-"""Weighted differences are rounded to multiples of 2^-39 (1.8e-12), the unit of the sums."""
+"""A difference of weight 1, alone in its round, is rounded to multiples of 2^-39 (1.8e-12), the unit of its sum."""
+LARGEST_WEIGHT = 2**31
+"""Examples of one client in all; more are refused."""
 LARGEST_VALUE = 2.0**12
-"""Magnitude from which on a value is refused: weighted and in units of 2^-39, all that are smaller lie below 2^51."""
+"""Magnitude from which on a value is refused: all that are smaller, weighted and in units of their sum, lie below 2^51."""
 _BIAS = 1.5 * 2.0**52
 """A float64 in [2^52, 2^53) is an integer, so _BIAS + v, with |v| < 2^51, is _BIAS plus v rounded to an integer."""
 _NEXT_BIAS = {False: torch.tensor(_BIAS, dtype=torch.float64), True: torch.tensor(-_BIAS, dtype=torch.float64)}
@@ -37,28 +40,26 @@ class Averaging:
     """The exact weighted mean of one round's differences, independent of the order in which they arrive.
 
     n_ic is the number of examples of client i's pairs that reach component c. Differences are added one by one and not
-    kept, so that memory does not grow with the number of clients. E being the examples that the round expects of the
-    component, and s the power of two in [E/2^39, 2E/2^39), n_ic Δ_ic / s is rounded to an integer v_i, half to even, and
-    the integers are summed in float64. There |Σ v_i| < 2^51 is exact: the result is the same, bit for bit, in whatever
-    order the replies arrive, and a refused difference is taken back without a trace. Rounding moves the mean of k
-    clients by less than k · 2^-38 (3.7e-12) over the share of E that has arrived.
+    kept, so that memory does not grow with the number of clients. A client's sum depends on its own weight alone: W being
+    the smallest power of 16 that is not below n_ic, and K the smallest power of two that is not below the number of clients
+    asked for the component, n_ic Δ_ic is rounded to a multiple of W K 2^-39, half to even, and added to the sum of W in
+    float64. There less than 2^51 such multiples are exact: the result is the same, bit for bit, in whatever order the
+    replies arrive; a refused difference is taken back without a trace; and whoever states many examples, answers or not,
+    does not round away what others return. Rounding moves a client's Δ_ic by less than 16 K 2^-40, by 2^-40 K where all
+    weights are 1.
 
     Args:
         like: tensor name -> tensor with the shape and dtype (float32) that differences must have.
         component_of: tensor name -> component.
-        expected: component -> sum of the weights of all clients that were asked this round.
+        asked: component -> how many of the clients that were asked this round hold it.
     """
 
-    def __init__(
-        self, like: Mapping[str, Tensor], component_of: Mapping[str, str], expected: Mapping[str, int]
-    ) -> None:
+    def __init__(self, like: Mapping[str, Tensor], component_of: Mapping[str, str], asked: Mapping[str, int]) -> None:
         self._like = like
         self._component_of = component_of
-        self._expected = expected
-        # A power of two keeps the scaling exact.
-        self._scale = {c: 2.0 ** (_FRACTION_BITS - math.ceil(math.log2(n))) for c, n in expected.items() if n > 0}
-        self._sums: dict[tuple[str, ...], _Sum] = {}
-        self._arrived: dict[str, int] = {}
+        self._asked = asked
+        self._sums: dict[tuple[int, tuple[str, ...]], _Sum] = {}
+        self._arrived: Counter[str] = Counter()
         self._buffer = torch.empty(_BLOCK, dtype=torch.float64)
 
     def add(self, client: str, difference: Mapping[str, Tensor], weights: Mapping[str, int]) -> None:
@@ -70,21 +71,18 @@ class Averaging:
             weights: component -> n_ic, for each component of these tensors.
 
         Raises:
-            MessageError: a value is not finite or too large, or a weight is negative or, with those before it, above what
-                the round expects.
+            MessageError: a value is not finite or too large, a weight is negative or above `LARGEST_WEIGHT`, or more
+                clients answer for a component than were asked.
         """
         parts: dict[str, list[str]] = {}
         for name in difference:
             parts.setdefault(self._component_of[name], []).append(name)
         for component in parts:
             self._check_weight(client, component, weights[component])
-        folded = [(self._sum(component, names), weights[component]) for component, names in parts.items()]
+        folded = [(self._sum(c, weights[c], names), weights[c]) for c, names in parts.items() if weights[c]]
         # An addition alternates between rounding with +_BIAS and taking the bias away with -_BIAS.
         steps = [
-            (block, weight * sum_.scale, _NEXT_BIAS[sum_.biased])
-            for sum_, weight in folded
-            if weight
-            for block in sum_.blocks
+            (block, weight * sum_.scale, _NEXT_BIAS[sum_.biased]) for sum_, weight in folded for block in sum_.blocks
         ]
         for number, (block, factor, bias) in enumerate(steps):
             if not block.add(difference, factor, bias):
@@ -92,48 +90,51 @@ class Averaging:
                     earlier.add(difference, -its_factor, -its_bias)
                 raise MessageError(f"client {client!r}: {_out_of_range(difference)}")
         for sum_, weight in folded:
-            if weight:
-                sum_.weight += weight
-                sum_.biased = not sum_.biased
-        for component in parts:
-            self._arrived[component] = self._arrived.get(component, 0) + weights[component]
+            sum_.weight += weight
+            sum_.biased = not sum_.biased
+        self._arrived.update(parts.keys())
 
     def means(self, divisors: Mapping[str, int] | None = None) -> dict[str, Tensor]:
         """The mean difference of each tensor that some client returned.
 
         Args:
-            divisors: component -> number that its sum is divided by; by default the sum of the weights that arrived.
+            divisors: tensor name -> number that its sum is divided by; by default the sum of the weights that arrived.
 
         Returns:
             Tensor name -> mean difference (float64, the tensor's shape).
         """
-        sums: dict[str, list[tuple[Tensor, int]]] = {}
-        for sum_ in self._sums.values():
+        totals: dict[str, Tensor] = {}
+        weights: Counter[str] = Counter()
+        for _, sum_ in sorted(self._sums.items(), key=lambda item: item[0]):  # not in the order of arrival
             if sum_.weight:
                 for name, total in sum_.totals().items():
-                    sums.setdefault(name, []).append((total, sum_.weight))
-        means = {}
-        for name, found in sums.items():
-            component = self._component_of[name]
-            weight = sum(weight for _, weight in found) if divisors is None else divisors[component]
-            total = torch.stack([total for total, _ in found]).sum(0)
-            means[name] = (total / (weight * self._scale[component])).view(self._like[name].shape)
-        return means
+                    totals[name] = totals[name] + total if name in totals else total
+                    weights[name] += sum_.weight
+        return {
+            name: (total / (weights if divisors is None else divisors)[name]).view(self._like[name].shape)
+            for name, total in totals.items()
+        }
 
     def _check_weight(self, client: str, component: str, weight: int) -> None:
-        rest = self._expected.get(component, 0) - self._arrived.get(component, 0)
-        if not 0 <= weight <= rest:
+        if not 0 <= weight <= LARGEST_WEIGHT:
             raise MessageError(
-                f"client {client!r}: component {component!r} has weight {weight}, "
-                f"not between 0 and the {rest} examples of this round that have not arrived"
+                f"client {client!r}: component {component!r} has weight {weight}, not between 0 and {LARGEST_WEIGHT}"
+            )
+        if self._arrived[component] >= self._asked.get(component, 0):
+            raise MessageError(
+                f"client {client!r}: component {component!r} has come from the {self._arrived[component]} clients that "
+                f"were asked for it"
             )
 
-    def _sum(self, component: str, names: list[str]) -> _Sum:
-        """The sum that these tensors of a component go into; clients that hold the same ones share it."""
-        key = tuple(sorted(names))
+    def _sum(self, component: str, weight: int, names: list[str]) -> _Sum:
+        """The sum that a client's tensors of a component go into, shared by those of like weight that hold the same ones."""
+        largest = next(size for size in (16**power for power in itertools.count()) if size >= weight)
+        key = largest, tuple(sorted(names))
         if key not in self._sums:
-            shapes = {name: self._like[name].shape for name in key}
-            self._sums[key] = _Sum(shapes, self._scale.get(component, 0.0), self._buffer)
+            clients = 1 << (self._asked[component] - 1).bit_length()
+            # A power of two keeps the scaling exact.
+            scale = 2.0**_FRACTION_BITS / (largest * clients)
+            self._sums[key] = _Sum({name: self._like[name].shape for name in key[1]}, scale, self._buffer)
         return self._sums[key]
 
 
@@ -179,7 +180,7 @@ class _Sum:
 
     Attributes:
         shapes: of the tensors, by name.
-        scale: of the weights, to units of 2^-39.
+        scale: units of the sum in a value of weight 1.
         buffer: float64 [_BLOCK], shared by all sums.
         weight: examples so far.
         biased: whether the total holds _BIAS too.
@@ -200,8 +201,8 @@ class _Sum:
         self.blocks = [self._block(start) for start in range(0, len(self.total), _BLOCK)]
 
     def totals(self) -> dict[str, Tensor]:
-        """Tensor name -> its sum, flat."""
-        exact = self.total - _BIAS if self.biased else self.total
+        """Tensor name -> its weighted sum, flat."""
+        exact = (self.total - _BIAS if self.biased else self.total) / self.scale
         sizes = [shape.numel() for shape in self.shapes.values()]
         return dict(zip(self.shapes, torch.split(exact, sizes), strict=True))
 
@@ -289,7 +290,7 @@ def sensitivity(clip_norm: float, holders: int, values: int) -> float:
 
     Taking a client out, that is putting a difference of zero in its place, moves the sums of all components, seen as one
     vector, by C at most. Noise of standard deviation z · C on every value of the sums makes the round one Gaussian mechanism
-    with the noise multiplier z; the mean of a component with m_c holders then has noise of z · C / m_c. Clipped differences
+    with the noise multiplier z; the mean of a tensor with m_t holders then has noise of z · C / m_t. Clipped differences
     are float32, which is 2^-24 off, relatively. In sums every value is off by less than holders · 2^-39 (`Averaging`).
 
     Args:
@@ -320,25 +321,23 @@ def gaussian(count: int, random_bytes: RandomBytes = os.urandom) -> Tensor:
 def release(
     values: Mapping[str, Tensor],
     means: Mapping[str, Tensor],
-    component_of: Mapping[str, str],
     holders: Mapping[str, int],
     noise: float,
     random_bytes: RandomBytes = os.urandom,
 ) -> dict[str, Tensor]:
-    """The server's values after a private round: θ_c + Δ̄_c + N(0, (noise / m_c)²) for each released component c.
+    """The server's values after a private round: θ_t + Δ̄_t + N(0, (noise / m_t)²) for each released tensor t.
 
     Args:
         values: tensor name -> θ (float32).
-        means: tensor name -> sum of the clipped differences over the m_c holders, divided by m_c (float64); a tensor that
+        means: tensor name -> sum of the clipped differences over the m_t holders, divided by m_t (float64); a tensor that
             nobody returned is missing and counts as zero.
-        component_of: tensor name -> component.
-        holders: component -> m_c, for the components that are released; all others keep their values, bit for bit.
+        holders: tensor name -> m_t, for the tensors that are released; all others keep their values, bit for bit.
         noise: standard deviation of the noise on a sum, z · C.
         random_bytes: source of the randomness, see `gaussian`.
     """
     released = dict(values)
     for name, value in values.items():
-        if (count := holders.get(component_of[name])) is not None:
+        if (count := holders.get(name)) is not None:
             flat = (value.double() + means.get(name, 0.0)).flatten()
             for part in torch.split(flat, _DRAWN):  # views: they are changed in place
                 part.add_(gaussian(len(part), random_bytes), alpha=noise / count)

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,11 @@ def further_loss(module: nn.Module, task: str, objective: Objective | None) -> I
         batch = Batch(task, {CALL: (args, kwargs)}, None)  # type: ignore[arg-type]
         value = objective(batch, comparable(output))
         term = _Term(value, factor)
-        return _mapped(output, lambda tensor: _With.apply(tensor, value, term) if tensor.requires_grad else tensor)  # type: ignore[no-untyped-call]
+
+        def with_term(tensor: Tensor) -> Tensor:
+            return cast(Tensor, _With.apply(tensor, value, term)) if tensor.requires_grad else tensor  # type: ignore[no-untyped-call]
+
+        return _mapped(output, with_term)
 
     hooks.append(module.register_forward_hook(called, with_kwargs=True))
     Tensor.backward = watched  # type: ignore[method-assign,assignment]
@@ -160,7 +164,7 @@ def _proximal_hooks(objective: Proximal, factor: Factor) -> list[Any]:
         return near
 
     trained = [(name, p) for name, p in objective.model.named_parameters() if p.requires_grad]
-    return [parameter.register_hook(hook(name, parameter)) for name, parameter in trained]  # type: ignore[no-untyped-call]
+    return [p.register_hook(hook(name, p)) for name, p in trained]  # type: ignore[no-untyped-call]
 
 
 @contextmanager

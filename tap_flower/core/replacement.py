@@ -41,7 +41,8 @@ def decide(
 ) -> list[Decision]:
     """One decision per pair that the teacher has a loss for.
 
-    All decisions are made before anything is copied, so that they do not depend on the order of the pairs.
+    All decisions are made before anything is copied, so that they do not depend on the order of the pairs. A loss that is
+    not finite counts as infinity: a broken personal model is replaced, and a broken server's copy replaces nothing.
 
     Args:
         component_map: of the client's model.
@@ -50,10 +51,14 @@ def decide(
         margins: task name -> margin, at least 0.
     """
     return [
-        Decision(pair, teacher_loss[task], personal_loss.get(task, math.inf), margins[task])
+        Decision(pair, _or_infinity(teacher_loss[task]), _or_infinity(personal_loss.get(task)), margins[task])
         for task, pair in sorted(component_map.pair_of_task.items())
         if task in teacher_loss
     ]
+
+
+def _or_infinity(loss: float | None) -> float:
+    return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def replace(

@@ -2,53 +2,71 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, combinations, islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tap_flower.data.images import IMAGE_SIZE
+from tap_flower.data.images import DARK, pixels_of, with_image_forms
 from tap_flower.data.labels import NO_CLASS
 from tap_flower.data.loading import SourceRows, read_source, too_few_rows
-from tap_flower.data.sources import RowError, SourceError, open_source
+from tap_flower.data.sources import RowError, SourceError, SourceNote, open_source
 from tap_flower.data.spec import ClientSpec, Source, TaskSpec, read_spec
 from tap_flower.data.text import load_tokenizer, texts_of, token_ids
+from tap_flower.errors import BackboneError
+from tap_flower.hub import locate
 
 EXAMPLES = 3
 """Examples of each split that are shown."""
+UNKNOWN = 0.1
+"""Share of a split's tokens from which on unknown ones are worth a note."""
 SHOWN = 20
 """Rows, classes, and kinds of problem with one role of a source, that are named; the others are counted."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong.
+    """Something that is wrong, or worth knowing.
 
     Attributes:
         what: it is; the message up to the rows.
         rows: of the data set, where it is about rows.
         rest: of the message.
+        is_note: whether it stops nothing.
     """
 
     what: str
     rows: tuple[int, ...] = ()
     rest: str = ""
+    is_note: bool = False
 
     def __str__(self) -> str:
         rows = f" in row{'s' * (len(self.rows) > 1)} {listed(self.rows)}" if self.rows else ""
         return f"{self.what}{rows}{self.rest}"
 
 
+class DarkImageNote(RowError, SourceNote):
+    """An image uses little of its type's range."""
+
+
 @dataclass(frozen=True)
 class Example:
-    """A row as the model gets it: role -> in words."""
+    """A row as the model gets it.
+
+    Attributes:
+        row: of the data set.
+        shown: role -> what the model gets, in words.
+        found: role -> a text before it is tokenised, the name of a class, an image's size and the mean of each channel.
+    """
 
     row: int
     shown: Mapping[str, str]
+    found: Mapping[str, Any]
 
 
 @dataclass
@@ -61,9 +79,11 @@ class SplitSummary:
         rows: how many, those with a problem included.
         classes: class name -> rows, for every class of the spec.
         tokens: role (text, target) -> tokens of each text, before it is cut.
-        images: (width, height) -> images of this size, before they are brought to `IMAGE_SIZE`.
+        images: (width, height) -> images of this size, before they are brought to the task's size.
         examples: the first rows without a problem.
         labelled: whether the labels of all its sources could be read.
+        unknown: tokens that the tokenizer does not know, in all texts.
+        inputs: hash of a row's input (text, and pixels as the model gets them) -> a row with it.
     """
 
     task: str
@@ -74,6 +94,13 @@ class SplitSummary:
     images: Counter[tuple[int, int]] = field(default_factory=Counter)
     examples: list[Example] = field(default_factory=list)
     labelled: bool = True
+    unknown: int = 0
+    inputs: dict[bytes, int] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """What was found, as plain values."""
+        examples = [{"row": example.row, **example.found} for example in self.examples]
+        return {"rows": self.rows, "classes": dict(self.classes), "examples": examples}
 
 
 def listed(values: Sequence[object]) -> str:
@@ -96,39 +123,56 @@ def check_spec(values: Mapping[str, Any]) -> tuple[ClientSpec | None, list[Probl
 
 
 def check_data(
-    spec: ClientSpec, backbone: str, text_length: int, seed: int, root: str = "", hold_out: bool = True
+    spec: ClientSpec, text_length: int, seed: int, root: str = "", hold_out: bool = True
 ) -> tuple[list[SplitSummary], list[Problem]]:
     """Reads every row of a client's data; `load_client_data` takes the same arguments and stops at the first problem.
 
-    It finds three things besides that loading lets pass: images that cannot be decoded, texts that are empty, and
-    classes without training examples.
+    It finds two problems besides that loading lets pass: images that cannot be decoded, and texts that are empty. Notes are
+    classes without training examples, inputs that two splits share, files that are passed over, numbers that are read as
+    places in `classes`, many words that the tokenizer does not know, and images that use little of their type's range.
 
     Args:
         spec: of the client.
-        backbone: folder or hub id of the client's backbone, for its tokenizer.
         text_length: longest text and longest target, in tokens.
         seed: of the run.
         root: a folder with a mirror of hub data sets; nothing to use the hub.
         hold_out: whether a task without validation rows sets a fifth of its training examples aside.
 
     Returns:
-        A summary of each task's splits, and all problems.
+        A summary of each task's splits, and all problems and notes.
     """
     problems: list[Problem] = []
     tokenizer = None
     try:
-        tokenizer = load_tokenizer(backbone, spec.revision)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        problems.append(Problem(f"backbone {spec.backbone!r} gives no tokenizer, so no tokens are counted: {reason}"))
+        tokenizer = load_tokenizer(locate(spec.backbone), spec.revision)
+    except BackboneError as error:
+        problems.append(Problem(f"{error} (no tokens are counted)"))
+    try:
+        spec = with_image_forms(spec)
+    except BackboneError as error:
+        return [], [*problems, Problem(str(error))]
     summaries = []
     for task in spec.tasks:
         checker = _Checker(task, tokenizer, text_length, seed, root)
+        of_task: list[SplitSummary] = []
+        found: list[Problem] = []
         for split, sources in task.splits.items():
-            summary, found = checker.check(split, sources, hold_out)
-            summaries += [summary] if sources else []
-            problems += [replace(one, what=f"client {spec.name!r}: task {task.name!r}: {one.what}") for one in found]
+            summary, wrong = checker.check(split, sources, hold_out)
+            of_task += [summary] if sources else []
+            found += wrong
+        found += [note for one, other in combinations(of_task, 2) for note in _shared(one, other)]
+        problems += [replace(one, what=f"client {spec.name!r}: task {task.name!r}: {one.what}") for one in found]
+        summaries += of_task
     return summaries, problems
+
+
+def _shared(one: SplitSummary, other: SplitSummary) -> list[Problem]:
+    """A note where two splits have inputs in common."""
+    rows = sorted(one.inputs[found] for found in one.inputs.keys() & other.inputs.keys())
+    if not rows:
+        return []
+    what = f"{one.split} and {other.split} share {len(rows):,} inputs, which {one.split} has"
+    return [Problem(what, tuple(rows), ": leave them out of one", is_note=True)]
 
 
 @dataclass(frozen=True)
@@ -160,11 +204,18 @@ class _Checker:
             for role in ("", *self.task.fields(source)):
                 problems += [replace(one, what=f"{split} {source} {one.what}") for one in _grouped(role, errors[role])]
         if sizes or not sources:
-            problems += [Problem(problem) for problem in too_few_rows(self.task, split, sizes, hold_out)]
+            problems += [Problem(problem) for problem in too_few_rows(split, sizes)]
+        if split == "train" and hold_out and not self.task.validation and 1 in sizes:
+            problems.append(Problem("train has a source with 1 row, which is trained on and held out", is_note=True))
         empty = [repr(name) for name, count in summary.classes.items() if not count]
         if split == "train" and summary.labelled and empty:
             remedy = "add rows, or drop it from the `classes` of all clients"
-            problems.append(Problem(f"train has no example of class {listed(empty)}: {remedy}"))
+            problems.append(Problem(f"train has no example of class {listed(empty)}: {remedy}", is_note=True))
+        if (share := summary.unknown / max(1, sum(map(sum, summary.tokens.values())))) > UNKNOWN:
+            remedy = "is it the tokenizer of these texts' language?"
+            problems.append(
+                Problem(f"{split} has {share:.0%} tokens that the tokenizer does not know: {remedy}", is_note=True)
+            )
         return summary, problems
 
     def _add(
@@ -173,13 +224,23 @@ class _Checker:
         """Adds the rows of a source to the summary of its split, and what is wrong with images to the errors."""
         summary.rows += len(read)
         summary.labelled &= "label" in read.columns
+        inputs = {row: hashlib.sha256() for row in read.rows}
         for role, column in read.columns.items():
             if role == "image":
                 for row in read.rows:
                     try:
-                        summary.images[column.original(row).size] += 1
+                        image = column.original(row)
+                        inputs[row].update(pixels_of(image, self.task.image).numpy().tobytes())
                     except RowError as error:
                         errors[role].append(error)
+                        continue
+                    except Exception as error:  # an image of 1 x 90,000 pixels has no square
+                        errors[role].append(RowError("has no image", row, "", str(error)))
+                        continue
+                    summary.images[image.size] += 1
+                    if image.info.get("used", 1) < DARK:
+                        rest = f" (row {row}: {image.info['used']:.1%} of 16 bits): scale it to the whole range"
+                        errors[role].append(DarkImageNote("has an image that is nearly black", row, rest))
             elif role == "label":
                 summary.classes.update(self.task.classes[number] for number in column if number != NO_CLASS)
             elif self.tokenizer is not None:
@@ -187,28 +248,42 @@ class _Checker:
                 lengths = [n for row, n in zip(read.rows, column.lengths.tolist(), strict=True) if row not in bad]
                 if lengths:
                     summary.tokens.setdefault(role, []).extend(lengths)
+                summary.unknown += column.count(self.tokenizer.unk_token_id)
+                if role == "text":
+                    for place, row in enumerate(read.rows):
+                        inputs[row].update(column[place].tobytes())
         bad = _rows(chain(*errors.values()))
+        summary.inputs |= {found.digest(): row for row, found in inputs.items() if row not in bad}
         good = (place for place, row in enumerate(read.rows) if row not in bad)
         summary.examples += [
-            Example(read.rows[place], {role: self._shown(role, source, read, place) for role in read.columns})
-            for place in islice(good, EXAMPLES - len(summary.examples))
+            self._example(source, read, place) for place in islice(good, EXAMPLES - len(summary.examples))
         ]
 
-    def _shown(self, role: str, source: Source, read: SourceRows, place: int) -> str:
-        """What the model gets of a row, in words."""
-        row, column = read.rows[place], read.columns[role]
+    def _example(self, source: Source, read: SourceRows, place: int) -> Example:
+        pairs = {role: self._shown(role, source, read, place) for role in read.columns}
+        return Example(
+            read.rows[place],
+            {role: shown for role, (shown, _) in pairs.items()},
+            {role: found for role, (_, found) in pairs.items()},
+        )
+
+    def _shown(self, role: str, source: Source, read: SourceRows, place: int) -> tuple[str, Any]:
+        """What the model gets of a row, in words and as `Example.found` has it."""
+        row, column, side = read.rows[place], read.columns[role], self.task.image.size
         if role == "image":
             width, height = column.original(row).size
-            return f"{width}x{height} image, as {IMAGE_SIZE}x{IMAGE_SIZE}"
+            mean = (column[row].float() / 255).mean((1, 2)).tolist()
+            return f"{width}x{height} image, as {side}x{side}", {"size": [width, height], "mean": mean}
         if role == "label":
-            return f"{column[place]}: {self.task.classes[column[place]]}"
+            name = self.task.classes[column[place]]
+            return f"{column[place]}: {name}", name
         is_target = role == "target"
         data, field_ = open_source(source, self.root), self.task.fields(source)[role]
         (((text,), _),) = texts_of(data, [row], field_, is_target)
         if self.tokenizer is None:
-            return text
+            return text, text
         (ids,) = token_ids([text], self.tokenizer, self.text_length, is_target)
-        return str(self.tokenizer.decode(ids))
+        return str(self.tokenizer.decode(ids)), text
 
 
 def _gather(errors: dict[str, list[SourceError]], role: str, error: SourceError) -> None:
@@ -217,12 +292,16 @@ def _gather(errors: dict[str, list[SourceError]], role: str, error: SourceError)
 
 def _rows(errors: Iterable[SourceError]) -> set[int]:
     """The rows that errors are about."""
-    return {error.row for error in errors if isinstance(error, RowError)}
+    return {error.row for error in errors if isinstance(error, RowError) and not isinstance(error, SourceNote)}
 
 
 def _grouped(role: str, errors: Sequence[SourceError]) -> list[Problem]:
     """One problem for all rows of which the same is wrong; past `SHOWN` kinds, one for all others."""
-    problems = [Problem(str(error)) for error in errors if not isinstance(error, RowError)]
+    problems = [
+        Problem(str(error), is_note=isinstance(error, SourceNote))
+        for error in errors
+        if not isinstance(error, RowError)
+    ]
     groups: dict[str, list[RowError]] = {}
     for error in errors:
         if isinstance(error, RowError):
@@ -233,5 +312,6 @@ def _grouped(role: str, errors: Sequence[SourceError]) -> list[Problem]:
         rest = (first.rest if what == first.what else "") + (
             f" (row {first.row}: {first.reason})" if first.reason else ""
         )
-        problems.append(Problem(what, tuple(error.row for error in found), rest))
+        is_note = isinstance(first, SourceNote)
+        problems.append(Problem(what, tuple(error.row for error in found), rest, is_note))
     return problems

@@ -141,7 +141,9 @@ def moved_to(batch: Any, device: torch.device) -> Any:
 
 
 def set_aside(examples: Examples, seed: int, share: float = HELD_OUT) -> tuple[Examples, Examples]:
-    """(the rest, a share of the examples set aside, at least one), drawn with `seed`."""
+    """(the rest, a share of the examples set aside, at least one), drawn with `seed`; a single example is in both."""
+    if len(examples) == 1:
+        return examples, examples
     order = permutation(len(examples), seed)
     held_out = max(1, int(len(examples) * share))
     return examples.subset(sorted(order[held_out:])), examples.subset(sorted(order[:held_out]))
@@ -284,7 +286,7 @@ class _Without(Sampler[Any]):
 def _rows(loader: DataLoader[Any]) -> list[Any]:
     """The rows that a loader can draw, as far as a pass, or its sampler's weights, tell."""
     if _samples_rows(loader) and isinstance(loader.sampler, Weighted):
-        return cast(list[Any], loader.sampler.weights.nonzero().flatten().tolist())
+        return loader.sampler.weights.nonzero().flatten().tolist()
     return _drawn(loader)
 
 
@@ -293,7 +295,7 @@ def _drawn(loader: DataLoader[Any]) -> list[Any]:
     if not _samples_rows(loader):
         return [_plain(row) for batch in _drawn_batches(loader) for row in batch]
     with _seeded(_COUNT, loader.sampler, loader):
-        return [_plain(row) for row in cast(Iterable[Any], loader.sampler)]
+        return [_plain(row) for row in loader.sampler]
 
 
 def _drawn_batches(loader: DataLoader[Any]) -> list[Any]:

@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from tap_flower.core.initial import named_seed
 from tap_flower.data.batching import ClientData
 from tap_flower.data.examples import Examples, set_aside
-from tap_flower.data.images import images_of, normalise
+from tap_flower.data.fields import ImageForm
+from tap_flower.data.images import images_of, normalise, with_image_forms
 from tap_flower.data.labels import read_labels
-from tap_flower.data.sources import SourceError, missing_columns, open_source, rows_of
+from tap_flower.data.sources import SourceError, SourceNote, missing_columns, notes_of, open_source, rows_of
 from tap_flower.data.spec import SPLITS, ClientSpec, Source, TaskSpec
 from tap_flower.data.text import EmptyTextError, TokenIds, Tokens, pad_inputs, pad_targets, tokenised
 from tap_flower.errors import SpecError
@@ -34,8 +35,8 @@ class SourceRows(Dataset[dict[str, Any]]):
         task: that reads them.
         domain: of all rows.
         rows: of the data set, by place.
-        columns: role -> its values. `image` (uint8 [3, 64, 64]) is indexed by row; `text` and `target` (int32 token ids, a
-            target with its closing separator) and `label` (int) by place.
+        columns: role -> its values. `image` (uint8 [3, size, size]) is indexed by row; `text` and `target` (int32 token ids,
+            a target with its closing separator) and `label` (int) by place.
         pad: id of the padding token.
     """
 
@@ -77,7 +78,7 @@ class SourceRows(Dataset[dict[str, Any]]):
 
     def form(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
         """(inputs of the model, target of the loss) from the tensors of `collate`, on their device."""
-        inputs = model_inputs(self.domain, tensors)
+        inputs = model_inputs(self.domain, tensors, self.task.image)
         if "target" in inputs:
             target = inputs.pop("target")
             return {**inputs, "target_length": target.shape[1]}, target
@@ -89,20 +90,20 @@ def input_tensors(images: Sequence[Tensor] | None, texts: Sequence[TokenIds] | N
     """A model's inputs as tensors in main memory, before images are normalised.
 
     Args:
-        images: uint8 [3, 64, 64] each, or None where the task has no image.
+        images: uint8 [3, size, size] each, or None where the task has no image.
         texts: token ids of each example, or None where the task has no text.
         pad: id of the padding token.
 
     Returns:
-        `image` uint8 [B, 3, 64, 64]; `input_ids` and `attention_mask` as `pad_inputs` gives them.
+        `image` uint8 [B, 3, size, size]; `input_ids` and `attention_mask` as `pad_inputs` gives them.
     """
     tensors = {} if images is None else {"image": torch.stack(list(images))}
     return tensors if texts is None else tensors | pad_inputs(texts, pad)
 
 
-def model_inputs(domain: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a model gets of a batch: its domain, and the tensors of `input_tensors` with the image normalised."""
-    return {"domain": domain} | {name: normalise(x) if name == "image" else x for name, x in tensors.items()}
+def model_inputs(domain: str, tensors: Mapping[str, Tensor], form: ImageForm) -> dict[str, Any]:
+    """What a model gets of a batch: its domain, and the tensors of `input_tensors`, the image normalised as `form` says."""
+    return {"domain": domain} | {name: normalise(x, form) if name == "image" else x for name, x in tensors.items()}
 
 
 def load_client_data(
@@ -125,7 +126,9 @@ def load_client_data(
 
     Raises:
         SpecError: the spec does not fit the data; `check_data` lists all that is wrong.
+        BackboneError: a task leaves the form of its images to the backbone, which has no image processor.
     """
+    spec = with_image_forms(spec)
     splits: dict[str, dict[str, Sequence[Examples]]] = {split: {} for split in SPLITS}
     for task in spec.tasks:
         where = f"client {spec.name!r}: task {task.name!r}"
@@ -134,7 +137,7 @@ def load_client_data(
                 found = [read_source(task, source, tokenizer, text_length, seed, root, _raise) for source in sources]
             except SourceError as error:
                 raise SpecError(f"{where}: {split} {error}") from error
-            for problem in too_few_rows(task, split, [len(part) for part in found], hold_out):
+            for problem in too_few_rows(split, [len(part) for part in found]):
                 raise SpecError(f"{where}: {problem}")
             splits[split][task.name] = [part.examples() for part in found]
         if hold_out and not task.validation:
@@ -162,7 +165,7 @@ def read_source(
     fewer than wanted, and with an empty text or the label `NO_CLASS` for a row with a problem.
 
     Args:
-        task: that reads it.
+        task: that reads it, with the whole form of its images (see `with_image_forms`).
         source: what it reads.
         tokenizer: of the client's backbone; without one, texts have no tokens.
         text_length: longest text and longest target, in tokens; None cuts none.
@@ -174,6 +177,8 @@ def read_source(
         SourceError: the data set cannot be opened, or what `report` raises.
     """
     data = open_source(source, root)
+    for note in notes_of(source):
+        report("", note)
     fields = task.fields(source)
     for role, problem in list(missing_columns(data, fields)):
         report("", SourceError(problem))
@@ -182,14 +187,14 @@ def read_source(
         rows = rows_of(source, root, seed)
     except SourceError as error:
         report("", error)
-        source = replace(source, rows=None, shuffle=False)
+        source = replace(source, part=None, by=(), rows=None, shuffle=False)
         rows = rows_of(source, root, seed)
 
     columns: dict[str, Any] = {}
     for role, read in fields.items():
         errors: Sequence[SourceError] = ()
         if role == "image":
-            columns[role] = images_of(source, root, read.columns[0])
+            columns[role] = images_of(source, root, read.columns[0], task.image)
         elif role == "label":
             columns[role], errors = read_labels(task, data, rows, read.columns[0])
         else:
@@ -200,19 +205,16 @@ def read_source(
     return SourceRows(task, source.domain or task.domain, rows, columns, pad)
 
 
-def too_few_rows(task: TaskSpec, split: str, sizes: Sequence[int], hold_out: bool) -> Iterator[str]:
-    """What is wrong with the number of rows of a split's sources; see `load_client_data` for `hold_out`."""
-    fewest = 2 if split == "train" and hold_out and not task.validation else 1
+def too_few_rows(split: str, sizes: Sequence[int]) -> Iterator[str]:
+    """What is wrong with the number of rows of a split's sources."""
     if not sizes and split != "validation":
         yield f"{split} has no source: name one"
-    for size in sizes:
-        if size < fewest:
-            why = ", one of them to be set aside" if fewest > 1 else ""
-            yield f"{split} has a source with {size} rows: give it at least {fewest}{why}"
+    if 0 in sizes:
+        yield f"{split} has a source with 0 rows: give it at least 1"
 
 
 def _raise(role: str, error: SourceError) -> None:
     """The report of loading: it stops at the first problem that training could not do with."""
     del role
-    if not isinstance(error, EmptyTextError):
+    if not isinstance(error, EmptyTextError | SourceNote):
         raise error

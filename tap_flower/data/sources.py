@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -17,12 +19,11 @@ from tap_flower.core.initial import named_seed
 from tap_flower.data import packaged
 from tap_flower.data.examples import permutation
 from tap_flower.data.fields import Field
-from tap_flower.data.presets import fetch_command
 from tap_flower.data.spec import Source
+from tap_flower.data.tables import csv_table, image_folder, json_table, passed_over
 from tap_flower.errors import TapFlowerError
+from tap_flower.hub import fetch_command
 
-_READERS = {"parquet": "parquet", "jsonl": "json"}
-"""Ending of a file of a mirror -> the reader of `datasets`."""
 Values = tuple[int, dict[str, object]]
 """A row of a data set, and its value in each column that is read."""
 AT_ONCE = 1000
@@ -33,6 +34,10 @@ OPEN = 4096
 
 class SourceError(TapFlowerError, ValueError):
     """A source cannot be read; the message goes on after "client ...: task ...: train"."""
+
+
+class SourceNote(SourceError):
+    """Something about a source that is worth knowing, and stops nothing."""
 
 
 class RowError(SourceError):
@@ -68,9 +73,10 @@ def rows_of(source: Source, root: str, seed: int) -> list[int]:
     """The rows of a source in its order, as rows of its split.
 
     Hub and local data sets are shuffled as `datasets.Dataset.shuffle(seed=seed)` does it, which the published rows follow.
+    `part` counts before `rows`.
 
     Raises:
-        SourceError: it takes more rows than there are.
+        SourceError: it takes more rows than there are, or its part of them by a column that is not there.
     """
     available = len(open_source(source, root))
     if not source.shuffle:
@@ -79,13 +85,37 @@ def rows_of(source: Source, root: str, seed: int) -> list[int]:
         rows = permutation(available, named_seed(seed, source.name, source.split))
     else:
         rows = np.random.default_rng(seed).permutation(available).tolist()
+    if source.part is not None:
+        low, high = source.part
+        places = _places(source.place, root, source.by)
+        rows = [row for row in rows if low <= places[row] < high]
     if source.rows is None:
         return rows
     start, stop = source.rows
-    if (available if stop is None else stop) > available or start >= available:
+    if (len(rows) if stop is None else stop) > len(rows) or start >= len(rows):
         end = "the end" if stop is None else stop
-        raise SourceError(f"takes rows {start} to {end} of {source}, which has {available}: lower them")
+        raise SourceError(f"takes rows {start} to {end} of {source}, which has {len(rows)}: lower them")
     return rows[start:stop]
+
+
+@lru_cache(maxsize=OPEN)
+def _places(source: Source, root: str, by: tuple[str, ...]) -> list[float]:
+    """Each row's place in [0, 1): a hash of its values in some columns.
+
+    Raises:
+        SourceError: a column is not there.
+    """
+    data = open_source(source, root)
+    if missing := [column for column in by if column not in data.column_names]:
+        raise SourceError(f"has no column {missing[0]!r} for `by`: choose among {', '.join(data.column_names)}")
+    for column in by:
+        if isinstance(data.features[column], datasets.Image):
+            data = data.cast_column(column, datasets.Image(decode=False))
+    return [
+        int.from_bytes(hashlib.sha256(repr([values[column] for column in by]).encode()).digest()[:6], "big") / 2**48
+        for part in values_of(data, range(len(data)), by)
+        for _, values in part
+    ]
 
 
 def missing_columns(data: datasets.Dataset, fields: Mapping[str, Field]) -> Iterator[tuple[str, str]]:
@@ -113,14 +143,46 @@ def _opened(source: Source, root: str) -> datasets.Dataset:
         if source.format == "disk":
             return _from_disk(Path(source.path), source.split)
         if source.format == "imagefolder":
-            return _load("imagefolder", data_dir=source.path, split=source.split or "train")
+            return image_folder(Path(source.path), source.split)
         if source.format == "hub":
             return _from_mirror(source, Path(root)) if root else _from_hub(source)
-        return _load(source.format, data_files=source.path, split="train")
+        files = _files(source.path)
+        if source.format == "csv":
+            return csv_table(files, source.delimiter or ",", source.encoding, source.missing)
+        if source.format == "json":
+            return json_table(files)
+        return _load("parquet", data_files=[glob.escape(file) for file in files], split="train")
     except SourceError:
         raise
     except Exception as error:  # whatever the readers of six formats raise
-        raise SourceError(f"cannot be read from {source}: {str(error).splitlines()[0]}") from error
+        raise SourceError(f"cannot be read from {source}: {_reason(error)}") from error
+
+
+def _files(path: str) -> list[str]:
+    """The files of a path, or of a pattern such as `part-*.parquet`."""
+    if Path(path).is_dir():
+        raise ValueError("it is a folder: name a file, or a pattern such as part-*.parquet")
+    files = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))  # noqa: PTH207
+    if not files:
+        raise ValueError(f"Unable to find {path!r}")
+    return files
+
+
+def _reason(error: BaseException) -> str:
+    """The reader's own reason: `datasets` puts a sentence that says nothing in front of it."""
+    while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__
+    cache = str(datasets.config.HF_DATASETS_CACHE)
+    if isinstance(error, OSError) and str(error.filename or "").startswith(cache):
+        return f"the cache {cache} cannot be written ({error.strerror}): set HF_DATASETS_CACHE to a folder that can be"
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def notes_of(source: Source) -> Iterator[SourceNote]:
+    """What is worth knowing about how a source was opened."""
+    if source.format == "imagefolder" and (passed := passed_over(Path(source.path), source.split)):
+        counts = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(passed.items()))
+        yield SourceNote(f"has {sum(passed.values()):,} files that are no images, which are passed over: {counts}")
 
 
 def _load(reader: str, name: str | None = None, **arguments: object) -> datasets.Dataset:
@@ -141,7 +203,7 @@ def _from_hub(source: Source) -> datasets.Dataset:
             snapshot = ""
         found = _in_folder(Path(snapshot), source) if snapshot else None
         if found is None:
-            reason, command = str(error).splitlines()[0], fetch_command(source.name, source.revision)
+            reason, command = _reason(error), fetch_command(source.name, source.revision)
             raise SourceError(f"needs {source}, which cannot be had ({reason}): fetch it with `{command}`") from error
         return found
 
@@ -167,14 +229,16 @@ def _in_folder(folder: Path, source: Source) -> datasets.Dataset | None:
     marks = (folder / "dataset_dict.json", folder / "state.json", folder / source.split / "state.json")
     if any(mark.is_file() for mark in marks):
         return _from_disk(folder, source.split)
-    pattern = re.compile(rf"{re.escape(source.split)}([-._0-9].*)?\.({'|'.join(_READERS)})")
+    pattern = re.compile(rf"{re.escape(source.split)}([-._0-9].*)?\.(parquet|jsonl)")
     files = sorted(path for path in folder.rglob("*") if pattern.fullmatch(path.name))
     if not files:
         return None
     whole = re.search(r"-of-(\d+)", files[0].name)
     if whole and len(files) != int(whole[1]):
         raise SourceError(f"has {len(files)} of the {int(whole[1])} files of {source} in {folder}: fetch the others")
-    return _load(_READERS[files[0].suffix[1:]], data_files=[str(file) for file in files], split="train")
+    if files[0].suffix == ".jsonl":
+        return json_table([str(file) for file in files])
+    return _load("parquet", data_files=[glob.escape(str(file)) for file in files], split="train")
 
 
 def _from_disk(folder: Path, split: str) -> datasets.Dataset:

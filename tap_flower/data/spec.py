@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from datetime import date
-from difflib import get_close_matches
 from types import NoneType
 from typing import Any
 
 from tap_flower.core.components import Pair
 from tap_flower.core.tasks import TASK_KINDS
-from tap_flower.data.fields import Field, check_columns, check_fields, fields_of
+from tap_flower.data.fields import Field, ImageForm, check_columns, check_fields, check_keys, fields_of, image_form
 from tap_flower.errors import SpecError
-from tap_flower.plain import shown
+from tap_flower.plain import as_text, shown
 
 MODALITIES = ("image", "text")
 SPLITS = ("train", "validation", "test")
@@ -26,27 +26,11 @@ MOST = 65_536
 FORMATS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "packaged": (("name", "split"), ("name", "split")),
     "hub": (("name", "split"), ("name", "config", "revision", "split")),
-    **dict.fromkeys(("parquet", "csv", "json"), (("path",), ("path",))),
+    **dict.fromkeys(("parquet", "json"), (("path",), ("path",))),
+    "csv": (("path",), ("path", "delimiter", "encoding", "missing")),
     **dict.fromkeys(("imagefolder", "disk"), (("path",), ("path", "split"))),
 }
 """Format -> (what a source of it must say about where it lies, what it may say)."""
-_KINDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
-    key: (words, types)
-    for keys, words, types in (
-        ("name backbone kind domain format split path config data", "a text: put it in quotes", (str,)),
-        ("tasks modalities labels", "a list", (list, tuple)),
-        ("columns templates", "`key: value` lines", (Mapping,)),
-        ("train validation test", "a source or a list of them", (list, tuple, Mapping)),
-        ("classes", "a list of names, or their number", (list, tuple, int)),
-        ("rows", "numbers", (list, tuple, int)),
-        ("margin", "a number", (int, float)),
-        ("batch_size", "a whole number", (int,)),
-        ("shuffle", "true or false", (bool,)),
-        ("revision", "a text", (str, int, float, date)),
-    )
-    for key in keys.split()
-}
-"""Key -> (what its value is, in words, and in types); `null` stands for a key that is not there."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +41,18 @@ class Source:
         format: `packaged` (the demo's data), `hub`, a file (`parquet`, `csv`, `json`: one document or one object a line), an
             `imagefolder` (a folder of images for each class) or `disk` (a folder that `save_to_disk` of `datasets` wrote).
         name: of a packaged data set, or the id of one on the hub.
-        split: of the data set; a file has none.
+        split: of the data set, in an image folder the folder for it; a file has none.
+        part: from and to, two fractions: the rows whose hash over the columns `by` lies there. Rows that agree in these
+            columns are in one part, whatever their order and however many there are.
+        by: columns that decide which part a row is in, such as a patient's number.
         rows: first row and the row after the last (None: to the end); None takes all.
         shuffle: whether the split is shuffled with the run's seed before `rows` is taken.
         path: of a file (or a pattern such as `part-*.parquet`) or folder.
         config: of a data set on the hub that has several.
         revision: commit, tag or branch of a data set on the hub.
+        delimiter: of a CSV file's fields; nothing is a comma.
+        encoding: of a CSV file, such as `latin-1`; nothing is UTF-8.
+        missing: words that stand for a missing value in a CSV file, beside the empty field.
         domain: of these rows, where it is not the task's.
         columns: role -> column or columns, where they are not the task's.
         templates: role -> template, where they are not the task's.
@@ -76,6 +66,11 @@ class Source:
     path: str = ""
     config: str | None = None
     revision: str | None = None
+    delimiter: str = ""
+    encoding: str = ""
+    missing: tuple[str, ...] = ()
+    part: tuple[float, float] | None = None
+    by: tuple[str, ...] = ()
     domain: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
     templates: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -83,7 +78,8 @@ class Source:
     @property
     def place(self) -> Source:
         """The data set alone, without a choice of rows: equal for sources that read the same data set."""
-        return Source(self.format, self.name, self.split, path=self.path, config=self.config, revision=self.revision)
+        same = replace(self, part=None, by=(), rows=None, shuffle=False, domain=None)
+        return replace(same, columns={}, templates={})
 
     def __str__(self) -> str:
         """The data set, for messages."""
@@ -105,6 +101,7 @@ class TaskSpec:
             training source aside.
         columns: role (image, text, label, target) -> column; text and target may be a list of columns.
         templates: role (text, target) -> Jinja2 template over a row's columns, in place of a column.
+        image: what the images are made into before the model gets them.
         classes: names of the classes, in the order of their labels (classification); a number n stands for 0 .. n-1.
         labels: what the data say for each class, in this order; by default 0 .. n-1, or the classes' names.
         margin: the client's own replacement margin; None takes the run's for the kind of task.
@@ -120,6 +117,7 @@ class TaskSpec:
     validation: tuple[Source, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
     templates: Mapping[str, str] = field(default_factory=dict, hash=False)
+    image: ImageForm = field(default_factory=ImageForm)
     classes: tuple[str, ...] = ()
     labels: tuple[Any, ...] = ()
     margin: float | None = None
@@ -229,12 +227,17 @@ def _task(values: Mapping[str, Any], where: str) -> TaskSpec:
     _check_scalars(labels, f"{where} has label")
     if labels and len(labels) != len(classes):
         raise SpecError(f"{where} has {len(labels)} labels for {len(classes)} classes: list one label for each class")
+    if double := [text for text, count in Counter(map(as_text, labels)).items() if count > 1]:
+        raise SpecError(f"{where} names the label {double[0]!r} twice: give each class its own label")
     given |= {"modalities": tuple(given["modalities"]), "classes": classes, "labels": labels}
+    given["image"] = image_form(given.get("image", {}), where)
     for split in SPLITS:
         sources = given.get(split, ())
         sources = [sources] if isinstance(sources, Mapping) else sources
         given[split] = tuple(_source(source, f"{where}: {split}") for source in sources)
     task = TaskSpec(**given)
+    if "image" in values and "image" not in task.roles:
+        raise SpecError(f"{where} has no images: leave `image` out")
     check_columns(task.columns, task.templates, where)
     for source in (*task.train, *task.validation, *task.test):
         check_columns(source.columns, source.templates, where)
@@ -266,6 +269,10 @@ def class_names(value: Any, kind: str, where: str) -> tuple[str, ...]:
     if count > MOST:
         raise SpecError(f"{where} has {count} classes: use at most {MOST}")
     names = range(value) if isinstance(value, int) else value or ()
+    if any(isinstance(name, bool) for name in names):
+        raise SpecError(
+            f"{where} has the class true or false (yes, no, on and off are these in YAML): put it in quotes"
+        )
     _check_scalars(names, f"{where} has class")
     classes = tuple(str(name) for name in names)
     if double := [name for name, count in Counter(classes).items() if count > 1]:
@@ -283,7 +290,8 @@ def _source(values: Mapping[str, Any], where: str) -> Source:
     needed, allowed = FORMATS[form]
     if missing := [key for key in needed if not given.get(key)]:
         raise SpecError(f"{where} lacks {', '.join(missing)}, which format {form!r} needs")
-    if extra := [k for k in ("name", "path", "config", "revision", "split") if given.get(k) and k not in allowed]:
+    of_formats = {key for _, keys in FORMATS.values() for key in keys}
+    if extra := [key for key in given if key in of_formats and given[key] and key not in allowed]:
         value = f"{extra[0]} = {given[extra[0]]!r}"
         raise SpecError(f"{where} has {value}: format {form!r} takes {', '.join(allowed)} only")
     if "rows" in given:
@@ -292,7 +300,28 @@ def _source(values: Mapping[str, Any], where: str) -> Source:
         given["rows"] = tuple(given["rows"])
     if "domain" in given:
         check_name(given["domain"], where, "domain")
+    if "part" in given and not _is_part(given["part"]):
+        raise SpecError(f"{where} has part {shown(given['part'])}: give two fractions, from and to, such as [0, 0.8]")
+    if ("part" in given) != bool(given.get("by")):
+        raise SpecError(f"{where} has part or by alone: give `part: [0, 0.8]` and `by: [column]`, or neither")
+    if len(given.get("delimiter", ",")) != 1:
+        raise SpecError(f"{where} has delimiter {shown(given['delimiter'])}: give one character")
+    try:
+        codecs.lookup(given.get("encoding", "utf-8"))
+    except (LookupError, ValueError) as error:
+        raise SpecError(f"{where} has encoding {shown(given['encoding'])}: give one that Python knows") from error
+    for key in ("part", "by", "missing"):
+        if key in given:
+            given[key] = tuple(given[key])
+    for key in ("by", "missing"):
+        if wrong := [word for word in given.get(key, ()) if not isinstance(word, str)]:
+            raise SpecError(f"{where} has {key} {shown(wrong[0])}: put it in quotes")
     return Source(**given)
+
+
+def _is_part(part: Any) -> bool:
+    numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in part)
+    return len(part) == 2 and numbers and 0 <= part[0] < part[1] <= 1
 
 
 def _name(values: Any) -> str:
@@ -309,35 +338,6 @@ def _is_range(rows: Any) -> bool:
     """Whether it is [a row, a later row or null]."""
     types = [type(row) for row in rows] if isinstance(rows, list | tuple) else []
     return types in ([int, int], [int, NoneType]) and rows[0] >= 0 and (rows[1] is None or rows[0] < rows[1])
-
-
-def check_keys(values: Mapping[str, Any], schema: type, where: str) -> dict[str, Any]:
-    """Checks that `values` has no key that the dataclass `schema` lacks, all that it needs, and values of the right types.
-
-    Returns:
-        The values that are not null; a revision as a text, since YAML reads one of digits alone as a number.
-
-    Raises:
-        SpecError: a key is unknown or missing, or a value is wrong; `where` begins the message.
-    """
-    if not isinstance(values, Mapping):
-        raise SpecError(f"{where} is {shown(values)}: write `key: value` lines")
-    known = [f.name for f in fields(schema)]
-    if unknown := [key for key in values if key not in known]:
-        near = get_close_matches(str(unknown[0])[:64], known, n=1)
-        hint = f": did you mean {near[0]!r}?" if near else ""
-        raise SpecError(f"{where} has the unknown key {shown(unknown[0])}{hint}")
-    required = [f.name for f in fields(schema) if f.default is f.default_factory]  # both are MISSING
-    if missing := [name for name in required if values.get(name) is None]:
-        raise SpecError(f"{where} lacks {', '.join(missing)}")
-    given = {key: value for key, value in values.items() if value is not None}
-    for key, value in given.items():
-        words, types = _KINDS[key]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise SpecError(f"{where} has {key} {shown(value)}: give {words}")
-        if isinstance(value, str) and "\0" in value:
-            raise SpecError(f"{where} has {key} {shown(value)}: leave the zero byte out")
-    return {key: str(value) if key == "revision" else value for key, value in given.items()}
 
 
 def check_name(value: str, where: str, key: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, time
 from functools import cache, lru_cache
 from typing import cast
 
@@ -11,13 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from tap_flower import hub
 from tap_flower.core.tasks import IGNORE
-from tap_flower.data.fields import Field
+from tap_flower.data.fields import Field, is_missing
 from tap_flower.data.sources import OPEN, RowError, open_source, rows_of, values_of
 from tap_flower.data.spec import Source
+from tap_flower.errors import BackboneError
 
 TokenIds = Sequence[int] | NDArray[np.int32]
 """Token ids of one text."""
@@ -46,6 +48,10 @@ class Tokens:
         """Tokens of each text, [number of texts]."""
         return np.diff(self._ends, prepend=0)
 
+    def count(self, token: int | None) -> int:
+        """How often a token stands in all texts."""
+        return int((self._ids == token).sum()) if token is not None else 0
+
     def __getitem__(self, position: int) -> NDArray[np.int32]:
         """Token ids of one text."""
         return self._ids[self._ends[position - 1] if position else 0 : self._ends[position]]
@@ -56,12 +62,30 @@ def load_tokenizer(place: str, revision: str | None = None) -> PreTrainedTokeniz
     """The tokenizer of a backbone's local folder or hub id, once a process.
 
     Raises:
-        OSError: it cannot be found.
+        BackboneError: it cannot be found, knows no words, lacks a token that texts need, or has more tokens than the
+            backbone has embeddings.
     """
     hub.prepare(place)
-    return cast(
-        PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
-    )
+    try:
+        found = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+    except Exception as error:  # whatever transformers and the hub's library raise on what is no tokenizer
+        reason = str(error).partition("\n")[0]
+        raise BackboneError(f"backbone {place!r} gives no tokenizer: {reason}") from error
+    tokenizer, words = cast(PreTrainedTokenizerBase, found), found.get_vocab()
+    # Where there is no file of one, transformers makes a tokenizer to which every word is unknown.
+    if len(words) <= len(set(tokenizer.all_special_ids)):
+        raise BackboneError(f"backbone {place!r} has no tokenizer: put the files of its tokenizer into the folder")
+    if lacking := [kind for kind in ("pad_token", "sep_token") if getattr(tokenizer, f"{kind}_id") is None]:
+        raise BackboneError(
+            f"backbone {place!r} has a tokenizer without {' and '.join(lacking)}: use that of its family"
+        )
+    embedded, largest = getattr(config.get_text_config(), "vocab_size", None), max(words.values())
+    if isinstance(embedded, int) and largest >= embedded:
+        raise BackboneError(
+            f"backbone {place!r} has a tokenizer with tokens up to {largest:,}, and embeddings for {embedded:,}: use its own"
+        )
+    return tokenizer
 
 
 @lru_cache(maxsize=OPEN)
@@ -113,12 +137,14 @@ def texts_of(
         is_target: for messages.
     """
     role = "target" if is_target else "text"
+    # A class is a word here and not its number, unless a template takes it.
+    names = {} if read.template else {name: getattr(data.features[name], "names", None) for name in read.columns}
     for part in values_of(data, rows, read.reads):
         texts: list[str] = []
         errors: list[RowError] = []
         for row, values in part:
             try:
-                texts.append(_text_of(read, row, values))
+                texts.append(_text_of(read, row, _named(values, names)))
             except RowError as error:
                 texts.append("")
                 errors.append(error)
@@ -128,16 +154,32 @@ def texts_of(
         yield texts, errors
 
 
+def _named(values: dict[str, object], names: Mapping[str, Sequence[str] | None]) -> dict[str, object]:
+    """A row's values, a class by its name; -1 stands for none."""
+    classes = {name: known for name, known in names.items() if known}
+    found = {name: values[name] for name in classes}
+    return values | {
+        name: classes[name][number] if isinstance(number, int) and number >= 0 else None
+        for name, number in found.items()
+    }
+
+
 def _text_of(read: Field, row: int, values: Mapping[str, object]) -> str:
     if read.template:
         try:
             return read.rendered(values)
         except Exception as error:  # a TemplateError, or what a filter raises on a value
+            if (empty := [name for name, value in values.items() if is_missing(value)]) and empty[0] in str(error):
+                rest = f" of {', '.join(empty)}: fill it, leave the row out, or say what stands there with `default`"
+                raise RowError("has no value for its template", row, rest) from error
             reason = f"{error} (template {read.template!r})"
             raise RowError("cannot fill its template", row, "", reason) from error
     found = [values[name] for name in read.columns]
-    if None in found:
+    if any(is_missing(value) for value in found):
         raise RowError("has no text", row, f" of {', '.join(read.columns)}: fill it, or leave the row out")
+    if wrong := [value for value in found if not isinstance(value, str | int | float | date | time)]:
+        rest = f" of {', '.join(read.columns)}: say with a template what of it is the text"
+        raise RowError(f"has a {type(wrong[0]).__name__} as text", row, rest)
     return " ".join(str(value) for value in found)
 
 

@@ -186,9 +186,8 @@ class Session:
             ClientError: a loop returned what is neither a loss nor metrics, or nothing where the loss decides.
             DivergedError: a loss is NaN or infinite.
         """
-        losses: dict[str, float] = {}
-        metrics: dict[str, float] = {}
         model.train()
+        losses, metrics = dict[str, float](), dict[str, float]()
         for task in self.tasks:
             assert task.fit is not None
             name, loader = task.pair.task, self.data.loader("train", task.pair.task)

@@ -54,6 +54,7 @@ class Backbone(ABC, nn.Module):
             included, in place of keeping it (arXiv 1604.06174).
         compiled: whether the layers are compiled (torch.compile), each kind once a process.
         parts: modality -> names of the frozen modules and buffers that it alone uses.
+        copied: names of the checkpoint's tensors that are held as copies.
         attention_lora: LoRA of the fusion's query and value.
         expert_lora: LoRA of the experts.
     """
@@ -64,6 +65,7 @@ class Backbone(ABC, nn.Module):
     image_size: int
     fusion_layers: nn.ModuleList
     parts: ClassVar[Mapping[str, tuple[str, ...]]]
+    copied: ClassVar[tuple[str, ...]] = ()
     attention_lora: LoraSettings
     expert_lora: LoraSettings
     recompute: bool = False

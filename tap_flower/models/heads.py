@@ -5,17 +5,26 @@ from __future__ import annotations
 from typing import cast
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import GPT2Config, GPT2Model
 
 IMAGE_SIZE = 64
-"""Side, in pixels, of the images that clients hold and that the image head generates."""
+"""Side, in pixels, of the paper's images."""
 
 
 class ImageHead(nn.Module):
-    """Image generation: D -> 4096 -> 64×8×8, then three transposed convolutions -> [B, 3, 64, 64], normalised pixels."""
+    """Image generation: D -> 4096 -> 64×8×8, then three transposed convolutions, each of which doubles the sides.
 
-    def __init__(self, size: int) -> None:
+    For images of another size than 64×64 the 8×8 positions are interpolated in between, so that the tensors are the same.
+
+    Args:
+        size: D.
+        image_size: side of the images in pixels, a multiple of 8.
+    """
+
+    def __init__(self, size: int, image_size: int = IMAGE_SIZE) -> None:
         super().__init__()
+        self.side = image_size // 8
         self.proj = nn.Linear(size, 64 * 8 * 8)
         self.decoder = nn.Sequential(
             nn.ConvTranspose2d(64, 32, kernel_size=4, stride=2, padding=1),
@@ -26,9 +35,11 @@ class ImageHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, D] -> [B, 3, 64, 64]."""
+        """[B, D] -> normalised pixels [B, 3, image_size, image_size]."""
         seed = self.proj(features).view(-1, 64, 8, 8)  # [B, 64, 8, 8]
-        return cast(Tensor, self.decoder(seed))  # [B, 3, 64, 64]
+        if self.side != 8:
+            seed = F.interpolate(seed, (self.side, self.side), mode="bilinear")  # [B, 64, side, side]
+        return cast(Tensor, self.decoder(seed))  # [B, 3, image_size, image_size]
 
 
 class TextHead(nn.Module):

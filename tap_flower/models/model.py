@@ -15,7 +15,7 @@ from tap_flower.core.components import ComponentMap, ComponentModel, Pair
 from tap_flower.core.initial import Initial, initial_values
 from tap_flower.models import fusion
 from tap_flower.models.backbone import Backbone
-from tap_flower.models.heads import ImageHead, TextHead
+from tap_flower.models.heads import IMAGE_SIZE, ImageHead, TextHead
 from tap_flower.models.lora import LoRA
 
 
@@ -29,6 +29,7 @@ class ModelTask:
         domains: of its data; a batch has one of them.
         classes: number of classes (classification).
         target_length: longest target in tokens (text generation).
+        image_size: side of the images in pixels (image generation).
     """
 
     pair: Pair
@@ -36,12 +37,13 @@ class ModelTask:
     domains: tuple[str, ...]
     classes: int = 0
     target_length: int = 0
+    image_size: int = IMAGE_SIZE
 
 
 class TapModel(ComponentModel):
     """Encoders, fusion with four paths, heads. A flat set of named components makes up everything trainable.
 
-    The inputs of a batch are `image` [B, 3, 64, 64] (normalised), `input_ids` [B, T] (int64), `attention_mask` [B, T]
+    The inputs of a batch are `image` [B, 3, H, W] (normalised), `input_ids` [B, T] (int64), `attention_mask` [B, T]
     (0 at padding; left out where nothing is padded), `domain` (a string) and, for text generation, `target_length` (an
     int, positions to generate).
 
@@ -97,7 +99,7 @@ class TapModel(ComponentModel):
         return encoder(self.backbone, inputs["input_ids"], mask), mask
 
     def forward(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
-        """Output of a task, float32: logits [B, C], image [B, 3, 64, 64] or token logits [B, target_length, V].
+        """Output of a task, float32: logits [B, C], image [B, 3, H, W] or token logits [B, target_length, V].
 
         Computed in the dtype of the backbone; the trainable tensors are float32 and are rounded where they are used.
         """
@@ -124,7 +126,7 @@ def _constructors(backbone: Backbone, task: ModelTask) -> dict[str, Callable[[],
 
 def _head(backbone: Backbone, task: ModelTask) -> nn.Module:
     if task.kind == "image_generation":
-        return ImageHead(backbone.size)
+        return ImageHead(backbone.size, task.image_size)
     if task.kind == "text_generation":
         return TextHead(backbone.size, backbone.vocabulary, task.target_length)
     return backbone.classification_head(task.classes)

@@ -31,6 +31,7 @@ class ViltBackbone(Backbone):
         "image": ("patches", "class_token", "positions"),
         "text": ("text_embeddings",),
     }
+    copied = ("embeddings.cls_token", "embeddings.position_embeddings")
     attention_lora = LoraSettings(rank=8, alpha=16)
     expert_lora = LoraSettings(rank=8, alpha=16)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tap_flower.client.text_metrics import written
 from tap_flower.core.tasks import IMAGE_GENERATION
+from tap_flower.data.fields import ImageForm
 from tap_flower.data.images import denormalise
 
 
@@ -41,7 +42,7 @@ class ImageAnswer:
     """The answer of an image generation task.
 
     Attributes:
-        image: 64 × 64 pixels, RGB.
+        image: RGB, in the size of the task's images.
         mse: mean squared error to the input, of normalised pixels.
     """
 
@@ -61,10 +62,10 @@ def class_answers(output: Tensor, classes: Sequence[str]) -> list[Answer]:
     return found
 
 
-def image_answers(output: Tensor, inputs: Mapping[str, Any]) -> list[Answer]:
-    """The answers of a batch, from normalised images [B, 3, 64, 64] and the inputs they were made of."""
+def image_answers(output: Tensor, inputs: Mapping[str, Any], form: ImageForm) -> list[Answer]:
+    """The answers of a batch, from images [B, 3, H, W] normalised as `form` says and the inputs they were made of."""
     errors = IMAGE_GENERATION.losses(output, inputs["image"]).tolist()
-    pixels = denormalise(output).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = denormalise(output, form).permute(0, 2, 3, 1).cpu().numpy()
     return [ImageAnswer(Image.fromarray(image), error) for image, error in zip(pixels, errors, strict=True)]
 
 

@@ -8,18 +8,18 @@ from pathlib import Path
 import msgspec
 import torch
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from transformers import AutoConfig
 
 from tap_flower.client.client_model import model_task
 from tap_flower.client.description import DESCRIPTION, Description, read_description
-from tap_flower.data.presets import CATALOGUE
 from tap_flower.data.text import load_tokenizer
 from tap_flower.errors import PersonalError, StorageError
 from tap_flower.files import read_json, write_atomically, write_json
-from tap_flower.models.load import DEMO, from_config, locate, outline
+from tap_flower.hub import CATALOGUE, DEMO, locate
+from tap_flower.models.load import from_config, outline
 from tap_flower.models.merged import merged_outline, merged_state
 from tap_flower.personal.personal_model import Device, PersonalModel
 from tap_flower.plain import shown
@@ -33,38 +33,12 @@ _PIPELINES = {
 }
 """Kind of task -> the hub's name of it; with an image in and a text out it is `visual-question-answering`."""
 
-_TEMPLATE = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True).from_string("""\
----
-{{ header }}
----
-# {{ name }}
-Model `{{ which }}` of client `{{ client }}` for the task `{{ task.name }}` ({{ task.kind.replace("_", " ") }}; input:
-{{ task.modalities | join(" and ") }}; domain: {{ task.domains | join(", ") }}), trained with the method `{{ method }}` of
-tap-flower over the backbone `{{ backbone }}`.
-{% if task.classes %}
-Classes: {{ task.classes | join(", ") }}.
-{% endif %}
-
-`{{ weights }}` is a plain state dict: every adapter is merged with the matrix that it adapts, and the backbone's frozen
-tensors are in it.
-```python
-from tap_flower.personal.export import load_export
-
-model = load_export("FOLDER")
-print(model.predict("{{ task.name }}", {{ task.modalities | join("=..., ") }}=...))
-```
-{% if metrics %}
-
-## Metrics
-On the client's test data.
-
-| metric | value |
-|---|---|
-{% for metric, value in metrics | dictsort %}
-| {{ metric }} | {{ "%.4f" | format(value) }} |
-{% endfor %}
-{% endif %}
-""")
+_TEMPLATES = Environment(
+    loader=PackageLoader("tap_flower.personal", "templates"),
+    undefined=StrictUndefined,
+    autoescape=False,
+    trim_blocks=True,
+)
 
 
 def export(folder: Path, out: Path, task: str, which: str | None = None, run: Path | None = None) -> PersonalModel:
@@ -168,7 +142,7 @@ def card(described: Description, task: str, which: str, metrics: Mapping[str, fl
         eval_results=[EvalResult(pipeline, task, data, metric, value) for metric, value in sorted(metrics.items())]
         or None,
     )
-    return _TEMPLATE.render(
+    return _TEMPLATES.get_template("model_card.md").render(
         header=header.to_yaml(), name=name, which=which, client=described.client, task=wanted, metrics=metrics,
         method=described.settings.method, backbone=described.backbone, weights=WEIGHTS,
     )  # fmt: skip

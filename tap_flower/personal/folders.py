@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tap_flower.client.description import DESCRIPTION, TaskDescription, read_description
+from tap_flower.client.description import DESCRIPTION, Description, TaskDescription, read_description
 from tap_flower.errors import PersonalError, StorageError
 
 
@@ -37,13 +37,14 @@ def client_folder(place: Path, client: str | None = None) -> Path:
     return place / "clients" / _one_of(client, names, f"{place} has models of several clients", "--client", "client")
 
 
-def chosen_task(task: str | None, tasks: dict[str, TaskDescription]) -> str:
-    """The name of the task that is meant: the one given, or the client's only one.
+def chosen_task(task: str | None, described: Description) -> TaskDescription:
+    """The task that is meant: the one of this name, or the client's only one.
 
     Raises:
         PersonalError: the client has no such task, or it must be named.
     """
-    return _one_of(task, list(tasks), "the client has several tasks", "--task", "task")
+    tasks = {one.name: one for one in described.tasks}
+    return tasks[_one_of(task, list(tasks), "the client has several tasks", "--task", "task")]
 
 
 def _one_of(name: str | None, known: list[str], several: str, option: str, what: str) -> str:

@@ -8,10 +8,10 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from tap_flower.client.state import FIRST, PERSONAL, SERVER, default_state_dir
+from tap_flower.client.state import FIRST, PERSONAL, SERVER
 from tap_flower.core.module_tensors import Names
 from tap_flower.errors import PersonalError, StorageError
-from tap_flower.files import read_tensors
+from tap_flower.files import default_state_dir, read_tensors
 
 _M = TypeVar("_M", bound=nn.Module)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,17 +19,18 @@ from tap_flower.client.description import Description, TaskDescription, read_des
 from tap_flower.client.state import SERVER, StateFolder
 from tap_flower.core.components import State, load_trainable_state
 from tap_flower.data.examples import moved_to
+from tap_flower.data.fields import ImageForm
 from tap_flower.data.images import open_image, pixels_of
 from tap_flower.data.loading import input_tensors, model_inputs
 from tap_flower.data.text import load_tokenizer, token_ids
 from tap_flower.errors import BackboneError, PersonalError, StorageError
+from tap_flower.hub import locate
 from tap_flower.methods.method import Memory
 from tap_flower.methods.registry import find_method
-from tap_flower.models.load import load_backbone, locate
+from tap_flower.models.load import load_backbone
 from tap_flower.models.model import TapModel
 from tap_flower.personal.answers import Answer, class_answers, image_answers, text_answers
 
-T = TypeVar("T")
 Picture = Image.Image | str | Path | NDArray[np.uint8]
 """An image, a file of one, or pixels [H, W, 3] or [H, W], uint8."""
 Device = torch.device | str | None
@@ -134,9 +135,9 @@ class PersonalModel:
             raise PersonalError(f"task {task!r} got {sizes['image']} images and {sizes['text']} texts: give as many")
         domain = self._domain(wanted, domain)
         answers: list[Answer] = []
-        for rows in _parts(range(next(iter(sizes.values()))), batch_size):
-            part = {name: [column[row] for row in rows] for name, column in columns.items()}
-            answers += self._answers(wanted, self._inputs(part, domain))
+        for start in range(0, next(iter(sizes.values())), batch_size):
+            part = {name: column[start : start + batch_size] for name, column in columns.items()}
+            answers += self._answers(wanted, self._inputs(part, domain, wanted.image))
         return answers[0] if single else answers
 
     @torch.inference_mode()
@@ -149,16 +150,20 @@ class PersonalModel:
             longest, end = self.description.settings.model.text_length, self.tokenizer.sep_token_id
             return text_answers(generate, longest, cast(int, end), self.decode)
         output = self.model(task.name, inputs)
-        return image_answers(output, inputs) if task.kind == "image_generation" else class_answers(output, task.classes)
+        return (
+            image_answers(output, inputs, task.image)
+            if task.kind == "image_generation"
+            else class_answers(output, task.classes)
+        )
 
     def decode(self, ids: list[int]) -> str:
         """Decodes token ids to text, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _inputs(self, columns: Mapping[str, Sequence[Any]], domain: str) -> dict[str, Any]:
+    def _inputs(self, columns: Mapping[str, Sequence[Any]], domain: str, form: ImageForm) -> dict[str, Any]:
         images = texts = None
         if "image" in columns:
-            images = [_pixels(picture) for picture in columns["image"]]
+            images = [_pixels(picture, form) for picture in columns["image"]]
         if "text" in columns:
             if wrong := [text for text in columns["text"] if not isinstance(text, str)]:
                 raise PersonalError(f"a text is a {type(wrong[0]).__name__}: give a string")
@@ -166,7 +171,7 @@ class PersonalModel:
                 columns["text"], self.tokenizer, self.description.settings.model.text_length, is_target=False
             )
         tensors = input_tensors(images, texts, cast(int, self.tokenizer.pad_token_id))
-        return model_inputs(domain, moved_to(tensors, self.device))
+        return model_inputs(domain, moved_to(tensors, self.device), form)
 
     def task(self, name: str) -> TaskDescription:
         """The description of a task.
@@ -239,17 +244,17 @@ def _first(folder: Path, description: Description, model: TapModel) -> State:
     return {**model.first_values(description.settings.seed), **given}
 
 
-def _pixels(picture: Picture) -> Tensor:
+def _pixels(picture: Picture, form: ImageForm) -> Tensor:
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)):
             raise PersonalError(
                 f"an image is an array {picture.shape} of {picture.dtype}: give [height, width, 3] or [height, width], uint8"
             )
-        return pixels_of(Image.fromarray(picture))
+        return pixels_of(Image.fromarray(picture), form)
     if isinstance(picture, Image.Image):
-        return pixels_of(picture)
+        return pixels_of(picture, form)
     try:
-        return pixels_of(open_image(Path(picture)))
+        return pixels_of(open_image(Path(picture), form.background, form.size), form)
     except Exception as error:  # whatever the decoders of all image formats raise
         raise PersonalError(f"image {str(picture)!r} cannot be read: {error}; give a PNG, JPEG or WebP") from error
 
@@ -258,8 +263,3 @@ def _listed(value: Any, single: bool) -> Sequence[Any]:
     if not single and not isinstance(value, list | tuple):
         raise PersonalError("one input is a list and the other is not: give two lists of one length")
     return [value] if single else cast(Sequence[Any], value)
-
-
-def _parts(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]

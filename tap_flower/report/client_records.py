@@ -5,8 +5,6 @@ None of it is ever sent. In a simulation the report reads it from `RUN/clients/N
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,14 +14,26 @@ import msgspec
 from tap_flower.core.replacement import Decision
 from tap_flower.errors import StorageError
 from tap_flower.files import read_json, write_atomically, write_json
-from tap_flower.plain import PlainError, parse_json
+from tap_flower.plain import parse_json
 
 SCHEMA = 1
 DECISIONS, EXAMPLES, GRADIENTS = "decisions.jsonl", "examples.json", "gradients.json"
 _T = TypeVar("_T")
 
 
-class _Decision(msgspec.Struct, forbid_unknown_fields=True):
+class DecisionRecord(msgspec.Struct, forbid_unknown_fields=True):
+    """A line of `decisions.jsonl`: a decision on replacement, with the losses that were compared.
+
+    Attributes:
+        run: identity of the run.
+        round: the round, counted from 1.
+        task: name of the pair's task.
+        teacher_loss: loss of the server's copy; None where it was not finite.
+        personal_loss: loss of the personal model; None before its first participation.
+        margin: margin of the replacement.
+        replaced: what was decided.
+    """
+
     run: str
     round: int
     task: str
@@ -46,23 +56,15 @@ def record_decisions(folder: Path, run: str, server_round: int, decisions: Itera
     Raises:
         StorageError: the record is damaged, or cannot be written.
     """
-    kept = [d for d in read_decisions(folder) if d["run"] == run and d["round"] < server_round]
+    kept = [d for d in read_decisions(folder) if d.run == run and d.round < server_round]
     new = [
-        {
-            "run": run,
-            "round": server_round,
-            "task": d.pair.task,
-            "teacher_loss": d.teacher_loss if math.isfinite(d.teacher_loss) else None,
-            "personal_loss": d.personal_loss if math.isfinite(d.personal_loss) else None,
-            "margin": d.margin,
-            "replaced": d.replaced,
-        }
+        DecisionRecord(run, server_round, d.pair.task, d.teacher_loss, d.personal_loss, d.margin, d.replaced)
         for d in decisions
     ]
-    write_atomically(folder / DECISIONS, "".join(f"{json.dumps(d)}\n" for d in kept + new).encode())
+    write_atomically(folder / DECISIONS, msgspec.json.Encoder().encode_lines(kept + new))
 
 
-def read_decisions(folder: Path) -> list[dict[str, Any]]:
+def read_decisions(folder: Path) -> list[DecisionRecord]:
     """Reads all decisions of a client, in the order of rounds; none where there is no record.
 
     Args:
@@ -74,18 +76,24 @@ def read_decisions(folder: Path) -> list[dict[str, Any]]:
     path = folder / DECISIONS
     if not path.exists():
         return []
-    found: list[dict[str, Any]] = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        try:
-            values = parse_json(line)
-            msgspec.convert(values, _Decision)
-            found.append(values)
-        except (PlainError, msgspec.ValidationError) as error:
-            raise StorageError(f"{path} is damaged in line {number}: {error}; remove the file to go on") from error
+    found: list[DecisionRecord] = []
+    try:
+        for line in path.read_bytes().splitlines():
+            found.append(msgspec.convert(parse_json(line.decode()), DecisionRecord))
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise StorageError(f"{path} is damaged in line {len(found) + 1}: {error}; remove the file to go on") from error
     return found
 
 
-def record_evaluation(folder: Path, run: str, tasks: Mapping[str, Any], cosines: Sequence[Mapping[str, Any]]) -> None:
+def record_evaluation(
+    folder: Path,
+    run: str,
+    tasks: Mapping[str, Any],
+    cosines: Sequence[Mapping[str, Any]],
+    skipped: Mapping[str, str] | None = None,
+) -> None:
     """Writes what an evaluation has found besides metrics.
 
     Args:
@@ -93,32 +101,28 @@ def record_evaluation(folder: Path, run: str, tasks: Mapping[str, Any], cosines:
         run: identity of the run.
         tasks: task name -> `kind` and `items`, examples with the models' answers.
         cosines: `a`, `b`, `cosine` and `components` of each two pairs: cosines between their gradients.
+        skipped: what could not be had -> why.
     """
     write_json(folder / EXAMPLES, {"schema": SCHEMA, "run": run, "tasks": tasks})
-    write_json(folder / GRADIENTS, {"schema": SCHEMA, "run": run, "pairs": list(cosines)})
+    write_json(
+        folder / GRADIENTS, {"schema": SCHEMA, "run": run, "pairs": list(cosines), "skipped": dict(skipped or {})}
+    )
 
 
 def read_examples(folder: Path) -> dict[str, Any]:
     """Reads task name -> `kind` and `items`, examples with the models' answers; nothing where there is no record."""
-    return _read(folder / EXAMPLES, "tasks", dict[str, Any]) or {}
+    return _read(folder / EXAMPLES, "tasks", dict[str, Any])
 
 
 def read_gradients(folder: Path) -> list[dict[str, Any]]:
     """Reads the cosines between the gradients of each two pairs of a client; none where there is no record."""
-    return _read(folder / GRADIENTS, "pairs", list[dict[str, Any]]) or []
+    return _read(folder / GRADIENTS, "pairs", list[dict[str, Any]])
 
 
-def _read(path: Path, key: str, kind: type[_T]) -> _T | None:
+def _read(path: Path, key: str, kind: type[_T]) -> _T:
     if not path.exists():
-        return None
+        return kind()
     try:
         return msgspec.convert(read_json(path).get(key), kind)
     except msgspec.ValidationError as error:
         raise StorageError(f"{path} is damaged in {key}: {error}; remove the file to go on") from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StorageError(f"{path} cannot be read: {error}") from error

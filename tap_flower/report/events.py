@@ -12,6 +12,8 @@ from tap_flower.files import write_atomically
 from tap_flower.report.trackers import Tracker, scalars
 
 METRICS = "metrics.jsonl"
+_OF_ROUNDS = {"round_start", "round", "dropped", "mark", "clipped", "privacy_round"}
+"""Events that a resumed run keeps."""
 log = logging.getLogger("tap_flower")
 
 
@@ -52,7 +54,7 @@ class EventLog:
 
 
 def _is_of_rounds(event: dict[str, Any], last: int) -> bool:
-    return event["event"] in ("round_start", "round", "dropped", "clipped", "privacy_round") and event["round"] <= last
+    return event["event"] in _OF_ROUNDS and event["round"] <= last
 
 
 def read_events(run: Path, start: int = 0) -> Iterator[dict[str, Any]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from markupsafe import Markup
 
 from tap_flower.report import charts
-from tap_flower.report.charts import Bar, Lane, Point, Row, Series
+from tap_flower.report.charts import Point, Series
+from tap_flower.report.client_records import DecisionRecord
 from tap_flower.report.result_tables import Table
 from tap_flower.report.results import headline, metric_in_words, models_in
 from tap_flower.report.run_record import RunRecord
@@ -26,8 +26,6 @@ _FEW = 60
 """Decisions up to which the compared losses have marks of their own."""
 _MANY = 1500
 """Points of a chart up to which each has a mark; more of them would hide each other."""
-_BARS = 12
-"""Components with a bar of their own."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +34,15 @@ class Figure:
 
     Attributes:
         title: stands above the chart.
-        chart: the picture, as SVG.
-        table: the numbers behind it.
+        chart: the picture, as SVG, or a table with shaded cells.
+        table: the numbers behind it, where the chart does not say them all.
         legend: names of the series, which can be switched off and on.
         names: a picture of the rows' names, beside a chart that scrolls.
     """
 
     title: str
-    chart: Markup
-    table: Table
+    chart: Markup | Table
+    table: Table | None
     legend: Sequence[str] = ()
     names: Markup | None = None
 
@@ -68,7 +66,7 @@ def client_figures(run: RunRecord) -> Iterator[Figure]:
             }
             for model in models
         }
-        rows = [Row(model, by_model[model][metric], values[model]) for model in models]
+        means = {model: by_model[model][metric] for model in models}
         clients = sorted({name for of_model in values.values() for name in of_model})
         table = Table(
             f"{task}: {metric_in_words(kind)}, each client",
@@ -76,7 +74,7 @@ def client_figures(run: RunRecord) -> Iterator[Figure]:
             [[name, *(number(values[model].get(name)) for model in models)] for name in clients],
         )
         label = f"{task}: {metric} of each client and the mean, by model"
-        yield Figure(task, charts.dot_rows(rows, metric_in_words(kind), label), table)
+        yield Figure(task, charts.dot_rows(values, means, metric_in_words(kind), label), table)
 
 
 def loss_figures(run: RunRecord) -> Iterator[Figure]:
@@ -119,42 +117,36 @@ def replacement_map(run: RunRecord) -> Figure | None:
                 found.setdefault((client, task), {})[event["round"]] = bool(replaced)
     if not any(found.values()):
         return None
-    lanes = [Lane(f"{client} · {task}", by_round) for (client, task), by_round in sorted(found.items(), key=_natural)]
+    # client-10 stands behind client-9.
+    ordered = sorted(found.items(), key=lambda item: (len(item[0][0]), item[0]))
+    lanes = {f"{client} · {task}": by_round for (client, task), by_round in ordered}
     rows = [
-        [lane.name, str(len(lane.replaced)), str(sum(lane.replaced.values())), _rounds(lane.replaced)] for lane in lanes
+        [name, str(len(by_round)), str(sum(by_round.values())), ", ".join(str(r) for r, was in by_round.items() if was)]
+        for name, by_round in lanes.items()
     ]
     table = Table("Replacements", ["client · task", "rounds", "replaced", "in rounds"], rows)
-    label = f"Replacements by client, task and round: {sum(sum(lane.replaced.values()) for lane in lanes)} in all"
+    total = sum(sum(by_round.values()) for by_round in lanes.values())
+    label = f"Replacements by client, task and round: {total} in all"
     names, chart = charts.round_map(lanes, run.results["rounds"], label)
     return Figure("Replacements", chart, table, names=names)
 
 
-def _natural(item: tuple[tuple[str, str], Any]) -> tuple[int, str, str]:
-    (client, task), _ = item
-    return len(client), client, task
-
-
-def _rounds(replaced: Mapping[int, bool]) -> str:
-    return ", ".join(str(r) for r, was in replaced.items() if was)
-
-
 def decision_figures(run: RunRecord, client: str) -> Iterator[Figure]:
     """A figure for each of a client's tasks: the losses that were compared, by round, and what was decided."""
-    by_task: dict[str, list[Mapping[str, Any]]] = {}
+    by_task: dict[str, list[DecisionRecord]] = {}
     for decision in run.clients[client].decisions:
-        by_task.setdefault(decision["task"], []).append(decision)
+        by_task.setdefault(decision.task, []).append(decision)
     for task, decisions in by_task.items():
         teacher, personal, rows = [], [], []
         for d in decisions:
-            done = "replaced" if d["replaced"] else "kept"
-            losses = f"{number(d['teacher_loss'])} against {number(d['personal_loss'])}"
-            tip = f"{d['round']}: {losses}, margin {d['margin']:g}: {done}"
-            if d["teacher_loss"] is not None:
-                teacher.append(Point(d["round"], d["teacher_loss"], tip, filled=bool(d["replaced"])))
-            if d["personal_loss"] is not None:
-                personal.append(Point(d["round"], d["personal_loss"], tip, filled=False))
-            cells = (number(d["teacher_loss"]), number(d["personal_loss"]), f"{d['margin']:g}")
-            rows.append([str(d["round"]), *cells, done])
+            done = "replaced" if d.replaced else "kept"
+            cells = (number(d.teacher_loss), number(d.personal_loss), f"{d.margin:g}")
+            tip = "{}: {} against {}, margin {}: {}".format(d.round, *cells, done)
+            if d.teacher_loss is not None:
+                teacher.append(Point(d.round, d.teacher_loss, tip, filled=d.replaced))
+            if d.personal_loss is not None:
+                personal.append(Point(d.round, d.personal_loss, tip, filled=False))
+            rows.append([str(d.round), *cells, done])
         few = len(decisions) <= _FEW  # with more, the values are in the tips of the decisions alone
         series = [Series("server's copy", teacher, "round "), Series("personal model", personal, "round ", few)]
         unit = loss_of(run.results["kinds"].get(task, ""))
@@ -163,28 +155,22 @@ def decision_figures(run: RunRecord, client: str) -> Iterator[Figure]:
             ["round", "server's copy", "personal", "margin", "decision"],
             rows,
         )
-        label = (
-            f"{client}, {task}: losses at {len(decisions)} decisions, {sum(d['replaced'] for d in decisions)} replaced"
-        )
+        label = f"{client}, {task}: losses at {len(decisions)} decisions, {sum(d.replaced for d in decisions)} replaced"
         chart = charts.line_chart(series, charts.rounds_axis(run.results["rounds"]), unit, label)
         yield Figure(task, chart, table, [one.name for one in series])
 
 
 def byte_figure(run: RunRecord) -> Figure | None:
-    """MB of each component in the whole run, in both directions; the largest have bars of their own."""
-    found = run.results["bytes"]["per_component"]
+    """MB of each component in the whole run, in both directions, the largest first."""
+    found = [(name, way["down"] / 1e6, way["up"] / 1e6) for name, way in run.results["bytes"]["per_component"].items()]
     if not found:
         return None
-    bars = [Bar(name, way["down"] / 1e6, way["up"] / 1e6) for name, way in found.items()]
-    bars.sort(key=lambda bar: -(bar.down + bar.up))
-    rows = [[bar.name, number(bar.down), number(bar.up)] for bar in bars]
-    rest = bars[_BARS:]
-    if rest:
-        name = f"the other {len(rest)}"
-        bars = [*bars[:_BARS], Bar(name, sum(b.down for b in rest), sum(b.up for b in rest))]
-    label = f"MB by component, to clients and back; the largest is {bars[0].name}"
-    table = Table("MB by component", ["component", "to clients", "back"], rows)
-    return Figure("MB by component", charts.byte_bars(bars, label), table, ["to clients", "back"])
+    found.sort(key=lambda one: -(one[1] + one[2]))
+    rows = [[name, number(down), number(up)] for name, down, up in found]
+    most = max(max(down, up) for _, down, up in found) or 1.0
+    shades = {(place, column): one[column] / most for place, one in enumerate(found) for column in (1, 2)}
+    header = ["component", "to clients", "back"]
+    return Figure("MB by component", Table("MB in the whole run (lower is better)", header, rows, shades=shades), None)
 
 
 def gradient_figure(run: RunRecord, client: str) -> Figure | None:
@@ -193,12 +179,17 @@ def gradient_figure(run: RunRecord, client: str) -> Figure | None:
     if not pairs:
         return None
     names = sorted({pair[end] for pair in pairs for end in ("a", "b")})
-    cells = {(pair["a"], pair["b"]): pair["cosine"] for pair in pairs}
-    rows = [
+    cosines = {frozenset((pair["a"], pair["b"])): pair["cosine"] for pair in pairs}
+    matrix = [[1.0 if a == b else cosines.get(frozenset((a, b))) for b in names] for a in names]
+    shades = {(i, j): cosine or 0.0 for i, row in enumerate(matrix) for j, cosine in enumerate(row, 1)}
+    rows = [[name, *map(number, row)] for name, row in zip(names, matrix, strict=True)]
+    components = [
         [f"{pair['a']} and {pair['b']}", component, number(cosine)]
         for pair in pairs
         for component, cosine in pair["components"].items()
     ]
-    table = Table("Cosine on each shared component", ["pair", "component", "cosine"], rows)
-    label = "Cosine between gradients: " + "; ".join(f"{a} and {b} {number(c)}" for (a, b), c in cells.items())
-    return Figure(client, charts.matrix(names, cells, label), table)
+    return Figure(
+        client,
+        Table("Cosine between gradients", ["task", *names], rows, shades=shades),
+        Table("Cosine on each shared component", ["pair", "component", "cosine"], components),
+    )

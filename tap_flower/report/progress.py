@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from statistics import fmean
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 
@@ -32,19 +33,6 @@ class RunProgress(AbstractContextManager["RunProgress"]):
         )
         self._bar: TaskID | None = None
         self._replaced = 0
-        self._use: Mapping[str, Callable[[dict[str, Any]], None]] = {
-            "start": self._start,
-            "round_start": self._round_start,
-            "round": self._round,
-            "dropped": self._dropped,
-            "clipped": self._clipped,
-            "privacy": self._privacy,
-            "end": self._end,
-            "distill_start": lambda e: self._next_bar("distilling", len(e["clients"])),
-            "distilled": lambda e: self._advance(f"{e['client']} {_losses(e['losses'])}"),
-            "evaluate_start": lambda e: self._next_bar("evaluating", len(e["clients"])),
-            "evaluated": lambda e: self._advance(str(e["client"])),
-        }
 
     def __enter__(self) -> RunProgress:
         self._bars.start()
@@ -58,17 +46,40 @@ class RunProgress(AbstractContextManager["RunProgress"]):
 
     def show(self, event: dict[str, Any]) -> None:
         """Shows an event of `metrics.jsonl`."""
-        if event["event"] in self._use:
-            self._use[event["event"]](event)
-
-    def _start(self, event: dict[str, Any]) -> None:
-        self._next_bar("rounds", event["rounds"], done=event["round"])
-        pairs = sum(len(tasks) for tasks in event["clients"].values())
-        self._line(f"{len(event['clients'])} clients with {pairs} modality-task pairs, {event['rounds']} rounds")
-
-    def _round_start(self, event: dict[str, Any]) -> None:
-        if self._bar is not None:
-            self._bars.update(self._bar, note=f"round {event['round']}: {', '.join(event['clients'])}")
+        match event["event"]:
+            case "start":
+                self._next_bar("rounds", event["rounds"], done=event["round"])
+                pairs = sum(len(tasks) for tasks in event["clients"].values())
+                clients = f"{len(event['clients'])} clients with {pairs} modality-task pairs"
+                self._line(f"{clients}, {event['rounds']} rounds")
+            case "round_start" if self._bar is not None:
+                self._bars.update(self._bar, note=f"round {event['round']}: {', '.join(event['clients'])}")
+            case "round":
+                self._round(event)
+            case "dropped":
+                self._say(f"[yellow]dropped the reply of {event['who']}: {escape(event['problem'])}")
+            case "clipped":
+                norms = f"its norm {event['norm']:g} is above {event['clip_norm']:g}"
+                self._say(f"[yellow]scaled down the update of client {event['client']!r}: {norms}")
+            case "privacy":
+                budget = f"ε {event['epsilon']:g} at δ {event['delta']:g}"
+                needed = f"a component needs {event['holders_needed']} clients in a round"
+                self._say(f"private: {budget}, noise multiplier {event['noise_multiplier']:.3g}; {needed}")
+                for count in sorted(set(event["never"].values())):
+                    names = ", ".join(component for component, holders in event["never"].items() if holders == count)
+                    self._say(f"[yellow]not averaged, having {count} clients: {names}")
+            case "distill_start":
+                self._next_bar("distilling", len(event["clients"]))
+            case "distilled":
+                self._advance(f"{event['client']} {_losses(event['losses'])}")
+            case "evaluate_start":
+                self._next_bar("evaluating", len(event["clients"]))
+            case "evaluated":
+                self._advance(event["client"])
+            case "end" if "privacy" in event:
+                spent, parts = event["privacy"], event["privacy"]["components"].values()
+                released = f"{sum(part['rounds'] > 0 for part in parts)} of {len(parts)} components were released"
+                self._say(f"privacy: ε {spent['epsilon']:.3f} at δ {spent['delta']:g}; {released}")
 
     def _round(self, event: dict[str, Any]) -> None:
         replaced = sum(sum(c["replacements"].values()) for c in event["clients"].values())
@@ -81,29 +92,8 @@ class RunProgress(AbstractContextManager["RunProgress"]):
         self._advance(f"{self._replaced} replacements; loss {note}")
         self._line(f"round {event['round']}: {', '.join(event['clients'])}; {replaced} replacements; loss {note}")
 
-    def _dropped(self, event: dict[str, Any]) -> None:
-        self._console.print(f"[yellow]dropped the reply of {event['who']}: {event['problem']}", highlight=False)
-
-    def _clipped(self, event: dict[str, Any]) -> None:
-        note = f"scaled down the update of client {event['client']!r}: its norm {event['norm']:g} is above "
-        self._console.print(f"[yellow]{note}{event['clip_norm']:g}", highlight=False)
-
-    def _privacy(self, event: dict[str, Any]) -> None:
-        plan = (
-            f"private: ε {event['epsilon']:g} at δ {event['delta']:g}, noise multiplier {event['noise_multiplier']:.3g}"
-        )
-        self._console.print(f"{plan}; a component needs {event['holders_needed']} clients in a round", highlight=False)
-        for count in sorted(set(event["never"].values())):
-            names = ", ".join(component for component, holders in event["never"].items() if holders == count)
-            self._console.print(f"[yellow]not averaged, having {count} clients: {names}", highlight=False)
-
-    def _end(self, event: dict[str, Any]) -> None:
-        if "privacy" in event:
-            spent, parts = event["privacy"], event["privacy"]["components"].values()
-            released = f"{sum(part['rounds'] > 0 for part in parts)} of {len(parts)} components were released"
-            self._console.print(
-                f"privacy: ε {spent['epsilon']:.3f} at δ {spent['delta']:g}; {released}", highlight=False
-            )
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False)
 
     def _next_bar(self, name: str, total: int | None, done: int = 0) -> None:
         if self._bar is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
@@ -24,6 +24,8 @@ class Table:
         rows: cells.
         best: (row, column) of the cells that stand out.
         note: what else a reader should know.
+        shades: (row, column) of a shaded cell -> its share of the strongest shade; -1 to 1, negative ones have a colour of
+            their own.
     """
 
     caption: str
@@ -31,6 +33,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     best: frozenset[tuple[int, int]] = frozenset()
     note: str = ""
+    shades: Mapping[tuple[int, int], float] = field(default_factory=dict)
 
 
 def groups(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:

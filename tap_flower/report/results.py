@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
+
+import numpy as np
 
 from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.errors import StorageError
 from tap_flower.files import read_json
 
-SCHEMA = 1
+SCHEMA = 2
 RESULTS = "results.json"
 MODELS = ("server", "server+finetune", "personal", "tap")
 """Names of models in the order in which they are shown; others follow."""
@@ -31,10 +33,13 @@ def results(
     replacements: Mapping[str, Mapping[str, int]],
     bytes_: Mapping[str, Any],
     steps: Mapping[str, int],
+    missing: Mapping[str, str],
+    marks: Mapping[str, Sequence[str]],
+    dropped: Mapping[str, int],
     seconds: Mapping[str, float],
     privacy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Puts the content of `results.json` together, with each metric's mean over clients.
+    """Puts the content of `results.json` together, with each metric's mean over clients, and `spread`.
 
     Args:
         preset: name of the preset.
@@ -46,6 +51,9 @@ def results(
         replacements: client -> task -> number of rounds in which its components were replaced.
         bytes_: `down`, `up` and `per_component`.
         steps: client -> optimiser steps that it made, both stages.
+        missing: client -> why it was not evaluated.
+        marks: client -> what a reader of its metrics must know.
+        dropped: who -> how many of its replies could not be used.
         seconds: phase -> its seconds; `total` is the whole run.
         privacy: what a private run has spent; None leaves the key out.
     """
@@ -65,15 +73,42 @@ def results(
         "rounds": rounds,
         "clients": {name: clients[name] for name in sorted(clients)},
         "tasks": {
-            task: {model: {metric: fmean(v) for metric, v in m.items()} for model, m in by_model.items()}
+            task: {
+                model: {metric: fmean(v) for metric, v in m.items()} | spread(kinds[task], m)
+                for model, m in by_model.items()
+            }
             for task, by_model in sorted(collected.items())
         },
         "kinds": dict(sorted(kinds.items())),
         "replacements": {name: dict(replacements[name]) for name in sorted(replacements)},
         "bytes": dict(bytes_),
         "steps": {name: steps[name] for name in sorted(steps)},
+        "missing": dict(missing),
+        "marks": {name: list(marks[name]) for name in sorted(marks)},
+        "dropped": {who: dropped[who] for who in sorted(dropped)},
         "seconds": dict(seconds),
         **({} if privacy is None else {"privacy": dict(privacy)}),
+    }
+
+
+def spread(kind: str, values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """How a model's headline metric differs between clients.
+
+    `worst` is that of the worst client, `p10` the tenth percentile counted from the worst, `std` the sample standard
+    deviation (0 for one client). Empty where the clients do not have the metric.
+
+    Args:
+        kind: name of the kind of task.
+        values: metric -> its values, one for each client.
+    """
+    name, higher = headline(kind)
+    if name not in values:
+        return {}
+    found = values[name]
+    return {
+        "worst": min(found) if higher else max(found),
+        "p10": float(np.quantile(found, 0.1 if higher else 0.9)),
+        "std": stdev(found) if len(found) > 1 else 0.0,
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tap_flower.errors import StorageError
-from tap_flower.report.client_records import read_decisions, read_examples, read_gradients
+from tap_flower.report.client_records import DecisionRecord, read_decisions, read_examples, read_gradients
 from tap_flower.report.events import read_events
 from tap_flower.report.results import read_results
 
@@ -24,7 +24,7 @@ class ClientRecord:
         here: whether the folder is at hand; on a node of a real deployment it is not.
     """
 
-    decisions: Sequence[Mapping[str, Any]] = ()
+    decisions: Sequence[DecisionRecord] = ()
     examples: Mapping[str, Mapping[str, Any]] | None = None
     gradients: Sequence[Mapping[str, Any]] = ()
     here: bool = False

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from markupsafe import Markup, escape
 
-RADIUS = 3
-"""Radius of a dot in pixels, as in the style sheet."""
 SERIES = 8
 """Colours that the style sheet has for series; further series begin again."""
 
@@ -40,22 +37,9 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [round(n * step, 12) for n in range(first, last + 1)]
 
 
-@dataclass(frozen=True)
-class Scale:
-    """A linear map from values to pixels.
-
-    Attributes:
-        values: first and last value.
-        pixels: the pixels of these two values.
-    """
-
-    values: tuple[float, float]
-    pixels: tuple[float, float]
-
-    def __call__(self, value: float) -> float:
-        """The pixel of a value, rounded to a tenth."""
-        (low, high), (start, end) = self.values, self.pixels
-        return round(start + (value - low) / ((high - low) or 1.0) * (end - start), 1)
+def scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    """The linear map from values to pixels, rounded to a tenth, that takes `low` to `start` and `high` to `end`."""
+    return lambda value: round(start + (value - low) / ((high - low) or 1.0) * (end - start), 1)
 
 
 def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
@@ -68,19 +52,10 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" class="{kind}"/>'
 
 
-def dot(x: float, y: float, tip: str, *, filled: bool = True, radius: float = RADIUS) -> str:
-    """A round mark with a tip."""
-    size = "" if radius == RADIUS else f' style="r:{radius:g}px"'
-    return f'<circle class="m{"" if filled else " o"}" cx="{x:g}" cy="{y:g}"{size}>{_tip(tip)}</circle>'
-
-
-def box(x: float, y: float, width: float, height: float, tip: str, kind: str, style: str = "") -> str:
-    """A rectangle with a tip."""
-    more = f' style="{escape(style)}"' if style else ""
-    return (
-        f'<rect class="m {kind}" x="{x:g}" y="{y:g}" width="{max(width, 0):g}" height="{height:g}"{more}>'
-        f"{_tip(tip)}</rect>"
-    )
+def mark(shape: str, tip: str, kind: str = "", **place: float) -> str:
+    """A `circle` or `rect` with a tip. What `place` leaves out of its size is in the style sheet."""
+    where = "".join(f' {name}="{value:g}"' for name, value in place.items())
+    return f'<{shape} class="m {kind}"{where}><title>{escape(tip)}</title></{shape}>'
 
 
 def group(series: int | None, content: str, tips: str = "") -> str:
@@ -89,15 +64,6 @@ def group(series: int | None, content: str, tips: str = "") -> str:
     if series is not None:
         beginning += f' class="series s{series % SERIES} d{series // SERIES % 3}" data-series="{series}"'
     return f"<g{beginning}>{content}</g>"
-
-
-def cell(x: float, y: float, tip: str, kind: str) -> str:
-    """A rectangle with a tip, whose size is in the style sheet."""
-    return f'<rect class="m {kind}" x="{x:g}" y="{y:g}">{_tip(tip)}</rect>'
-
-
-def _tip(words: str) -> str:
-    return f"<title>{escape(words)}</title>"
 
 
 def drawing(width: float, height: float, label: str, parts: Sequence[str], kind: str = "") -> Markup:

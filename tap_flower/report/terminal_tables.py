@@ -12,8 +12,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 from torch import Tensor
 
-from tap_flower.data.presets import CATALOGUE, fetch_command
 from tap_flower.data.spec import ClientSpec, Source
+from tap_flower.hub import CATALOGUE, fetch_command
 from tap_flower.report.result_tables import Table
 
 if TYPE_CHECKING:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
 
-from tap_flower.config import Config, plain
+from tap_flower.config import Config, options
 from tap_flower.errors import ConfigError
 
 Scalars = Mapping[str, float]
@@ -35,20 +37,10 @@ class Tracked:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Key with dots -> value of every option that is no list: clients and their data are not parameters."""
-        return dict(_flat(plain(self.config)))
-
-
-class Tracker(Protocol):
-    """An experiment tracker: shows a run while it goes on."""
-
-    def log(self, step: int, scalars: Scalars) -> None:
-        """Records values at a round (`step`)."""
-        ...
-
-    def close(self, complete: bool) -> None:
-        """Ends the record of the run: `complete`, or broken off."""
-        ...
+        """Key with dots -> value of every option that is no list or mapping: clients and their data are not parameters."""
+        values = {key: attrgetter(key)(self.config) for key, *_ in options()}
+        plain = {key: value.name if isinstance(value, Enum) else value for key, value in values.items()}
+        return {key: value for key, value in plain.items() if not isinstance(value, list | dict)}
 
 
 class TensorBoard:
@@ -131,6 +123,8 @@ class WeightsAndBiases:
         self._run.finish(exit_code=0 if complete else 1)
 
 
+Tracker = TensorBoard | MLflow | WeightsAndBiases
+"""An experiment tracker: shows a run while it goes on."""
 TRACKERS: Mapping[str, Callable[[Tracked], Tracker]] = {
     "tensorboard": TensorBoard,
     "mlflow": MLflow,
@@ -198,11 +192,3 @@ def scalars(event: Mapping[str, Any]) -> dict[str, float]:
                 for metric, value in by_metric.items():
                     values[f"test_{metric}/{task}/{model}"].append(value)
     return {name: fmean(each) for name, each in values.items()}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif not isinstance(value, list):
-            yield f"{prefix}{key}", value

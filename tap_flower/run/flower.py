@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
 import sys
+import tempfile
 from pathlib import Path
+
+import httpx
 
 from tap_flower.errors import ConfigError
 
@@ -18,6 +22,9 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Environment variables of Flower's processes: no telemetry, no progress bars in logs."""
+_LONGEST_FOLDER, _SHORT = 30, "/tmp"
+"""Longest temporary folder in which the paths of Ray's sockets are short enough, and a shorter one."""
+log = logging.getLogger("tap_flower")
 
 
 def flower_program(name: str) -> str:
@@ -36,6 +43,26 @@ def flower_program(name: str) -> str:
 def path_of_programs() -> dict[str, str]:
     """The variable PATH, with this Python's commands first: Flower's programs start others by their names alone."""
     return {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])}
+
+
+def environment() -> dict[str, str]:
+    """The environment of Flower's processes: this one's, but none of them asks a proxy for this machine.
+
+    Proxies that the HTTP client cannot use at all, such as SOCKS without its package, are left out, with a warning. Ray's
+    sockets get a short folder, since their paths have 107 bytes at most.
+    """
+    found = {**os.environ, **QUIET, **path_of_programs()}
+    told = [found.get("no_proxy") or found.get("NO_PROXY", ""), "127.0.0.1", "localhost", "::1"]
+    found["no_proxy"] = found["NO_PROXY"] = ",".join(filter(None, told))
+    for name in [name for name in found if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]:
+        try:
+            httpx.Client(proxy=found[name] or None, trust_env=False).close()
+        except (ImportError, ValueError) as error:
+            del found[name]
+            log.warning("Flower's processes do without %s, which cannot be used: %s", name, error)
+    if len(tempfile.gettempdir()) > _LONGEST_FOLDER and os.access(_SHORT, os.W_OK):
+        found.setdefault("RAY_TMPDIR", _SHORT)
+    return found
 
 
 def free_port() -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from tap_flower.errors import ConfigError
@@ -18,6 +20,8 @@ MOST_CORES = 8
 MOST_ON_A_GPU = 4
 """Most clients that share a GPU by default: each holds a backbone and a CUDA context of its own."""
 _CGROUP = Path("/sys/fs/cgroup")
+_PATIENCE = 3.0
+"""Seconds that a cluster has to answer."""
 _RAY_UNITS = 10_000
 """Parts in which Ray counts a GPU."""
 
@@ -104,6 +108,32 @@ def shared(
     wanted = most if share else min(most, clients_per_round)
     cpus = cpus or max(1, min(MOST_CORES, machine.cores // wanted))
     return Resources(cpus, on_a_gpu, machine.gpus if on_a_gpu else 0, min(most, machine.cores // cpus))
+
+
+def check_cluster(address: str) -> None:
+    """Checks that a Ray cluster is there, before a run is started on it.
+
+    Args:
+        address: `auto` is a cluster that this machine belongs to, `local` a new one; else host:port.
+
+    Raises:
+        ConfigError: nothing answers.
+    """
+    if address == "local":
+        return
+    host, _, port = address.rpartition("://")[2].partition(":")
+    try:
+        if address != "auto":
+            socket.create_connection((host, int(port or 6379)), _PATIENCE).close()
+        elif not any(
+            (process.info["name"] or "").startswith("gcs_server") for process in psutil.process_iter(["name"])
+        ):
+            raise OSError("no Ray runs on this machine")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{CLUSTER}={address}: there is no Ray cluster ({error}): start it with `ray start`, or unset {CLUSTER} to run "
+            f"on this machine alone"
+        ) from error
 
 
 def shared_cluster(cpus: int | None = None, share: float | None = None) -> Resources:

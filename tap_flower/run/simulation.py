@@ -8,7 +8,7 @@ dependencies, and an end.
 from __future__ import annotations
 
 import json
-import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -25,16 +25,19 @@ import httpx
 import psutil
 
 from tap_flower.errors import SimulationError
+from tap_flower.plain import printable
 from tap_flower.report.events import METRICS, read_events
 from tap_flower.report.results import read_results
-from tap_flower.run.flower import QUIET, flower_program, free_port, path_of_programs
+from tap_flower.run.flower import environment, flower_program, free_port
 from tap_flower.run.resources import Resources
 
 CONNECTION = "tap-flower"
 """The name of the SuperLink in its own configuration of Flower."""
 _START_SECONDS = 60.0
-_STATUS_SECONDS = 30.0
-"""Seconds without a new event after which Flower is asked whether the run is still alive."""
+_FIRST_STATUS_SECONDS, _STATUS_SECONDS = 10.0, 30.0
+"""Seconds without the first event, or a new one, after which Flower is asked whether the run is still alive."""
+_ERROR = re.compile(r"\b(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): .*")
+"""An exception in a log, as Python writes it."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def simulate(launch: Launch, on_event: Callable[[dict[str, Any]], None]) -> dict
         superlink(Path(work)) as flower,
     ):
         run_id = _submit(launch, out, flower)
-        seen, last = 0, time.monotonic()
+        seen, last, status = 0, time.monotonic(), ""
         while True:
             new = list(read_events(out, seen)) if _identity(out / METRICS) != before else []
             for event in new:
@@ -105,11 +108,11 @@ def simulate(launch: Launch, on_event: Callable[[dict[str, Any]], None]) -> dict
                     raise SimulationError(event["problem"])
                 if event["event"] == "end":
                     return read_results(out)
+            if status.startswith("finished"):  # and the events since it was asked for have been read
+                raise SimulationError(f"the run ended with status {status}{cause(flower.log)}\n{_tail(flower.log)}")
             seen, last = seen + len(new), time.monotonic() if new else last
-            if time.monotonic() - last > _STATUS_SECONDS:
+            if time.monotonic() - last > (_STATUS_SECONDS if seen else _FIRST_STATUS_SECONDS):
                 status, last = status_of(flower, run_id), time.monotonic()
-                if status.startswith("finished"):
-                    raise SimulationError(f"the run ended with status {status}:\n{_tail(flower.log)}")
             time.sleep(0.2)
 
 
@@ -155,8 +158,7 @@ def superlink(folder: Path) -> Iterator[Flower]:
         f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
         f'address = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    environment = {**os.environ, **QUIET, **path_of_programs(), "FLWR_HOME": str(home)}
-    flower = Flower(folder, environment, folder / "flower.log")
+    flower = Flower(folder, {**environment(), "FLWR_HOME": str(home)}, folder / "flower.log")
     with flower.log.open("wb") as log:
         process = subprocess.Popen(
             [
@@ -165,7 +167,7 @@ def superlink(folder: Path) -> Iterator[Flower]:
                 *("--host", "127.0.0.1", "--port", str(port)),
             ],
             cwd=folder,
-            env=environment,
+            env=flower.environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -175,7 +177,7 @@ def superlink(folder: Path) -> Iterator[Flower]:
         deadline = time.monotonic() + _START_SECONDS
         while not _answers(port):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise SimulationError(f"Flower's SuperLink did not start:\n{_tail(flower.log)}")
+                raise SimulationError(f"Flower's SuperLink did not start{cause(flower.log)}\n{_tail(flower.log)}")
             time.sleep(0.1)
         yield flower
     finally:
@@ -249,7 +251,7 @@ def flwr(flower: Flower, *arguments: str) -> dict[str, Any]:
 
 def _answers(port: int) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=1.0).is_success
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=1.0, trust_env=False).is_success
     except httpx.HTTPError:
         return False
 
@@ -261,6 +263,12 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_dev
+
+
+def cause(log: Path) -> str:
+    """`: ` and the last exception that a log tells of; `:` where it tells of none."""
+    found = _ERROR.findall(log.read_text(errors="replace"))
+    return f": {printable(found[-1])}; the end of Flower's log:" if found else ":"
 
 
 def _tail(log: Path, lines: int = 25) -> str:

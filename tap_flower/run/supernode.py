@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from tap_flower.errors import ConfigError
-from tap_flower.run.flower import QUIET, flower_program, free_port, path_of_programs
+from tap_flower.run.flower import environment, flower_program, free_port
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class NodeLaunch:
         meteor: whether to compute METEOR of generated texts.
         bertscore: model of BERTScore of generated texts, or nothing.
         compile: whether to run models through torch.compile, which starts a C++ compiler.
+        keep_best: whether to keep the state with the best validation scores beside the latest.
+        limits: the most that the server may ask for, `KEY=N` with the keys of `client.node.Limits`.
     """
 
     spec: Path
@@ -40,6 +43,8 @@ class NodeLaunch:
     meteor: bool = False
     bertscore: str = ""
     compile: bool = False
+    keep_best: bool = False
+    limits: Sequence[str] = ()
 
     def command(self) -> list[str]:
         """The program `flower-supernode` and its arguments.
@@ -79,9 +84,10 @@ class NodeLaunch:
             values["data-root"] = str(self.data_root.resolve())
         if self.bertscore:
             values["bertscore-model"] = self.bertscore
-        switches = {"meteor": self.meteor, "compile": self.compile}
+        switches = {"meteor": self.meteor, "compile": self.compile, "keep-best": self.keep_best}
         told = [f"{name}={_quoted(value)}" for name, value in values.items()]
-        return " ".join([*told, *(f"{name}=true" for name, chosen in switches.items() if chosen)])
+        told += [f"{name}=true" for name, chosen in switches.items() if chosen]
+        return " ".join([*told, *(_limit(limit) for limit in self.limits)])
 
 
 def start(launch: NodeLaunch) -> None:
@@ -91,7 +97,18 @@ def start(launch: NodeLaunch) -> None:
         ConfigError: a file is missing, a folder cannot be written, or options contradict each other.
     """
     command = launch.command()
-    os.execve(command[0], command, {**QUIET, **os.environ, **path_of_programs()})
+    os.execve(command[0], command, environment())
+
+
+def _limit(text: str) -> str:
+    """`steps=100` as the node's setting `max-steps=100`."""
+    from tap_flower.client.node import Limits  # it imports Flower, which other commands do without
+
+    key, _, value = text.partition("=")
+    known = [field.name for field in fields(Limits)]
+    if key not in known or not value.isdecimal() or int(value) < 1:
+        raise ConfigError(f"--limit {text}: write KEY=N, with one of {', '.join(known)} and a whole number from 1 on")
+    return f"max-{key.replace('_', '-')}={int(value)}"
 
 
 def _quoted(value: str) -> str:

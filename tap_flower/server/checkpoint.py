@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from tap_flower.config import Config, plain, to_yaml
 from tap_flower.errors import ConfigError, StorageError
-from tap_flower.files import read_tensors, write_atomically, write_json, write_tensors
+from tap_flower.files import read_json, read_tensors, write_atomically, write_json, write_tensors
 from tap_flower.server.early_stopping import Validation
 from tap_flower.server.privacy import Ledger
 from tap_flower.wire.fields import Epoch
+from tap_flower.wire.messages import Manifest
 
-SCHEMA = 4
+SCHEMA = 5
+_FILE, _MANIFESTS = "server.safetensors", "manifests.json"
 _BEST = "best/"
 """Begins the names of the best round's tensors in the file, of those that have other values now."""
 
@@ -36,7 +38,9 @@ class Progress:
         down: component -> bytes sent to clients.
         up: component -> bytes received from clients.
         steps: client -> optimiser steps that it made, both stages.
-        dropped: replies that could not be used.
+        took_part: client -> the last complete round in which its reply was used.
+        dropped: who -> how many of its replies could not be used.
+        marks: client -> what a reader of its metrics must know, such as that its state was lost.
         validation: where the run may stop early.
         privacy: what a private run has released.
     """
@@ -49,7 +53,9 @@ class Progress:
     down: dict[str, int] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
-    dropped: int = 0
+    took_part: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    marks: dict[str, list[str]] = field(default_factory=dict)
     validation: Validation = field(default_factory=Validation)
     privacy: Ledger = field(default_factory=Ledger)
 
@@ -66,17 +72,21 @@ class Checkpoint:
         progress: what the run has done so far.
         tensors: tensor name -> the server's value (float32).
         best: tensor name -> value after the best round, where the run may stop early; else empty.
+        manifests: of all clients that the run has known.
     """
 
     progress: Progress
     tensors: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
+    manifests: list[Manifest] = field(default_factory=list)
 
 
 def start_or_resume(config: Config, folder: Path, resume: bool) -> Checkpoint:
     """Where a run begins: anew, or after its last complete round.
 
-    A new run's folder stays empty, so that a run which cannot begin after all is not in the way of the next.
+    A new run's folder stays empty, so that a run which cannot begin after all is not in the way of the next. Neither is a
+    run that failed before its first round was complete: a new one takes its place, as a new history of it, so that what its
+    clients have written is void.
 
     Args:
         config: the resolved configuration.
@@ -96,6 +106,8 @@ def start_or_resume(config: Config, folder: Path, resume: bool) -> Checkpoint:
                 f"same preset, file and settings"
             )
         return found
+    if (folder / "server" / _FILE).exists() and not (found := load(folder / "server")).progress.round:
+        return Checkpoint(Progress(found.progress.run, plain(config), found.progress.epochs))
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: give another folder with `--out`, or go on with `--resume`")
     try:
@@ -132,8 +144,21 @@ def save(folder: Path, progress: Progress, tensors: Mapping[str, Tensor], best: 
     record = {"schema": SCHEMA, **msgspec.to_builtins(progress)}
     # What has not changed since the best round is in the file once.
     earlier = {f"{_BEST}{name}": tensor for name, tensor in best.items() if tensors.get(name) is not tensor}
-    write_tensors(folder / "server.safetensors", {**tensors, **earlier}, record)
+    write_tensors(folder / _FILE, {**tensors, **earlier}, record)
     write_json(folder / "state.json", record)
+
+
+def save_manifests(folder: Path, manifests: Iterable[Manifest]) -> None:
+    """Writes who takes part in the run, so that a resumed run knows who is missing.
+
+    Args:
+        folder: folder of the server.
+        manifests: of all clients that the run has known.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    write_json(folder / _MANIFESTS, {"schema": SCHEMA, "clients": msgspec.to_builtins(list(manifests))})
 
 
 def load(folder: Path) -> Checkpoint:
@@ -142,12 +167,14 @@ def load(folder: Path) -> Checkpoint:
     Raises:
         StorageError: there is none, or it is damaged or of another schema.
     """
-    tensors, record = read_tensors(folder / "server.safetensors")
-    if record.pop("schema", None) != SCHEMA:
+    tensors, record = read_tensors(folder / _FILE)
+    known = read_json(folder / _MANIFESTS) if (folder / _MANIFESTS).exists() else {"schema": SCHEMA, "clients": []}
+    if record.pop("schema", None) != SCHEMA or known.get("schema") != SCHEMA:
         raise StorageError(f"{folder} was written by another version of tap-flower: use that version to resume it")
     try:
         progress = msgspec.convert(record, Progress)
+        manifests = msgspec.convert(known.get("clients"), list[Manifest])
     except msgspec.ValidationError as error:
         raise StorageError(f"{folder} is damaged: {error}; restore it, or start a new run") from error
     earlier = {name.removeprefix(_BEST): tensors.pop(name) for name in list(tensors) if name.startswith(_BEST)}
-    return Checkpoint(progress, tensors, {**tensors, **earlier} if progress.validation.best_round else {})
+    return Checkpoint(progress, tensors, {**tensors, **earlier} if progress.validation.best_round else {}, manifests)

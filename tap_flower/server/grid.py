@@ -11,6 +11,8 @@ import httpx
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
+from tap_flower.errors import MessageError
+
 FOREIGN, SILENT, UNSENT = 1003, 1004, 1005
 """Error codes of replies that this grid makes: in place of one that is not of the node that was asked, or not its first;
 for a node that has not answered in time; for a message that the SuperLink has not taken."""
@@ -70,40 +72,80 @@ class StreamingGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Sends messages and yields a reply or an error for each, errors of silent nodes last.
 
+        Where clients wait for each other, as in a simulation with fewer processes than clients, they may take long
+        altogether. So the clock starts again whenever an answer comes, and a message that was sent as the n-th stays valid
+        for n times the timeout.
+
         Args:
             messages: pushed one by one, as they are drawn.
-            timeout: seconds until those that have not answered are given up; None waits as long as their `ttl`.
+            timeout: seconds without any answer until those that have not answered are given up; None waits as long as the
+                messages' own `ttl`.
         """
-        waiting, answered, unsent = dict[str, Message](), dict[str, Message](), list[Message]()
+        pending, unsent = Pending(self), list[Message]()
         longest = 0.0
-        for message in messages:
+        for number, message in enumerate(messages, 1):
             if timeout is not None:
-                message.metadata.ttl = timeout  # a node that comes back later does not find it any more
+                message.metadata.ttl = number * timeout
             longest = max(longest, message.metadata.ttl)
-            asked = Message(RecordDict(), message.metadata.dst_node_id, message.metadata.message_type)
-            # Flower gives no identity to a message that it does not store: to a node that has gone, or too large.
-            if message_id := next(iter(self.push_messages([message])), ""):
-                waiting[message_id] = asked
-            else:
-                unsent.append(asked)
-        for refused in unsent:
-            yield Message(Error(UNSENT, "the SuperLink did not take the message: see its log"), reply_to=refused)
-        deadline, pause = time.monotonic() + longest, _POLL
-        while waiting and time.monotonic() < deadline:
-            arrived = self.pull_messages(waiting)
-            for reply in arrived:
-                message_id = reply.metadata.reply_to_message_id or ""
-                asked_of = waiting.get(message_id) or answered.get(message_id)
-                if asked_of is not None:
-                    checked = _checked(reply, asked_of, message_id in answered)
-                    if checked is reply or reply.has_error():
-                        answered[message_id] = waiting.pop(message_id, asked_of)
-                    yield checked
+            if (refused := pending.send(message)) is not None:
+                unsent.append(refused)
+        yield from unsent
+        pause, last = _POLL, time.monotonic()
+        while pending.waiting:
+            before = len(pending.waiting)
+            arrived = pending.collect()
+            yield from arrived
+            if len(pending.waiting) < before:
+                last = time.monotonic()
+            elif time.monotonic() > last + (longest if timeout is None else timeout):
+                break
             pause = _POLL if arrived else min(1.5 * pause, _LONGEST_POLL)
-            if waiting and not arrived:
+            if pending.waiting and not arrived:
                 time.sleep(pause)
-        for silent in waiting.values():
+        for silent in pending.waiting.values():
             yield Message(Error(SILENT, "no answer in time (raise the timeout, or look at the node)"), reply_to=silent)
+
+
+class Pending:
+    """Messages that have been sent and not been answered.
+
+    Args:
+        grid: where they are sent.
+
+    Attributes:
+        waiting: message id -> the message, without its content.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self.waiting: dict[str, Message] = {}
+        self._answered: dict[str, Message] = {}
+
+    def send(self, message: Message) -> Message | None:
+        """Sends a message; returns an error in place of the reply where the SuperLink does not take it."""
+        asked = Message(RecordDict(), message.metadata.dst_node_id, message.metadata.message_type)
+        # Flower gives no identity to a message that it does not store: to a node that has gone, or too large.
+        if message_id := next(iter(self._grid.push_messages([message])), ""):
+            self.waiting[message_id] = asked
+            return None
+        if asked.metadata.dst_node_id not in self._grid.get_node_ids():
+            return Message(Error(UNSENT, "the node has gone: the SuperLink does not know it any more"), reply_to=asked)
+        size = sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
+        reason = f"the SuperLink did not take the message, with {size / 1e6:.3g} MB of tensors: its log says why"
+        return Message(Error(UNSENT, reason), reply_to=asked)
+
+    def collect(self) -> list[Message]:
+        """The replies that have come since, each checked; an error in place of a reply that is not of the node asked."""
+        found = []
+        for reply in self._grid.pull_messages(self.waiting) if self.waiting else ():
+            message_id = reply.metadata.reply_to_message_id or ""
+            asked = self.waiting.get(message_id) or self._answered.get(message_id)
+            if asked is not None:
+                checked = _checked(reply, asked, message_id in self._answered)
+                if checked is reply or reply.has_error():
+                    self._answered[message_id] = self.waiting.pop(message_id, asked)
+                found.append(checked)
+        return found
 
 
 def _checked(reply: Message, asked: Message, again: bool) -> Message:
@@ -139,3 +181,14 @@ def patiently(ask: Callable[[], T]) -> T:
                 raise
             log.warning("the SuperLink answers with %d: asking again", error.response.status_code)
             time.sleep(_AGAIN)
+
+
+def content_of(reply: Message) -> RecordDict:
+    """The content of a reply.
+
+    Raises:
+        MessageError: the reply is an error; its words are the sender's, see `plain.printable`.
+    """
+    if reply.has_error():
+        raise MessageError(f"{reply.error.reason} (code {reply.error.code})")
+    return reply.content

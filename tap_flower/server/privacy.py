@@ -80,8 +80,12 @@ class Budget:
         return _epsilon(self.noise_multiplier, self.delta, releases)
 
 
-def budget_of(config: Config) -> Budget | None:
+def budget_of(config: Config, most: int | None = None) -> Budget | None:
     """The budget of a run; None where it has no differential privacy.
+
+    Args:
+        config: of the run.
+        most: the most clients that a round can have; by default `clients_per_round`, or all in the configuration.
 
     Raises:
         ConfigError: the package is not installed, or no round can ever have enough clients.
@@ -91,7 +95,8 @@ def budget_of(config: Config) -> Budget | None:
         return None
     noise_multiplier = calibrate(wanted.epsilon, wanted.delta, config.rounds)
     needed = holders_needed(noise_multiplier, wanted.max_noise)
-    most = min(config.clients_per_round, len(config.clients) or config.clients_per_round)
+    if most is None:
+        most = min(config.clients_per_round, len(config.clients) or config.clients_per_round)
     if needed > most:
         raise ConfigError(
             f"privacy.epsilon = {wanted.epsilon:g} over rounds = {config.rounds} takes a noise multiplier of "
@@ -165,12 +170,16 @@ class Privacy:
         """ε that has been spent: that of the client that took part most often."""
         return self.budget.spent(max(self.ledger.clients.values(), default=0))
 
-    def announce(self, roster: Roster, clients_per_round: int, tell: Tell) -> None:
-        """Says at the start what the run does, and which components cannot be released with the clients that are there."""
-        budget, holders = self.budget, _holders(roster, roster.names)
-        never = {
-            name: count for name, count in holders.items() if min(count, clients_per_round) < budget.holders_needed
-        }
+    def announce(self, roster: Roster, round_size: int, tell: Tell) -> None:
+        """Says at the start what the run does, and which components cannot be released with the clients that are there.
+
+        Args:
+            roster: the clients.
+            round_size: how many of them train in a round.
+            tell: is told of it.
+        """
+        budget, holders = self.budget, _fewest(_holders(roster, roster.names), roster)
+        never = {name: count for name, count in holders.items() if min(count, round_size) < budget.holders_needed}
         if never:
             log.warning(
                 "%d of %d components are held by too few of the clients that are there, and keep their values: %s",
@@ -188,7 +197,7 @@ class Privacy:
 
     def spent(self, roster: Roster) -> dict[str, Any]:
         """What `results.json` says of it."""
-        holders = _holders(roster, roster.manifests)
+        holders = roster.holders(roster.manifests)
         return {
             "epsilon_requested": self.budget.epsilon,
             "delta": self.budget.delta,
@@ -208,10 +217,11 @@ class Privacy:
 
 
 class PrivateAverage:
-    """Each component's mean difference over its holders of the round, with noise; used in place of a `WeightedAverage`.
+    """Each tensor's mean difference over its holders of the round, with noise; used in place of a `WeightedAverage`.
 
     Every holder that was asked counts with weight 1: one that does not answer, or whose reply is refused, as a difference of
-    zero. A component with too few holders is not released.
+    zero. A tensor with too few holders is not released; clients with modules of different depth may share a component and
+    not all of its tensors.
 
     Args:
         privacy: budget and ledger of the run.
@@ -225,7 +235,7 @@ class PrivateAverage:
         self._held = {name: set(roster.manifests[name].component_of.values()) for name in names}
         self._holders = _holders(roster, names)
         self._norms: dict[str, float] = {}
-        self._averaging = Averaging(roster.tensors, roster.component_of, self._holders)
+        self._averaging = Averaging(roster.tensors, roster.component_of, roster.holders(names))
 
     def add(self, client: str, difference: Mapping[str, Tensor]) -> None:
         """Adds a client's difference, clipped, or refuses it without a trace.
@@ -246,13 +256,14 @@ class PrivateAverage:
     def finish(self) -> dict[str, Tensor]:
         """The server's new values (float32), with noise. What is released goes into the ledger."""
         privacy, budget, roster = self._privacy, self._privacy.budget, self._roster
-        released = {c: count for c, count in self._holders.items() if count >= budget.holders_needed}
-        withheld = {c: count for c, count in self._holders.items() if c not in released}
+        released = {name: count for name, count in self._holders.items() if count >= budget.holders_needed}
+        rest = {name: count for name, count in self._holders.items() if name not in released}
+        withheld = _fewest(rest, roster)
         values = sum(tensor.numel() for tensor in roster.tensors.values())
         longest = sensitivity(budget.clip_norm, max(self._holders.values(), default=0), values)
         noise, means = budget.noise_multiplier * longest, self._averaging.means(self._holders)
-        tensors = release(roster.tensors, means, roster.component_of, released, noise, privacy.random_bytes)
-        privacy.ledger.take(self._held, released)
+        tensors = release(roster.tensors, means, released, noise, privacy.random_bytes)
+        privacy.ledger.take(self._held, {roster.component_of[name] for name in released})
         if withheld:
             log.warning("%d components keep their values: %s", len(withheld), _few(withheld, budget.holders_needed))
         self._tell("privacy_round", norms=self._norms, withheld=withheld, holders_needed=budget.holders_needed)
@@ -260,8 +271,17 @@ class PrivateAverage:
 
 
 def _holders(roster: Roster, names: Iterable[str]) -> dict[str, int]:
-    """Component -> how many of some clients hold it, for those that any of them holds."""
-    return dict(sorted(Counter(c for n in names for c in set(roster.manifests[n].component_of.values())).items()))
+    """Tensor -> how many of some clients hold it, for those that any of them holds."""
+    return dict(sorted(Counter(tensor for name in names for tensor in roster.manifests[name].tensors).items()))
+
+
+def _fewest(holders: Mapping[str, int], roster: Roster) -> dict[str, int]:
+    """Component -> the fewest holders that one of its tensors has, given tensor -> holders."""
+    found: dict[str, int] = {}
+    for name, count in holders.items():
+        component = roster.component_of[name]
+        found[component] = min(count, found.get(component, count))
+    return dict(sorted(found.items()))
 
 
 def _few(withheld: Mapping[str, int], needed: int) -> str:

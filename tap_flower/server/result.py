@@ -31,7 +31,8 @@ class TapResult(Result):
         clients: client -> task -> model (`server`, `personal`, `tap`, …) -> metric -> value on the client's test data.
         tasks: task -> model -> metric -> mean over the clients that have the task.
         bytes: `down`, `up`, and `per_component`: bytes of tensors that were sent and received.
-        missing: clients that the run knows and that were not evaluated.
+        missing: client -> why it was not evaluated, of all clients that the run has known.
+        marks: client -> what a reader of its metrics must know, such as that its state was lost.
         summary: the content of `results.json`.
     """
 
@@ -39,7 +40,8 @@ class TapResult(Result):
     clients: dict[str, Metrics] = field(default_factory=dict)
     tasks: Metrics = field(default_factory=dict)
     bytes: dict[str, Any] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    marks: dict[str, list[str]] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
 
 
@@ -94,7 +96,7 @@ def collect(
     privacy: Privacy | None,
     seconds: Mapping[str, float],
 ) -> None:
-    """Fills a result from the metrics in `result.clients`.
+    """Fills a result from its `clients` and `missing`.
 
     Args:
         result: changed in place.
@@ -112,7 +114,7 @@ def collect(
             for component in sorted(progress.down)
         },
     }
-    result.missing = sorted(roster.manifests.keys() - result.clients.keys())
+    result.marks = progress.marks
     result.summary = results(
         preset=config.preset,
         method=config.method,
@@ -123,6 +125,9 @@ def collect(
         replacements=progress.replacements,
         bytes_=result.bytes,
         steps=progress.steps,
+        missing=result.missing,
+        marks=result.marks,
+        dropped=progress.dropped,
         seconds=seconds,
         privacy=None if privacy is None else privacy.spent(roster),
     )

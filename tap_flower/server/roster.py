@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
+from tap_flower.config import Admission
 from tap_flower.core.initial import named_seed
 from tap_flower.errors import MessageError
 from tap_flower.wire.messages import Manifest
@@ -18,6 +21,7 @@ class Roster:
     Args:
         seed: seed of the run; it decides first values and sampling.
         tensors: values of a checkpoint, or nothing.
+        admission: who may take part, and the bounds of the run; by default anyone within the default bounds.
 
     Attributes:
         tensors: tensor name -> the server's value (float32, CPU).
@@ -27,8 +31,11 @@ class Roster:
         first: tensor name -> first value (float32), of those that do not come from the seed.
     """
 
-    def __init__(self, seed: int, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, seed: int, tensors: Mapping[str, Tensor] | None = None, admission: Admission | None = None
+    ) -> None:
         self.seed = seed
+        self.admission = admission or Admission()
         self.tensors = dict(tensors or {})
         self.manifests: dict[str, Manifest] = {}
         self.nodes: dict[str, int] = {}
@@ -67,18 +74,13 @@ class Roster:
                 f"client {name!r} is already there on node {self.nodes[name]}: node {node} is refused; give every node "
                 f"a client spec with a name of its own"
             )
+        check_admission(manifest, self.manifests.values(), self.tensors, self.admission)
         before = self.manifests.get(name)
         if before is not None and before.tensors.keys() != manifest.tensors.keys():
             raise MessageError(
                 f"client {name!r} has come back with the tasks {sorted(manifest.reach)}, and had {sorted(before.reach)} "
                 f"before: give it its client spec again, or another name"
             )
-        for other in self.manifests.values():
-            if other.client != name and other.fingerprint != manifest.fingerprint:
-                raise MessageError(
-                    f"client {name!r} has a backbone with fingerprint {manifest.fingerprint}, client {other.client!r} "
-                    f"has {other.fingerprint}: use the same checkpoint on every node"
-                )
         for tensor, info in manifest.tensors.items():
             known = self.tensors.get(tensor)
             if known is not None and tuple(known.shape) != info.shape:
@@ -96,16 +98,24 @@ class Roster:
             self.first |= ask(unknown)
         new = [tensor for tensor in manifest.tensors if tensor not in self.tensors]
         self.tensors |= self.first_values(manifest, new)
+        self.recall(manifest)
+        self.nodes[name] = node
+
+    def recall(self, manifest: Manifest) -> None:
+        """Takes in a client that the run has known before, whether or not it is there."""
         for tensor, info in manifest.tensors.items():
             self.component_of[tensor] = info.component
-            self._first_holder.setdefault(tensor, name)
-        self.manifests[name] = manifest
-        self.nodes[name] = node
+            self._first_holder.setdefault(tensor, manifest.client)
+        self.manifests[manifest.client] = manifest
 
     def keep_only(self, alive: set[int]) -> None:
         """Forgets the nodes (not the tensors) of clients that have gone: their names may come back on other nodes."""
         for name in [name for name, node in self.nodes.items() if node not in alive]:
             del self.nodes[name]
+
+    def leave(self, name: str) -> None:
+        """Forgets the node of a client."""
+        self.nodes.pop(name, None)
 
     @property
     def names(self) -> list[str]:
@@ -119,13 +129,75 @@ class Roster:
         return sorted(chosen)
 
     def name_of(self, node: int) -> str:
-        """The client on a node that was asked."""
+        """The client on a node that is there."""
         return next(name for name, its_node in self.nodes.items() if its_node == node)
 
-    def expected_weights(self, names: list[str]) -> dict[str, int]:
-        """Component -> sum of some clients' weights, their examples that reach it."""
-        total = dict.fromkeys(self.component_of.values(), 0)
-        for name in names:
-            for component, examples in self.manifests[name].weights.items():
-                total[component] += examples
-        return total
+    def holders(self, names: Iterable[str]) -> dict[str, int]:
+        """Component -> how many of some clients hold it, for those that any of them holds."""
+        return dict(sorted(Counter(c for n in names for c in set(self.manifests[n].component_of.values())).items()))
+
+
+def check_admission(
+    manifest: Manifest, known: Iterable[Manifest], tensors: Mapping[str, Tensor], admission: Admission
+) -> None:
+    """Checks a manifest before anything is allocated for it.
+
+    Args:
+        manifest: of the client.
+        known: the manifests of all clients of the run, an earlier one of this client and those of clients that have gone
+            among them.
+        tensors: the server's values.
+        admission: who may take part, and the bounds of the run.
+
+    Raises:
+        MessageError: the client may not take part; the message names what is wrong.
+    """
+    name, others = manifest.client, [other for other in known if other.client != manifest.client]
+    if admission.clients and name not in admission.clients:
+        raise MessageError(
+            f"client {name!r} is not one of the {len(admission.clients)} in admission.clients: add it there, or correct "
+            f"the name in its client spec"
+        )
+    if admission.fingerprint not in ("", manifest.fingerprint):
+        raise MessageError(
+            f"client {name!r} has a backbone with fingerprint {manifest.fingerprint}, not admission.fingerprint = "
+            f"{admission.fingerprint}: use that checkpoint on every node"
+        )
+    new = [info for tensor, info in manifest.tensors.items() if tensor not in tensors]
+    values = sum(tensor.numel() for tensor in tensors.values()) + sum(math.prod(info.shape) for info in new)
+    for what, found, most in (
+        ("clients", len(others) + 1, admission.most_clients),
+        ("tensors", len(tensors) + len(new), admission.most_tensors),
+        ("gigabytes", 4e-9 * values, admission.most_gigabytes),
+    ):
+        if found > most:
+            raise MessageError(
+                f"with client {name!r} the run would have {found:.6g} {what}, more than admission.most_{what} = {most:g}: "
+                f"raise it, or look at who takes part"
+            )
+    for other in others:
+        _check_agreement(manifest, other)
+
+
+def _check_agreement(manifest: Manifest, other: Manifest) -> None:
+    """Refuses a client that means something else by a name that another client has, too."""
+    name = manifest.client
+    if other.fingerprint != manifest.fingerprint:
+        raise MessageError(
+            f"client {name!r} has a backbone with fingerprint {manifest.fingerprint}, client {other.client!r} has "
+            f"{other.fingerprint}: use the same checkpoint on every node"
+        )
+    for theirs in other.tasks:
+        for task in manifest.tasks:
+            if task.task != theirs.task:
+                continue
+            for what, mine, its in (
+                ("kind", task.kind, theirs.kind),
+                ("number of classes", task.head_size, theirs.head_size),
+                ("hash of its classes", task.classes, theirs.classes),
+            ):
+                if mine and its and mine != its:
+                    raise MessageError(
+                        f"task {task.task!r} has the {what} {mine} on client {name!r} but {its} on {other.client!r}: list "
+                        f"the same classes in the same order on both, or give the tasks two names"
+                    )

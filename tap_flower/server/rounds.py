@@ -32,7 +32,7 @@ class WeightedAverage:
 
     def __init__(self, roster: Roster, names: list[str], clip_norm: float | None, tell: Tell) -> None:
         self._roster, self._clip_norm, self._tell = roster, clip_norm, tell
-        self._averaging = Averaging(roster.tensors, roster.component_of, roster.expected_weights(names))
+        self._averaging = Averaging(roster.tensors, roster.component_of, roster.holders(names))
 
     def add(self, client: str, difference: Mapping[str, Tensor]) -> None:
         """Adds a client's difference, or refuses it without a trace.

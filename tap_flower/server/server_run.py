@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from logging import INFO
+from logging import ERROR, INFO
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,18 +18,19 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from torch import Tensor
 
-from tap_flower.config import Config, client_specs, sent_hyper_parameters
+from tap_flower.config import Config, sent_hyper_parameters
 from tap_flower.errors import ConfigError, MessageError, RunError
 from tap_flower.files import write_json
 from tap_flower.methods.registry import find_method
+from tap_flower.plain import printable
 from tap_flower.report.events import EventLog
 from tap_flower.report.results import RESULTS
 from tap_flower.report.trackers import Tracked, open_trackers
 from tap_flower.server import checkpoint
+from tap_flower.server.attendance import Attendance
 from tap_flower.server.checkpoint import record_config, start_or_resume
 from tap_flower.server.first_values import FirstValues
-from tap_flower.server.gathering import wait_for_nodes, welcome
-from tap_flower.server.grid import StreamingGrid
+from tap_flower.server.grid import SILENT, UNSENT, StreamingGrid, content_of
 from tap_flower.server.outgoing import Outgoing, Values
 from tap_flower.server.privacy import Privacy, PrivateAverage, budget_of
 from tap_flower.server.result import TapResult, collect
@@ -52,6 +54,7 @@ class ServerRun:
         folder: the run folder.
         resume: whether to go on with the run that the folder holds.
         initial_arrays: first values by name, or None.
+        round_size: (number of clients) -> how many of them train in a round.
 
     Attributes:
         progress: what the run has done so far.
@@ -61,12 +64,21 @@ class ServerRun:
         events: log of events.
         privacy: budget and ledger of a private run, else None.
         result: filled by the strategy.
-        asked: the clients that the last messages went to.
+        asked: client -> node of the last messages.
+        reasons: why the last replies that were dropped could not be used.
         reports: client -> report of the last round.
-        personalised: the clients whose stage 2 is done.
+        attendance: who is there, who is not, and why.
+        personalised: client -> models that its stage 2 has made.
     """
 
-    def __init__(self, config: Config, folder: Path, resume: bool, initial_arrays: ArrayRecord | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        resume: bool,
+        initial_arrays: ArrayRecord | None,
+        round_size: Callable[[int], int],
+    ) -> None:
         self.config, self.folder = config, folder
         self._half = find_method(config.method).server
         if self._half is not None and config.privacy.epsilon is not None:
@@ -78,24 +90,30 @@ class ServerRun:
         self._memory = _taken_out(found.tensors)
         _taken_out(found.best)
         self.progress = found.progress
-        self.roster = Roster(config.seed, found.tensors)
+        self.roster = Roster(config.seed, found.tensors, config.admission)
+        for manifest in found.manifests:
+            self.roster.recall(manifest)
         self._best = found.best
         self.initial_arrays = ArrayRecord() if initial_arrays is None else initial_arrays
         self.values = Values(self.initial_arrays)
         self.first = FirstValues(self.roster, self.initial_arrays, folder / "server", config.round_timeout)
-        budget = budget_of(config)
+        self._round_size = round_size
+        budget = budget_of(config, round_size(len(config.clients) or sys.maxsize))
         self.privacy = None if budget is None else Privacy(budget, self.progress.privacy)
         after_round = self.progress.round if resume else None
         trackers = open_trackers(config.trackers, Tracked(folder, config, self.progress.run, after_round))
-        self.events = EventLog(folder, after_round, trackers)
-        if not resume:
-            record_config(config, folder)
         self.progress.begin()
+        if not resume:  # from here on the run can be resumed
+            checkpoint.save(folder / "server", self.progress, {}, {})
+            record_config(config, folder)
+        self.events = EventLog(folder, after_round, trackers)
         self._hyper_parameters = sent_hyper_parameters(config)
         self.result = TapResult()
-        self.asked: list[str] = []
+        self.asked: dict[str, int] = {}
+        self.reasons: list[str] = []
         self.reports: dict[str, Report] = {}
-        self.personalised: set[str] = set()
+        self.personalised: dict[str, tuple[str, ...]] = {}
+        self.attendance = Attendance(config, folder / "server", self.roster, self.progress, self.events)
 
     def __enter__(self) -> Self:
         return self
@@ -103,47 +121,22 @@ class ServerRun:
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         if isinstance(error, Exception):
             self.events.write("failed", round=self.progress.round, problem=str(error), type=type(error).__name__)
+            log(ERROR, "The run has failed after %d complete rounds: %s", self.progress.round, error)
+            log(
+                ERROR, "Mend that, then go on with `--resume` (TapStrategy: resume=True) and the folder %s", self.folder
+            )
         self.events.close(complete=error is None)
 
     def gather(self, grid: StreamingGrid, expected: int) -> None:
-        """Waits for the clients and asks each for its manifest.
+        """Waits for the clients, and takes what they bring.
 
         Raises:
-            RunError: fewer than `expected` are there, or one that the configuration names is missing.
+            RunError: clients are missing; see `Attendance.begin`.
         """
-        config = self.config
-        wait_for_nodes(grid, expected, config.start_timeout)
-        refused = self.welcome(grid, self.progress.round)
-        missing = sorted({spec.name for spec in client_specs(config)} - set(self.roster.names))
-        if missing or len(self.roster.names) < expected:
-            raise RunError(
-                "; ".join(refused)
-                or f"{len(self.roster.names)} of {expected} clients are there after {config.start_timeout:g} s"
-                + (f", without {', '.join(missing)}" if missing else "")
-                + f": start more nodes (`num-supernodes={expected}` in a simulation) or lower clients_per_round"
-            )
+        self.attendance.begin(grid, expected, self.first, lambda: self._instruction(0))
         self.first.check_names()
-        manifests = self.roster.manifests.values()
-        if unread := set.intersection(*(set(manifest.unread) for manifest in manifests)) if manifests else set():
-            warnings.warning(
-                "run config: no client has read %s: what the ServerApp does not read either does nothing; tap-flower's own "
-                "loop takes train.learning_rate and train.steps of its configuration, `Task(fit=...)` the project's own",
-                ", ".join(map(repr, sorted(unread))),
-            )
-        self.events.write(
-            "start",
-            round=self.progress.round,
-            rounds=config.rounds,
-            clients={name: sorted(self.roster.manifests[name].reach) for name in self.roster.names},
-        )
         if self.privacy is not None:
-            self.privacy.announce(self.roster, config.clients_per_round, self.events.write)
-
-    def welcome(self, grid: StreamingGrid, server_round: int) -> list[str]:
-        """Admits the nodes that are not known yet; says which of them cannot take part, and why."""
-        ask = messages.encode(self._instruction(0))
-        self.first.instruction, timeout = self._instruction(0), self.config.round_timeout
-        return welcome(grid, self.roster, ask, timeout, partial(self._drop, server_round), self.first)
+            self.privacy.announce(self.roster, self._round_size(len(self.roster.names)), self.events.write)
 
     def arrays(self) -> ArrayRecord:
         """The server's values, and what else `initial_arrays` named."""
@@ -173,11 +166,11 @@ class ServerRun:
 
     def exchange(self, grid: StreamingGrid, sent: Iterable[Message]) -> Iterator[Message]:
         """Sends messages, notes whom they ask, and returns the replies as they come."""
-        self.asked = []
+        self.asked = {}
 
         def noted() -> Iterator[Message]:
             for message in sent:
-                self.asked.append(self.roster.name_of(message.metadata.dst_node_id))
+                self.asked[self.roster.name_of(message.metadata.dst_node_id)] = message.metadata.dst_node_id
                 yield message
 
         replies = grid.send_and_receive(noted(), timeout=self.config.round_timeout)
@@ -188,8 +181,8 @@ class ServerRun:
         """The average of a round over the clients that were asked."""
         tell = partial(self.events.write, round=server_round)
         if self.privacy is not None:
-            return PrivateAverage(self.privacy, self.roster, self.asked, tell)
-        usual = (self.roster, self.asked, self.config.aggregation.clip_norm, tell)
+            return PrivateAverage(self.privacy, self.roster, list(self.asked), tell)
+        usual = (self.roster, list(self.asked), self.config.aggregation.clip_norm, tell)
         if self._half is not None:
             return MethodAverage(self._half, self._memory, server_round, *usual)
         return WeightedAverage(*usual)
@@ -208,23 +201,36 @@ class ServerRun:
         Returns:
             The good replies' records without arrays, for an aggregation of metrics.
         """
-        good: list[RecordDict] = []
+        good, self.reasons = list[RecordDict](), []
+        client_on = {node: name for name, node in self.asked.items()}
         for reply in replies:
-            name = self.roster.name_of(reply.metadata.src_node_id)
+            name = client_on[reply.metadata.src_node_id]
             try:
-                if reply.has_error():
-                    raise MessageError(f"{reply.error.reason} (code {reply.error.code})")
-                use(name, reply.content)
+                if reply.has_error() and reply.error.code in (SILENT, UNSENT, messages.LOST):
+                    self.roster.leave(name)  # it is asked who it is, and takes part again once it has answered
+                use(name, content_of(reply))
                 good.append(RecordDict(dict(reply.content.metric_records)))
+                self.attendance.problems.pop(name, None)
             except MessageError as error:
-                self._drop(server_round, f"client {name!r}", str(error))
+                problem = printable(str(error))
+                self.attendance.problems[name] = problem
+                self.attendance.drop(server_round, f"client {name!r}", problem)
+                self.reasons.append(f"client {name!r}: {problem}")
         log(INFO, "%s: Received %s results and %s failures", where, len(good), len(self.asked) - len(good))
         return good
 
-    def _drop(self, server_round: int, who: str, problem: str) -> None:
-        self.progress.dropped += 1
-        warnings.warning("dropped the reply of %s: %s", who, problem)
-        self.events.write("dropped", round=server_round, who=who, problem=problem)
+    def check_replies(self, phase: str, good: int) -> None:
+        """Ends the run where fewer than `config.min_replies` replies of a phase could be used.
+
+        Raises:
+            RunError: with the reasons.
+        """
+        if good < self.config.min_replies:
+            reasons = "; ".join(self.reasons[:3]) + (f" and {len(self.reasons) - 3} more" if self.reasons[3:] else "")
+            raise RunError(
+                f"{phase}: {good} of {len(self.asked)} replies can be used, min_replies is {self.config.min_replies}: "
+                f"{reasons or 'nobody was there to be asked'}; mend or start the nodes, then go on with `--resume`"
+            )
 
     def complete_round(self, server_round: int, arrays: ArrayRecord, began: float) -> None:
         """Takes the values that the strategy has aggregated; the round is on disk before the next one's messages leave."""
@@ -233,6 +239,7 @@ class ServerRun:
         progress.round = server_round
         for name, report in reports.items():
             self.count_steps(name, report)
+            progress.took_part[name] = server_round
             counts = Counter(progress.replacements.get(name, {}))
             counts.update(report.replacements)
             progress.replacements[name] = dict(counts)
@@ -247,7 +254,10 @@ class ServerRun:
         self.events.write(
             "round",
             round=server_round,
-            clients={name: {"losses": r.losses, "replacements": r.replacements} for name, r in reports.items()},
+            clients={
+                name: {"examples": r.examples, "losses": r.losses, "replacements": r.replacements}
+                for name, r in reports.items()
+            },
             dropped=sorted(set(self.asked) - reports.keys()),
             seconds=time.monotonic() - began,
             **score,
@@ -277,19 +287,19 @@ class ServerRun:
         self.progress.steps[name] = self.progress.steps.get(name, 0) + report.steps
 
     def write_results(self, seconds: Mapping[str, float]) -> None:
-        """Writes `results.json`.
-
-        Raises:
-            RunError: no client was evaluated.
-        """
-        if not self.result.clients:
-            raise RunError("no client answered the evaluation: start the nodes again, then `--resume`")
+        """Writes `results.json`."""
+        self.result.missing = self.attendance.missing(self.result.clients)
         collect(self.result, self.config, self.progress, self.roster, self.privacy, seconds)
         summary = self.result.summary
         write_json(self.folder / RESULTS, summary)
         private = {key: summary[key] for key in ("privacy",) if key in summary}
         self.events.write(
-            "end", round=self.progress.round, seconds=seconds["total"], tasks=self.result.tasks, **private
+            "end",
+            round=self.progress.round,
+            seconds=seconds["total"],
+            tasks=self.result.tasks,
+            missing=self.result.missing,
+            **private,
         )
 
 

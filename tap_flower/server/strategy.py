@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from logging import INFO
 from pathlib import Path
@@ -20,7 +20,6 @@ from tap_flower.errors import RunError
 from tap_flower.methods.registry import find_method
 from tap_flower.report.results import RESULTS
 from tap_flower.server.checkpoint import Progress
-from tap_flower.server.gathering import wait_for_nodes
 from tap_flower.server.grid import StreamingGrid
 from tap_flower.server.result import TapResult, mean_metrics, round_in_words, told
 from tap_flower.server.roster import Roster
@@ -106,6 +105,11 @@ class TapStrategy(Strategy):
         log(INFO, "\t├──> Sampling: %s | minimum available: %d", sampled, self.min_available_nodes)
         log(INFO, "\t└──> Run folder: %s", self.run_folder)
 
+    def round_size(self, clients: int) -> int:
+        """How many of so many clients train in a round."""
+        count = self.config.clients_per_round if self.fraction_train is None else int(clients * self.fraction_train)
+        return min(clients, max(count, self.min_train_nodes))
+
     def start(
         self,
         grid: Grid,
@@ -139,7 +143,7 @@ class TapStrategy(Strategy):
             self.config.rounds = num_rounds
         if timeout is not None:
             self.config.round_timeout = timeout
-        self.run = run = ServerRun(self.config, self.run_folder, self.resume, initial_arrays)
+        self.run = run = ServerRun(self.config, self.run_folder, self.resume, initial_arrays, self.round_size)
         log(INFO, "Starting %s strategy:", self.__class__.__name__)
         log_strategy_start_info(self.config.rounds, run.initial_arrays, train_config, evaluate_config)
         self.summary()
@@ -187,10 +191,11 @@ class TapStrategy(Strategy):
             server_round, began = run.progress.round + 1, time.monotonic()
             log(INFO, "")
             log(INFO, "[ROUND %s/%s]", server_round, self.config.rounds)
-            run.welcome(grid, server_round)
+            run.attendance.welcome()
             arrays = run.arrays()  # a newcomer may have brought tensors
             replies = run.exchange(grid, self.configure_train(server_round, arrays, train_config, grid))
             new_arrays, metrics = self.aggregate_train(server_round, replies)
+            run.check_replies(f"round {server_round}", len(run.reports))
             result.arrays = arrays if new_arrays is None else new_arrays
             result.train_metrics_clientapp |= _logged(server_round, metrics)
             run.complete_round(server_round, result.arrays, began)
@@ -198,32 +203,42 @@ class TapStrategy(Strategy):
         run.end_of_stage_1()
         clock.append(time.monotonic())
 
-        # --- STAGE 2: every client personalises; those that fail, or have gone, are waited for and asked once more -------
+        # --- STAGE 2: every client personalises --------------------------------------------------------------------------
         server_round = run.progress.round
-        for again in (False, True):
-            if again and run.roster.manifests.keys() - run.personalised:
-                wait_for_nodes(grid, len(run.roster.manifests), self.config.start_timeout)
-            run.welcome(grid, server_round)
-            arrays = result.arrays = run.arrays()
-            if set(run.roster.names) - run.personalised:
-                log(INFO, "")
-                log(INFO, "[STAGE 2]")
-                replies = run.exchange(grid, self.configure_personalise(server_round, arrays, train_config, grid))
-                metrics = self.aggregate_personalise(server_round, replies)
-                result.personalise_metrics_clientapp |= _logged(server_round, metrics)
+        for arrays in self._asked_twice(run.personalised, "STAGE 2"):
+            replies = run.exchange(grid, self.configure_personalise(server_round, arrays, train_config, grid))
+            metrics = self.aggregate_personalise(server_round, replies)
+            result.personalise_metrics_clientapp |= _logged(server_round, metrics)
+        run.check_replies("stage 2", len(run.personalised))
         clock.append(time.monotonic())
 
         # --- EVALUATION: every client evaluates its models ---------------------------------------------------------------
-        log(INFO, "")
-        log(INFO, "[EVALUATION]")
-        replies = run.exchange(grid, self.configure_evaluate(server_round, arrays, evaluate_config, grid))
-        metrics = self.aggregate_evaluate(server_round, replies)
-        result.evaluate_metrics_clientapp |= _logged(server_round, metrics)
+        for arrays in self._asked_twice(result.clients, "EVALUATION"):
+            replies = run.exchange(grid, self.configure_evaluate(server_round, arrays, evaluate_config, grid))
+            metrics = self.aggregate_evaluate(server_round, replies)
+            result.evaluate_metrics_clientapp |= _logged(server_round, metrics)
+        run.check_replies("the evaluation", len(result.clients))
         clock.append(time.monotonic())
 
         phases = zip(("start", "rounds", "distillation", "evaluation"), clock, clock[1:], strict=False)
         run.write_results({name: end - began for name, began, end in phases} | {"total": clock[-1] - clock[0]})
         return result
+
+    def _asked_twice(self, done: Mapping[str, object], phase: str) -> Iterator[ArrayRecord]:
+        """Yields the server's values once for each time that a phase asks its clients.
+
+        Those that have failed, or have gone, are waited for and asked once more.
+        """
+        run = self.run
+        for again in (False, True):
+            if again and run.roster.manifests.keys() - done.keys():
+                run.attendance.wait_for_known()
+            run.attendance.welcome()
+            run.result.arrays = run.arrays()
+            if run.roster.nodes.keys() - done.keys():
+                log(INFO, "")
+                log(INFO, "[%s]", phase)
+                yield run.result.arrays
 
     # --- Flower's five methods, and the pair of stage 2 ------------------------------------------------------------------
 
@@ -232,10 +247,8 @@ class TapStrategy(Strategy):
     ) -> Iterable[Message]:
         """Samples the clients of a round; each gets the tensors of its own components."""
         del grid  # the roster knows who is there
-        run, count = self.run, self.config.clients_per_round
-        if self.fraction_train is not None:
-            count = int(len(run.roster.names) * self.fraction_train)
-        sampled = run.roster.sample(server_round, max(count, self.min_train_nodes))
+        run = self.run
+        sampled = run.roster.sample(server_round, self.round_size(len(run.roster.names)))
         if not sampled:
             raise RunError(f"round {server_round}: no client is there; start the nodes again, then `--resume`")
         log(INFO, "configure_train: Sampled %s nodes (out of %s)", len(sampled), len(run.roster.names))
@@ -251,8 +264,9 @@ class TapStrategy(Strategy):
         run.reports = {}
 
         def add(name: str, content: RecordDict) -> None:
-            report = messages.decode(content, Report, f"client {name!r}")
+            report = messages.decode(content, Report, "the reply")
             report.check(run.roster.manifests[name], server_round)
+            run.attendance.check_state(name, report.state)
             average.add(name, messages.tensors_of(content, self.config.wire.encoding))
             run.reports[name] = report
             run.count(run.progress.up, content)
@@ -267,7 +281,7 @@ class TapStrategy(Strategy):
     ) -> Iterable[Message]:
         """Stage 2: asks all clients that are there and have not personalised yet."""
         del grid
-        names = sorted(set(self.run.roster.names) - self.run.personalised)
+        names = sorted(self.run.roster.nodes.keys() - self.run.personalised.keys())
         log(INFO, "configure_personalise: Asking %s nodes", len(names))
         self.run.events.write("distill_start", round=server_round, clients=names)
         return self.run.messages(PERSONALISE, server_round, arrays, config, names)
@@ -278,10 +292,11 @@ class TapStrategy(Strategy):
 
         def note(name: str, content: RecordDict) -> None:
             messages.refuse_tensors(content)
-            report = messages.decode(content, Report, f"client {name!r}")
+            report = messages.decode(content, Report, "the reply")
             report.check(run.roster.manifests[name], server_round)
+            run.attendance.check_state(name, report.state)
             run.count_steps(name, report)
-            run.personalised.add(name)
+            run.personalised[name] = report.models
             run.events.write("distilled", round=server_round, client=name, losses=report.losses)
 
         good = run.use("aggregate_personalise", server_round, replies, note)
@@ -290,9 +305,9 @@ class TapStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Asks all clients that are there."""
+        """Asks all clients that are there and have not been evaluated yet."""
         del grid
-        names = self.run.roster.names
+        names = sorted(self.run.roster.nodes.keys() - self.run.result.clients.keys())
         log(INFO, "configure_evaluate: Asking %s nodes", len(names))
         self.run.events.write("evaluate_start", round=server_round, clients=names)
         return self.run.messages(EVALUATE, server_round, arrays, config, names)
@@ -303,8 +318,9 @@ class TapStrategy(Strategy):
 
         def keep(name: str, content: RecordDict) -> None:
             messages.refuse_tensors(content)
-            found = messages.decode(content, Evaluation, f"client {name!r}")
+            found = messages.decode(content, Evaluation, "the reply")
             found.check(run.roster.manifests[name])
+            run.attendance.check_evaluation(name, found, run.personalised.get(name))
             run.result.clients[name] = found.metrics
             run.events.write("evaluated", round=server_round, client=name, metrics=found.metrics)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -68,56 +69,53 @@ def compare(sweep: Sweep) -> Comparison:
     """
     found = {(run.label, run.seed): read_results(run.folder) for run in sweep.runs if run.done}
     labels = list(dict.fromkeys(run.label for run in sweep.runs if (run.label, run.seed) in found))
+    seeds = sorted({seed for _, seed in found})
     kinds = {task: kind for results in found.values() for task, kind in results["kinds"].items()}
-    tasks: dict[str, Values] = {task: {} for task in sorted(kinds)}
-    overall: Values = {}
-    ranked: dict[tuple[str, int], dict[str, float]] = {}
+    measured, scored, costs = _by_name(), _by_name(), _by_name()
     for (label, seed), results in found.items():
         of_run = scores(results, sweep.result[label])
         for task, score in of_run.items():
             metrics = results["tasks"][task][sweep.result[label]]
-            tasks[task].setdefault(label, {})[seed] = metrics[headline(kinds[task])[0]]
-            ranked.setdefault((task, seed), {})[label] = score
-        overall.setdefault(label, {})[seed] = fmean(of_run.values())
-    quality = [
-        _row(task, metric_with_arrow(kinds[task]), headline(kinds[task])[1], values, sweep.reference)
-        for task, values in tasks.items()
+            measured[task][label][seed], scored[task][label][seed] = metrics[headline(kinds[task])[0]], score
+        measured[OVERALL][label][seed] = scored[OVERALL][label][seed] = fmean(of_run.values())
+        costs["MB to clients"][label][seed] = results["bytes"]["down"] / 1e6
+        costs["MB back"][label][seed] = results["bytes"]["up"] / 1e6
+        costs["optimiser steps"][label][seed] = sum(results["steps"].values())
+        costs["seconds"][label][seed] = results["seconds"]["total"]
+    units = {
+        **{task: metric_with_arrow(kinds[task]) for task in sorted(kinds)},
+        **({OVERALL: "score ↑"} if found else {}),
+    }
+    ranked = [
+        {label: by_seed[seed] for label, by_seed in scored[task].items() if seed in by_seed}
+        for task in kinds
+        for seed in seeds
     ]
-    quality += [_row(OVERALL, "score ↑", True, overall, sweep.reference)] if found else []
-    costs: dict[str, Values] = {}
-    for (label, seed), results in found.items():
-        spent = {
-            "MB to clients": results["bytes"]["down"] / 1e6,
-            "MB back": results["bytes"]["up"] / 1e6,
-            "optimiser steps": sum(results["steps"].values()),
-            "seconds": results["seconds"]["total"],
-        }
-        for name, value in spent.items():
-            costs.setdefault(name, {}).setdefault(label, {})[seed] = value
     return Comparison(
         labels,
-        sorted({seed for _, seed in found}),
+        seeds,
         sweep.reference,
-        quality,
-        mean_ranks(list(ranked.values())),
+        [_row(name, unit, measured[name], scored[name], sweep.reference) for name, unit in units.items()],
+        mean_ranks(ranked),
         [Row(name, "a run", _estimates(values), {}) for name, values in costs.items()],
     )
 
 
-def _row(name: str, unit: str, higher: bool, values: Values, reference: str) -> Row:
-    means, sign = _estimates(values), 1 if higher else -1
-    top = (max if higher else min)(one.mean for one in means.values())
-    oriented = {label: {seed: sign * v for seed, v in by_seed.items()} for label, by_seed in values.items()}
+def _by_name() -> dict[str, Values]:
+    return defaultdict(lambda: defaultdict(dict))
+
+
+def _row(name: str, unit: str, values: Values, scored: Values, reference: str) -> Row:
+    means = {label: fmean(by_seed.values()) for label, by_seed in scored.items()}
+    best = frozenset(label for label, mean in means.items() if mean == max(means.values()))
     differences = {
         label: difference
-        for label, by_seed in oriented.items()
-        if label != reference and (difference := paired(by_seed, oriented.get(reference, {}))) is not None
+        for label, by_seed in scored.items()
+        if label != reference and (difference := paired(by_seed, scored.get(reference, {}))) is not None
     }
-    best = frozenset(label for label, one in means.items() if one.mean == top)
     # Where all are equal, none stands out.
-    best = best if len(best) < len(means) else frozenset()
-    return Row(name, unit, means, differences, best)
+    return Row(name, unit, _estimates(values), differences, best if len(best) < len(means) else frozenset())
 
 
 def _estimates(values: Values) -> dict[str, Estimate]:
-    return {label: estimate([by_seed[seed] for seed in sorted(by_seed)]) for label, by_seed in values.items()}
+    return {label: estimate(list(by_seed.values())) for label, by_seed in values.items()}

@@ -10,14 +10,13 @@ import multiprocessing
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Lock
 
 from tap_flower.run.resources import Machine
 from tap_flower.run.simulation import ends_when_told
@@ -51,72 +50,37 @@ def execute(runs: Sequence[PlannedRun], jobs: int, machine: Machine, finished: C
         runs: the runs, in the order in which they start.
         jobs: number of runs at once.
         machine: the machine whose cores and GPUs they share.
-        finished: called with each run's outcome, in the thread of the caller.
+        finished: called with each run's outcome.
     """
-    processes = _Processes(jobs, machine)
-    with ends_when_told(), ThreadPoolExecutor(jobs) as pool:
-        waiting = {pool.submit(processes.run, run) for run in runs if not run.done}
+    context, free = _context(machine), list(_parts(jobs, machine))
+    waiting = deque(run for run in runs if not run.done)
+    running: dict[BaseProcess, tuple[PlannedRun, dict[str, str], float]] = {}
+    with ends_when_told():
         try:
-            while waiting:
-                ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for one in ended:
-                    finished(one.result())
+            while waiting or running:
+                while waiting and free:
+                    run, part = waiting.popleft(), free.pop(0)
+                    process = context.Process(target=_begin, args=(run, _resumes(run), _log(run), part))
+                    running[process] = run, part, time.monotonic()
+                    process.start()
+                wait([process.sentinel for process in running])
+                for ended in [process for process in running if process.exitcode is not None]:
+                    run, part, began = running.pop(ended)
+                    free.append(part)
+                    problem = "" if run.done else f"exit status {ended.exitcode}, see {_log(run)}"
+                    finished(Outcome(run, time.monotonic() - began, problem))
         finally:
-            for one in waiting:
-                one.cancel()
-            processes.end()
+            _end([process for process in running if process.pid is not None])
 
 
-class _Processes:
-    """The processes of a sweep, each on a part of the machine."""
-
-    def __init__(self, jobs: int, machine: Machine) -> None:
-        self._parts: SimpleQueue[dict[str, str]] = SimpleQueue()
-        for part in _parts(jobs, machine):
-            self._parts.put(part)
-        self._context = _context(machine)
-        self._running: set[BaseProcess] = set()
-        self._lock, self._ended = Lock(), False
-
-    def run(self, run: PlannedRun) -> Outcome:
-        """Executes a run, and waits for it."""
-        part, began = self._parts.get(), time.monotonic()
-        try:
-            code = self._wait(run, part)
-        finally:
-            self._parts.put(part)
-        problem = "" if run.done else f"exit status {code}, see {_log(run)}"
-        return Outcome(run, time.monotonic() - began, problem)
-
-    def end(self) -> None:
-        """Ends the runs that are going on; no other one is started."""
-        with self._lock:
-            self._ended = True
-            running = list(self._running)
-        for process in running:
-            process.terminate()
-        deadline = time.monotonic() + _PATIENCE
-        while self._running and time.monotonic() < deadline:
-            time.sleep(0.05)
-        with self._lock:
-            for process in self._running:
-                process.kill()
-
-    def _wait(self, run: PlannedRun, part: Mapping[str, str]) -> int | None:
-        resume = (run.folder / "server" / "server.safetensors").exists()
-        if not resume and run.folder.exists():
-            shutil.rmtree(run.folder)  # it ended before its first complete round
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
-        process = self._context.Process(target=_begin, args=(run, resume, _log(run), part))
-        with self._lock:
-            if self._ended:
-                return -1
-            process.start()
-            self._running.add(process)
-        process.join()
-        with self._lock:
-            self._running.discard(process)
-        return process.exitcode
+def _end(processes: Sequence[BaseProcess]) -> None:
+    """Ends processes; those that take long are killed."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _PATIENCE
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
 
 
 def _context(machine: Machine) -> ForkServerContext | SpawnContext:
@@ -133,6 +97,16 @@ def _begin(run: PlannedRun, resume: bool, log: Path, part: Mapping[str, str]) ->
     from tap_flower.study.worker import run_alone
 
     run_alone(run, resume, log, threads=int(part["OMP_NUM_THREADS"]))
+
+
+def _resumes(run: PlannedRun) -> bool:
+    """Whether a run goes on; what ended before its first complete round is removed."""
+    if (run.folder / "server" / "server.safetensors").exists():
+        return True
+    if run.folder.exists():
+        shutil.rmtree(run.folder)
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    return False
 
 
 def _log(run: PlannedRun) -> Path:

@@ -1,8 +1,10 @@
-"""Means over seeds with their intervals, paired differences, ranks."""
+"""Means over seeds with their intervals, paired differences, ranks; and these as CSV."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, stdev
@@ -11,6 +13,8 @@ from scipy.stats import rankdata, t
 
 LEVEL = 0.95
 """Level of the intervals."""
+ESTIMATE_COLUMNS = ("mean", "half_interval_95", "seeds")
+"""Names of an estimate's values in CSV."""
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,10 @@ def mean_ranks(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     complete = [one for one in scores if len(one) == len(labels)]
     ranks = [rankdata([-one[label] for label in labels]) for one in complete]
     return {label: fmean(float(rank[i]) for rank in ranks) for i, label in enumerate(labels)} if ranks else {}
+
+
+def csv_text(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A table as CSV; None becomes an empty cell."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([header, *lines])
+    return out.getvalue()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,8 +24,10 @@ from tap_flower.report.results import headline, metric_in_words, read_results, s
 from tap_flower.report.svg import number
 from tap_flower.study.comparison import OVERALL
 from tap_flower.study.plan import PlannedRun
-from tap_flower.study.statistics import Estimate, estimate
+from tap_flower.study.statistics import ESTIMATE_COLUMNS, Estimate, csv_text, estimate
 
+Values = Mapping[tuple[str, str], Mapping[str, float]]
+"""(title, unit) of a figure -> name of a line -> value, with one seed."""
 Curves = Mapping[str, Mapping[float, Estimate]]
 """Name of a line -> x -> mean and interval over seeds."""
 Losses = Mapping[str, Mapping[str, float]]
@@ -46,7 +46,7 @@ class Study:
         lead: how it is measured.
         axis: name of the quantity that changes.
         runs: all its runs.
-        measure: called after the runs; gives (title, unit) of each figure -> its curves.
+        measure: called after the runs; gives (x, values) for every x and seed.
     """
 
     name: str
@@ -54,18 +54,19 @@ class Study:
     lead: str
     axis: str
     runs: tuple[PlannedRun, ...]
-    measure: Callable[[], Mapping[tuple[str, str], Curves]]
+    measure: Callable[[], Iterable[tuple[float, Values]]]
 
     def write(self, out: Path) -> Path:
         """Writes the page, and the numbers as CSV, into a folder; returns the page's file."""
-        found, lines = self.measure(), io.StringIO()
-        write = csv.writer(lines, lineterminator="\n").writerow
-        write(["figure", "line", self.axis, "mean", "half_interval_95", "seeds"])
-        for (title, _), curves in found.items():
-            for line, by_x in curves.items():
-                for x, one in by_x.items():
-                    write([title, line, x, one.mean, "" if one.half is None else one.half, one.count])
-        write_atomically(out / f"{self.name}.csv", lines.getvalue().encode())
+        found = _curves(self.measure())
+        lines = [
+            (title, line, x, *astuple(one))
+            for (title, _), curves in found.items()
+            for line, by_x in curves.items()
+            for x, one in by_x.items()
+        ]
+        text = csv_text(("figure", "line", self.axis, *ESTIMATE_COLUMNS), lines)
+        write_atomically(out / f"{self.name}.csv", text.encode())
         shown = [_figure(title, unit, self.axis, curves) for (title, unit), curves in found.items()]
         write_study(self.title, self.lead, shown, out / f"{self.name}.html")
         return out / f"{self.name}.html"
@@ -112,31 +113,22 @@ def pairs_study(preset: str, config: str, settings: Sequence[str], seeds: Sequen
                 run = PlannedRun(f"{size} pairs", seed, preset, str(file.resolve()), own, folder)
                 runs.setdefault((seed, size), []).append((run, group))
 
-    def measure() -> Mapping[tuple[str, str], Curves]:
-        losses: dict[tuple[int, int], Losses] = {
-            key: {
+    def measure() -> Iterator[tuple[float, Values]]:
+        alone: dict[int, Losses] = {}
+        for (seed, size), of_size in runs.items():
+            losses = {
                 task: {model: metrics["loss"] for model, metrics in read_results(run.folder)["tasks"][task].items()}
                 for run, group in of_size
                 for task in group
             }
-            for key, of_size in runs.items()
-        }
-        whole = {
-            model: {
-                size: estimate([_relative(losses[seed, size], losses[seed, 1], model) for seed in seeds])
-                for size in sizes
+            alone.setdefault(seed, losses)  # groups of one come first
+            relative = {
+                model: fmean(by_model[model] / alone[seed][task][model] for task, by_model in losses.items())
+                for model in _COMPARED
             }
-            for model in _COMPARED
-        }
-        figures = {("Test loss, relative to the pair alone", "loss / loss alone (lower is better)"): whole}
-        for task in sorted(by_task):
-            drawn = [seed for seed in seeds if task in losses[seed, 1]]
-            if drawn:
-                figures[task, "test loss (lower is better)"] = {
-                    model: {size: estimate([losses[seed, size][task][model] for seed in drawn]) for size in sizes}
-                    for model in _COMPARED
-                }
-        return figures
+            yield size, {("Test loss, relative to the pair alone", "loss / loss alone (lower is better)"): relative}
+            for task, by_model in sorted(losses.items()):
+                yield size, {(task, "test loss (lower is better)"): {model: by_model[model] for model in _COMPARED}}
 
     return Study(
         "pairs",
@@ -177,31 +169,17 @@ def margin_study(
         for margin in margins
     }
 
-    def measure() -> Mapping[tuple[str, str], Curves]:
-        found = {key: read_results(run.folder) for key, run in runs.items()}
-        figures: dict[tuple[str, str], dict[str, dict[float, Estimate]]] = {}
-        kinds = {task: kind for results in found.values() for task, kind in results["kinds"].items()}
-        for task, kind in sorted(kinds.items()):
-            metric, title = headline(kind)[0], (task, metric_in_words(kind))
-            for model in ("personal", "tap"):
-                figures.setdefault(title, {})[model] = {
-                    margin: estimate([found[margin, seed]["tasks"][task][model][metric] for seed in seeds])
-                    for margin in margins
-                }
-        overall = {
-            model: {
-                margin: estimate([fmean(scores(found[margin, seed], model).values()) for seed in seeds])
-                for margin in margins
-            }
-            for model in ("personal", "tap")
-        }
-        counts = {margin: estimate([_replaced(found[margin, seed]) for seed in seeds]) for margin in margins}
-        whole = OVERALL.capitalize(), "score (higher is better)"
-        return {
-            whole: overall,
-            **figures,
-            ("Replacements", "in a run, all clients and pairs"): {"replacements": counts},
-        }
+    def measure() -> Iterator[tuple[float, Values]]:
+        for (margin, _), run in runs.items():
+            found, models = read_results(run.folder), ("personal", "tap")
+            overall = {model: fmean(scores(found, model).values()) for model in models}
+            yield margin, {(OVERALL.capitalize(), "score (higher is better)"): overall}
+            for task, kind in sorted(found["kinds"].items()):
+                metric = headline(kind)[0]
+                values = {model: found["tasks"][task][model][metric] for model in models}
+                yield margin, {(task, metric_in_words(kind)): values}
+            replaced = sum(sum(by_task.values()) for by_task in found["replacements"].values())
+            yield margin, {("Replacements", "in a run, all clients and pairs"): {"replacements": replaced}}
 
     return Study(
         "margin",
@@ -214,28 +192,31 @@ def margin_study(
     )
 
 
-def _relative(losses: Losses, alone: Losses, model: str) -> float:
-    """Mean over pairs of the loss over the loss alone."""
-    return fmean(by_model[model] / alone[task][model] for task, by_model in losses.items())
-
-
-def _replaced(results: Mapping[str, Any]) -> int:
-    return sum(sum(by_task.values()) for by_task in results["replacements"].values())
+def _curves(measured: Iterable[tuple[float, Values]]) -> dict[tuple[str, str], Curves]:
+    """(title, unit) of each figure -> its curves."""
+    found: dict[tuple[str, str], dict[str, dict[float, list[float]]]] = {}
+    for x, values in measured:
+        for figure, by_line in values.items():
+            for line, value in by_line.items():
+                found.setdefault(figure, {}).setdefault(line, {}).setdefault(x, []).append(value)
+    return {
+        figure: {line: {x: estimate(each) for x, each in by_x.items()} for line, by_x in curves.items()}
+        for figure, curves in found.items()
+    }
 
 
 def _figure(title: str, unit: str, axis: str, curves: Curves) -> Figure:
     marks = sorted({x for by_x in curves.values() for x in by_x})
     series = [
         Series(
-            name, [Point(x, one.mean, f"{name}, {axis} {x:g}: {said(one)}", half=one.half) for x, one in by_x.items()]
+            name, [Point(x, one.mean, f"{name}, {axis} {x:g}: {_said(one)}", half=one.half) for x, one in by_x.items()]
         )
         for name, by_x in curves.items()
     ]
-    rows = [[f"{x:g}", *(said(by_x[x]) for by_x in curves.values())] for x in marks]
+    rows = [[f"{x:g}", *(_said(by_x[x]) for by_x in curves.values())] for x in marks]
     chart = line_chart(series, Axis(axis, marks), unit, f"{title}: {', '.join(curves)} by {axis}")
     return Figure(title, chart, Table(f"{title}: {unit}", [axis, *curves], rows), list(curves))
 
 
-def said(one: Estimate) -> str:
-    """Mean and interval as text."""
+def _said(one: Estimate) -> str:
     return number(one.mean) + ("" if one.half is None else f" ± {number(one.half)}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
+from dataclasses import astuple
 
 from tap_flower.report.result_tables import Table
 from tap_flower.study.comparison import Comparison
-from tap_flower.study.statistics import Estimate
+from tap_flower.study.statistics import ESTIMATE_COLUMNS, Estimate, csv_text
 
 _ESCAPES = str.maketrans(
     {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
@@ -70,20 +69,13 @@ def latex(found: Sequence[Table]) -> str:
 
 def to_csv(found: Comparison) -> str:
     """A comparison as CSV: a line for each mean over seeds, with all its digits."""
-    out = io.StringIO()
-    write = csv.writer(out, lineterminator="\n").writerow
-    write(["what", "name", "unit", "method", "mean", "half_interval_95", "seeds"])
-    for what, rows in (("quality", found.quality), ("cost", found.costs)):
-        for row in rows:
-            for label, one in row.values.items():
-                write([what, row.name, row.unit, label, one.mean, "" if one.half is None else one.half, one.count])
-    for row in found.quality:
-        for label, one in row.differences.items():
-            half = "" if one.half is None else one.half
-            write([f"difference to {found.reference}", row.name, row.unit, label, one.mean, half, one.count])
-    for label, rank in found.ranks.items():
-        write(["mean rank", "", "", label, rank, "", len(found.seeds)])
-    return out.getvalue()
+    parts = [("quality", row, row.values) for row in found.quality] + [("cost", row, row.values) for row in found.costs]
+    parts += [(f"difference to {found.reference}", row, row.differences) for row in found.quality]
+    lines: list[Sequence[object]] = [
+        (what, row.name, row.unit, label, *astuple(one)) for what, row, values in parts for label, one in values.items()
+    ]
+    lines += [("mean rank", "", "", label, rank, None, len(found.seeds)) for label, rank in found.ranks.items()]
+    return csv_text(("what", "name", "unit", "method", *ESTIMATE_COLUMNS), lines)
 
 
 def _cell(one: Estimate | None) -> str:

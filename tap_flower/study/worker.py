@@ -13,14 +13,13 @@ import torch
 import tap_flower.client.from_spec
 import tap_flower.client.handlers  # noqa: F401
 from tap_flower.client.app import spec_client_app
-from tap_flower.config import load_config
 from tap_flower.run.in_process import InProcessGrid
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.study.plan import PlannedRun
 
 
 def run_alone(planned: PlannedRun, resume: bool, log: Path, threads: int) -> None:
-    """A run in a process that does nothing else.
+    """A whole run in a process that does nothing else.
 
     Args:
         planned: the run.
@@ -32,19 +31,15 @@ def run_alone(planned: PlannedRun, resume: bool, log: Path, threads: int) -> Non
     with log.open("ab") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
-    run(planned, resume)
-
-
-def run(planned: PlannedRun, resume: bool) -> None:
-    """A whole run in this process."""
-    run_config: dict[str, bool | float | int | str] = {
+    folder, settings = planned.folder.resolve(), " ".join(planned.settings)
+    run_config = {
         "preset": planned.preset,
         "config": planned.config,
-        "set": " ".join(planned.settings),
-        "out": str(planned.folder.resolve()),
+        "set": settings,
+        "out": str(folder),
         "resume": resume,
     }
-    config = load_config(planned.preset, planned.config, planned.settings)
+    config = planned.resolved
     nodes = [{"partition-id": number} for number in range(len(config.clients))]
     grid = InProcessGrid(spec_client_app(), nodes, run_config)
-    TapStrategy(config=config, run_folder=planned.folder.resolve(), resume=resume).start(grid)
+    TapStrategy(config=config, run_folder=folder, resume=resume).start(grid)

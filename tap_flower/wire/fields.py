@@ -6,6 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from tap_flower.core.averaging import LARGEST_WEIGHT
 from tap_flower.data.spec import NAME
 
 Name = Annotated[str, Meta(pattern=rf"\A{NAME.pattern}\Z")]
@@ -18,7 +19,7 @@ TensorName = Component
 """Name of a tensor. Files of tensors hold other names, with a colon, beside these."""
 Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
-Examples = Annotated[int, Meta(ge=1, lt=2**53)]
+Examples = Annotated[int, Meta(ge=1, le=LARGEST_WEIGHT)]
 Number = Annotated[float, Meta(gt=-1e305, lt=1e305)]
 """A loss, score or metric: a thousand of them have a finite sum."""
 

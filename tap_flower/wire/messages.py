@@ -15,7 +15,6 @@ where tensors travel; Flower's `config` (server to client) and `metrics` (client
 from __future__ import annotations
 
 import math
-import re
 from functools import cached_property
 from typing import Annotated, Any, TypeVar
 
@@ -25,11 +24,12 @@ from msgspec import Meta, Struct
 from torch import Tensor
 
 import tap_flower
-from tap_flower.config import Encoding
+from tap_flower.config import MOST_ROUNDS, Encoding
+from tap_flower.core.averaging import LARGEST_WEIGHT
 from tap_flower.core.components import ComponentMap, Pair
 from tap_flower.core.initial import Initial
 from tap_flower.errors import MessageError
-from tap_flower.plain import shown
+from tap_flower.plain import shown, with_value
 from tap_flower.wire.fields import Component, Count, Digest, Epoch, Examples, Name, Number, TensorName, Word
 from tap_flower.wire.tensors import decode_tensors
 
@@ -38,9 +38,14 @@ MANIFEST, VALUES = "query.manifest", "query.values"
 TRAIN, PERSONALISE, EVALUATE = "train", "train.personalise", "evaluate"
 FIELDS, ARRAYS, CONFIG, METRICS = "tap", "arrays", "config", "metrics"
 """Names of the records of a message."""
+REFUSED, LOST = 1001, 1002
+"""Error codes of replies: the reason is meant for the person who runs the server or the node; the client has lost the run's
+first values, and must be asked who it is once more."""
 LARGEST_CLIENT = 2**29
 """Values of all tensors of a client, 2 GiB in float32; more are refused before anything is allocated for them."""
 
+_FEW = Meta(max_length=100)
+"""Models of a task, metrics of a model: they stand in the log of events."""
 _Fields = TypeVar("_Fields", bound=Struct)
 
 
@@ -62,7 +67,7 @@ class Instruction(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     run: Name
     epochs: Annotated[tuple[Epoch, ...], Meta(min_length=1)]
-    round: Count
+    round: Annotated[int, Meta(ge=0, le=MOST_ROUNDS)]
     hyper_parameters: dict[str, Any]
     wanted: tuple[TensorName, ...] = ()
     best: Count | None = None
@@ -98,14 +103,16 @@ class TaskInfo(Struct, frozen=True, forbid_unknown_fields=True):
         domains: domains of its data.
         head_size: number of classes; 0 where the head has none.
         examples: number of training examples.
+        classes: keyed hash of the names of its classes, in order, which the client makes; empty where they have no names.
     """
 
     task: Name
-    modalities: Annotated[tuple[Name, ...], Meta(min_length=1)]
+    modalities: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=100)]
     kind: Name
-    domains: tuple[Name, ...]
+    domains: Annotated[tuple[Name, ...], Meta(max_length=1000)]
     head_size: Count
     examples: Examples
+    classes: Annotated[str, Meta(pattern=r"\A([0-9a-f]{16})?\Z")] = ""
 
     def __post_init__(self) -> None:
         if len(set(self.modalities)) < len(self.modalities):
@@ -126,6 +133,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, di
         tasks: its pairs.
         tensors: tensor name -> component, shape and first value of each tensor that it exchanges.
         reach: task name -> components that the pair's forward pass reaches, of those that it exchanges.
+        state: round of the client's state of this run; 0 where it has none.
         unread: keys of Flower's run configuration that the project has not read while it made the client.
         built: tensor name -> digest of the value that the client's module was built with, frozen tensors and buffers
             included; nothing where values come from the run's seed.
@@ -135,9 +143,10 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, di
 
     client: Name
     fingerprint: Name
-    tasks: Annotated[tuple[TaskInfo, ...], Meta(min_length=1)]
+    tasks: Annotated[tuple[TaskInfo, ...], Meta(min_length=1, max_length=1000)]
     tensors: dict[TensorName, TensorInfo]
     reach: dict[Name, frozenset[Component]]
+    state: Count = 0
     unread: Annotated[tuple[Annotated[str, Meta(max_length=256)], ...], Meta(max_length=256)] = ()
     built: dict[TensorName, Digest] = {}
     protocol: int = PROTOCOL
@@ -151,6 +160,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, di
             raise ValueError(f"nothing says how tensor {shown(unknown[0])} starts")
         if (total := sum(math.prod(info.shape) for info in self.tensors.values())) > LARGEST_CLIENT:
             raise ValueError(f"the tensors have {total} values, more than {LARGEST_CLIENT}")
+        if (total := sum(self.examples.values())) > LARGEST_WEIGHT:
+            raise ValueError(f"the tasks have {total} examples, more than {LARGEST_WEIGHT}")
         _ = self.component_map  # its own checks
 
     @cached_property
@@ -193,15 +204,19 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         losses: task name -> mean training loss of the server's copy.
         steps: optimiser steps that the client made for it, of all models.
         replacements: task name -> 1 where the personal model's components were replaced, else 0.
+        state: round of the state that the client began with; 0 where it had none of this run.
         validation: task name -> validation score of the client's own model, where the run may stop early.
+        models: names of the models that stage 2 has made.
     """
 
     round: Count
     examples: dict[Name, Examples]
     losses: dict[Name, Number]
     steps: Count
+    state: Count = 0
     replacements: dict[Name, Count] = {}
     validation: dict[Name, Number] = {}
+    models: tuple[Word, ...] = ()
 
     def check(self, manifest: Manifest, server_round: int) -> None:
         """Refuses a report on another round, other tasks or other counts of examples.
@@ -227,9 +242,11 @@ class Evaluation(Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         metrics: task name -> model -> metric -> value.
+        state: round of the client's state of this run; 0 where it has none.
     """
 
-    metrics: dict[Name, dict[Word, dict[Word, Number]]]
+    metrics: dict[Name, Annotated[dict[Word, Annotated[dict[Word, Number], _FEW]], _FEW]]
+    state: Count = 0
 
     def check(self, manifest: Manifest) -> None:
         """Refuses metrics of other tasks than the client's.
@@ -282,7 +299,7 @@ def decode(content: RecordDict, kind: type[_Fields], sender: str) -> _Fields:
             _check_version(text, sender)
         return msgspec.json.decode(text, type=kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
-        raise MessageError(f"{sender}: the message cannot be read: {_with_value(str(error), text)}") from error
+        raise MessageError(f"{sender}: the message cannot be read: {with_value(str(error), text)}") from error
 
 
 def tensors_of(content: RecordDict, encoding: Encoding) -> dict[str, Tensor]:
@@ -325,19 +342,3 @@ def _check_version(text: str, sender: str) -> None:
             f"{sender} speaks protocol {shown(theirs.protocol)} of tap-flower {shown(theirs.version)}, here is protocol "
             f"{PROTOCOL} of tap-flower {tap_flower.__version__}: install one version on the server and on every node"
         )
-
-
-def _with_value(problem: str, text: str) -> str:
-    """Msgspec's message with the value that it is about, where its path leads to one."""
-    path = re.search(r" - at `\$((?:\.\w+|\[\d+\])+)`$", problem)
-    if path is None:
-        return problem
-    try:
-        value: Any = msgspec.json.decode(text)
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):  # malformed behind the field that has failed
-        return problem
-    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path[1]):
-        if not isinstance(value, dict if key else list):
-            return problem
-        value = value[key] if key else value[int(index)]
-    return f"{path[1].lstrip('.')} is {shown(value)}: {problem[: path.start()]}"

@@ -44,6 +44,9 @@ def finished_run(folder: Path) -> dict[str, Any]:
         replacements={"ann": {"read": 2, "paint": 0}, "bob": {"read": 1}},
         bytes_={"down": 3_000_000, "up": 1_000_000, "per_component": {}},
         steps={"ann": 12, "bob": 6},
+        missing={},
+        marks={},
+        dropped={},
         seconds={"total": 1.0},
     )
     folder.mkdir(parents=True)

@@ -14,8 +14,11 @@ from .conftest import finished_run
 
 def test_results_are_means_over_clients(tmp_path: Path) -> None:
     found = finished_run(tmp_path / "run")
-    assert found["tasks"]["read"]["tap"] == {"loss": 2.0, "accuracy": 0.625}
-    assert found["tasks"]["read"]["server"] == {"loss": 2.0, "accuracy": 0.25}
+    # Of two clients, with .5 and .75: the tenth percentile is a tenth of the way from the worst to the best.
+    assert found["tasks"]["read"]["tap"] == {
+        "loss": 2.0, "accuracy": 0.625, "worst": 0.5, "p10": pytest.approx(0.525), "std": pytest.approx(0.125 * 2**0.5),
+    }  # fmt: skip
+    assert found["tasks"]["read"]["server"] == {"loss": 2.0, "accuracy": 0.25, "worst": 0.25, "p10": 0.25, "std": 0.0}
 
 
 def test_report_shows_the_headline_metric_of_each_task(command: Any, tmp_path: Path) -> None:
@@ -62,8 +65,8 @@ def test_several_runs_are_averaged(command: Any, tmp_path: Path) -> None:
         ({}, "holds no results.json: the run has not finished; go on with"),
         ({"results.json": "{"}, "results.json is damaged"),
         ({"results.json": "[]"}, "results.json is damaged: it holds a list"),
-        ({"results.json": '{"schema": 7}'}, "has schema 7, not 1"),
-        ({"results.json": '{"schema": 1}'}, "is damaged: it lacks bytes"),
+        ({"results.json": '{"schema": 7}'}, "has schema 7, not 2"),
+        ({"results.json": '{"schema": 2}'}, "is damaged: it lacks bytes"),
     ],
 )
 def test_an_unreadable_run_folder_is_an_error(

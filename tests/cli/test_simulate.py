@@ -100,6 +100,7 @@ def test_a_ray_cluster_is_shared_by_what_the_options_say(
 
     monkeypatch.setattr(simulate, "simulate", fake)
     monkeypatch.setattr(simulate, "this_machine", lambda: pytest.fail("the clients run elsewhere"))
+    monkeypatch.setattr(simulate, "check_cluster", lambda address: None)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     code, out, _ = command("simulate", "--cpus-per-client", "64", "--out", str(tmp_path / "run"))
     assert code == 0

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +16,15 @@ import yaml
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from tap_flower.client import from_spec
-from tap_flower.client.handlers import REFUSED
-from tap_flower.client.node import this_node
+from tap_flower.client import node as node_module
+from tap_flower.client.node import Limits, limits_of, this_node
 from tap_flower.config import Metrics
-from tap_flower.errors import SpecError
+from tap_flower.errors import RunError, SpecError
+from tap_flower.methods.session import Session
 from tap_flower.wire import messages
-from tests.federations import CLIENTS, federation_of_specs
+from tap_flower.wire.messages import REFUSED
+from tests.federations import CLIENTS, Make, federation_of_specs
+from tests.toys import TOYS
 
 
 def context(node: dict[str, Any], run_config: dict[str, Any]) -> Context:
@@ -80,3 +88,89 @@ def test_the_node_decides_whether_its_models_are_compiled(
     assert reply.error.code == REFUSED
     assert "the server: unknown key 'compute.compile'" in str(reply.error.reason)
     assert compiled == [chosen]
+
+
+TRAINING = {"train.steps": 4, "distill.iterations": 3, "train.batch_size": 8, "train.accumulation": 2}
+
+
+@pytest.mark.parametrize(
+    ("limit", "problem"),
+    [
+        (
+            {"max-steps": 39},
+            "train.steps = 40, and this node allows 39: lower it in the run, or raise the node's limit",
+        ),
+        ({"max-batch-size": 15}, "train.batch_size · train.accumulation = 16, and this node allows 15"),
+        ({"max-text-length": 100}, "model.text_length = 256, and this node allows 100"),
+        ({"max-rounds": 1}, "round = 2, and this node allows 1.*tap-flower node --limit rounds=2.*`max-rounds`"),
+        ({"max-steps": "many"}, None),
+    ],
+)
+def test_a_node_refuses_what_is_above_its_limits(make_federation: Make, limit: dict[str, Any], problem: str) -> None:
+    settings = [f"{key}={value}" for key, value in TRAINING.items()]
+    federation = make_federation(TOYS[:1], "clients_per_round=1", "rounds=2", *settings)
+    grid = federation.grid()
+    federation.strategy().start(grid)  # without limits
+    asked = [m for m in grid.sent if m.metadata.message_type == messages.TRAIN][-1]
+    fresh = federation.grid()
+    fresh.contexts[100].node_config.update(limit)
+    reply = fresh.answer(Message(asked.content, dst_node_id=100, message_type=messages.TRAIN))
+    assert reply.error.code == REFUSED
+    if problem is None:
+        problem = "the log of the node says where"
+    assert re.search(problem, reply.error.reason)
+    fresh.contexts[100].node_config.update(dict.fromkeys(limit, 1000))
+    assert not fresh.answer(Message(asked.content, dst_node_id=100, message_type=messages.TRAIN)).has_error()
+
+
+def test_a_limit_is_a_whole_number_from_1_on() -> None:
+    assert limits_of({"max-steps": 5, "client-spec": "x"}) == Limits(steps=5)
+    for wrong in ("5", 0, -1, 1.5, True):
+        with pytest.raises(SpecError, match="the node's max-steps is .*: write max-steps=N"):
+            limits_of({"max-steps": wrong})
+
+
+def test_work_is_broken_off_at_the_nodes_deadline(make_federation: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = make_federation(TOYS[:1], "clients_per_round=1", "rounds=1")
+    grid = federation.grid()
+    federation.strategy().start(grid)
+    asked = next(m for m in grid.sent if m.metadata.message_type == messages.TRAIN)
+    fresh, tries = federation.grid(), list[int]()
+    fresh.contexts[100].node_config["max-seconds"] = 4
+
+    def hang(*_: Any, **__: Any) -> None:
+        try:
+            time.sleep(600)
+        except Exception:  # the loop of a user that goes on whatever happens
+            tries.append(1)
+            time.sleep(600)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "train", hang)
+        began = time.monotonic()
+        reply = fresh.answer(Message(asked.content, dst_node_id=100, message_type=messages.TRAIN))
+    assert time.monotonic() - began < 30
+    assert tries == [1]
+    assert "the work took longer than 4 s and was broken off" in reply.error.reason
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    fresh.contexts[100].node_config["max-seconds"] = 600
+    assert not fresh.answer(Message(asked.content, dst_node_id=100, message_type=messages.TRAIN)).has_error()
+
+
+def test_the_deadline_is_the_servers_where_the_node_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_module, "GRACE", 0.0)
+    with pytest.raises(RunError, match=r"took longer than 0.2 s"), Limits(seconds=600).time(0.2):
+        time.sleep(600)
+
+
+@pytest.mark.slow
+def test_a_process_that_never_comes_back_to_python_is_ended() -> None:
+    """Its signals are blocked, as in a deadlock of a library."""
+    code = (
+        "import signal, time; from tap_flower.client import node; node.GRACE = node.LAST = 1.0\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])\n"
+        "with node.Limits().time(0.0): time.sleep(600)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr

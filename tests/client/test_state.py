@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import pytest
 import torch
 from cachetools import LRUCache
 
+from tap_flower.cli.restore import UNDONE, go_back
 from tap_flower.client import state as store_module
 from tap_flower.client.state import PERSONAL, PREVIOUS, SCHEMA, SERVER, ClientState, StateFolder
-from tap_flower.errors import StorageError
+from tap_flower.errors import DivergedError, StorageError
 from tap_flower.files import read_json, read_tensors, write_atomically, write_tensors
 from tap_flower.methods.method import Memory
 from tap_flower.report.client_records import DECISIONS, read_decisions
@@ -188,9 +191,66 @@ def test_models_of_stage_2(tmp_path: Path) -> None:
     store = state_folder(tmp_path, "r1")
     names = ("server+finetune", "tap")
     assert store.load_models(names) == {}
-    store.save_models({"server+finetune": {"w": torch.zeros(1)}, "tap": {"w": torch.ones(1)}})
+    store.save_models({"server+finetune": {"w": torch.zeros(1)}, "tap": {"w": torch.ones(1)}}, 3)
     found = store.load_models((*names, "ditto"))
     assert {name: state["w"].item() for name, state in found.items()} == {"server+finetune": 0.0, "tap": 1.0}
+
+
+def test_models_of_a_stage_2_that_is_void_are_not_there(tmp_path: Path) -> None:
+    first = state_folder(tmp_path, "r1", ("h1", 0))
+    first.save_models({"tap": {"w": torch.ones(1)}}, 3)
+    assert state_folder(tmp_path, "r1", ("h1", 0), ("h2", 3)).load_models(["tap"]).keys() == {"tap"}
+    assert state_folder(tmp_path, "r1", ("h1", 0), ("h2", 2)).load_models(["tap"]) == {}  # round 3 is repeated
+    assert state_folder(tmp_path, "r1", ("h9", 0)).load_models(["tap"]) == {}
+
+
+def test_a_best_state_that_is_void_is_not_there(tmp_path: Path) -> None:
+    first = state_folder(tmp_path, "r1", ("h1", 0))
+    first.save(kept(2, 0.2))
+    first.keep_best(2)
+    resumed = state_folder(tmp_path, "r1", ("h1", 0), ("h2", 1))
+    assert first.load_best(2) is not None
+    assert resumed.load_best(1) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_state_is_kept_only_if_it_is_finite(tmp_path: Path, value: float) -> None:
+    store = state_folder(tmp_path, "r1")
+    store.save(kept(1, 0.1))
+    with pytest.raises(DivergedError, match="round 2 left a value that is not finite in 'w' of the model 'personal'"):
+        store.save(ClientState(2, Memory({"personal": {"w": torch.tensor([0.0, value])}})))
+    with pytest.raises(DivergedError, match="'w' of the model 'tap'"):
+        store.save_models({"server+finetune": {"w": torch.ones(1)}, "tap": {"w": torch.tensor([value])}}, 2)
+    assert losses(store.load()) == 0.1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [PERSONAL, "state.json"]
+
+
+def test_going_back_to_the_state_before(tmp_path: Path) -> None:
+    store = state_folder(tmp_path, "r1")
+    for server_round in (1, 2, 4):
+        store.save(kept(server_round, server_round / 10))
+    assert go_back(tmp_path, to_kept=False) == (4, 2)
+    assert (losses(store.load()), store.round) == (0.2, 2)
+    assert read_json(tmp_path / "state.json")["round"] == 2
+    assert read_tensors(tmp_path / UNDONE)[1]["round"] == 4  # nothing is lost
+    with pytest.raises(StorageError, match=f"holds no {PREVIOUS}: there was one round alone"):
+        go_back(tmp_path, to_kept=False)
+
+
+def test_going_back_to_the_best_state(tmp_path: Path) -> None:
+    store = state_folder(tmp_path, "r1")
+    for server_round, score in ((1, 0.3), (2, 0.8), (3, 0.7), (4, 0.1)):
+        store.save(replace(kept(server_round, server_round / 10), score=score))
+    assert go_back(tmp_path, to_kept=True) == (4, 2)
+    assert losses(store.load()) == 0.2
+    store.save(kept(5, 0.5))
+    assert losses(store.load(before_round=5)) == 0.2
+
+
+def test_without_a_kept_state_going_back_says_how_to_have_one(tmp_path: Path) -> None:
+    state_folder(tmp_path, "r1").save(kept(1, 0.1))
+    with pytest.raises(StorageError, match="its node keeps one where its configuration says keep-best=true"):
+        go_back(tmp_path, to_kept=True)
 
 
 def test_state_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -247,7 +307,7 @@ def test_two_processes_work_on_a_folder_one_after_the_other(tmp_path: Path) -> N
 
 def test_a_foreign_file_is_named(tmp_path: Path) -> None:
     write_tensors(tmp_path / PERSONAL, {"w": torch.zeros(1)}, {"schema": 99, "run": "r1"})
-    with pytest.raises(StorageError, match="has schema 99, not 4"):
+    with pytest.raises(StorageError, match="has schema 99, not 5"):
         state_folder(tmp_path, "r1").load()
 
 

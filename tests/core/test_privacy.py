@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from tap_flower.core.averaging import gaussian, holders_needed, release, sensitivity
 
-COMPONENT = {"w": "one", "b": "one", "v": "two", "u": "three"}
 HALF = (2**51).to_bytes(8, "little")
 """The median: noise of 2^-53 of a uniform number, which is nothing."""
 
@@ -76,7 +75,7 @@ def test_the_noise_on_a_mean_goes_with_the_number_of_holders() -> None:
         "u": torch.ones(4),
     }
     means = {"w": torch.full((size,), 0.25), "b": torch.zeros(2, 3), "v": torch.zeros(2, size // 2), "u": torch.ones(4)}
-    found = release(previous, means, COMPONENT, {"one": 4, "two": 12}, 3.0, Random(7).randbytes)
+    found = release(previous, means, {"w": 4, "b": 4, "v": 12}, 3.0, Random(7).randbytes)
     # z · C = 3 over m = 4 and 12; standard error of a deviation of 150,000 values: .0018 of it
     for name, centre, std in (("w", 5.25, 0.75), ("v", 1.0, 0.25)):
         assert float(found[name].double().std()) == pytest.approx(std, rel=0.01), name
@@ -92,13 +91,13 @@ def test_the_noise_is_drawn_from_the_given_source() -> None:
     # Each value of the noise is the quantile 1 of the standard normal distribution: 3 / 4 of it on a mean of 4 holders
     one = int(0.841344746068543 * 2**52).to_bytes(8, "little")
     previous, means = {"w": torch.tensor([[1.0, 2.0]]), "v": torch.ones(1)}, {"w": torch.tensor([[0.5, -0.5]])}
-    found = release(previous, means, COMPONENT, {"one": 4}, 3.0, lambda count: one * (count // 8))
+    found = release(previous, means, {"w": 4}, 3.0, lambda count: one * (count // 8))
     assert found["w"].tolist() == [[2.25, 2.25]]
     assert found["v"] is previous["v"]
 
 
 def test_a_released_component_that_nobody_returned_moves_by_its_noise_alone() -> None:
-    found = release({"w": torch.tensor([1.5, -2.0])}, {}, COMPONENT, {"one": 4}, 3.0, lambda count: HALF * (count // 8))
+    found = release({"w": torch.tensor([1.5, -2.0])}, {}, {"w": 4}, 3.0, lambda count: HALF * (count // 8))
     assert found["w"].tolist() == [1.5, -2.0]
 
 
@@ -106,6 +105,6 @@ def test_every_value_of_a_component_has_the_noise_of_its_round() -> None:
     """One value, drawn again and again: each draw is N(mean, (z · C / m)²)."""
     source = Random(5).randbytes
     previous, means = {"v": torch.zeros(1)}, {"v": torch.tensor([0.5])}
-    drawn = torch.cat([release(previous, means, COMPONENT, {"two": 5}, 2.0, source)["v"] for _ in range(4000)])
+    drawn = torch.cat([release(previous, means, {"v": 5}, 2.0, source)["v"] for _ in range(4000)])
     assert float(drawn.std()) == pytest.approx(0.4, rel=0.05)
     assert float(drawn.mean()) == pytest.approx(0.5, abs=0.025)

@@ -30,6 +30,10 @@ MAP = ComponentMap(
         (1.0, 1.5, 0.5, False),  # equality is not better
         (1.0, math.inf, 5.0, True),
         (2.0, 1.0, 0.0, False),
+        (1.0, math.nan, 0.1, True),  # a personal model that is broken
+        (math.nan, 1.0, 0.0, False),  # a server's copy that is
+        (-math.inf, 1.0, 0.0, False),
+        (math.nan, math.nan, 0.0, False),
     ],
 )
 def test_the_server_must_be_better_by_more_than_the_margin(

@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from tap_flower.core.tasks import (
     IGNORE,
     IMAGE_GENERATION,
+    IMAGE_STD,
     TASK_KINDS,
     TEXT_CLASSIFICATION,
     TEXT_GENERATION,
     TaskKind,
+    image_generation,
 )
+from tap_flower.data.fields import ImageForm
 from tap_flower.data.images import normalise
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics", reason='needs: pip install "tap-flower[demo]"')
@@ -150,11 +153,14 @@ def test_image() -> None:
     assert metrics == pytest.approx({"loss": 2.5, "mse": 2.5, "psnr": 10 * math.log10(1 / error)}, rel=1e-12)
 
 
-def test_psnr_is_that_of_the_pixels_before_they_were_normalised() -> None:
+@pytest.mark.parametrize("std", [IMAGE_STD, (0.5, 0.25, 0.125)])
+def test_psnr_is_that_of_the_pixels_before_they_were_normalised(std: tuple[float, ...]) -> None:
     # Every pixel is off by 51 of 255: MSE 0.04 between 0 and 1, PSNR 10 log10(25).
     pixels = torch.randint(0, 200, (3, 3, 4, 4), dtype=torch.uint8)
-    output, target = normalise(pixels + 51), normalise(pixels)
-    metrics = IMAGE_GENERATION.metrics(IMAGE_GENERATION.statistics(output, target))
+    form = ImageForm(8, "squeeze", (0.5, 0.4, 0.3), std)
+    output, target = normalise(pixels + 51, form), normalise(pixels, form)
+    kind = image_generation(std)
+    metrics = kind.metrics(kind.statistics(output, target))
     assert metrics["psnr"] == pytest.approx(10 * math.log10(25), rel=1e-5)
 
 

@@ -14,14 +14,17 @@ from tap_flower.core.tasks import IGNORE, IMAGE_STD
 from tap_flower.data import images, packaged
 from tap_flower.data.batching import ClientData
 from tap_flower.data.examples import Examples
-from tap_flower.data.images import IMAGE_MEAN, LazyImages, normalise
+from tap_flower.data.fields import ImageForm
+from tap_flower.data.images import LazyImages, normalise, processor_form
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec, Source
 from tap_flower.data.text import load_tokenizer, pad_inputs, pad_targets
 from tap_flower.errors import SpecError
-from tap_flower.models.load import locate
+from tap_flower.hub import locate
 
 CPU = torch.device("cpu")
+FORM = ImageForm(64, "squeeze", (0.5071, 0.4865, 0.4409), IMAGE_STD)
+"""The paper's."""
 CLIENTS = client_specs(load_config("demo"))
 
 
@@ -131,7 +134,7 @@ def test_the_target_of_image_generation_is_the_image() -> None:
 
 
 def test_images_are_decoded_when_used_and_once() -> None:
-    images = LazyImages(packaged.load("shapes", "train").select(range(20)).select_columns(["image"]))
+    images = LazyImages(packaged.load("shapes", "train").select(range(20)), "image", FORM)
     assert images.decodes == 0
     first = [images[3], images[5]]
     again = [images[5], images[3]]
@@ -144,7 +147,7 @@ def test_images_are_decoded_when_used_and_once() -> None:
 def test_decoded_images_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "_decoded", LRUCache(3 * 64 * 64 * 3, getsizeof=lambda pixels: pixels.nbytes))  # three
     rows = packaged.load("shapes", "train").select(range(20))
-    found, other = LazyImages(rows), LazyImages(rows)
+    found, other = LazyImages(rows, "image", FORM), LazyImages(rows, "image", FORM)
     found[0], found[1], other[0], found[0]
     assert (found.decodes, other.decodes) == (2, 1)
     found[2]  # in place of image 1
@@ -152,17 +155,21 @@ def test_decoded_images_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -
     assert (found.decodes, other.decodes) == (3, 1)
     pixels = found[1]
     assert found.decodes == 4
-    assert torch.equal(pixels, LazyImages(rows)[1])
+    assert torch.equal(pixels, LazyImages(rows, "image", FORM)[1])
 
 
 def test_pixels_are_normalised_once() -> None:
     pixels = torch.zeros(1, 3, 1, 2, dtype=torch.uint8)
     pixels[..., 1] = 255
-    found = normalise(pixels)
+    found = normalise(pixels, FORM)
     for channel in range(3):
         black, white = found[0, channel, 0].tolist()
-        assert black == pytest.approx(-IMAGE_MEAN[channel] / IMAGE_STD[channel])
-        assert white == pytest.approx((1 - IMAGE_MEAN[channel]) / IMAGE_STD[channel])
+        assert black == pytest.approx(-FORM.mean[channel] / IMAGE_STD[channel])
+        assert white == pytest.approx((1 - FORM.mean[channel]) / IMAGE_STD[channel])
+
+
+def test_the_demo_backbones_own_processor_gives_the_papers_form() -> None:
+    assert processor_form("demo") == FORM
 
 
 def test_padding() -> None:

@@ -22,7 +22,7 @@ from tap_flower.data.sources import SourceError, open_source, rows_of
 from tap_flower.data.spec import ClientSpec, Source, client_spec
 from tap_flower.data.text import load_tokenizer
 from tap_flower.errors import SpecError
-from tap_flower.models.load import locate
+from tap_flower.hub import locate
 from tests import mirror
 from tests.mirror import KEYS, ROWS, TEST_ROWS, write_mirror
 

@@ -1,4 +1,7 @@
-"""A deployment as docs/deploy.md has it, to the end, with the demo's model. Its parts are killed in other files."""
+"""A deployment as docs/deploy.md has it, to the end, with the demo's model. Its parts are killed in other files.
+
+A message takes a new process with torch and transformers, so that the run has two clients and one round.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,16 @@ from .hospitals import make_hospitals
 
 pytestmark = pytest.mark.slow
 SETTINGS = (
-    "clients=[] rounds=2 clients_per_round=3 train.steps=1 train.batch_size=4 train.accumulation=1 "
+    "clients=[] rounds=1 clients_per_round=2 train.steps=1 train.batch_size=4 train.accumulation=1 "
     "distill.iterations=1 model.text_length=40 start_timeout=600 round_timeout=600"
 )
-TASKS = {"ann": "languages", "bob": "shapes", "cleo": "translation"}
+TASKS = {"ann": "languages", "bob": "shapes"}
 
 
 @pytest.fixture
 def hospitals(tmp_path: Path) -> list[dict[str, Any]]:
-    """Client specs: ann, bob and cleo, with one pair each."""
-    return make_hospitals(tmp_path / "data")
+    """Client specs: ann and bob, with one pair each."""
+    return make_hospitals(tmp_path / "data")[: len(TASKS)]
 
 
 def start_node(cluster: Cluster, spec: dict[str, Any], registered: bool = True) -> psutil.Popen:
@@ -67,15 +70,15 @@ def test_a_deployment(tmp_path: Path, hospitals: list[dict[str, Any]]) -> None:
         intruder = start_node(cluster, {**hospitals[0], "name": "intruder"}, registered=False)
         cluster.submit()
 
-        # In round 2 the ServerApp dies, and a node ends by SIGTERM and begins anew: the run goes on at once.
-        cluster.wait_for(lambda: cluster.has_received("ann", 2), "ann's training in round 2")
+        # In round 1 the ServerApp dies, and a node ends by SIGTERM and begins anew: the run goes on at once.
+        cluster.wait_for(lambda: cluster.has_received("ann", 1), "ann's training")
         kill(cluster.server_app())
         assert [event["event"] for event in cluster.events][-1] == "round_start"
-        cluster.end_node("cleo")
-        cluster.nodes["cleo"] = start_node(cluster, hospitals[2])
+        cluster.end_node("bob")
+        cluster.nodes["bob"] = start_node(cluster, hospitals[1])
         cluster.submit(resume=True)
         expected = undisturbed(tmp_path / "undisturbed", hospitals)
-        cluster.wait_for_event("start", round=1)
+        cluster.wait_for_event("round", round=1)
         cluster.wait_for(lambda: intruder.poll() is not None, "the intruder's end")
         assert intruder.returncode == 1
         assert "Exit Code: 305" in (cluster.folder / "node-intruder.log").read_text()
@@ -85,9 +88,9 @@ def test_a_deployment(tmp_path: Path, hospitals: list[dict[str, Any]]) -> None:
         for name, task in TASKS.items():
             assert set(expected["clients"][name][task]) == {"server", "server+finetune", "personal", "tap"}
             personal, record = read_tensors(cluster.state(name) / PERSONAL)
-            assert record["round"] == 2
+            assert record["round"] == 1
             tap, _ = read_tensors(cluster.state(name) / "tap.safetensors")
             assert tap.keys() == personal.keys()
             assert any((tap[n] != personal[n]).any() for n in tap)
-        assert sorted(path.name for path in (cluster.folder / "state").iterdir()) == ["ann", "bob", "cleo"]
+        assert sorted(path.name for path in (cluster.folder / "state").iterdir()) == ["ann", "bob"]
         assert not (cluster.out / "clients").exists()

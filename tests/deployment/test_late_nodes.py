@@ -20,7 +20,7 @@ from .toy_app.toy.client_app import INPUTS, TASKS
 
 pytestmark = pytest.mark.slow
 SEED, LIMIT = 25, 90
-"""Of the run, and its `round_timeout`. By this seed, bob, cleo and dora are those of the four in round 3."""
+"""Of the run, and its `round_timeout`. By this seed, dora is one of the three in round 3, whether or not bob is there."""
 STEPS = 6, 4
 """Optimiser steps of a participation in stage 1 (3 of the server's copy, 3 of the personal model), and in stage 2."""
 
@@ -54,8 +54,9 @@ def test_nodes_that_are_late_or_gone(tmp_path: Path) -> None:
         assert not cluster.saved_round("bob")
         assert not cluster.saved_round("dora")
 
-        # Round 2: cleo is admitted, and gets the initial values of what is hers alone.
-        cluster.wait_for_event("round_start", round=2, clients=["ann", "cleo", "dora"])
+        # Round 2: cleo has been admitted beside round 1, and gets the initial values of what is hers alone. Nobody waits for
+        # bob and dora: they are asked who they are, and take part again once they have answered.
+        cluster.wait_for_event("round_start", round=2, clients=["ann", "cleo"])
         faults.held("cleo")
         received, record = read_tensors(cluster.state("cleo") / SERVER)
         assert record["round"] == 2
@@ -66,15 +67,18 @@ def test_nodes_that_are_late_or_gone(tmp_path: Path) -> None:
                 assert torch.equal(received[name], initial)
         assert (received["trunk.1.bias"] != 0).any()  # the server's by then: ann has trained it
 
-        # The two that were late go on with what they had been asked for, and are there for the next round.
+        # The two that were late go on with what they had been asked for. dora then answers, and is there for the next round;
+        # bob, whom Flower may have taken for gone, is asked at its beginning, and there after it.
         faults.let_go("bob", "dora")
         for process in stopped:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGCONT)
         cluster.wait_for_nodes(4)
+        cluster.wait_for(lambda: faults.answers("dora") == 3, "dora's answers: who she is, round 1, and who she is")
         faults.let_go("ann", "cleo")
         third = cluster.wait_for_event("round", round=3)
-        assert (set(third["clients"]), third["dropped"]) == ({"bob", "cleo", "dora"}, [])
+        assert set(third["clients"]) >= {"dora"}
+        assert third["dropped"] == []
         results = cluster.results()
 
         assert results["clients"].keys() == TASKS.keys()
@@ -84,4 +88,4 @@ def test_nodes_that_are_late_or_gone(tmp_path: Path) -> None:
             # What came too late is not in any sum: each counts for the rounds in which it was in time.
             counted = [event["round"] for event in rounds if name in event["clients"]]
             assert results["steps"][name] == len(counted) * STEPS[0] + STEPS[1]
-            assert cluster.saved_round(name) == counted[-1]
+            assert cluster.saved_round(name) == (counted[-1] if counted else 1)

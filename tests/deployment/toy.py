@@ -88,6 +88,11 @@ class Faults:
         """Has a client's disk work again."""
         (self.folder / f"{name}.slow").unlink()
 
+    def answers(self, name: str) -> int:
+        """How many messages a client has answered."""
+        file = self.folder / f"{name}.answered"
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
     def _passed(self, name: str) -> str:
         file = self.folder / f"{name}.passed"
         return file.read_text() if file.exists() else ""

@@ -84,8 +84,8 @@ def soak(folder: Path, clients: int, rounds: int, measure: Callable[[], int]) ->
     grid = WatchedGrid(clients, measure)
     strategy = TapStrategy(config=load_config("plug-in", "", settings), run_folder=folder)
     strategy.start(grid)
-    before_round_1 = 2  # asked twice at the start
-    return strategy.progress.dropped, grid.found[before_round_1 : before_round_1 + rounds + 1]
+    before_round_1 = 1  # asked once at the start
+    return sum(strategy.progress.dropped.values()), grid.found[before_round_1 : before_round_1 + rounds + 1]
 
 
 def resident_pages() -> int:

@@ -9,17 +9,20 @@ import json
 import math
 import pickle
 from collections.abc import Callable, Iterable
+from io import StringIO
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from rich.console import Console
 from torch import Tensor
 
 from tap_flower.config import Config, Encoding
 from tap_flower.errors import RunError
 from tap_flower.report.events import read_events
+from tap_flower.report.progress import RunProgress
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
 from tap_flower.wire.messages import ARRAYS, EVALUATE, FIELDS, MANIFEST, PERSONALISE, TRAIN
@@ -38,7 +41,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Replies]:
     federation = federation_of_toys(tmp_path_factory.mktemp("recorded"), TOYS[:2], "rounds=1")
     grid, strategy = federation.grid(), federation.strategy()
     strategy.start(grid)
-    assert strategy.progress.dropped == 0
+    assert strategy.progress.dropped == {}
     return strategy.config, recorded(grid)
 
 
@@ -178,7 +181,7 @@ BAD_UPDATES: list[Any] = [
     ("huge shape", with_array(shape=(2**40, 2**40)), "has the impossible shape"),
     ("examples zero", with_values(put("examples", "languages", value=0)), "Expected `int` >= 1 - at `$.examples[...]`"),
     ("examples negative", with_values(put("examples", "languages", value=-5)), "Expected `int` >= 1"),
-    ("examples 10^18", with_values(put("examples", "languages", value=EVIL)), "Expected `int` <= 9007199254740991"),
+    ("examples 10^18", with_values(put("examples", "languages", value=EVIL)), "Expected `int` <= 2147483648"),
     ("examples bool", with_values(put("examples", "languages", value=True)), "Expected `int`, got `bool`"),
     ("examples float", with_values(put("examples", "languages", value=12.0)), "Expected `int`, got `float`"),
     ("examples other", with_values(put("examples", "languages", value=13)), "the manifest {'languages': 12"),
@@ -228,6 +231,36 @@ def test_a_bad_update_is_dropped_by_name_and_leaves_no_trace(
     assert events[-1]["event"] == "end"
 
 
+HOSTILE = "\x1b[2J\x1b]0;owned\x07[/red]\n" * 300_000
+"""9 MB that clear a terminal, set its title, and end a markup that never began."""
+
+
+@pytest.mark.parametrize("message_type", [MANIFEST, TRAIN, EVALUATE])
+def test_the_words_of_an_error_are_bounded_and_printable(
+    play: Play, message_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(message: Message, _: RecordDict) -> list[Message]:
+        return [Message(Error(7, HOSTILE), reply_to=message)]
+
+    if message_type == MANIFEST:
+        with pytest.raises(RunError) as refused:
+            play(message_type, fail)
+        problems = [str(refused.value)]
+    else:
+        _, events = play(message_type, fail)
+        problems = [e["problem"] for e in events if e["event"] == "dropped"]
+        with RunProgress(Console(file=(shown := StringIO()))) as progress:
+            for event in events:
+                progress.show(event)
+        assert "owned" in shown.getvalue()
+        assert "\x1b" not in shown.getvalue()
+    assert problems
+    for text in (*problems, *(r.getMessage() for r in caplog.records if r.name == "tap_flower")):
+        assert "owned" in text
+        assert text.isprintable()
+        assert len(text) < 5000
+
+
 def test_what_nobody_else_has_keeps_its_value_bit_for_bit(play: Play) -> None:
     strategy, _ = play(TRAIN, with_tensors(fill(math.nan)))
     manifests = strategy.roster.manifests
@@ -259,6 +292,11 @@ BAD_LATER: list[Any] = [
     (EVALUATE, with_values(put("metrics", "languages", "tap", "loss", value=1e308)), "Expected `float` < 1e+305"),
     (EVALUATE, with_values(put("metrics", "languages", "tap", "loss", value="1")), "Expected `float`, got `str`"),
     (EVALUATE, with_values(put("metrics", "languages", "<script>", value={"loss": 1.0})), "Expected `str` matching"),
+    (
+        EVALUATE,
+        with_values(put("metrics", "languages", "tap", value={f"m{i}": 1.0 for i in range(101)})),
+        "Expected `object` of length <= 100",
+    ),
     (EVALUATE, with_values(put("metrics", value={})), "the metrics are about [], not about the tasks"),
     (EVALUATE, with_values(put("metrics", "digits", value={})), "not about the tasks"),
 ]
@@ -289,7 +327,7 @@ def tensor(
 
 BAD_MANIFESTS: list[Any] = [
     (put("protocol", value=3), "node 101 speaks protocol 3 of tap-flower"),
-    (put("version", value="9.9"), "of tap-flower '9.9', here is protocol 5"),
+    (put("version", value="9.9"), "of tap-flower '9.9', here is protocol 6"),
     (put("fingerprint", value="0123456789abcdef"), "client 'bob' has a backbone with fingerprint 0123456789abcdef"),
     (put("client", value="ann"), "client 'ann' is already there on node 100: node 101 is refused"),
     (put("client", value="../bob"), "client is '../bob': Expected `str` matching regex"),
@@ -300,6 +338,7 @@ BAD_MANIFESTS: list[Any] = [
     (put("tasks", value=[]), "tasks is []: Expected `array` of length >= 1"),
     (lambda v: v["tasks"].append(v["tasks"][0]), "tasks are ['languages', 'shape_images', 'languages'], reach"),
     (lambda v: v["tasks"][0].update(examples=EVIL), f"tasks[0].examples is {EVIL}: Expected `int`"),
+    (lambda v: v["tasks"][0].update(examples=2**31), f"the tasks have {2**31 + 8} examples, more than {2**31}"),
     (lambda v: v["tasks"][0].update(examples=0), "tasks[0].examples is 0: Expected `int` >= 1"),
     (lambda v: v["tasks"][0].update(examples=True), "tasks[0].examples is True"),
     (lambda v: v["tasks"][0].update(kind="a smell"), "tasks[0].kind is 'a smell'"),

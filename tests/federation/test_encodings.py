@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tap_flower.client.state import StateFolder
 from tap_flower.config import Encoding
+from tap_flower.errors import RunError
 from tap_flower.report.events import read_events
 from tap_flower.wire import messages
 from tap_flower.wire.messages import ARRAYS, Report
@@ -51,7 +52,7 @@ def test_a_run_with_rounded_messages(
         masters.append(decode_tensors(arrays, Encoding.float32))
 
     results = strategy.start(grid, evaluate_fn=note).summary
-    assert strategy.progress.dropped == 0
+    assert strategy.progress.dropped == {}
     assert len(masters) == 3
     for by_task in results["clients"].values():
         assert all(math.isfinite(v) for models in by_task.values() for m in models.values() for v in m.values())
@@ -135,7 +136,8 @@ def test_a_broken_scale_names_client_and_tensor(make_federation: Make) -> None:
             return Message(RecordDict({**reply.content, ARRAYS: ArrayRecord(changed)}), reply_to=message)
         return reply
 
-    federation.strategy().start(federation.grid(tamper=tamper))
+    with pytest.raises(RunError, match="round 1: 0 of 1 replies can be used, min_replies is 1: client 'ann': tensor"):
+        federation.strategy().start(federation.grid(tamper=tamper))
     (event,) = [e for e in read_events(federation.out) if e["event"] == "dropped"]
     assert event["who"] == "client 'ann'"
     assert event["problem"] == "tensor 'heads.languages.bias' holds a value that is not finite: a scale"

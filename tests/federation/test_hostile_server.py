@@ -15,10 +15,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
-from tap_flower.client.handlers import REFUSED
 from tap_flower.config import Encoding, HyperParameters, plain
 from tap_flower.wire import messages
-from tap_flower.wire.messages import ARRAYS, FIELDS, TRAIN
+from tap_flower.wire.messages import ARRAYS, FIELDS, REFUSED, TRAIN
 from tests.federations import federation_of
 from tests.grid import InProcessGrid
 
@@ -79,7 +78,7 @@ WRONG: list[Any] = [
     (put("run", value="r" * 65), "Expected `str` matching regex"),
     (put("round", value=-1), "round is -1: Expected `int` >= 0"),
     (put("round", value=True), "round is True: Expected `int`"),
-    (put("round", value=10**18), "Expected `int` <= 9007199254740991"),
+    (put("round", value=2**52), "round is 4503599627370496: Expected `int` <= 1000000"),
     (put("best", value="1"), "best is '1': Expected `int | null`"),
     (put("epochs", value=[]), "epochs is []: Expected `array` of length >= 1"),
     (put("epochs", value=[{"history": "../x", "start": 0}]), "epochs[0].history is '../x'"),
@@ -100,6 +99,9 @@ WRONG: list[Any] = [
     (put(H, "train", "learning_rate", value=math.nan), "JSON is malformed"),
     (put(H, "train", "learning_rate", value=10**400), "int too large to convert to float"),
     (put(H, "train", "steps", value=None), "train.steps"),
+    (put(H, "train", "learning_rate", value=10.0), "train.learning_rate = 10.0 is out of bounds: choose between 0 and 0.1"),
+    (put(H, "train", "weight_decay", value=10.0), "train.weight_decay = 10.0 is out of bounds: choose between 0 and 0.5"),
+    (put(H, "baselines", "pfedme_rate", value=10.0), "pfedme_rate = 10.0 is out of bounds: choose between 0 and 1"),
     (put(H, "model", "text_length", value=10**6), "model.text_length = 1000000 is out of bounds"),
     (put(H, "a", value=json.loads("[" * 40 + "]" * 40)), "the server: unknown key 'a'"),
     (lambda content: content.update(tap=ConfigRecord({"json": "{\"round\":" + "[" * 10**5})), "cannot be read"),

@@ -218,7 +218,7 @@ def _of_files(folder: Path) -> dict[str, Reader]:
     memory = Memory({"personal": copies(), "anchor": copies()}, {"personal_losses": {TASK: 0.5}})
     own.save(ClientState(3, memory, residual=copies()))
     own.save_server(tensors, 3)
-    own.save_models({"tap": tensors})
+    own.save_models({"tap": tensors}, 1)
     progress = Progress(
         run=RUN,
         config={"seed": 41},
@@ -228,6 +228,9 @@ def _of_files(folder: Path) -> dict[str, Reader]:
         down={"head/triage": 2},
         up={"head/triage": 2},
         steps={"ann": 2},
+        took_part={"ann": 3},
+        dropped={"client 'ann'": 1},
+        marks={"ann": ["it had no state"]},
         validation=Validation({"ann": 0.5}, 2, 0.5),
         privacy=Ledger({"ann": 1}, {"head/triage": {"ann": 1}}, {"head/triage": 1}),
     )

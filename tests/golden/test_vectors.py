@@ -30,8 +30,7 @@ def test_aggregation(pytestconfig: pytest.Config) -> None:
         for name, holders in expected["holders"].items():
             if name in result:
                 assert [i for i, (update, _) in enumerate(updates) if name in update] == holders, name
-        total = sum(size for _, size in updates)
-        averaging = Averaging(result, {n: n for n in result}, dict.fromkeys(result, total))
+        averaging = Averaging(result, {n: n for n in result}, dict.fromkeys(result, len(updates)))
         start = {name: next(update[name] for update, _ in updates if name in update) for name in result}
         for update, size in updates:
             difference = {name: value - start[name] for name, value in update.items()}

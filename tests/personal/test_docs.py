@@ -23,7 +23,8 @@ from tests.personal.test_personal_model import rows
 
 def output(model: PersonalModel, task: str, domain: str, image: Image.Image, **more: Any) -> Tensor:
     """What the module itself gives for one image."""
-    inputs = model_inputs(domain, {"image": pixels_of(image).unsqueeze(0)})
+    form = model.task(task).image
+    inputs = model_inputs(domain, {"image": pixels_of(image, form).unsqueeze(0)}, form)
     with torch.no_grad():
         return model.model(task, {**inputs, **more})[0].cpu()
 

@@ -54,7 +54,7 @@ def write_run(run: Path, clients: int, rounds: int) -> Path:
     found = results(
         preset="demo", method="tap", seed=41, rounds=rounds, kinds=KINDS,
         clients=models_of,
-        replacements={}, steps={}, seconds={"total": 1.0},
+        replacements={}, steps={}, missing={}, marks={}, dropped={}, seconds={"total": 1.0},
         bytes_={"down": 2_000_000, "up": 10, "per_component": {f"c/{n}": {"down": n * 10_000, "up": n} for n in range(160)}},
     )  # fmt: skip
     (run / "results.json").write_text(json.dumps(found))

@@ -12,7 +12,7 @@ from tap_flower.errors import StorageError
 from tap_flower.report.client_records import DECISIONS, read_decisions, record_decisions
 from tap_flower.report.html_report import page, write_report
 from tap_flower.report.run_record import read_run
-from tap_flower.report.svg import Scale, number, ticks
+from tap_flower.report.svg import number, scale, ticks
 
 from .conftest import HOSTILE
 
@@ -48,7 +48,7 @@ def test_ticks_of_one_value_stand_around_it() -> None:
 
 
 def test_a_scale_is_linear() -> None:
-    assert [Scale((0, 10), (100, 0))(value) for value in (0, 2.5, 10)] == [100, 75, 0]
+    assert [scale(0, 10, 100, 0)(value) for value in (0, 2.5, 10)] == [100, 75, 0]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,8 @@ def test_what_the_page_says(small_run: Path) -> None:
     assert "margin 0.01: replaced" in text
     assert 'data-of="round "' in text.replace("&#39;", "'")
     assert "against –, margin" in text  # there was no personal model before the first participation
-    assert "cosine -0.500" in text
+    assert '<td class="opposed" style="--shade:36%">-0.500' in text  # 8 + 55 · 0.5, rounded to even
+    assert '<td class="along" style="--shade:63%">1.590' in text  # MB of the largest component
     for tag, attributes in Elements(text).found:
         if tag == "svg" and "chart" in (attributes.get("class") or ""):
             assert attributes["aria-label"]
@@ -122,9 +123,7 @@ def test_a_repeated_round_replaces_its_decisions(tmp_path: Path) -> None:
     pair = Pair("digits", ("image",))
     for run, server_round, teacher in (("a", 1, 9.0), ("b", 1, 1.0), ("b", 3, 2.0), ("b", 5, 3.0), ("b", 3, 4.0)):
         record_decisions(tmp_path, run, server_round, [Decision(pair, teacher, float("inf"), 0.01)])
-    found = [
-        (d["run"], d["round"], d["teacher_loss"], d["personal_loss"], d["replaced"]) for d in read_decisions(tmp_path)
-    ]
+    found = [(d.run, d.round, d.teacher_loss, d.personal_loss, d.replaced) for d in read_decisions(tmp_path)]
     assert found == [("b", 1, 1.0, None, True), ("b", 3, 4.0, None, True)]
 
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import math
+import socket
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from tap_flower.errors import ConfigError
 from tap_flower.run import resources
-from tap_flower.run.resources import Machine, Resources, shared, shared_cluster, this_machine
+from tap_flower.run.resources import Machine, Resources, check_cluster, shared, shared_cluster, this_machine
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,24 @@ def test_a_cluster_gets_what_is_asked_for() -> None:
         "client-resources-num-gpus": pytest.approx(0.5, abs=1e-5),
     }
     assert shared_cluster(1, 0.0) == Resources(1)
+
+
+def test_a_cluster_that_is_not_there_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "process_iter", lambda _: [])
+    with pytest.raises(
+        ConfigError, match=r"RAY_ADDRESS=auto: there is no Ray cluster \(no Ray runs on this machine\): start"
+    ):
+        check_cluster("auto")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        check_cluster(f"127.0.0.1:{port}")
+        check_cluster(f"ray://127.0.0.1:{port}")
+    for address in (f"127.0.0.1:{port}", "127.0.0.1:port"):
+        with pytest.raises(
+            ConfigError, match=f"RAY_ADDRESS={address}: there is no Ray cluster .* or unset RAY_ADDRESS"
+        ):
+            check_cluster(address)
+    check_cluster("local")
 
 
 def test_only_cores_that_this_process_may_use_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,10 +2,63 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from tap_flower.run.simulation import app_folder
+import pytest
+
+from tap_flower.errors import SimulationError
+from tap_flower.run import simulation
+from tap_flower.run.resources import Resources
+from tap_flower.run.simulation import Flower, Launch, app_folder, cause, simulate
 
 
 def test_the_flower_app_is_in_the_source_tree() -> None:
     assert app_folder() == Path(__file__).parent.parent.parent
+
+
+def test_the_cause_of_a_failed_run_is_the_last_exception_of_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "flower.log"
+    log.write_text(
+        'Traceback (most recent call last):\n  File "a.py"\nValueError: first\n\x1b[91mERROR \x1b[0m: '
+        "Traceback\ntap_flower.errors.ConfigError: rounds = 0 is out of bounds\nINFO: ended\n"
+    )
+    assert cause(log) == ": tap_flower.errors.ConfigError: rounds = 0 is out of bounds; the end of Flower's log:"
+    log.write_text("INFO: ended\n")
+    assert cause(log) == ":"
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_run_that_ends_while_its_status_is_asked_for_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    out = tmp_path / "run"
+
+    @contextmanager
+    def superlink(folder: Path) -> Iterator[Flower]:
+        (folder / "flower.log").write_text("RuntimeError: no GPU\n")
+        yield Flower(folder, {}, folder / "flower.log")
+
+    def submit(*_: Any) -> int:
+        out.mkdir()
+        (out / "metrics.jsonl").write_text("")
+        return 1
+
+    def status(*_: Any) -> str:
+        if ends:
+            (out / "metrics.jsonl").write_text(json.dumps({"event": "end"}) + "\n")
+        return "finished:completed" if ends else "finished:failed"
+
+    for name, value in (("superlink", superlink), ("_submit", submit), ("status_of", status)):
+        monkeypatch.setattr(simulation, name, value)
+    monkeypatch.setattr(simulation, "read_results", lambda _: {"clients": {}})
+    monkeypatch.setattr(simulation, "_FIRST_STATUS_SECONDS", 0.0)
+    launch = Launch("demo", "", (), out, False, 2, Resources(1))
+    if ends:
+        assert simulate(launch, lambda _: None) == {"clients": {}}
+    else:
+        with pytest.raises(SimulationError, match="the run ended with status finished:failed: RuntimeError: no GPU"):
+            simulate(launch, lambda _: None)

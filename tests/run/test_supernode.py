@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from tap_flower import cli
 from tap_flower.cli import check
+from tap_flower.client.node import Limits, limits_of
 from tap_flower.errors import ConfigError
 from tap_flower.run.supernode import NodeLaunch, start
 from tests.federations import CLIENTS
@@ -39,6 +40,19 @@ def test_flower_reads_the_paths_that_were_given(tmp_path: Path, name: str) -> No
         "compile": True,
     }
     assert folder.is_dir()
+
+
+def test_limits_of_what_a_server_may_ask_are_settings_of_the_node(tmp_path: Path) -> None:
+    def launch(*limits: str) -> NodeLaunch:
+        return NodeLaunch(tmp_path / "ann.yaml", "server:8000", tmp_path / "state", limits=limits)
+
+    found = node_config(launch("steps=100", "text_length=64", "seconds=7200").command())
+    assert limits_of(found) == Limits(steps=100, text_length=64, seconds=7200)
+    for wrong in ("steps", "steps=0", "steps=1.5", "epochs=3", "steps=1 compile=true"):
+        with pytest.raises(
+            ConfigError, match=f"--limit {wrong}: write KEY=N, with one of steps, batch_size, text_length"
+        ):
+            launch(wrong).command()
 
 
 def test_a_path_with_both_kinds_of_quotes_is_refused(tmp_path: Path) -> None:

@@ -27,7 +27,10 @@ def exact_epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
     def phi(x: float) -> float:
         return math.erfc(-x / math.sqrt(2)) / 2
 
-    return brentq(lambda e: phi(mu / 2 - e / mu) - math.exp(e) * phi(-mu / 2 - e / mu) - delta, 0.0, 300.0)
+    def excess(epsilon: float) -> float:
+        return phi(mu / 2 - epsilon / mu) - math.exp(epsilon) * phi(-mu / 2 - epsilon / mu) - delta
+
+    return float(brentq(excess, 0.0, 300.0)) if excess(0.0) > 0 else 0.0
 
 
 def private(*settings: str) -> Config:

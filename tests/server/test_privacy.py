@@ -8,28 +8,32 @@ import secrets
 from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from flwr.app import Message
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("dp_accounting", reason='needs: pip install "tap-flower[privacy]"')
 
 from tap_flower.config import Encoding
-from tap_flower.errors import MessageError
+from tap_flower.core.initial import Initial
+from tap_flower.errors import ConfigError, MessageError
 from tap_flower.files import read_record
 from tap_flower.report.events import read_events
-from tap_flower.server.privacy import Budget, Ledger, Privacy, PrivateAverage
+from tap_flower.server.privacy import Budget, Ledger, Privacy, PrivateAverage, budget_of
 from tap_flower.server.roster import Roster
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
+from tap_flower.wire.messages import Manifest, TensorInfo
 from tap_flower.wire.tensors import decode_tensors
 from tests.federation.test_federation import broken, lost
 from tests.federations import Make, ToyFederation
 from tests.grid import round_of
-from tests.server.test_rounds import difference, roster
+from tests.server.test_accounting import exact_epsilon
+from tests.server.test_rounds import difference, manifest, roster
 from tests.toys import TOYS
 
 ANN, BOB, _, DAN = TOYS
@@ -77,6 +81,126 @@ def test_every_holder_counts_once_and_whoever_is_silent_counts_as_no_change() ->
     assert released == {"trunk", "head/a", "head/b"}  # head/b too, which nobody changed: that is a secret
     assert told == {"event": "privacy_round", "norms": {"ann": 2.0, "bob": 13.0}, "withheld": {}, "holders_needed": 1}
     assert privacy.ledger.clients == {"ann": 1, "bob": 1, "cleo": 1}  # dan was not asked
+
+
+def deep(name: str, depth: int, tasks: dict[str, int] | None = None) -> Manifest:
+    """A client whose trunk has so many layers."""
+    made = manifest(name, tasks or {"a": 1})
+    layers = {f"trunk.{i}": TensorInfo("trunk", (2,), Initial("constant", 0.0)) for i in range(depth)}
+    return msgspec.structs.replace(made, tensors={**made.tensors, **layers})
+
+
+def test_a_tensor_that_not_every_holder_of_its_component_has_counts_its_own_holders() -> None:
+    made = Roster(1)
+    for node, manifest_ in enumerate((deep("ann", 2), deep("bob", 1), deep("cleo", 1))):
+        made.admit(node, manifest_)
+    clients = ["ann", "bob", "cleo"]
+    ann = difference(made, "ann") | {"trunk.0": torch.tensor([3.0, 0.0]), "trunk.1": torch.tensor([4.0, 0.0])}
+    updates = {"ann": ann, "bob": None, "cleo": None}
+    tensors, _, told = averaged(private(), made, updates)
+    assert tensors["trunk.0"].tolist() == pytest.approx([1.0, 0.0])  # 3 / 3
+    assert tensors["trunk.1"].tolist() == pytest.approx([4.0, 0.0])  # 4 / 1
+    privacy, drawn = private(source=Random(2).randbytes), []
+    for _ in range(600):
+        drawn.append(averaged(privacy, made, dict.fromkeys(clients))[0])
+    for name, holders in (("trunk.0", 3), ("trunk.1", 1)):
+        values = torch.stack([tensors[name].double() for tensors in drawn])
+        assert float(values.std()) == pytest.approx(13.0 / holders, rel=0.1), name
+    tensors, released, told = averaged(privacy := private(needed=2), made, updates)
+    assert tensors["trunk.1"] is made.tensors["trunk.1"]
+    assert (released, told["withheld"]) == ({"trunk", "head/a"}, {"trunk": 1})
+
+
+def quantile_one(count: int) -> bytes:
+    """The noise of every value is its standard deviation."""
+    return int(0.841344746068543 * 2**52).to_bytes(8, "little") * (count // 8)
+
+
+@st.composite
+def federations(draw: st.DrawFn) -> dict[str, Any]:
+    """Clients with modules of different depth and different tasks, and who is asked in each round and answers."""
+    tasks = st.sampled_from([{"a": 1}, {"b": 3}, {"a": 2, "b": 500}])
+    clients = {f"c{i}": (draw(st.integers(0, 4)), draw(tasks)) for i in range(draw(st.integers(1, 5)))}
+
+    def some(fewest: int) -> st.SearchStrategy[list[str]]:
+        chosen = st.integers(fewest, 2 ** len(clients) - 1)
+        return chosen.map(lambda bits: [name for i, name in enumerate(clients) if bits >> i & 1])
+
+    return {
+        "clients": clients,
+        "rounds": draw(st.lists(st.tuples(some(1), some(0)), min_size=1, max_size=4)),
+        "needed": draw(st.integers(1, 4)),
+        "z": draw(st.floats(0.5, 20.0)),
+        "c": draw(st.floats(0.01, 10.0)),
+        "delta": draw(st.sampled_from([1e-3, 1e-5, 1e-8])),
+        "seed": draw(st.integers(0, 2**32)),
+    }
+
+
+def spends_no_more_than_it_says(made: dict[str, Any]) -> None:
+    """An accountant that knows the released values alone: each round is a Gaussian mechanism, whose μ is the length of what
+    a client's update moves, each value in units of its own noise; μ of a run is √Σμ² (Dong, Roth and Su, 2019)."""
+    roster_, random = Roster(1), torch.Generator().manual_seed(made["seed"])
+    for node, (name, (depth, tasks)) in enumerate(made["clients"].items()):
+        roster_.admit(node, deep(name, depth, tasks))
+    roster_.tensors = {name: torch.zeros_like(value) for name, value in roster_.tensors.items()}
+    privacy = private(made["needed"], made["c"], made["z"])
+    object.__setattr__(privacy.budget, "delta", made["delta"])
+    squares = dict.fromkeys(made["clients"], 0.0)
+    for asked, answer in made["rounds"]:
+
+        def released(updates: dict[str, dict[str, Tensor] | None], source: Any) -> dict[str, Tensor]:
+            return averaged(private(made["needed"], made["c"], made["z"], source), roster_, updates)[0]
+
+        updates: dict[str, dict[str, Tensor] | None] = dict.fromkeys(asked)
+        for name in set(asked) & set(answer):
+            # Some put all into few tensors.
+            updates[name] = {
+                n: torch.randn(roster_.tensors[n].shape, generator=random)
+                * float(10 ** (6 * torch.rand((), generator=random) - 2))
+                for n in roster_.manifests[name].tensors
+            }
+        plain = released(updates, no_noise)
+        noisy = released(dict.fromkeys(asked), quantile_one)
+        for name in asked:
+            without = released({**updates, name: None}, no_noise)
+            for tensor, noise in noisy.items():
+                if float(noise.abs().max()):
+                    moved = (plain[tensor].double() - without[tensor].double()) / noise.double()
+                    squares[name] += float(moved.square().sum())
+                else:
+                    assert torch.equal(plain[tensor], without[tensor])
+        averaged(privacy, roster_, dict.fromkeys(asked))
+    for name, square in squares.items():
+        said = privacy.budget.spent(privacy.ledger.clients.get(name, 0))
+        assert said <= privacy.epsilon
+        if square:
+            mu = math.sqrt(square) * (1 - 1e-5)  # values are float32
+            assert exact_epsilon(1 / mu, 1, made["delta"]) <= said
+
+
+@given(federations())
+def test_epsilon_is_never_understated(made: dict[str, Any]) -> None:
+    spends_no_more_than_it_says(made)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(federations())
+def test_epsilon_is_never_understated_in_a_thousand_federations(made: dict[str, Any]) -> None:
+    spends_no_more_than_it_says(made)
+
+
+def test_the_clients_of_a_round_are_those_of_the_strategy(make_federation: Make) -> None:
+    federation = quick(make_federation(), "rounds=1", "clients_per_round=1", "privacy.max_noise=0.25")
+    config = federation.strategy().config  # z is .638: 3 clients in a round
+    with pytest.raises(ConfigError, match="needs 3 clients .* a round has 1 "):
+        TapStrategy(config=config, run_folder=federation.out).start(federation.grid())
+    strategy = TapStrategy(config=config, run_folder=federation.out, fraction_train=1.0)
+    strategy.start(federation.grid())
+    (start,) = [e for e in read_events(federation.out) if e["event"] == "privacy"]
+    assert "fusion/mix" not in start["never"]
+    assert budget_of(config, 3) == strategy.run.privacy.budget  # type: ignore[union-attr]
 
 
 def test_the_noise_of_a_component_goes_with_its_holders_in_the_round() -> None:
@@ -181,7 +305,7 @@ def test_a_private_run_and_one_that_is_resumed(make_federation: Make) -> None:
     whole = quick(make_federation(), "rounds=3")
     strategy = whole.strategy()
     results = strategy.start(whole.grid()).summary
-    assert strategy.progress.dropped == 0
+    assert strategy.progress.dropped == {}
     spent = results["privacy"]
     assert spent == json.loads((whole.out / "results.json").read_text())["privacy"]
     assert (spent["epsilon_requested"], spent["delta"], spent["clip_norm"]) == (8.0, 1e-5, 1.0)
@@ -194,8 +318,8 @@ def test_a_private_run_and_one_that_is_resumed(make_federation: Make) -> None:
     assert found["head/languages"] == {"epsilon": 0.0, "holders": 2, "rounds": 0}
     assert found["head/translation"] == {"epsilon": 0.0, "holders": 1, "rounds": 0}
     initial: dict[str, Tensor] = {}
-    for manifest in strategy.roster.manifests.values():
-        initial |= Roster(strategy.config.seed).first_values(manifest, manifest.tensors)
+    for held in strategy.roster.manifests.values():
+        initial |= Roster(strategy.config.seed).first_values(held, held.tensors)
     for name, value in strategy.roster.tensors.items():
         released = found[strategy.roster.component_of[name]]["rounds"] > 0
         assert torch.equal(value, initial[name]) != released, name

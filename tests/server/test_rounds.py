@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from tap_flower.config import Encoding
+from tap_flower.core.averaging import LARGEST_WEIGHT
 from tap_flower.core.initial import Initial
 from tap_flower.errors import MessageError
 from tap_flower.report.events import read_events
@@ -109,3 +110,12 @@ def test_a_clients_update_in_a_run(make_federation: Make) -> None:
     assert (event["round"], event["client"], event["clip_norm"]) == (1, "ann", 1e-4)
     assert event["norm"] > 1e-3
     assert length == pytest.approx(1e-4, rel=1e-2)  # float32 values: some steps are rounded away
+
+
+def test_a_client_that_states_many_examples_and_never_answers_moves_no_component() -> None:
+    made = roster(ann={"a": 100}, bob={"a": 300}, eve={"a": LARGEST_WEIGHT})
+    average = WeightedAverage(made, ["ann", "bob", "eve"], None, lambda *_, **__: None)
+    average.add("ann", difference(made, "ann", trunk=[4e-5, 0.0, -8e-6]))
+    average.add("bob", difference(made, "bob", trunk=[8e-5, 0.0, 8e-6]))
+    found = average.finish()["trunk.w"].double() - 1
+    assert found.tolist() == pytest.approx([7e-5, 0.0, 4e-6], abs=1e-7)  # values of 1 have steps of 1.2e-7

@@ -74,7 +74,7 @@ def test_a_subclass_chooses_who_trains(federation: ToyFederation) -> None:
     rounds = [e for e in read_events(federation.out) if e["event"] == "round"]
     assert [list(e["clients"]) for e in rounds] == [["cleo"], ["cleo"]]
     assert [e["dropped"] for e in rounds] == [[], []]  # nobody else was asked
-    assert strategy.progress.dropped == 0
+    assert strategy.progress.dropped == {}
     assert set(result.clients) == {"ann", "bob", "cleo", "dan"}
 
 
@@ -127,7 +127,7 @@ def test_what_a_flower_user_reads_of_a_result(federation: ToyFederation, lines: 
     own = {name: state[name] for name in net.state_dict()}
     net.load_state_dict(own)
     assert result.clients["cleo"]["answers"].keys() == {"server", "personal", "server+finetune", "tap"}
-    assert result.missing == []
+    assert result.missing == {}
     text = "\n".join(lines)
     for said in ("Starting TapStrategy strategy:", "[ROUND 1/2]", "configure_train: Sampled 4 nodes (out of 4)",
                  "aggregate_train: Received 4 results and 0 failures", "Aggregated MetricRecord", "[STAGE 2]",
@@ -186,7 +186,7 @@ def test_initial_arrays_of_another_shape_are_refused(make_federation: Make) -> N
 @pytest.mark.parametrize(
     ("arrays", "problem"),
     [
-        ({"trunk.0.bias": torch.zeros(6, dtype=torch.float64)}, "'trunk.0.bias' is torch.float64"),
+        ({"trunk.0.bias": torch.full((6,), 0.1, dtype=torch.float64)}, "'trunk.0.bias' is torch.float64"),
         ({"trunk.0.bias": torch.full((6,), math.nan)}, "'trunk.0.bias' is torch.float32, or holds a value that is not"),
         ({"module.trunk.0.bias": torch.zeros(6)}, "names no tensor that a client trains: it has 'module.trunk.0.bias'"),
     ],
@@ -211,7 +211,7 @@ def test_configurations_and_mods_reach_the_clients(make_federation: Make) -> Non
 
     inner = toy_app(federation.toys, federation.out / "clients")
     app = ClientApp(mods=[mod])
-    for register in (app.query("manifest"), app.train(), app.train("personalise"), app.evaluate()):
+    for register in (app.query("manifest"), app.query("values"), app.train(), app.train("personalise"), app.evaluate()):
         register(inner)
     of(federation).start(
         InProcessGrid([{"partition-id": 0}], {}, app),
@@ -220,6 +220,7 @@ def test_configurations_and_mods_reach_the_clients(make_federation: Make) -> Non
     )
     assert seen == [
         ("query.manifest", {}),
+        ("query.values", {}),
         ("train", {"lr": 0.5, "server-round": 1}),
         ("train.personalise", {"lr": 0.5, "server-round": 1}),
         ("evaluate", {"deep": True, "server-round": 1}),

@@ -57,7 +57,7 @@ def test_losses_are_relative_to_the_pair_alone(pairs: Study, tmp_path: Path) -> 
         losses = {"server": 2.0 + 0.2 * doublings, "personal": 1.0, "tap": 0.5}
         found = {task: {model: {"loss": loss} for model, loss in losses.items()} for task in tasks}
         keys = ("preset", "method", "seed", "rounds", "clients", "kinds", "replacements", "bytes")
-        write_json(run.folder / "results.json", {"schema": 1, **{key: {} for key in keys}, "tasks": found})
+        write_json(run.folder / "results.json", {"schema": 2, **{key: {} for key in keys}, "tasks": found})
     page = pairs.write(tmp_path)
     html = page.read_text()
     assert "Does one model for all serve each pair worse" in html
@@ -93,7 +93,7 @@ def test_margins(tmp_path: Path) -> None:
         found = {"t": {model: {"accuracy": 0.5 + margin, "loss": 1.0} for model in ("personal", "tap")}}
         values = {"kinds": {"t": "text_classification"}, "replacements": {"ann": {"t": 3 - int(4 * margin)}}}
         keys = ("preset", "method", "seed", "rounds", "clients", "bytes")
-        write_json(run.folder / "results.json", {"schema": 1, **{key: {} for key in keys}, **values, "tasks": found})
+        write_json(run.folder / "results.json", {"schema": 2, **{key: {} for key in keys}, **values, "tasks": found})
     study.write(tmp_path)
     with (tmp_path / "margin.csv").open() as file:
         rows = {(row["figure"], row["line"], float(row["margin"])): float(row["mean"]) for row in csv.DictReader(file)}

@@ -25,7 +25,7 @@ VALUES = {"tap": (0.8, 0.4), "fedavg": (0.6, 0.5), "local": (0.7, 0.4)}
 def results(method: str, model: str, accuracy: float, error: float, seed: int) -> dict[str, Any]:
     tasks = {"digits_1": {model: {"accuracy": accuracy, "loss": 1.0}}, "images": {model: {"mse": error, "loss": error}}}
     return {
-        "schema": 1, "preset": "demo", "method": method, "seed": seed, "rounds": 2, "clients": {}, "tasks": tasks,
+        "schema": 2, "preset": "demo", "method": method, "seed": seed, "rounds": 2, "clients": {}, "tasks": tasks,
         "kinds": {"digits_1": "image_classification", "images": "image_generation"}, "replacements": {},
         "bytes": {"down": 2_000_000, "up": 1_000_000}, "steps": {"ann": 4, "bob": 6}, "seconds": {"total": 3.0},
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What presets are made of: clients from patterns, and facts about their data sets and checkpoints on the hub.
+"""What presets are made of: clients from patterns.
 
 Patterns describe some clients once, and each of several groups gets all of them. A group's share of a data set is
 n // groups rows, the last group's the remainder too; a client takes a slice of its group's share.
@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tap_flower.data.spec import SPLITS, check_keys
+from tap_flower.data.fields import check_keys
+from tap_flower.data.spec import SPLITS
 from tap_flower.errors import SpecError
 from tap_flower.plain import shown
 
@@ -113,36 +114,3 @@ def _slice(rows: int, group: int, groups: int, start: float, stop: float) -> tup
     if group == groups - 1:
         size = rows - first
     return first + int(start * size), first + int(stop * size)
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Facts of a repository on the hub, as its own pages give them.
-
-    Attributes:
-        licence: as its card names it.
-        megabytes: size of its files (for a checkpoint, of the weights); None where it is not known.
-    """
-
-    licence: str
-    megabytes: int | None = None
-
-
-CATALOGUE = {
-    "facebook/flava-full": Facts("BSD-3-Clause", 1220),
-    "dandelin/vilt-b32-mlm": Facts("Apache-2.0", 543),
-    "zh-plus/tiny-imagenet": Facts("none stated", 161),
-    "uoft-cs/cifar100": Facts("unknown"),
-    "sh0416/ag_news": Facts("none stated", 36),
-    "ilee0022/Caltech-256": Facts("none stated", 1148),
-    "merve/vqav2-small": Facts("none stated", 3377),
-    "cais/mmlu": Facts("MIT"),
-    "allenai/common_gen": Facts("MIT"),
-    "zalando-datasets/fashion_mnist": Facts("MIT"),
-}
-
-
-def fetch_command(name: str, revision: str | None, *, is_model: bool = False) -> str:
-    """The command that fetches a data set or a checkpoint from the hub."""
-    kind = "" if is_model else " --repo-type dataset"
-    return f"hf download {name}{kind}" + (f" --revision {revision}" if revision else "")

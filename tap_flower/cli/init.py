@@ -1,0 +1,239 @@
+"""The command `init`: a client spec to start from, made by a look at a folder or a file."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from tap_flower.cli.common import say
+from tap_flower.errors import SpecError
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # it takes long to import
+
+_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_LABELS = ("label", "class", "category", "diagnosis", "finding", "sentiment", "rating", "target", "y")
+_TARGETS = ("target", "answer", "summary", "translation", "reply", "output", "response")
+_TEXTS = ("text", "note", "question", "prompt", "input", "sentence", "report", "body")
+_MOST_CLASSES = 100
+_LOOKED_AT = 2000
+"""Rows that decide what a column holds; the classes are those of all rows."""
+_PARTS = {"train": [0, 0.7], "validation": [0.7, 0.8], "test": [0.8, 1]}
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
+
+
+def init_command(
+    data: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder, or a CSV, JSON or Parquet file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The client spec to write.")] = Path("client.yaml"),
+    name: Annotated[str, typer.Option(help="Name of the client.")] = "client-1",
+    backbone: Annotated[str, typer.Option(help="demo, a local folder, or a hub id.")] = "demo",
+) -> None:
+    """Write a client spec for your own data, with comments; then `tap-flower check` reads them all."""
+    if out.exists():
+        raise SpecError(f"{out} is there already: give another file with --out, or remove it")
+    task = guessed_task(data.resolve())
+    out.write_text(spec_text(name, backbone, task), encoding="utf-8")
+    console = Console()
+    say(
+        console,
+        f"{out}: task {task['name']!r}, {task['kind']}; read it, change what is wrong, then: tap-flower check {out}",
+    )
+
+
+def guessed_task(data: Path) -> dict[str, Any]:
+    """A task over a folder or a file, as a client spec has it.
+
+    Raises:
+        SpecError: nothing there can be read.
+    """
+    if not data.exists():
+        raise SpecError(f"{data} does not exist: give a folder, or a CSV, JSON or Parquet file")
+    if data.is_file():
+        if data.suffix.lower() not in _FORMATS:
+            raise SpecError(f"{data} is no file that can be read: give one of {', '.join(_FORMATS)}, or a folder")
+        return _of_files({"all": data})
+    files = [path for path in sorted(data.iterdir()) if path.suffix.lower() in _FORMATS and path.stem != "metadata"]
+    if files:
+        return _of_files(_by_split(files) or {"all": files[0]})
+    folders = [path for path in sorted(data.iterdir()) if path.is_dir()]
+    return _of_images(data, _by_split(folders) or {"all": data})
+
+
+def _by_split(paths: Sequence[Path]) -> dict[str, Path]:
+    """Split -> the path whose name says it; nothing unless some are for training and some for testing."""
+    found = {
+        split: path
+        for split, words in _SPLITS.items()
+        for path in paths
+        if re.split(r"[-._]", path.stem.lower())[0] in words
+    }
+    return found if {"train", "test"} <= found.keys() else {}
+
+
+def _of_images(folder: Path, splits: Mapping[str, Path]) -> dict[str, Any]:
+    source = {"format": "imagefolder", "path": str(folder)}
+    given = {split: source | ({} if path == folder else {"split": path.name}) for split, path in splits.items()}
+    rows = _opened(next(iter(given.values())))
+    named = "label" in rows.column_names and None not in rows["label"]
+    classes = sorted(set(rows["label"])) if named else []
+    if len(classes) > 1:
+        kind, columns = "image_classification", {"image": "image", "label": "label"}
+    else:
+        kind, columns = "image_generation", {"image": "image"}
+    return _task(folder.name, kind, ["image"], columns, classes, _split(given, rows, "file"))
+
+
+def _of_files(splits: Mapping[str, Path]) -> dict[str, Any]:
+    given: dict[str, dict[str, Any]] = {}
+    for split, path in splits.items():
+        given[split] = {"format": _FORMATS[path.suffix.lower()], "path": str(path)}
+        if given[split]["format"] == "csv" and (delimiter := _delimiter(path)) != ",":
+            given[split]["delimiter"] = delimiter
+    first = next(iter(splits.values()))
+    rows = _opened(next(iter(given.values())))
+    head = {name: rows[:_LOOKED_AT][name] for name in rows.column_names}
+    image = next((name for name, values in head.items() if _are_images(values, first.parent, rows, name)), None)
+    left = [name for name in head if name != image]
+    label = _first(
+        _LABELS, left, lambda name: 2 <= len(set(map(str, head[name]))) <= min(_MOST_CLASSES, len(rows) // 2 or 2)
+    )
+    target = _first(_TARGETS, left, lambda name: _is_text(head[name]))
+    if label is None and target is None:  # a column in which few values come again and again
+        few = {name: len(set(map(str, head[name]))) for name in left}
+        again = [name for name, count in few.items() if 2 <= count <= min(20, len(rows) // 3)]
+        label = min(again, key=lambda name: few[name], default=None)
+    texts = sorted(
+        (name for name in left if name not in (label, target) and _is_text(head[name])),
+        key=lambda name: (name.lower() not in _TEXTS, -sum(map(len, map(str, head[name])))),
+    )
+    columns: dict[str, Any] = {} if image is None else {"image": image}
+    # A text beside an image is a question about it, or a report; without an image it is what there is to read.
+    if texts and (image is None or (target is not None and label is None)):
+        columns["text"] = texts[0]
+    modalities = [modality for modality in ("image", "text") if modality in columns]
+    if not modalities:
+        raise SpecError(f"{first} has neither an image nor a text in {', '.join(head)}: write the client spec by hand")
+    classes: list[str] = []
+    if label is not None:
+        kind, columns["label"] = f"{modalities[0]}_classification", label
+        names = getattr(rows.features[label], "names", None)
+        classes = list(names or sorted({str(value) for value in rows[label] if value is not None}))
+    elif target is not None and "text" in columns:
+        kind, columns["target"] = "text_generation", target
+    elif image is not None:
+        kind = "image_generation"
+    else:
+        raise SpecError(f"{first} has neither a label nor a target in {', '.join(head)}: write the client spec by hand")
+    name = first.stem if "all" in splits else first.parent.name
+    return _task(name, kind, list[str](modalities), columns, classes, _split(given, rows, columns[modalities[0]]))
+
+
+def _split(given: dict[str, dict[str, Any]], rows: Dataset, by: str) -> dict[str, dict[str, Any]]:
+    """The sources of each split: the given ones, or parts by hash; of few rows, all but the last one for training."""
+    if "all" not in given:
+        return given
+    from tap_flower.data.sources import rows_of
+    from tap_flower.data.spec import Source
+
+    source = given["all"]
+    parts = {split: source | {"part": part, "by": [by]} for split, part in _PARTS.items()}
+    if all(rows_of(Source(**one | {"part": tuple(one["part"]), "by": (by,)}), "", 0) for one in parts.values()):
+        return parts
+    last = max(1, len(rows) - 1)
+    return {"train": source | {"rows": [0, last]}, "test": source | {"rows": [last, None] if len(rows) > 1 else [0, 1]}}
+
+
+def _task(
+    name: str,
+    kind: str,
+    modalities: list[str],
+    columns: dict[str, Any],
+    classes: list[str],
+    splits: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-_")[:64] or "task"
+    task = {"name": plain, "kind": kind, "modalities": modalities, "domain": plain, "columns": columns}
+    return task | ({"classes": classes} if classes else {}) | splits
+
+
+def _opened(source: Mapping[str, Any]) -> Dataset:
+    from tap_flower.data.sources import SourceError, open_source
+    from tap_flower.data.spec import Source
+
+    try:
+        rows = open_source(Source(**source))
+    except SourceError as error:
+        raise SpecError(f"{source['path']} {error}") from error
+    if not len(rows):
+        raise SpecError(f"{source['path']} has no rows: give data with at least one")
+    return rows
+
+
+def _delimiter(path: Path) -> str:
+    """The most frequent of the usual delimiters in a file's first line."""
+    line = path.open("rb").readline().decode("latin-1")
+    counts = Counter({delimiter: line.count(delimiter) for delimiter in ",;\t|"})
+    return counts.most_common(1)[0][0] if any(counts.values()) else ","
+
+
+def _are_images(values: Sequence[Any], folder: Path, rows: Dataset, name: str) -> bool:
+    import datasets
+
+    if isinstance(rows.features[name], datasets.Image):
+        return True
+    first = next((value for value in values if value), None)
+    if isinstance(first, Mapping):
+        return isinstance(first.get("bytes"), bytes)
+    return isinstance(first, bytes) or (isinstance(first, str) and "." in first and (folder / first).is_file())
+
+
+def _is_text(values: Sequence[Any]) -> bool:
+    texts = [value for value in values if value is not None]
+    return bool(texts) and all(isinstance(value, str) and value.strip() for value in texts)
+
+
+def _first(names: Sequence[str], columns: Sequence[str], fits: Any) -> str | None:
+    known = {column.lower(): column for column in columns}
+    return next((known[name] for name in names if name in known and fits(known[name])), None)
+
+
+def _flow(value: Any) -> str:
+    """A value as YAML in one line."""
+    written = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=float("inf"))
+    return str(written).removesuffix("...\n").rstrip("\n")
+
+
+_COMMENTS = {
+    "name": "clients that use the same name share the task's head",
+    "kind": "image_classification, text_classification, image_generation or text_generation",
+    "domain": "of the data; each has experts of its own",
+    "columns": "role -> column; see docs/bring-your-own-data.md for templates",
+    "classes": "in an order on which all clients of the task agree",
+    "train": "rows whose hash over `by` lies in `part`: name the patient's column there, if there is one",
+}
+
+
+def spec_text(client: str, backbone: str, task: Mapping[str, Any]) -> str:
+    """A client spec as YAML, with comments."""
+    lines = [
+        "# A client spec, made by `tap-flower init`. Read it, change what is wrong, then run `tap-flower check`.",
+        f"name: {client}",
+        f"backbone: {_flow(backbone)}  # demo, a local folder, or a hub id",
+        "tasks:",
+    ]
+    for number, (key, value) in enumerate(task.items()):
+        if key in _COMMENTS and (key != "train" or "part" in value):
+            lines.append(f"    # {_COMMENTS[key]}")
+        lines.append(("  - " if number == 0 else "    ") + f"{key}: {_flow(value)}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,72 @@
+"""The command `restore`: goes back to a client's earlier state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from filelock import FileLock
+from rich.console import Console
+
+from tap_flower.cli.common import say
+from tap_flower.client.state import KEPT, PERSONAL, PREVIOUS
+from tap_flower.errors import StorageError
+from tap_flower.files import keep_as, read_record, read_tensors, write_json, write_tensors
+from tap_flower.personal.folders import client_folder
+
+UNDONE = "personal.undone.safetensors"
+"""The state that was taken away."""
+
+
+def restore_command(
+    place: Annotated[
+        Path,
+        typer.Argument(
+            metavar="STATE", help="The client's folder of a run: STATE-DIR/NAME/RUN on a node, RUN/clients/NAME."
+        ),
+    ],
+    client: Annotated[str | None, typer.Option(help="The client, where STATE is a run folder.")] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="Go back to the state with the best validation scores (`node --keep-best`).")
+    ] = False,
+) -> None:
+    """Put a client's earlier state in place of its latest, for example after a round that has spoiled its model."""
+    folder = place if (place / PERSONAL).exists() else client_folder(place, client)
+    undone, restored = go_back(folder, best)
+    say(
+        Console(), f"{folder}: back from round {undone} to round {restored}; the state of round {undone} is in {UNDONE}"
+    )
+
+
+def go_back(folder: Path, to_kept: bool) -> tuple[int, int]:
+    """Puts a client's earlier state in place of its latest, which is kept as `personal.undone.safetensors`.
+
+    Args:
+        folder: the client's folder of a run.
+        to_kept: goes back to the state with the best validation scores, in place of the one before the last round.
+
+    Returns:
+        The round of the state that was taken away, and the round of that in its place.
+
+    Raises:
+        StorageError: there is no earlier state, or it is damaged.
+    """
+    source = folder / (KEPT if to_kept else PREVIOUS)
+    if not source.exists():
+        raise StorageError(
+            f"{folder} holds no {source.name}: "
+            + (
+                "its node keeps one where its configuration says keep-best=true"
+                if to_kept
+                else "there was one round alone"
+            )
+        )
+    with FileLock(folder / ".lock"):
+        tensors, record = read_tensors(source)  # with its checksum
+        undone = read_record(folder / PERSONAL)["round"] if (folder / PERSONAL).exists() else 0
+        keep_as(folder / PERSONAL, folder / UNDONE)
+        write_tensors(folder / PERSONAL, tensors, record)
+        write_json(folder / "state.json", record)
+        (folder / PREVIOUS).unlink(missing_ok=True)
+    return int(undone), int(record["round"])

@@ -1,0 +1,171 @@
+"""Readers of files as people have them: CSV with every text as it is written, JSON, folders of images."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.csv
+from PIL import Image
+
+from tap_flower.plain import shown
+
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""A file of an image folder that gives the images other columns than a class; its column `file_name` names them."""
+
+
+def csv_table(
+    files: Sequence[str], delimiter: str = ",", encoding: str = "", missing: Sequence[str] = ()
+) -> datasets.Dataset:
+    """The rows of CSV files, every value a text as it is written; an empty field is a missing value.
+
+    Args:
+        files: with the same columns.
+        delimiter: between fields.
+        encoding: of the files; nothing is UTF-8.
+        missing: words that stand for a missing value too.
+
+    Raises:
+        ValueError: a line has other fields than the header, a column is named twice, or the encoding is another.
+    """
+    tables = []
+    for file in files:
+        # A line break within quotes is part of a text.
+        parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+        read = pyarrow.csv.ReadOptions(encoding=encoding or "utf8")
+        try:
+            with pyarrow.csv.open_csv(file, read_options=read, parse_options=parse) as opened:
+                names = opened.schema.names
+            if double := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(f"{file} has two columns {double[0]!r}: give each its own name")
+            parse.ignore_empty_lines = len(names) > 1  # in a file of one column, an empty line is a missing value
+            convert = pyarrow.csv.ConvertOptions(
+                column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=["", *missing]
+            )
+            tables.append(pyarrow.csv.read_csv(file, read_options=read, parse_options=parse, convert_options=convert))
+        except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+            if isinstance(error, UnicodeDecodeError) or "UTF8" in str(error):
+                known = encoding or "UTF-8"
+                raise ValueError(f"{file} is no {known}: say its `encoding`, such as latin-1 or cp1252") from error
+            raise
+        if names != tables[0].column_names:
+            raise ValueError(
+                f"{file} has the columns {', '.join(names)}, and {files[0]} {', '.join(tables[0].column_names)}"
+            )
+    return datasets.Dataset(pa.concat_tables(tables))
+
+
+def json_table(files: Sequence[str]) -> datasets.Dataset:
+    """The rows of JSON files: a list of objects each, or one object a line. What looks like a date stays a text.
+
+    Raises:
+        ValueError: a file is neither, an object has a key twice, or a column holds values of several types.
+    """
+    rows = [row for file in files for row in _objects(file)]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {}
+    for name in names:
+        try:
+            columns[name] = pa.array([row.get(name) for row in rows])
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise ValueError(f"column {name!r} holds values of several types: {str(error).splitlines()[0]}") from error
+    return datasets.Dataset(pa.table(columns))
+
+
+def _objects(file: str) -> Iterator[dict[str, Any]]:
+    text = Path(file).read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        found = json.loads(text, object_pairs_hook=_unique)
+    else:  # not splitlines(), which breaks lines where JSON has none
+        found = (json.loads(line, object_pairs_hook=_unique) for line in text.split("\n") if line.strip())
+    number = 0
+    try:
+        for number, row in enumerate(found):
+            if not isinstance(row, dict):
+                raise ValueError(f"it is a {type(row).__name__}")
+            yield row
+            number += 1
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: object {number}: {error}; write a list of objects, or one object a line") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if double := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"the key {shown(double[0])} stands twice")
+    return dict(pairs)
+
+
+def image_folder(folder: Path, split: str = "") -> datasets.Dataset:
+    """The images of a folder by name: columns `image` (path), `label` (folder below `folder` that it is in) and `file`.
+
+    With a metadata file, its columns stand in place of `label`.
+
+    Args:
+        folder: with a folder of images for each class, or images alone, which have no label.
+        split: folder below it that holds these in its place; nothing reads all.
+
+    Raises:
+        ValueError: the folder is missing, or holds no images.
+    """
+    folder = _split_folder(folder, split)
+    for name in _METADATA:
+        if (folder / name).is_file():
+            return _with_metadata(folder, folder / name)
+    images, _ = _listing(folder)
+    if not images:
+        raise ValueError(f"{folder} holds no images")
+    labels = [file.split("/")[0] if "/" in file else None for file in images]
+    text = datasets.Value("string")
+    return datasets.Dataset.from_dict(
+        {"image": [str(folder / file) for file in images], "label": labels, "file": list(images)},
+        features=datasets.Features(image=text, label=text, file=text),
+    )
+
+
+def _with_metadata(folder: Path, file: Path) -> datasets.Dataset:
+    readers = {".csv": csv_table, ".jsonl": json_table}
+    read = readers.get(file.suffix)
+    data = read([str(file)]) if read else datasets.Dataset.from_parquet(str(file))
+    if "file_name" not in data.column_names:
+        raise ValueError(f"{file} has no column 'file_name', which names the images")
+    paths = [None if name is None else str(folder / name) for name in data["file_name"]]
+    return data.rename_column("file_name", "file").add_column("image", paths)
+
+
+def passed_over(folder: Path, split: str = "") -> Counter[str]:
+    """Suffix -> files of an image folder that are no images."""
+    return _listing(_split_folder(folder, split))[1]
+
+
+def _split_folder(folder: Path, split: str) -> Path:
+    if not folder.is_dir():
+        raise ValueError(f"Unable to find the folder {folder}")
+    if split and not (folder / split).is_dir():
+        there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        raise ValueError(f"{folder} has no folder {split!r}: use one of {', '.join(there)}, or leave `split` out")
+    return folder / split
+
+
+@lru_cache(maxsize=64)
+def _listing(folder: Path) -> tuple[tuple[str, ...], Counter[str]]:
+    """(images below a folder, in order; suffix -> number of other files)."""
+    Image.init()
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images: list[str] = []
+    others: Counter[str] = Counter()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        for name in files:
+            path = Path(place, name)
+            if path.suffix.lower() in suffixes and not name.startswith("."):
+                images.append(path.relative_to(folder).as_posix())
+            elif name not in _METADATA:
+                others[path.suffix.lower()] += 1
+    return tuple(sorted(images)), others

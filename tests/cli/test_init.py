@@ -1,0 +1,100 @@
+"""`tap-flower init`: whatever it writes for data that can be used, `check` accepts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from tap_flower.cli.init import guessed_task
+
+
+def pictures(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.new("RGB", (9, 9), (number * 7, len(folder.name) * 9, ord(folder.name[0]))).save(folder / f"{number}.png")
+
+
+def notes(folder: Path) -> Path:
+    rows = (f"{n};the patient number {n} is well;{'urgent' if n % 3 else 'routine'}\n" for n in range(60))
+    (folder / "notes.csv").write_text("id;note;urgency\n" + "".join(rows))
+    return folder / "notes.csv"
+
+
+def classes_of_images(folder: Path) -> Path:
+    for name in ("cat", "dog"):
+        pictures(folder / "pets" / name, 30)
+    return folder / "pets"
+
+
+def splits_of_images(folder: Path) -> Path:
+    for name in ("train/cat", "train/dog", "test/cat"):
+        pictures(folder / "pets" / name, 3)
+    return folder / "pets"
+
+
+def answers(folder: Path) -> Path:
+    (folder / "law").mkdir()
+    for split in ("train", "test"):
+        rows = [{"question": f"{split} {n}?", "answer": f"reply {n}"} for n in range(5)]
+        (folder / "law" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "law"
+
+
+def photographs(folder: Path) -> Path:
+    pictures(folder / "photographs", 40)
+    return folder / "photographs"
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "classes"),
+    [
+        (notes, "text_classification", ["routine", "urgent"]),
+        (classes_of_images, "image_classification", ["cat", "dog"]),
+        (splits_of_images, "image_classification", ["cat", "dog"]),
+        (answers, "text_generation", None),
+        (photographs, "image_generation", None),
+    ],
+)
+def test_what_it_writes_is_accepted(make: Any, kind: str, classes: Any, command: Any, tmp_path: Path) -> None:
+    code, out, err = command("init", str(make(tmp_path)))
+    assert (code, "text_classification" in kind or kind in out) == (0, True), err
+    text = (tmp_path / "client.yaml").read_text()
+    (task,) = yaml.safe_load(text)["tasks"]
+    assert (task["kind"], task.get("classes")) == (kind, classes)
+    assert "# clients that use the same name share the task's head" in text
+    code, out, err = command("check", "client.yaml")
+    assert code == 0, out + err
+    code, _, err = command("init", str(tmp_path))
+    assert code == 1
+    assert "client.yaml is there already" in err
+
+
+def test_parts_do_not_overlap(tmp_path: Path) -> None:
+    task = guessed_task(notes(tmp_path))
+    assert [task[split]["part"] for split in ("train", "validation", "test")] == [[0, 0.7], [0.7, 0.8], [0.8, 1]]
+    assert task["train"]["by"] == ["note"]
+    assert task["train"]["delimiter"] == ";"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("gone.csv", None, "does not exist"),
+        ("x.docx", "x", "is no file that can be read"),
+        ("x.csv", "", "Empty CSV file"),
+        ("x.csv", "a,b\n", "has no rows"),
+        ("x.csv", "a,b\n1,2\n", "write the client spec by hand"),
+    ],
+)
+def test_what_it_cannot_use_is_told(name: str, content: str | None, problem: str, command: Any, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    code, out, err = command("init", name)
+    assert code == 1
+    assert problem in err
+    assert "Traceback" not in out + err
