@@ -44,7 +44,7 @@ def test_all_problems_of_a_client_spec_are_listed(command: Any, tmp_path: Path) 
         "has label 'maybe' in row 2",
         "test needs 'owner/none' 'test', which is not in data.root (neither",
         "backbone 'owner/model' gives no tokenizer",
-        "is fetched with `hf download owner/model`",
+        "is fetched with `tap-flower fetch owner/model`",
         "4 problems found",
     ):
         assert problem in out
