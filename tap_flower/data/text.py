@@ -68,7 +68,6 @@ def load_tokenizer(place: str, revision: str | None = None) -> PreTrainedTokeniz
     hub.prepare(place)
     try:
         found = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
     except Exception as error:  # whatever transformers and the hub's library raise on what is no tokenizer
         reason = str(error).partition("\n")[0]
         raise BackboneError(f"backbone {place!r} gives no tokenizer: {reason}") from error
@@ -80,12 +79,22 @@ def load_tokenizer(place: str, revision: str | None = None) -> PreTrainedTokeniz
         raise BackboneError(
             f"backbone {place!r} has a tokenizer without {' and '.join(lacking)}: use that of its family"
         )
-    embedded, largest = getattr(config.get_text_config(), "vocab_size", None), max(words.values())
-    if isinstance(embedded, int) and largest >= embedded:
+    embedded, largest = _embedded(place, revision), max(words.values())
+    if embedded is not None and largest >= embedded:
         raise BackboneError(
             f"backbone {place!r} has a tokenizer with tokens up to {largest:,}, and embeddings for {embedded:,}: use its own"
         )
     return tokenizer
+
+
+def _embedded(place: str, revision: str | None) -> int | None:
+    """How many tokens have an embedding; None where the folder's config.json is none of transformers', as in an export."""
+    try:
+        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
+    found = getattr(config.get_text_config(), "vocab_size", None)
+    return found if isinstance(found, int) else None
 
 
 @lru_cache(maxsize=OPEN)

@@ -194,7 +194,7 @@ def _check_agreement(manifest: Manifest, other: Manifest) -> None:
             for what, mine, its in (
                 ("kind", task.kind, theirs.kind),
                 ("number of classes", task.head_size, theirs.head_size),
-                ("hash of its classes", task.classes, theirs.classes),
+                ("hash of its classes", task.class_hash, theirs.class_hash),
             ):
                 if mine and its and mine != its:
                     raise MessageError(

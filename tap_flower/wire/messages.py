@@ -103,7 +103,7 @@ class TaskInfo(Struct, frozen=True, forbid_unknown_fields=True):
         domains: domains of its data.
         head_size: number of classes; 0 where the head has none.
         examples: number of training examples.
-        classes: keyed hash of the names of its classes, in order, which the client makes; empty where they have no names.
+        class_hash: keyed hash of the names of its classes, in order, which the client makes; empty where they have no names.
     """
 
     task: Name
@@ -112,7 +112,7 @@ class TaskInfo(Struct, frozen=True, forbid_unknown_fields=True):
     domains: Annotated[tuple[Name, ...], Meta(max_length=1000)]
     head_size: Count
     examples: Examples
-    classes: Annotated[str, Meta(pattern=r"\A([0-9a-f]{16})?\Z")] = ""
+    class_hash: Annotated[str, Meta(pattern=r"\A([0-9a-f]{16})?\Z")] = ""
 
     def __post_init__(self) -> None:
         if len(set(self.modalities)) < len(self.modalities):

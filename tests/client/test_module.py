@@ -147,7 +147,7 @@ def test_definitions_that_are_refused(wrong: Any, problem: str) -> None:
 def test_an_own_model_keeps_names_and_modes_of_its_module() -> None:
     given = Net("digits", "mood", dropout=0.5)
     made = OwnModel(BuiltModule(given), {}, Parts(ComponentMap({}, {}), frozenset(), frozenset()))
-    net: Any = made.module
+    net: Any = made.own_module
     assert net is not given
     assert dict(made.named_parameters()).keys() == dict(net.named_parameters()).keys()
     assert not made.eval().training

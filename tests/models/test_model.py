@@ -18,7 +18,8 @@ from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec
 from tap_flower.data.text import load_tokenizer
-from tap_flower.models.load import demo_folder, from_config, load_backbone, locate, outline
+from tap_flower.hub import demo_folder, locate
+from tap_flower.models.load import from_config, load_backbone, outline
 from tap_flower.models.model import ModelTask, TapModel
 from tests.checkpoints import tiny_flava, tiny_vilt
 from tests.mirror import KEYS, ROWS, write_mirror
@@ -161,7 +162,7 @@ def test_unknown_backbones_are_errors_with_a_remedy(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="'bert' is not supported: use one of"):
         load_backbone(str(tmp_path), 1)
     for load in (load_backbone, outline):
-        with pytest.raises(ValueError, match="fetched with `hf download owner/none --revision abc`"):
+        with pytest.raises(ValueError, match="fetched with `tap-flower fetch owner/none --revision abc`"):
             load("owner/none", 1, revision="abc")
 
 

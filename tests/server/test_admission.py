@@ -40,8 +40,8 @@ HASH = hash_of_classes("run", "a", ["cat", "dog"])
         ({}, {"kind": "regression"}, "the kind regression on client 'bob' but text_classification on 'ann'"),
         ({}, {"head_size": 3}, "the number of classes 3 on client 'bob' but 2 on 'ann'"),
         (
-            {"classes": HASH},
-            {"classes": hash_of_classes("run", "a", ["dog", "cat"])},
+            {"class_hash": HASH},
+            {"class_hash": hash_of_classes("run", "a", ["dog", "cat"])},
             "the hash of its classes .* list the same classes in the same order on both",
         ),
     ],
@@ -51,10 +51,10 @@ def test_one_task_means_the_same_on_all_clients(first: dict[str, Any], second: d
         admitted(with_task("ann", **first), with_task("bob", **second))
 
 
-@pytest.mark.parametrize("second", [{}, {"head_size": 0}, {"classes": HASH}, {"modalities": ("image", "text")}])
+@pytest.mark.parametrize("second", [{}, {"head_size": 0}, {"class_hash": HASH}, {"modalities": ("image", "text")}])
 def test_what_a_client_says_nothing_of_is_not_compared(second: dict[str, Any]) -> None:
     assert admitted(with_task("ann"), with_task("bob", **second)).names == ["ann", "bob"]
-    assert admitted(with_task("ann", classes=HASH), with_task("bob", **second)).names == ["ann", "bob"]
+    assert admitted(with_task("ann", class_hash=HASH), with_task("bob", **second)).names == ["ann", "bob"]
 
 
 def test_the_hash_of_classes_is_of_their_order_their_task_and_the_run() -> None:
