@@ -148,7 +148,7 @@ def test_without_test_examples_a_client_is_not_tested_and_the_run_goes_on(tmp_pa
     result = run(tmp_path, lambda number: task(test=loader(0 if number else 8, 1)))
     assert result.clients["c1"] == {"digits": {}}
     assert result.clients["c0"]["digits"].keys() == {"server", "server+finetune", "personal", "tap"}
-    assert result.tasks["digits"]["tap"] == result.clients["c0"]["digits"]["tap"]
+    assert result.tasks["digits"]["tap"]["loss"] == result.clients["c0"]["digits"]["tap"]["loss"]  # c0's alone
 
 
 def test_a_run_without_any_test_examples_ends_well(tmp_path: Path) -> None:
