@@ -161,7 +161,7 @@ def test_unknown_backbones_are_errors_with_a_remedy(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="'bert' is not supported: use one of"):
         load_backbone(str(tmp_path), 1)
     for load in (load_backbone, outline):
-        with pytest.raises(ValueError, match="fetched with `hf download owner/none --revision abc`"):
+        with pytest.raises(ValueError, match="fetched with `tap-flower fetch owner/none --revision abc`"):
             load("owner/none", 1, revision="abc")
 
 
