@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from tap_flower.errors import PersonalError, StorageError
+from tap_flower.hub import demo_folder
 from tap_flower.models import load
-from tap_flower.models.load import demo_folder
 from tap_flower.personal.export import export, load_export
 from tests.personal.test_personal_model import rows
 
