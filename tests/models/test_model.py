@@ -18,8 +18,8 @@ from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec
 from tap_flower.data.text import load_tokenizer
-from tap_flower.hub import demo_folder
-from tap_flower.models.load import from_config, load_backbone, locate, outline
+from tap_flower.hub import demo_folder, locate
+from tap_flower.models.load import from_config, load_backbone, outline
 from tap_flower.models.model import ModelTask, TapModel
 from tests.checkpoints import tiny_flava, tiny_vilt
 from tests.mirror import KEYS, ROWS, write_mirror
