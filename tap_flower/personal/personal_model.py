@@ -222,7 +222,7 @@ def outlined(description: Description, dtype: torch.dtype | None = None) -> TapM
 def _tokenizer(description: Description) -> PreTrainedTokenizerBase:
     try:
         return load_tokenizer(locate(description.backbone), description.revision)
-    except OSError as error:
+    except BackboneError as error:
         raise PersonalError(f"backbone {description.backbone!r} has no tokenizer: {error}") from error
 
 
