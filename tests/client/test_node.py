@@ -90,7 +90,7 @@ def test_the_node_decides_whether_its_models_are_compiled(
     assert compiled == [chosen]
 
 
-TRAINING = {"train.steps": 4, "distill.iterations": 3, "train.batch_size": 8, "train.accumulation": 2}
+TRAINING = {"train.steps": 40, "distill.iterations": 3, "train.batch_size": 8, "train.accumulation": 2}
 
 
 @pytest.mark.parametrize(
