@@ -29,7 +29,7 @@ RUN_BY = {
     ("docs/deploy.md", "[superlink.dep]"): "test_a_deployment",
     ("docs/plug-in.md", "--- a/pyproject.toml"): "test_the_quickstart_becomes_tap_by_a_diff_of_less_than_30_lines",
     ("docs/plug-in.md", "cd examples/quickstart"): "test_the_quickstart_becomes_tap_by_a_diff_of_less_than_30_lines",
-    ("docs/plug-in.md", "from tap_flower import load_module"): "test_a_run",
+    ("docs/plug-in.md", "from tap_flower import load_personal"): "test_what_stage_2_has_made_is_loaded_by_name",
     ("docs/use-personal-models.md", "from tap_flower import PersonalModel"): "test_the_pages_python",
     ("docs/use-personal-models.md", "from tap_flower.personal.export import load_export"): "test_the_pages_python",
 }
