@@ -22,7 +22,6 @@ from tap_flower.errors import MessageError
 from tap_flower.files import read_record
 from tap_flower.report.events import read_events
 from tap_flower.server.privacy import Budget, Ledger, Privacy, PrivateAverage
-from tap_flower.server.roster import Roster
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
 from tap_flower.wire.tensors import decode_tensors
@@ -195,7 +194,7 @@ def test_a_private_run_and_one_that_is_resumed(make_federation: Make) -> None:
     assert found["head/translation"] == {"epsilon": 0.0, "holders": 1, "rounds": 0}
     initial: dict[str, Tensor] = {}
     for manifest in strategy.roster.manifests.values():
-        initial |= Roster(strategy.config.seed).first_values(manifest, manifest.tensors)
+        initial |= strategy.roster.first_values(manifest, manifest.tensors)
     for name, value in strategy.roster.tensors.items():
         released = found[strategy.roster.component_of[name]]["rounds"] > 0
         assert torch.equal(value, initial[name]) != released, name
