@@ -22,6 +22,7 @@ from tap_flower.errors import MessageError
 from tap_flower.files import read_record
 from tap_flower.report.events import read_events
 from tap_flower.server.privacy import Budget, Ledger, Privacy, PrivateAverage
+from tap_flower.server.roster import Roster
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
 from tap_flower.wire.tensors import decode_tensors
