@@ -319,7 +319,7 @@ def test_a_private_run_and_one_that_is_resumed(make_federation: Make) -> None:
     assert found["head/translation"] == {"epsilon": 0.0, "holders": 1, "rounds": 0}
     initial: dict[str, Tensor] = {}
     for held in strategy.roster.manifests.values():
-        initial |= Roster(strategy.config.seed).first_values(held, held.tensors)
+        initial |= strategy.roster.first_values(held, held.tensors)
     for name, value in strategy.roster.tensors.items():
         released = found[strategy.roster.component_of[name]]["rounds"] > 0
         assert torch.equal(value, initial[name]) != released, name
