@@ -52,6 +52,9 @@ def check_session(block: Block, _: Path) -> None:
             check_command(shlex.split(line)[1:])
 
 
+_IMAGES = {"kind": "image_generation", "modalities": ["image"], "columns": {"image": "image"}}
+
+
 def check_yaml(block: Block, folder: Path) -> None:
     """A sweep, a client spec, tasks of one, services, or a configuration."""
     values = yaml.safe_load(block.text)
@@ -69,6 +72,8 @@ def check_yaml(block: Block, folder: Path) -> None:
         client_spec(values)
     elif "templates" in values:
         client_spec({"name": "x", "backbone": "demo", "tasks": [task | values]})
+    elif values.keys() == {"image"}:
+        client_spec({"name": "x", "backbone": "demo", "tasks": [task | values | _IMAGES]})
     elif "services" in values:
         for service in values["services"].values():
             check_command(shlex.split(service["command"]))

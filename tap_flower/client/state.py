@@ -93,7 +93,7 @@ class ClientState:
                 if not bool(tensor.isfinite().all()):
                     raise DivergedError(
                         f"round {self.round} left a value that is not finite in {name!r} of the model {model!r}, which "
-                        f"stays as it was before: lower the learning rate, or look for broken examples"
+                        f"stays as it was: lower the learning rate, or look for broken examples"
                     )
 
 
@@ -118,9 +118,7 @@ class StateFolder:
     """
 
     def __init__(self, folder: Path, run: str, epochs: Sequence[Epoch]) -> None:
-        self.folder = folder
-        self.run = run
-        self.epochs = tuple(epochs)
+        self.folder, self.run, self.epochs = folder, run, tuple(epochs)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

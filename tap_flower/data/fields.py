@@ -11,7 +11,6 @@ from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from PIL import ImageColor
 
 from tap_flower.errors import SpecError
 from tap_flower.plain import shown
@@ -90,6 +89,10 @@ class ImageForm:
                 raise SpecError(
                     f"{name} {shown(list(values))}: give three numbers from {low:g} to 1, red, green and blue"
                 )
+        if self.background == "white":
+            return
+        from PIL import ImageColor  # a node without images does not need it
+
         try:
             ImageColor.getrgb(self.background)
         except ValueError as error:
