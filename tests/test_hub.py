@@ -74,7 +74,7 @@ def told(endpoint: str, folder: Path) -> tuple[dict[str, Any], str]:
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
-@pytest.fixture(params=["silent", "closed"])
+@pytest.fixture(params=[pytest.param("silent", marks=pytest.mark.slow), "closed"])
 def endpoint(request: pytest.FixtureRequest) -> Iterator[str]:
     """The address of a hub that takes connections and never answers, or of none."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
@@ -123,6 +123,7 @@ def test_what_a_preset_lacks_is_told_once_before_anything_starts(endpoint: str, 
     assert float(done.stdout.split("seconds ")[1]) < 5 * SLOW
 
 
+@pytest.mark.slow
 def test_a_hub_that_answers_is_asked_for_the_files(tmp_path: Path) -> None:
     asked: list[str] = []
 

@@ -22,7 +22,7 @@ from tap_flower.client.module import unstable
 from tap_flower.client.node import Limits, limits_of, state_folder
 from tap_flower.client.state import ClientState, StateFolder
 from tap_flower.client.task import Client
-from tap_flower.config import Encoding, HyperParameters, NotedConfig, hyper_parameters
+from tap_flower.config import Encoding, HyperParameters, NotedConfig, hyper_parameters_of
 from tap_flower.core.averaging import check_form
 from tap_flower.core.components import State, trainable_state
 from tap_flower.core.module_tensors import digest
@@ -196,10 +196,10 @@ class Handlers:
             return Message(Error(REFUSED, f"unexpected {type(error).__name__} at {where}: {reason}"), reply_to=message)
 
     def _open(self, context: Context, instruction: Instruction, limits: Limits) -> tuple[Client, Session]:
-        key = (instruction.run, context.node_id, json.dumps(instruction.hyper_parameters, sort_keys=True))
+        key = (instruction.run, context.node_id, sent := json.dumps(instruction.hyper_parameters, sort_keys=True))
         limits.check("rounds", "round", instruction.round)
         if key not in self.known:
-            settings = hyper_parameters(instruction.hyper_parameters)
+            settings = hyper_parameters_of(sent)
             limits.check_settings(settings)
             noted = copy(context)
             noted.run_config = run_config = NotedConfig(context.run_config)

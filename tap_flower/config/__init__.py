@@ -13,6 +13,7 @@ from tap_flower.config.options import StageTwo as StageTwo
 from tap_flower.config.options import options as options
 from tap_flower.config.resolve import client_specs as client_specs
 from tap_flower.config.resolve import hyper_parameters as hyper_parameters
+from tap_flower.config.resolve import hyper_parameters_of as hyper_parameters_of
 from tap_flower.config.resolve import load_config as load_config
 from tap_flower.config.resolve import plain as plain
 from tap_flower.config.resolve import presets as presets

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -125,6 +127,12 @@ def hyper_parameters(values: Mapping[str, Any]) -> HyperParameters:
     found = cast(HyperParameters, _merged(HyperParameters, [("the server", values)]))
     _check_replacement(found)
     return found
+
+
+@lru_cache(maxsize=16)
+def hyper_parameters_of(sent: str) -> HyperParameters:
+    """The hyper-parameters of a run from their JSON, which all clients of a process share; see `hyper_parameters`."""
+    return hyper_parameters(json.loads(sent))
 
 
 def client_specs(config: Config) -> list[ClientSpec]:

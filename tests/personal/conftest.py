@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
+from tap_flower.report.results import RESULTS
 from tests.federations import ANSWERS, LANGUAGES, SETTINGS, SHAPE_IMAGES, Federation, sources
 
 SHAPES = {
@@ -33,10 +36,15 @@ CLIENTS = [
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("personal")
+    """Made by one of pytest's workers for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "personal"
+    folder.mkdir(exist_ok=True)
     file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump({"clients": CLIENTS}))
     settings = [*SETTINGS, "train.steps=6", "distill.iterations=3", "train.batch_size=8"]
     federation = Federation(folder, file, settings, clients=len(CLIENTS))
-    federation.strategy().start(federation.grid())
+    with FileLock(folder / ".lock"):
+        if not (federation.out / RESULTS).exists():
+            file.write_text(yaml.safe_dump({"clients": CLIENTS}))
+            federation.strategy().start(federation.grid())
     return federation.out

@@ -101,7 +101,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_a_resumed_run_without_a_client_says_who_is_missing_and_why(make_federation: Make, private: bool) -> None:
+def test_a_resumed_run_without_a_client_says_who_is_missing_and_why(
+    make_federation: Make, clock: Clock, private: bool
+) -> None:
     budget = ["privacy.epsilon=100", "privacy.max_noise=100", "rounds=3"] if private else ["rounds=3"]
     federation = make_federation(TOYS, *budget)
     crashed(federation)
@@ -127,7 +129,7 @@ def test_a_resumed_run_waits_for_the_clients_that_it_knows(make_federation: Make
     assert 30 <= clock.slept < 60
 
 
-def test_a_client_that_leaves_is_missing_for_that_reason(federation: ToyFederation) -> None:
+def test_a_client_that_leaves_is_missing_for_that_reason(federation: ToyFederation, clock: Clock) -> None:
     grid = federation.grid()
     grid.tamper = at(TRAIN, 2, lambda: grid.contexts.pop(103), node=103)
     result = federation.strategy().start(grid)
@@ -190,7 +192,7 @@ def test_a_client_that_has_not_personalised_is_marked(federation: ToyFederation,
     assert "tap" in result.clients["ann"]["languages"]
 
 
-def test_a_repeated_round_takes_nothing_from_the_history_that_is_void(make_federation: Make) -> None:
+def test_a_repeated_round_takes_nothing_from_the_history_that_is_void(make_federation: Make, clock: Clock) -> None:
     """In the repeated round bob's reply is lost: as in a run in which nothing else has happened."""
 
     def lost(message: Message, reply: Message) -> Message | None:
@@ -389,7 +391,7 @@ def test_a_message_lives_as_long_as_those_before_it_may_take(federation: ToyFede
     assert lives == [60.0, 120.0, 180.0, 240.0]
 
 
-def test_a_message_to_a_node_that_has_gone_is_named_as_that(federation: ToyFederation) -> None:
+def test_a_message_to_a_node_that_has_gone_is_named_as_that(federation: ToyFederation, clock: Clock) -> None:
     class Gone(InProcessGrid):
         def push_messages(self, asked: Iterable[Message]) -> Iterable[str]:
             (message,) = asked
