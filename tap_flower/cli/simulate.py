@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,7 +21,7 @@ from tap_flower.methods.registry import find_method
 from tap_flower.report.html_report import REPORT, write_report
 from tap_flower.report.progress import RunProgress
 from tap_flower.report.result_tables import headline_table
-from tap_flower.report.results import read_results
+from tap_flower.report.results import read_results, remarks
 from tap_flower.report.terminal_tables import download_table, terminal
 from tap_flower.report.trackers import tracker_names
 from tap_flower.run.resources import CLUSTER, check_cluster, shared, shared_cluster, this_machine
@@ -93,7 +94,7 @@ def simulate_command(
     launch = Launch(preset, config, settings, out, resume, len(specs), resources)
     with RunProgress(console) as progress:
         found = simulate(launch, progress.show)
-    console.print(terminal(headline_table([found])))
+    _show(console, found)
     write_report([out], out / REPORT)
     say(console, f"{found['seconds']['total']:.0f} s; results in {out}, to look at: {out / REPORT}")
 
@@ -105,6 +106,13 @@ def _free_folder(parent: Path, name: str, resume: bool) -> Path:
         number += 1
         folder = parent / f"{name}-{number}"
     return folder
+
+
+def _show(console: Console, found: Mapping[str, Any]) -> None:
+    """Prints the results of a run, and what must be known of them."""
+    console.print(terminal(headline_table([found])))
+    for remark in remarks(found):
+        say(console, f"[yellow]{escape(remark)}")
 
 
 def report_command(
@@ -119,7 +127,7 @@ def report_command(
     """Show the results of finished runs: as tables, and as one HTML file with plots that needs no network."""
     console, found = Console(), [read_results(run) for run in runs]
     for one in found:
-        console.print(terminal(headline_table([one])))
+        _show(console, one)
     if len(found) > 1:
         console.print(terminal(headline_table(found)))
     file = out or (runs[0] if len(runs) == 1 else Path()) / REPORT

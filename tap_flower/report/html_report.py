@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from tap_flower.files import write_atomically
 from tap_flower.report import figures, result_tables
+from tap_flower.report.results import remarks
 from tap_flower.report.run_record import RunRecord, read_run
 from tap_flower.report.svg import SERIES, number
 
@@ -63,6 +64,7 @@ def _run_page(run: RunRecord) -> dict[str, Any]:
     gradients = [figures.gradient_figure(run, client) for client in run.clients]
     return {
         "run": run,
+        "remarks": remarks(run.results),
         "clients": list(figures.client_figures(run)),
         "losses": list(figures.loss_figures(run)),
         "replacements": figures.replacement_map(run),

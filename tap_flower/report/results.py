@@ -132,6 +132,13 @@ def read_results(run: Path) -> dict[str, Any]:
     return found
 
 
+def remarks(found: Mapping[str, Any]) -> list[str]:
+    """What a reader of the results of a run must know: who is missing and why, and what was lost; a sentence each."""
+    missing = [f"client {name!r} was not evaluated: {reason}" for name, reason in found.get("missing", {}).items()]
+    marks = [f"client {name!r}: {mark}" for name, marks in found.get("marks", {}).items() for mark in marks]
+    return missing + marks
+
+
 def headline(kind: str) -> tuple[str, bool]:
     """The metric that a kind of task is judged by, and whether higher is better; a user's own kind is judged by its loss."""
     found = TASK_KINDS.get(kind)

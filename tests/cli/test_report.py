@@ -81,3 +81,17 @@ def test_an_unreadable_run_folder_is_an_error(
     assert code == 1
     assert problem in err
     assert "Traceback" not in out + err
+
+
+def test_a_report_says_who_is_missing_and_what_was_lost(command: Any, tmp_path: Path) -> None:
+    found = finished_run(tmp_path / "run")
+    found |= {"missing": {"cleo": "its node has <gone>"}, "marks": {"ann": ["it had no state of this run"]}}
+    (tmp_path / "run" / "results.json").write_text(json.dumps(found))
+    code, out, _ = command("report", str(tmp_path / "run"))
+    said = " ".join(out.split())
+    assert code == 0
+    assert "client 'cleo' was not evaluated: its node has <gone>" in said
+    assert "client 'ann': it had no state of this run" in said
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<li>client &#39;cleo&#39; was not evaluated: its node has &lt;gone&gt;</li>" in page
+    assert "<li>client &#39;ann&#39;: it had no state of this run</li>" in page
