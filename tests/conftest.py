@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from typing import Any
 
 # Before anything of Hugging Face's is imported: a test that asks the hub by mistake fails at once, here as on a plane.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -7,6 +8,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 import hypothesis
 import pytest
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 # A shared machine is slow at times; no test is judged by the clock.
 hypothesis.settings.register_profile("fast", deadline=None, derandomize=True, max_examples=25)
@@ -31,3 +33,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins first, so that no worker is left with it alone at the end."""
     items.sort(key=lambda item: item.path.parent.name != "deployment" and item.path.name != "test_static.py")
+
+
+class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+    """A worker takes a file whole; deployments, of a dozen processes each, come one after the other."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "deployment" if nodeid.startswith("tests/deployment/") else str(super()._split_scope(nodeid))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    """Called by pytest-xdist."""
+    return Scheduling(config, log)
