@@ -96,7 +96,8 @@ class ServerRun:
         self._best = found.best
         self.initial_arrays = ArrayRecord() if initial_arrays is None else initial_arrays
         self.values = Values(self.initial_arrays)
-        self.first = FirstValues(self.roster, self.initial_arrays, folder / "server", config.round_timeout)
+        patience = min(config.start_timeout, config.round_timeout)  # a newcomer that hangs holds up a round no longer
+        self.first = FirstValues(self.roster, self.initial_arrays, folder / "server", patience)
         self._round_size = round_size
         budget = budget_of(config, round_size(len(config.clients) or sys.maxsize))
         self.privacy = None if budget is None else Privacy(budget, self.progress.privacy)
