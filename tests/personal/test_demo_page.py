@@ -52,11 +52,10 @@ def test_models_are_compared_in_a_browser(browser: Any, address: str, run: Path,
     rows("shapes")[0]["image"].save(tmp_path / "shape.png")
     browser.set_window_size(1200, 1000)
     browser.get(address)
-    wait.until(lambda b: value_of(b, "#task input") == "ann: shapes")
+    wait.until(lambda b: value_of(b, "#task input") == "shapes")
 
     # A file of one's own is classified by each of the three models.
-    (upload,) = wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#image input[type=file]"))
-    upload.send_keys(str(tmp_path / "shape.png"))
+    browser.find_element(By.CSS_SELECTOR, "#image input[type=file]").send_keys(str(tmp_path / "shape.png"))
     wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#image img"))
     browser.find_element(By.ID, "ask").click()
     for number, which in enumerate(("server", "personal", "tap")):
@@ -68,8 +67,8 @@ def test_models_are_compared_in_a_browser(browser: Any, address: str, run: Path,
         assert f"{answer.probability:.0%}" in column.text
 
     # A test item of the report, a text: another client and task.
-    choose(browser, "task", "bob: languages")
-    wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#text textarea"))
+    choose(browser, "client", "bob")
+    wait.until(lambda b: value_of(b, "#task input") == "languages")
     assert not browser.find_elements(By.CSS_SELECTOR, "#image img")
     choose(browser, "item", "test item 1")
     wait.until(lambda b: value_of(b, "#text textarea") == rows("names")[0]["text"])
