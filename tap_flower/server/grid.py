@@ -69,7 +69,13 @@ class StreamingGrid(Grid):
         listed = list(message_ids)
         return list(patiently(lambda: self._grid.pull_messages(listed)))
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+    def send_and_receive(
+        self,
+        messages: Iterable[Message],
+        *,
+        timeout: float | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Iterator[Message]:
         """Sends messages and yields a reply or an error for each, errors of silent nodes last.
 
         Where clients wait for each other, as in a simulation with fewer processes than clients, they may take long
@@ -80,6 +86,7 @@ class StreamingGrid(Grid):
             messages: pushed one by one, as they are drawn.
             timeout: seconds without any answer until those that have not answered are given up; None waits as long as the
                 messages' own `ttl`.
+            meanwhile: called now and then where answers take long.
         """
         pending, unsent = Pending(self), list[Message]()
         longest = 0.0
@@ -101,6 +108,8 @@ class StreamingGrid(Grid):
                 break
             pause = _POLL if arrived else min(1.5 * pause, _LONGEST_POLL)
             if pending.waiting and not arrived:
+                if pause == _LONGEST_POLL:
+                    meanwhile()
                 time.sleep(pause)
         for silent in pending.waiting.values():
             yield Message(Error(SILENT, "no answer in time (raise the timeout, or look at the node)"), reply_to=silent)

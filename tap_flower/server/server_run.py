@@ -174,7 +174,8 @@ class ServerRun:
                 self.asked[self.roster.name_of(message.metadata.dst_node_id)] = message.metadata.dst_node_id
                 yield message
 
-        replies = grid.send_and_receive(noted(), timeout=self.config.round_timeout)
+        look = self.attendance.gathering.look  # who comes meanwhile is asked, and admitted for the next round
+        replies = grid.send_and_receive(noted(), timeout=self.config.round_timeout, meanwhile=look)
         first = list(itertools.islice(replies, 1))  # all messages have been sent when the first reply is there
         return itertools.chain(first, replies)
 

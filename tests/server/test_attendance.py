@@ -19,7 +19,7 @@ from tap_flower.server import attendance
 from tap_flower.server import grid as grids
 from tap_flower.server.grid import StreamingGrid
 from tap_flower.wire import messages
-from tap_flower.wire.messages import EVALUATE, MANIFEST, PERSONALISE, TRAIN
+from tap_flower.wire.messages import EVALUATE, MANIFEST, PERSONALISE, TRAIN, VALUES
 from tests.federations import Make, ToyFederation
 from tests.grid import InProcessGrid, round_of
 from tests.toys import TOYS
@@ -354,6 +354,19 @@ def test_a_client_that_hangs_is_waited_for_once(make_federation: Make, clock: Cl
     assert result.missing["cleo"].startswith("no answer in time")
 
 
+def test_a_client_that_comes_in_a_long_round_takes_part_in_the_next(make_federation: Make, clock: Clock) -> None:
+    federation = make_federation(TOYS, "rounds=2", "round_timeout=100", "clients_per_round=4")
+    grid, strategy = hanging(federation, (102, TRAIN)), federation.strategy()
+    strategy.min_available_nodes = 3
+    late = grid.contexts.pop(103)
+    clock.then(50, lambda: grid.contexts.update({103: late}))
+    strategy.start(grid)
+    assert [e["clients"] for e in events(federation, "round_start")] == [
+        ["ann", "bob", "cleo"],
+        ["ann", "bob", "cleo", "dan"],
+    ]
+
+
 def test_a_client_that_answers_again_takes_part_again(make_federation: Make, clock: Clock) -> None:
     federation = make_federation(TOYS, "rounds=4", "round_timeout=3600")
     grid = hanging(federation, (102, TRAIN))
@@ -370,7 +383,7 @@ def test_the_clock_starts_again_with_every_answer(federation: ToyFederation, clo
     class Queue(InProcessGrid):
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
             waiting = [i for i in message_ids if i in self._waiting]
-            if not waiting or self._waiting[waiting[0]].metadata.message_type == MANIFEST:
+            if not waiting or self._waiting[waiting[0]].metadata.message_type in (MANIFEST, VALUES):
                 return super().pull_messages(waiting)
             started = self.__dict__.setdefault("started", {})
             if clock.now - started.setdefault(waiting[0], clock.now) < 40:
