@@ -121,7 +121,7 @@ class Gathering:
             self.look()
             here = self._roster.nodes.keys() | {manifest.client for manifest in self.answered.values()}
             everybody = len(self.alive) >= count and self.alive <= self._heard()
-            if (everybody and here >= set(names)) or time.monotonic() >= deadline:
+            if (here >= set(names) if names else everybody) or time.monotonic() >= deadline:
                 self.admit()
                 return
             time.sleep(pause)

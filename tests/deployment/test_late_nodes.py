@@ -20,7 +20,7 @@ from .toy_app.toy.client_app import TASKS, Net
 
 pytestmark = pytest.mark.slow
 SEED, LIMIT = 25, 90
-"""Of the run, and its `round_timeout`. By this seed, dora is one of the three in round 3, whether or not bob is there."""
+"""The run's seed, which takes dora into round 3 whether or not bob is there, and its `round_timeout`."""
 STEPS = 6, 4
 """Optimiser steps of a participation in stage 1 (3 of the server's copy, 3 of the personal model), and in stage 2."""
 

@@ -312,6 +312,15 @@ def test_a_node_that_hangs_from_the_start_costs_no_time_and_is_asked_once(make_f
     assert clock.slept < 60
 
 
+def test_a_resumed_run_does_not_wait_for_a_stranger_that_hangs(make_federation: Make, clock: Clock) -> None:
+    federation = make_federation([*TOYS, TOYS[0]], "clients_per_round=4", "start_timeout=600")
+    crashed(federation)
+    before = clock.slept
+    grid = hanging(federation, (104, MANIFEST), nodes=5)
+    assert federation.strategy(resume=True).start(grid).missing == {}
+    assert clock.slept - before < 60
+
+
 def test_one_problem_of_many_nodes_is_said_once(make_federation: Make) -> None:
     federation = make_federation([TOYS[0]] * 30)
 
