@@ -12,7 +12,7 @@ from tap_flower.files import write_atomically
 from tap_flower.report.trackers import Tracker, scalars
 
 METRICS = "metrics.jsonl"
-_OF_ROUNDS = {"round_start", "round", "dropped", "mark", "clipped", "privacy_round"}
+_OF_ROUNDS = {"joined", "round_start", "round", "dropped", "mark", "clipped", "privacy_round"}
 """Events that a resumed run keeps."""
 log = logging.getLogger("tap_flower")
 

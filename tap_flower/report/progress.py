@@ -58,6 +58,8 @@ class RunProgress(AbstractContextManager["RunProgress"]):
                 self._round(event)
             case "dropped":
                 self._say(f"[yellow]dropped the reply of {event['who']}: {escape(event['problem'])}")
+            case "joined":
+                self._say(f"client {event['client']!r} has joined")
             case "clipped":
                 norms = f"its norm {event['norm']:g} is above {event['clip_norm']:g}"
                 self._say(f"[yellow]scaled down the update of client {event['client']!r}: {norms}")

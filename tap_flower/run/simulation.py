@@ -33,7 +33,7 @@ from tap_flower.run.resources import Resources
 
 CONNECTION = "tap-flower"
 """The name of the SuperLink in its own configuration of Flower."""
-_START_SECONDS = 60.0
+_START_SECONDS, _END_SECONDS = 60.0, 15.0
 _FIRST_STATUS_SECONDS, _STATUS_SECONDS = 10.0, 30.0
 """Seconds without the first event, or a new one, after which Flower is asked whether the run is still alive."""
 _ERROR = re.compile(r"\b(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): .*")
@@ -181,22 +181,44 @@ def superlink(folder: Path) -> Iterator[Flower]:
             time.sleep(0.1)
         yield flower
     finally:
-        _end(process)
+        _end(process, home)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the SuperLink and its processes, some of them in sessions of their own: asks first, then kills."""
-    try:
-        root = psutil.Process(process.pid)
-        family = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        family = []
-    for end, patience in ((psutil.Process.terminate, 15.0), (psutil.Process.kill, 5.0)):
+def _end(process: subprocess.Popen[bytes], home: Path) -> None:
+    """Ends the SuperLink and its processes: asks first, then kills.
+
+    What Ray starts has sessions of its own, and may start while its parent ends. It is known by its `FLWR_HOME`.
+    """
+    asked, deadline = set[psutil.Process](), time.monotonic() + _END_SECONDS
+    while family := _family(process, home):
         for member in family:
             with suppress(psutil.NoSuchProcess):
-                end(member)
-        _, family = psutil.wait_procs(family, patience)
+                if time.monotonic() > deadline:
+                    member.kill()
+                elif member not in asked:
+                    asked.add(member)
+                    member.terminate()
+        psutil.wait_procs(family, 0.2)
     process.wait()
+
+
+def _family(process: subprocess.Popen[bytes], home: Path) -> list[psutil.Process]:
+    """The SuperLink, its descendants, and every other process with this `FLWR_HOME`, without those that have ended."""
+    found = set[psutil.Process]()
+    with suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process.pid)
+        found = {root, *root.children(recursive=True)}
+    for other in psutil.process_iter():
+        with suppress(psutil.Error):
+            if other.environ().get("FLWR_HOME") == str(home):
+                found.add(other)
+    return [member for member in found if _runs(member)]
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _submit(launch: Launch, out: Path, flower: Flower) -> int:

@@ -235,9 +235,12 @@ class Attendance:
     def welcome(self) -> None:
         """Forgets the nodes that have gone, admits the clients that have come, asks the new nodes. Does not wait."""
         self.gathering.look()
-        if self.gathering.answered:
+        if came := {manifest.client: node for node, manifest in self.gathering.answered.items()}:
             self.gathering.admit()
             self._settle()
+            for name in sorted(name for name, node in came.items() if self.roster.nodes.get(name) == node):
+                log.info("client %r has joined", name)
+                self.events.write("joined", round=self.progress.round, client=name)
 
     def _settle(self) -> None:
         """Hands out first values to new clients, and notes who takes part."""

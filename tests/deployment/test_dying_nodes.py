@@ -71,6 +71,8 @@ def test_nodes_that_die(tmp_path: Path) -> None:
             toy.start_node(cluster, "bob")
             toy.start_node(cluster, "cleo")
             cluster.wait_for_nodes(4)
+        for name in ("bob", "cleo"):
+            cluster.wait_for_event("joined", client=name)
         faults.let_pass("dora")
         second = cluster.wait_for_event("round", round=2)
         assert (set(second["clients"]), second["dropped"]) == ({"dora"}, ["ann", "bob", "cleo"])

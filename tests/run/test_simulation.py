@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tap_flower.errors import SimulationError
 from tap_flower.run import simulation
 from tap_flower.run.resources import Resources
-from tap_flower.run.simulation import Flower, Launch, app_folder, cause, simulate
+from tap_flower.run.simulation import Flower, Launch, app_folder, cause, simulate, superlink
 
 
 def test_the_flower_app_is_in_the_source_tree() -> None:
@@ -62,3 +65,23 @@ def test_a_run_that_ends_while_its_status_is_asked_for_has_not_failed(
     else:
         with pytest.raises(SimulationError, match="the run ended with status finished:failed: RuntimeError: no GPU"):
             simulate(launch, lambda _: None)
+
+
+def test_what_a_superlink_has_started_ends_with_it(tmp_path: Path) -> None:
+    """Also a process whose parent has ended, and one that is started while the others end, as Ray's are."""
+    started = "trap 'sleep 1; sleep 600 & exit' TERM; echo $$ > shell; sleep 600 & wait"
+    with superlink(tmp_path) as flower:
+        subprocess.run(["setsid", "--fork", "sh", "-c", started], cwd=tmp_path, env=flower.environment, check=True)
+        while not (tmp_path / "shell").exists():
+            time.sleep(0.01)
+        assert len(with_home(flower)) >= 4  # the SuperLink's, the shell, and what it waits for
+    assert with_home(flower) == []
+
+
+def with_home(flower: Flower) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("FLWR_HOME") == flower.environment["FLWR_HOME"]:
+                found.append(process)
+    return found

@@ -374,6 +374,8 @@ def test_a_client_that_comes_in_a_long_round_takes_part_in_the_next(make_federat
         ["ann", "bob", "cleo"],
         ["ann", "bob", "cleo", "dan"],
     ]
+    # cleo joins again, having answered who she is.
+    assert [(e["round"], e["client"]) for e in events(federation, "joined")][:2] == [(1, "cleo"), (1, "dan")]
 
 
 def test_a_client_that_answers_again_takes_part_again(make_federation: Make, clock: Clock) -> None:
