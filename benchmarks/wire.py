@@ -26,7 +26,7 @@ from benchmarks.workload import configuration
 from tap_flower.client.from_spec import client_model
 from tap_flower.config import Config, Encoding, client_specs, load_config, sent_hyper_parameters
 from tap_flower.core.components import trainable_state
-from tap_flower.core.initial import named_seed
+from tap_flower.core.seeds import named_seed
 from tap_flower.models.load import from_config
 from tap_flower.models.model import TapModel
 from tap_flower.wire import messages

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from tap_flower import IMAGE_GENERATION, TEXT_CLASSIFICATION, TEXT_GENERATION, Client, TapClientApp, Task, TaskKind
-from tap_flower.core.initial import named_seed
+from tap_flower.core.seeds import named_seed
 from tap_flower.core.tasks import IGNORE
 
 REGRESSION = TaskKind.of(

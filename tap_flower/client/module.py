@@ -14,8 +14,8 @@ from cachetools import LRUCache
 from torch import Tensor, nn
 
 from tap_flower.core.components import ComponentModel, State
-from tap_flower.core.initial import named_seed
 from tap_flower.core.module_tensors import BuiltModule, Names
+from tap_flower.core.seeds import named_seed, seeded
 from tap_flower.core.tracing import Forward, Parts, of_the_user
 from tap_flower.data.examples import OWN
 from tap_flower.errors import ClientError
@@ -174,8 +174,7 @@ def _seeded(seed: int) -> Iterator[None]:
     """Random numbers from a seed, and afterwards as if none had been drawn."""
     states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed):
             random.seed(seed)
             np.random.seed(seed % 2**32)
             yield

@@ -17,8 +17,8 @@ from tap_flower.client.evaluation import TestObserver
 from tap_flower.client.module import OwnModel, OwnOutline, adapted, built_module
 from tap_flower.config import HyperParameters
 from tap_flower.core.components import ComponentModel, Pair
-from tap_flower.core.initial import named_seed
 from tap_flower.core.module_tensors import BuiltModule
+from tap_flower.core.seeds import named_seed
 from tap_flower.core.tasks import TaskKind
 from tap_flower.core.tracing import AVERAGE, PERSONAL, Forward, Patterns, TracedTask, parts_of
 from tap_flower.data.batching import ClientData

@@ -5,7 +5,6 @@ The server and every client compute the same values on their own, whatever other
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+
+from tap_flower.core.seeds import named_seed
 
 Distribution = Literal["constant", "identity", "normal", "uniform"]
 LARGEST_SCALE = 2.0**8
@@ -66,12 +67,6 @@ class Initial:
         if self.distribution == "normal":
             return tensor.normal_(0.0, self.scale, generator=generator)
         return tensor.uniform_(-self.scale, self.scale, generator=generator)
-
-
-def named_seed(seed: int, *names: object) -> int:
-    """A seed for the random numbers that belong to `names`, below 2^63; unrelated for different names or seeds."""
-    text = "/".join(str(part) for part in (seed, *names))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 @torch.no_grad()

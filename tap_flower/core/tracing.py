@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tap_flower.core.components import ComponentMap, Pair
-from tap_flower.core.initial import named_seed
 from tap_flower.core.module_tensors import BuiltModule, as_float32, is_norm, still_norms
+from tap_flower.core.seeds import named_seed, seeded
 from tap_flower.core.tasks import TaskKind
 from tap_flower.errors import ClientError, TapFlowerError, defined_at, users_line
 
@@ -114,8 +114,7 @@ def parts_of(
         if id(buffer) not in still
     }
     reached: dict[Pair, set[str]] = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(named_seed(seed, "trace"))
+    with seeded(named_seed(seed, "trace")):
         for task in tasks:
             name, before, found = task.pair.task, _marks(built, module), set(built.trainable)
             if task.forward is not None:

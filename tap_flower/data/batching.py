@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tap_flower.core.initial import named_seed
+from tap_flower.core.seeds import named_seed
 from tap_flower.core.training import Batch
 from tap_flower.data.examples import Examples, OwnLoader, permutation
 

@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 from torch.utils.data import WeightedRandomSampler as Weighted
 
-from tap_flower.core.initial import named_seed
+from tap_flower.core.seeds import named_seed, seeded
 from tap_flower.core.training import Batch
 
 OWN = "batch"
@@ -325,8 +325,7 @@ def _seeded(seed: int, *others: Any) -> Iterator[None]:
     """Seeds torch's generator, which is put back afterwards, as are the generators that `others` have."""
     generators = [g for g in (getattr(other, "generator", None) for other in others) if isinstance(g, torch.Generator)]
     states = [generator.get_state() for generator in generators]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         yield
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)

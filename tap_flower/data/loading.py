@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tap_flower.core.initial import named_seed
+from tap_flower.core.seeds import named_seed
 from tap_flower.data.batching import ClientData
 from tap_flower.data.examples import Examples, set_aside
 from tap_flower.data.fields import ImageForm

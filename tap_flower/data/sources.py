@@ -15,7 +15,7 @@ import huggingface_hub
 import numpy as np
 
 from tap_flower import hub
-from tap_flower.core.initial import named_seed
+from tap_flower.core.seeds import named_seed
 from tap_flower.data import packaged
 from tap_flower.data.examples import permutation
 from tap_flower.data.fields import Field

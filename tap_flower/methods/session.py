@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from tap_flower.config import HyperParameters, ReplacementEvidence
 from tap_flower.core.components import ComponentModel, Pair, State, cpu_state, load_trainable_state
-from tap_flower.core.initial import named_seed
 from tap_flower.core.objectives import Proximal
 from tap_flower.core.own_loop import counted_steps, further_loss
+from tap_flower.core.seeds import named_seed, seed_torch
 from tap_flower.core.tasks import TaskKind
 from tap_flower.core.training import Batch, Objective, Observer, Optimisation, Update, evaluate, train
 from tap_flower.data.batching import ClientData
@@ -163,7 +163,7 @@ class Session:
             Task name -> mean training loss; of a loop of the project's own, if it returned one.
         """
         optimisation = replace(optimisation, steps=times * optimisation.steps)
-        torch.manual_seed(named_seed(self.settings.seed, self.name, "noise", *noise))
+        seed_torch(named_seed(self.settings.seed, self.name, "noise", *noise))
         if any(task.fit is not None for task in self.tasks):
             assert update is None, "methods with an update of their own say so in `Method.own_loop`"
             return self._fit(model, objective, times)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor
 
 from tap_flower.config import Admission
-from tap_flower.core.initial import named_seed
+from tap_flower.core.seeds import named_seed
 from tap_flower.errors import MessageError
 from tap_flower.wire.messages import Manifest
 

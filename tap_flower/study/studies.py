@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from tap_flower.config import load_config, plain
-from tap_flower.core.initial import named_seed
+from tap_flower.core.seeds import named_seed
 from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.errors import ConfigError
 from tap_flower.files import write_atomically

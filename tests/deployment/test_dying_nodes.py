@@ -68,11 +68,11 @@ def test_nodes_that_die(tmp_path: Path) -> None:
             assert cluster.saved_round(name) == 1
             assert not changed(states[name], personal_model(cluster, name))
         with cluster.timed("from two SuperNodes' new start until Flower has let them in"):
-            toy.start_node(cluster, "bob")
-            toy.start_node(cluster, "cleo")
+            answered = {name: faults.answers(name) for name in ("bob", "cleo")}
+            for name in answered:
+                toy.start_node(cluster, name)
             cluster.wait_for_nodes(4)
-        for name in ("bob", "cleo"):
-            cluster.wait_for_event("joined", client=name)
+        cluster.wait_for(lambda: all(faults.answers(n) > answered[n] for n in answered), "bob's and cleo's manifests")
         faults.let_pass("dora")
         second = cluster.wait_for_event("round", round=2)
         assert (set(second["clients"]), second["dropped"]) == ({"dora"}, ["ann", "bob", "cleo"])
