@@ -29,7 +29,7 @@ def test_import_contracts() -> None:
         ("tap_flower.core.objectives", {"flwr", "transformers", "datasets", "omegaconf", "ray"}),
         ("tap_flower.models.model", {"flwr", "datasets", "omegaconf", "ray"}),
         ("tap_flower.personal.personal_model", {"flwr", "ray", "gradio"}),
-        ("tap_flower.cli", {"flwr", "transformers", "datasets", "ray", "gradio"}),
+        ("tap_flower.cli", {"torch", "flwr", "httpx", "transformers", "datasets", "ray", "gradio"}),
         ("tap_flower.server.strategy", {"transformers", "datasets", "ray"}),
         ("server_app.app", {"transformers", "datasets", "ray"}),
         ("client_app.app", {"torch", "transformers", "datasets", "ray"}),

@@ -1,4 +1,7 @@
-"""The command `tap-flower`; each module holds a group of its commands."""
+"""The command `tap-flower`; each module holds a group of its commands.
+
+A command imports what it needs when it runs, so that `tap-flower --help` does not wait for torch.
+"""
 
 from __future__ import annotations
 

@@ -11,11 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tap_flower.cli.common import ConfigFile, DataRoot, Preset, Settings, say
-from tap_flower.client.text_metrics import missing
-from tap_flower.config import Model, load_config, read_yaml
-from tap_flower.data.spec import SPLITS
 from tap_flower.errors import BackboneError, ConfigError
-from tap_flower.files import write_json
 from tap_flower.run.supernode import NodeLaunch
 from tap_flower.run.supernode import start as start_node
 
@@ -31,10 +27,12 @@ def check_command(
     ] = None,
 ) -> None:
     """Check a client spec for a run: read all its data, and list every problem."""
-    # Imported here: they bring transformers and datasets, which the other commands do without.
     from tap_flower.client.client_model import exchanged
+    from tap_flower.config import load_config, read_yaml
     from tap_flower.data.check import Problem, check_data, check_spec
     from tap_flower.data.images import with_image_forms
+    from tap_flower.data.spec import SPLITS
+    from tap_flower.files import write_json
     from tap_flower.report.terminal_tables import data_table, example_table, exchange_line
 
     console, run = Console(), load_config(preset, config, tuple(set_ or ()))
@@ -110,6 +108,8 @@ def node_command(
     ] = None,
 ) -> None:
     """Check a client spec with all its data, then become a Flower SuperNode for it."""
+    from tap_flower.client.text_metrics import missing
+    from tap_flower.config import Model, read_yaml
     from tap_flower.data.check import check_data, check_spec
 
     console = Console()

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tap_flower.run.resources import CLUSTER
+
 DEMO = "demo"
 """The backbone that the package holds."""
 
@@ -17,7 +19,21 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override an option; may be repeated.")
 ]
 DataRoot = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Read hub data sets from this mirror.")]
-Jobs = Annotated[int | None, typer.Option(min=1, help="Runs at once.", show_default="one per GPU or core")]
+CpusPerRun = Annotated[
+    int | None, typer.Option(min=1, help="Cores of a run.", show_default="all cores, shared by the runs")
+]
+GpusPerRun = Annotated[
+    float | None, typer.Option(min=0.0, help="GPUs of a run, such as 0.5.", show_default="1 where there are any")
+]
+RayAddress = Annotated[
+    str,
+    typer.Option(
+        "--ray",
+        envvar=CLUSTER,
+        metavar="ADDRESS",
+        help="Join a Ray cluster: HOST:PORT, auto, or local for this machine.",
+    ),
+]
 
 
 def say(console: Console, text: str) -> None:

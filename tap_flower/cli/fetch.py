@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from tap_flower.cli.common import say
-from tap_flower.config import client_specs, load_config, presets
-from tap_flower.data.spec import ClientSpec
 from tap_flower.errors import ConfigError
 from tap_flower.hub import CATALOGUE, answers, fetch_data, fetch_model, is_here
+
+if TYPE_CHECKING:
+    from tap_flower.data.spec import ClientSpec
 
 Needed = Mapping[tuple[str, str | None], str]
 """(name, revision) on the hub -> `model` or `dataset`."""
@@ -28,6 +29,8 @@ def fetch_command(
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch.")] = None,
 ) -> None:
     """Download a preset's checkpoint and data sets, or one checkpoint; convert pytorch_model.bin to safetensors."""
+    from tap_flower.config import client_specs, load_config, presets
+
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"  # before the hub's library is imported
     console = Console()
     if name not in presets():

@@ -10,10 +10,7 @@ import typer
 from rich.console import Console
 
 from tap_flower.cli.common import say
-from tap_flower.client.description import read_description
 from tap_flower.errors import PersonalError
-from tap_flower.personal.folders import chosen_task, client_folder
-from tap_flower.report.results import RESULTS
 
 if TYPE_CHECKING:
     from tap_flower.personal.answers import Answer
@@ -43,6 +40,9 @@ def predict_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Print what a client's model answers to images or texts."""
+    from tap_flower.client.description import read_description
+    from tap_flower.personal.folders import chosen_task, client_folder
+
     folder = client_folder(place, client)
     wanted = chosen_task(task, read_description(folder))
     given: dict[str, list[Any]] = {"image": image or [], "text": text or []}
@@ -71,7 +71,10 @@ def export_command(
     model: Model = None,
 ) -> None:
     """Export one task of a client's model: plain tensors without LoRA, tokenizer, model card."""
+    from tap_flower.client.description import read_description
     from tap_flower.personal.export import export
+    from tap_flower.personal.folders import chosen_task, client_folder
+    from tap_flower.report.results import RESULTS
 
     folder = client_folder(place, client)
     name = chosen_task(task, read_description(folder)).name

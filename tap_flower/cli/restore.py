@@ -10,10 +10,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from tap_flower.cli.common import say
-from tap_flower.client.state import KEPT, PERSONAL, PREVIOUS
 from tap_flower.errors import StorageError
-from tap_flower.files import keep_as, read_record, read_tensors, write_json, write_tensors
-from tap_flower.personal.folders import client_folder
 
 UNDONE = "personal.undone.safetensors"
 """The state that was taken away."""
@@ -32,6 +29,9 @@ def restore_command(
     ] = False,
 ) -> None:
     """Put a client's earlier state in place of its latest, for example after a round that has spoiled its model."""
+    from tap_flower.client.state import PERSONAL
+    from tap_flower.personal.folders import client_folder
+
     folder = place if (place / PERSONAL).exists() else client_folder(place, client)
     undone, restored = go_back(folder, best)
     say(
@@ -52,6 +52,9 @@ def go_back(folder: Path, to_kept: bool) -> tuple[int, int]:
     Raises:
         StorageError: there is no earlier state, or it is damaged.
     """
+    from tap_flower.client.state import KEPT, PERSONAL, PREVIOUS
+    from tap_flower.files import keep_as, read_record, read_tensors, write_json, write_tensors
+
     source = folder / (KEPT if to_kept else PREVIOUS)
     if not source.exists():
         raise StorageError(

@@ -13,23 +13,15 @@ from rich.markup import escape
 
 from tap_flower.cli.common import ConfigFile, Preset, Settings, say
 from tap_flower.cli.fetch import check_fetched
-from tap_flower.client.text_metrics import missing
-from tap_flower.config import client_specs, load_config, presets
 from tap_flower.errors import ConfigError
-from tap_flower.files import read_tensors
-from tap_flower.methods.registry import find_method
-from tap_flower.report.html_report import REPORT, write_report
 from tap_flower.report.progress import RunProgress
-from tap_flower.report.result_tables import headline_table
-from tap_flower.report.results import read_results, remarks
-from tap_flower.report.terminal_tables import download_table, terminal
-from tap_flower.report.trackers import tracker_names
-from tap_flower.run.resources import CLUSTER, check_cluster, shared, shared_cluster, this_machine
-from tap_flower.run.simulation import Launch, simulate
 
 
 def presets_command() -> None:
     """List the presets: clients, backbone, data sets, downloads."""
+    from tap_flower.config import client_specs, load_config, presets
+    from tap_flower.report.terminal_tables import download_table
+
     console = Console()
     for name in presets():
         config = load_config(name)
@@ -62,12 +54,20 @@ def simulate_command(
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")] = False,
 ) -> None:
     """Run a whole federation on this machine."""
+    from tap_flower.client.text_metrics import missing
+    from tap_flower.config import client_specs, load_config
+    from tap_flower.files import read_tensors
+    from tap_flower.methods.registry import find_method
+    from tap_flower.report.html_report import REPORT, write_report
+    from tap_flower.report.trackers import tracker_names
+    from tap_flower.run.resources import CLUSTER, check_cluster, shared, shared_cluster, this_machine
+    from tap_flower.run.simulation import Launch, simulate
+    from tap_flower.server.privacy import budget_of
+
     console = Console()
     settings = tuple(set_ or ())
     settings += () if rounds is None else (f"rounds={rounds}",)
     settings += () if seed is None else (f"seed={seed}",)
-    from tap_flower.server.privacy import budget_of  # it imports Flower, which other commands do without
-
     # What is wrong is said now, not after Flower's start.
     resolved = load_config(preset, config, settings)
     find_method(resolved.method)
@@ -110,6 +110,10 @@ def _free_folder(parent: Path, name: str, resume: bool) -> Path:
 
 def _show(console: Console, found: Mapping[str, Any]) -> None:
     """Prints the results of a run, and what must be known of them."""
+    from tap_flower.report.result_tables import headline_table
+    from tap_flower.report.results import remarks
+    from tap_flower.report.terminal_tables import terminal
+
     console.print(terminal(headline_table([found])))
     for remark in remarks(found):
         say(console, f"[yellow]{escape(remark)}")
@@ -125,6 +129,11 @@ def report_command(
     ] = None,
 ) -> None:
     """Show the results of finished runs: as tables, and as one HTML file with plots that needs no network."""
+    from tap_flower.report.html_report import REPORT, write_report
+    from tap_flower.report.result_tables import headline_table
+    from tap_flower.report.results import read_results
+    from tap_flower.report.terminal_tables import terminal
+
     console, found = Console(), [read_results(run) for run in runs]
     for one in found:
         _show(console, one)

@@ -5,40 +5,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tap_flower.cli.common import ConfigFile, Jobs, Preset, Settings, say
+from tap_flower.cli.common import ConfigFile, CpusPerRun, GpusPerRun, Preset, RayAddress, Settings, say
 from tap_flower.cli.fetch import check_fetched
-from tap_flower.config import client_specs
 from tap_flower.errors import SimulationError
-from tap_flower.files import write_atomically
-from tap_flower.report.terminal_tables import terminal
-from tap_flower.run.resources import this_machine
-from tap_flower.study.comparison import compare
-from tap_flower.study.execute import Outcome, execute
-from tap_flower.study.plan import PlannedRun, read_sweep
-from tap_flower.study.studies import Study, margin_study, pairs_study
-from tap_flower.study.sweep_tables import comparison_tables, latex, markdown, to_csv
+
+if TYPE_CHECKING:
+    from tap_flower.study.execute import Outcome
+    from tap_flower.study.plan import PlannedRun
+    from tap_flower.study.studies import Study
 
 study_app = typer.Typer(help="Study how results change with one quantity.", no_args_is_help=True)
 _SEEDS, _MARGINS = (41, 42, 43), (0.0, 0.01, 0.05, 0.2)
 Seeds = Annotated[list[int] | None, typer.Option(help="Seed of runs; may be repeated.", show_default="41, 42, 43")]
+Where = tuple[str, int | None, float | None]
+"""Address of a Ray cluster; cores and GPUs of a run."""
 StudyFolder = Annotated[Path, typer.Option(help="The study's folder.")]
 
 
 def sweep_command(
     file: Annotated[Path, typer.Argument(help="YAML file of methods, seeds and settings.")],
     out: Annotated[Path | None, typer.Option(help="The sweep's folder.", show_default="runs/NAME-OF-FILE")] = None,
-    jobs: Jobs = None,
+    cpus_per_run: CpusPerRun = None,
+    gpus_per_run: GpusPerRun = None,
+    ray: RayAddress = "local",
 ) -> None:
     """Run methods by seeds, whatever is missing, and compare them in table.md, .csv and .tex."""
+    from tap_flower.files import write_atomically
+    from tap_flower.report.terminal_tables import terminal
+    from tap_flower.study.comparison import compare
+    from tap_flower.study.plan import read_sweep
+    from tap_flower.study.sweep_tables import comparison_tables, latex, markdown, to_csv
+
     console, out = Console(), out or Path("runs") / file.stem
     sweep = read_sweep(file, out)
-    failed = _execute(console, sweep.runs, jobs)
+    failed = _execute(console, sweep.runs, (ray, cpus_per_run, gpus_per_run))
     found = compare(sweep)
     tables = comparison_tables(found)
     for table in tables:
@@ -56,10 +62,14 @@ def pairs_command(
     set_: Settings = None,
     seed: Seeds = None,
     out: StudyFolder = Path("runs/study-pairs"),
-    jobs: Jobs = None,
+    cpus_per_run: CpusPerRun = None,
+    gpus_per_run: GpusPerRun = None,
+    ray: RayAddress = "local",
 ) -> None:
     """Measure the losses of the server's model and of personal ones as the number of pairs grows."""
-    _study(pairs_study(preset, config, set_ or [], seed or _SEEDS, out), out, jobs)
+    from tap_flower.study.studies import pairs_study
+
+    _study(pairs_study(preset, config, set_ or [], seed or _SEEDS, out), out, (ray, cpus_per_run, gpus_per_run))
 
 
 @study_app.command("margin")
@@ -72,25 +82,38 @@ def margin_command(
         list[float] | None, typer.Option(help="Margin; may be repeated.", show_default="0, 0.01, 0.05, 0.2")
     ] = None,
     out: StudyFolder = Path("runs/study-margin"),
-    jobs: Jobs = None,
+    cpus_per_run: CpusPerRun = None,
+    gpus_per_run: GpusPerRun = None,
+    ray: RayAddress = "local",
 ) -> None:
     """Measure results and numbers of replacements by the margin of the replacement."""
-    _study(margin_study(preset, config, set_ or [], seed or _SEEDS, margin or _MARGINS, out), out, jobs)
+    from tap_flower.study.studies import margin_study
+
+    _study(
+        margin_study(preset, config, set_ or [], seed or _SEEDS, margin or _MARGINS, out),
+        out,
+        (ray, cpus_per_run, gpus_per_run),
+    )
 
 
-def _study(study: Study, out: Path, jobs: int | None) -> None:
+def _study(study: Study, out: Path, where: Where) -> None:
     console = Console()
-    _exit_if(_execute(console, study.runs, jobs))
+    _exit_if(_execute(console, study.runs, where))
     say(console, f"to look at: {study.write(out)}; numbers in {study.name}.csv")
 
 
-def _execute(console: Console, runs: Sequence[PlannedRun], jobs: int | None) -> list[Outcome]:
+def _execute(console: Console, runs: Sequence[PlannedRun], where: Where) -> list[Outcome]:
     """Executes the missing runs, with a line for each, and returns those that failed."""
-    machine, missing = this_machine(), [run for run in runs if not run.done]
-    jobs = max(1, min(jobs or machine.gpus or machine.cores, len(missing)))
-    for run in missing[:1]:
-        check_fetched(client_specs(run.resolved), run.resolved.data.root, f"tap-flower fetch {run.resolved.preset}")
-    say(console, f"{len(runs)} runs, {len(runs) - len(missing)} of them finished; {jobs} at once")
+    from tap_flower.config import client_specs
+    from tap_flower.study.execute import cluster, execute, share_of
+
+    missing = [run for run in runs if not run.done]
+    already = f"{len(runs)} runs, {len(runs) - len(missing)} of them finished"
+    if not missing:
+        say(console, already)
+        return []
+    first = missing[0].resolved
+    check_fetched(client_specs(first), first.data.root, f"tap-flower fetch {first.preset}")
     failed: list[Outcome] = []
     ended = count(1)
 
@@ -99,7 +122,11 @@ def _execute(console: Console, runs: Sequence[PlannedRun], jobs: int | None) -> 
         how = f"[bold red]failed[/]: {escape(outcome.problem)}" if outcome.problem else f"{outcome.seconds:.0f} s"
         say(console, f"{next(ended)}/{len(missing)} {outcome.run.label}, seed {outcome.run.seed}: {how}")
 
-    execute(missing, jobs, machine, finished)
+    address, cpus, gpus = where
+    with cluster(address) as machines:
+        share = share_of(machines, len(missing), cpus, gpus)
+        say(console, f"{already}; {share}")
+        execute(missing, share, finished)
     return failed
 
 

@@ -10,8 +10,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import httpx
-
 from tap_flower.errors import ConfigError
 
 QUIET = {
@@ -51,6 +49,8 @@ def environment() -> dict[str, str]:
     Proxies that the HTTP client cannot use at all, such as SOCKS without its package, are left out, with a warning. Ray's
     sockets get a short folder, since their paths have 107 bytes at most.
     """
+    import httpx
+
     found = {**os.environ, **QUIET, **path_of_programs()}
     told = [found.get("no_proxy") or found.get("NO_PROXY", ""), "127.0.0.1", "localhost", "::1"]
     found["no_proxy"] = found["NO_PROXY"] = ",".join(filter(None, told))

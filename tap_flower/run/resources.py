@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 
 from tap_flower.errors import ConfigError
 
@@ -77,6 +76,8 @@ class Resources:
 
 def this_machine() -> Machine:
     """The cores that this process may use (its affinity and its container's limit), and the GPUs that torch sees."""
+    import torch  # which the command line does without until a command runs
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(max(1, int(min(cores, _quota(_CGROUP)))), torch.cuda.device_count())
 
@@ -131,7 +132,7 @@ def check_cluster(address: str) -> None:
             raise OSError("no Ray runs on this machine")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{CLUSTER}={address}: there is no Ray cluster ({error}): start it with `ray start`, or unset {CLUSTER} to run "
+            f"there is no Ray cluster at {address!r} ({error}): start it with `ray start`, or unset {CLUSTER} to run "
             f"on this machine alone"
         ) from error
 

@@ -50,6 +50,11 @@ class PlannedRun:
         return found
 
     @property
+    def log(self) -> Path:
+        """The run's log, which is beside its folder: that must be empty when the run starts."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
     def done(self) -> bool:
         """Whether the run has finished."""
         return (self.folder / RESULTS).exists()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,12 +17,16 @@ from typing import Any
 
 import psutil
 import pytest
+from ray.cluster_utils import Cluster
 
+from tap_flower.config import to_yaml
+from tap_flower.errors import ConfigError
 from tap_flower.report.results import read_results
 from tap_flower.run.resources import Machine
 from tap_flower.server.strategy import TapStrategy
-from tap_flower.study.execute import Outcome, _context, _parts, execute
+from tap_flower.study.execute import Outcome, Share, _keep, cluster, execute, share_of
 from tap_flower.study.plan import PlannedRun, read_sweep
+from tap_flower.study.worker import Task, _own_folder, run_task
 from tests.grid import InProcessGrid
 
 
@@ -45,48 +52,95 @@ def here(run: PlannedRun, folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_runs_give_the_numbers_of_any_other_runtime(write_sweep: Any, tmp_path: Path) -> None:
     """`tests/test_end_to_end.py` shows that Flower's own processes give these numbers, too."""
-    sweep = read_sweep(write_sweep(seeds=[5], methods=["tap", "fedavg"]), tmp_path / "out")
-    outcomes: list[Outcome] = []
-    execute(sweep.runs, 2, Machine(2, 0), outcomes.append)
-    assert sorted(o.run.label for o in outcomes) == ["fedavg", "tap"]
-    assert not any(o.problem for o in outcomes)
-    for run in sweep.runs:
-        assert numbers(run) == here(run, tmp_path / "here" / run.label)
-    execute(sweep.runs, 2, Machine(2, 0), outcomes.append)
-    assert len(outcomes) == 2  # all were there
-
-
-def has_imported_a_run() -> None:
-    sys.exit("tap_flower.study.worker" not in sys.modules)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("gpus", "exit_status"), [(0, 0), (1, 1)])
-def test_without_gpus_a_process_begins_with_what_a_run_imports(gpus: int, exit_status: int) -> None:
-    process = _context(Machine(2, gpus)).Process(target=has_imported_a_run)
-    process.start()
-    process.join(120)
-    assert process.exitcode == exit_status
-
-
-@pytest.mark.slow
-def test_a_failed_run_leaves_the_others_alone(write_sweep: Any, tmp_path: Path) -> None:
-    broken, good = read_sweep(write_sweep(seeds=[5], methods=["tap", "fedavg"]), tmp_path / "out").runs
-    runs = [replace(broken, config=str(tmp_path / "gone.yaml")), good]
+    runs = read_sweep(write_sweep(seeds=[5], methods=["tap", "fedavg"]), tmp_path / "out").runs
+    file = tmp_path / "broken.yaml"
+    file.write_text((tmp_path / "clients.yaml").read_text().replace("names", "gone"))
+    broken = replace(runs[0], label="broken", config=str(file), folder=tmp_path / "out" / "broken" / "seed-5")
     outcomes: dict[str, Outcome] = {}
-    # As on a machine with a GPU, where processes are not forked.
-    execute(runs, 1, Machine(2, 1), lambda outcome: outcomes.__setitem__(outcome.run.label, outcome))
-    assert outcomes["fedavg"].problem == ""
-    assert outcomes["tap"].problem.startswith("exit status 1, see ")
-    log = Path(outcomes["tap"].problem.removeprefix("exit status 1, see "))
-    assert "gone.yaml" in log.read_text()
+    with cluster() as machines:
+        execute([broken, *runs], share_of(machines, 3, None, 0), lambda o: outcomes.__setitem__(o.run.label, o))
+        assert outcomes["broken"].problem.startswith(
+            "RunError: node 100 cannot take part: client 'ann': "
+        )  # and leaves the others alone
+        assert outcomes["broken"].problem.endswith(f", see {broken.log}")
+        assert "Traceback" in broken.log.read_text()
+        assert [outcomes[label].problem for label in ("tap", "fedavg")] == ["", ""]
+        again: list[Outcome] = []
+        execute(runs, Share(1, 0), again.append)
+        assert again == []  # all were there
+    for run in runs:
+        assert numbers(run) == here(run, tmp_path / "here" / run.label)
+
+
+@pytest.mark.slow
+def test_a_cluster_of_two_machines_runs_again_what_was_killed(write_sweep: Any, tmp_path: Path) -> None:
+    """Each machine has room for one run. The process of one is killed after its first round, and then the other machine."""
+    runs = read_sweep(write_sweep(seeds=[5], methods=["tap", "fedavg"], set={"rounds": 8}), tmp_path / "out").runs
+    options = {"num_cpus": 1, "object_store_memory": 10**8}
+    two = Cluster(initialize_head=True, head_node_args={**options, "num_cpus": 1})
+    second = two.add_node(**options)
+    outcomes: list[Outcome] = []
+    killed: list[int] = []
+
+    def kill_workers() -> None:
+        """Of the run `tap`, once; then the machine of the other, or of this one."""
+        wait_for(runs[0].folder / "server" / "server.safetensors")
+        killed.extend(process.pid for process in workers())
+        for process in workers():
+            process.kill()
+        wait_for(runs[1].folder / "server" / "server.safetensors")
+        two.remove_node(second)
+
+    try:
+        with cluster(two.address) as machines:
+            assert machines == [Machine(1, 0), Machine(1, 0)]
+            with pytest.raises(ConfigError, match="no machine has room for a run with 2 cores and 0 GPUs: the largest"):
+                share_of(machines, 2, 2, None)
+            killer = threading.Thread(target=kill_workers)
+            killer.start()
+            execute(runs, share_of(machines, 2, None, None), outcomes.append)
+            killer.join()
+    finally:
+        two.shutdown()
+    assert killed
+    assert [outcome.problem for outcome in outcomes] == ["", ""]
+    for run in runs:
+        assert numbers(run) == here(run, tmp_path / "here" / run.label)
+
+
+def workers() -> list[psutil.Process]:
+    """Processes that execute a run."""
+    return [p for p in psutil.process_iter(["cmdline"]) if "ray::run_task" in " ".join(p.info["cmdline"] or [])]
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 300
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_machine_without_the_folder_sends_its_results_back(write_sweep: Any, tmp_path: Path) -> None:
+    (run,) = read_sweep(write_sweep(seeds=[5], methods=["local"]), tmp_path / "out").runs
+    elsewhere = str(tmp_path / "not" / "here" / "seed-5")
+    task = Task(run.preset, to_yaml(run.resolved), elsewhere, f"{elsewhere}.log", "run 1", str(tmp_path), 1)
+    _, problem, files = run_task(task)
+    assert problem == ""
+    assert files.keys() == {"", "config.yaml", "metrics.jsonl", "results.json"}
+    assert json.loads(files["results.json"])["clients"].keys() == {"ann", "bob"}
+    assert not Path(elsewhere).parent.exists()
+    assert not list(Path(tempfile.gettempdir()).glob(_own_folder(task).name))
+    _keep(run, files)
+    assert run.done
+    assert numbers(run) == here(run, tmp_path / "here")
 
 
 @pytest.mark.slow
 def test_a_killed_sweep_loses_at_most_the_run_in_progress(write_sweep: Any, tmp_path: Path) -> None:
     file, out = write_sweep(seeds=[5], methods=["fedavg", "tap"], set={"rounds": 4}), tmp_path / "out"
     command = [sys.executable, "-c", "from tap_flower.cli import main; main()", "sweep", str(file), "--out", str(out)]
-    command += ["--jobs", "1"]
+    command += ["--cpus-per-run", "2"]
     sweep = read_sweep(file, out)
     first, second = sweep.runs
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ})
@@ -115,13 +169,23 @@ def test_a_killed_sweep_loses_at_most_the_run_in_progress(write_sweep: Any, tmp_
 
 
 @pytest.mark.parametrize(
-    ("jobs", "machine", "expected"),
+    ("machines", "runs", "wanted", "expected"),
     [
-        (2, Machine(8, 0), [("4", None), ("4", None)]),
-        (3, Machine(2, 0), [("1", None)] * 3),
-        (4, Machine(8, 2), [("2", "0"), ("2", "1"), ("2", "0"), ("2", "1")]),
+        ([Machine(8, 0)], 2, (None, None), Share(4, 0)),
+        ([Machine(2, 0)], 5, (None, None), Share(1, 0)),
+        ([Machine(2, 0)], 5, (2, None), Share(2, 0)),
+        ([Machine(8, 2)], 4, (None, None), Share(4, 1)),
+        ([Machine(8, 2)], 4, (None, 0.5), Share(2, 0.5)),
+        ([Machine(8, 2), Machine(64, 0)], 4, (None, None), Share(4, 1)),
+        ([Machine(4, 0), Machine(2, 0)], 1, (None, None), Share(4, 0)),
     ],
 )
-def test_runs_share_the_machine(jobs: int, machine: Machine, expected: list[tuple[str, str | None]]) -> None:
-    found = [(e["OMP_NUM_THREADS"], e.get("CUDA_VISIBLE_DEVICES")) for e in _parts(jobs, machine)]
-    assert found == expected
+def test_runs_share_the_machines(
+    machines: list[Machine], runs: int, wanted: tuple[int | None, float | None], expected: Share
+) -> None:
+    assert share_of(machines, runs, *wanted) == expected
+
+
+def test_a_cluster_that_is_not_there_is_an_error_with_a_remedy() -> None:
+    with pytest.raises(ConfigError, match="there is no Ray cluster at '127.0.0.1:1' .* start it with `ray start`"):
+        cluster("127.0.0.1:1").__enter__()
