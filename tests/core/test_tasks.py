@@ -125,6 +125,16 @@ def test_text_ignores_padding() -> None:
     assert divergence.abs().max() < 1e-6  # a shift of the logits is no difference
 
 
+def test_texts_without_a_target_count_at_all_positions() -> None:
+    """A loop of the project's own says nothing of padding. By hand: logits log p, so that KL(teacher || student) is
+    p · log(p / q), for (1/4, 3/4) against (1/2, 1/2)."""
+    student = torch.tensor([[[0.5, 0.5], [0.25, 0.75], [0.5, 0.5]]]).log()
+    teacher = torch.tensor([[[0.25, 0.75], [0.25, 0.75], [0.5, 0.5]]]).log()
+    divergences = TEXT_GENERATION.divergences(student, teacher, None, 1.0)
+    expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert divergences.tolist() == pytest.approx([expected, 0.0, 0.0], abs=1e-6)
+
+
 def test_a_text_is_right_when_all_of_its_tokens_are() -> None:
     # Of three texts the first and the third are right in every token that counts, the second in one of two.
     output = predictions(4, [0, 1, 2, 3, 1, 0, 2, 2, 2]).view(3, 3, 4)
