@@ -68,8 +68,9 @@ class Limits:
         """
         train = settings.train
         inner = settings.baselines.pfedme_inner_steps if settings.method == "pfedme" else 1
-        self.check("steps", "train.steps", train.steps * inner)
-        self.check("steps", "distill.iterations", settings.distill.iterations)
+        weighing = 1 + settings.baselines.fedala_start if settings.method == "fedala" else 1
+        self.check("steps", "train.steps", train.steps * inner * weighing)
+        self.check("steps", "distill.iterations", settings.distill.iterations * weighing)
         self.check("batch_size", "train.batch_size · train.accumulation", train.batch_size * train.accumulation)
         self.check("text_length", "model.text_length", settings.model.text_length)
 
