@@ -66,7 +66,8 @@ def participate(session: Session, server_round: int, received: State, memory: Me
     kept = learned(session, received, memory, session.settings.train.optimisation(server_round), server_round)
     trained, losses = session.train_round(server_round, aggregated(received, kept), "server")
     heads = session.outline.component_map.heads - session.outline.moving
-    return Participation(trained, losses, Memory({**kept.models, HEADS: {name: trained[name] for name in heads}}))
+    own = {name: value for name, value in trained.items() if name in heads}
+    return Participation(trained, losses, Memory({**kept.models, HEADS: own}))
 
 
 def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
@@ -78,7 +79,7 @@ def second_stage(session: Session, received: State, memory: Memory) -> SecondSta
 
 
 def models(received: State, memory: Memory, first: Callable[[], State]) -> dict[str, State | None]:
-    """The server's copy, and what a round would start from."""
+    """The server's copy, and that with heads as the W of the client's last round gives them."""
     del first
     return {"server": received, "personal": aggregated(received, memory)}
 
