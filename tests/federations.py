@@ -24,7 +24,7 @@ from tap_flower.methods.session import Session
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
 from tests.grid import InProcessGrid
-from tests.toys import TOYS, Toy, toy_app
+from tests.toys import TOYS, LowRankToy, Toy, toy_app
 
 
 def source(name: str, split: str, start: int, stop: int) -> dict[str, Any]:
@@ -207,6 +207,8 @@ def federation_of(kind: str, folder: Path, *settings: str, count: int = 4) -> To
     """The first clients of a kind, for what is shown on both."""
     if kind == "toys":
         return federation_of_toys(folder, TOYS[:count], *settings)
+    if kind == "low-rank":
+        return federation_of_toys(folder, [LowRankToy(toy.name, toy.tasks) for toy in TOYS[:count]], *settings)
     return federation_of_specs(folder, CLIENTS[:count], *settings)
 
 

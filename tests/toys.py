@@ -77,6 +77,18 @@ class Net(nn.Module):
         return self.words(words)[0][:, -1]
 
 
+class LowRank(nn.Module):
+    """A frozen layer with LoRA."""
+
+    def __init__(self, frozen: nn.Linear) -> None:
+        super().__init__()
+        self.frozen = frozen.requires_grad_(False)
+        self.A, self.B = nn.Linear(frozen.in_features, 2, bias=False), nn.Linear(2, frozen.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(x) + self.B(self.A(x))
+
+
 def random_pixels(count: int, seed: int) -> Tensor:
     return torch.rand(count, 4, generator=torch.Generator().manual_seed(seed))
 
@@ -172,6 +184,15 @@ class Toy:
         }
         tasks = [task(name, self.name, examples) for name, examples in self.tasks.items()]
         return Client(self.name, self.net, tasks, components, state_dir)
+
+
+class LowRankToy(Toy):
+    """A toy whose trunk has LoRA."""
+
+    def net(self) -> Net:
+        net = super().net()
+        net.trunk[0] = LowRank(net.trunk[0])
+        return net
 
 
 TOYS = [

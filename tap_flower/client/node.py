@@ -67,9 +67,11 @@ class Limits:
             MessageError: with the value and the limit.
         """
         train = settings.train
-        inner = settings.baselines.pfedme_inner_steps if settings.method == "pfedme" else 1
-        self.check("steps", "train.steps", train.steps * inner)
-        self.check("steps", "distill.iterations", settings.distill.iterations)
+        further, times = "", 1
+        if settings.method == "fedala":
+            further, times = " · (1 + baselines.fedala_start)", 1 + settings.baselines.fedala_start
+        self.check("steps", f"train.steps{further}", train.steps * times)
+        self.check("steps", f"distill.iterations{further}", settings.distill.iterations * times)
         self.check("batch_size", "train.batch_size · train.accumulation", train.batch_size * train.accumulation)
         self.check("text_length", "model.text_length", settings.model.text_length)
 

@@ -65,6 +65,11 @@ class ComponentMap:
         """Task name -> pair."""
         return {pair.task: pair for pair in self.reach}
 
+    @cached_property
+    def heads(self) -> frozenset[str]:
+        """Names of the tensors of all heads, the components whose names begin with `head/`."""
+        return frozenset(name for name, component in self.component_of.items() if component.startswith("head/"))
+
     def tensors_of(self, pair: Pair) -> tuple[str, ...]:
         """Names of the tensors that the forward pass of `pair` reaches: what a replacement copies."""
         reached = self.reach[pair]

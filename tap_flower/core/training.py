@@ -101,6 +101,31 @@ class Optimisation:
     factors: Mapping[str, float] = field(default_factory=dict)
 
 
+def adamw(
+    named: Iterable[tuple[str, torch.nn.Parameter]], optimisation: Optimisation
+) -> tuple[torch.optim.Optimizer, list[torch.nn.Parameter]]:
+    """AdamW with a learning rate for each factor of `optimisation`.
+
+    Args:
+        named: names and parameters; those without `requires_grad` are left out.
+        optimisation: learning rate, factors, weight decay.
+
+    Returns:
+        The optimiser, and the parameters that it changes.
+    """
+    groups: dict[float, list[torch.nn.Parameter]] = defaultdict(list)
+    for name, parameter in named:
+        if parameter.requires_grad:
+            groups[optimisation.factors.get(name, 1.0)].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": group, "lr": factor * optimisation.learning_rate} for factor, group in groups.items()],
+        lr=optimisation.learning_rate,
+        weight_decay=optimisation.weight_decay,
+        fused=True,
+    )
+    return optimizer, [parameter for group in groups.values() for parameter in group]
+
+
 def train(
     model: PairModel,
     kinds: Mapping[str, TaskKind],
@@ -125,17 +150,7 @@ def train(
     Raises:
         DivergedError: a loss was NaN or infinite; the message names the task and the step.
     """
-    groups: dict[float, list[torch.nn.Parameter]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[optimisation.factors.get(name, 1.0)].append(parameter)
-    parameters = [parameter for group in groups.values() for parameter in group]
-    optimizer = torch.optim.AdamW(
-        [{"params": group, "lr": factor * optimisation.learning_rate} for factor, group in groups.items()],
-        lr=optimisation.learning_rate,
-        weight_decay=optimisation.weight_decay,
-        fused=True,
-    )
+    optimizer, parameters = adamw(model.named_parameters(), optimisation)
     loss_sum: dict[str, Tensor] = {}
     units: dict[str, int] = defaultdict(int)
     model.train()

@@ -6,12 +6,14 @@ The personalisation layers are the heads. A client trains both together.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-from tap_flower.core.components import State
+from tap_flower.core.components import ComponentModel, State
+from tap_flower.errors import ConfigError
 from tap_flower.methods.method import Memory, Method, Participation, SecondStage
-from tap_flower.methods.session import Session
+from tap_flower.methods.session import MakeUpdate, Session
 
-NAME, HEADS = "fedper", "heads"
+NAME, OWN = "fedper", "own"
 
 
 def is_base(component: str, tensor: str) -> bool:
@@ -20,28 +22,44 @@ def is_base(component: str, tensor: str) -> bool:
     return not component.startswith("head/")
 
 
-def with_heads(received: State, memory: Memory, first: Callable[[], State]) -> State:
-    """The server's base and the client's own heads, which have their first values before the client's first round."""
-    return {**first(), **memory.models.get(HEADS, {}), **received}
+def check_heads(method: str, model: ComponentModel) -> None:
+    """Refuses a model without heads, of which nothing would be personal.
+
+    Raises:
+        ConfigError: no component's name begins with `head/`.
+    """
+    if not model.component_map.heads:
+        raise ConfigError(
+            f"method={method} treats heads apart, and no component of the client's model is named head/...: name it, as in "
+            f"Client(components={{'head/triage': 'head.*', ...}}), or use another method"
+        )
 
 
-def participate(session: Session, server_round: int, received: State, memory: Memory) -> Participation:
-    """Trains base and heads; the base is returned, the heads are kept."""
-    trained, losses = session.train_round(server_round, with_heads(received, memory, session.initial_values), "server")
-    base = {name: value for name, value in trained.items() if name in received}
-    heads = {name: value for name, value in trained.items() if name not in received}
-    return Participation(base, losses, Memory({HEADS: heads}))
+def whole(received: State, memory: Memory, first: Callable[[], State]) -> State:
+    """What the server sent and what the client kept, which has its first values before the client's first round."""
+    return {**first(), **memory.models.get(OWN, {}), **received}
 
 
-def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
-    """Fine-tunes base and heads."""
-    finetuned, losses = session.finetune(with_heads(received, memory, session.initial_values), "server")
-    return SecondStage({NAME: finetuned}, losses)
+def train_whole(
+    session: Session, server_round: int, received: State, memory: Memory, update: MakeUpdate | None = None
+) -> Participation:
+    """Trains the whole model for a round; what came from the server is returned, the rest is kept."""
+    start = whole(received, memory, session.initial_values)
+    trained, losses = session.train_round(server_round, start, "server", update=update)
+    returned = {name: value for name, value in trained.items() if name in received}
+    own = {name: value for name, value in trained.items() if name not in received}
+    return Participation(returned, losses, Memory({OWN: own}))
+
+
+def second_stage(session: Session, received: State, memory: Memory, name: str = NAME) -> SecondStage:
+    """Fine-tunes the whole model, whose name in the results is `name`."""
+    finetuned, losses = session.finetune(whole(received, memory, session.initial_values), "server")
+    return SecondStage({name: finetuned}, losses)
 
 
 def models(received: State, memory: Memory, first: Callable[[], State]) -> dict[str, State | None]:
-    """The server's base with the client's own heads."""
-    return {"personal": with_heads(received, memory, first)}
+    """The server's tensors with the client's own."""
+    return {"personal": whole(received, memory, first)}
 
 
-METHOD = Method(NAME, participate, second_stage, (NAME,), models, is_base)
+METHOD = Method(NAME, train_whole, second_stage, (NAME,), models, is_base, partial(check_heads, NAME))

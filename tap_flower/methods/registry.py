@@ -8,7 +8,22 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from tap_flower.errors import ConfigError
-from tap_flower.methods import disentafl, ditto, fedavg, fedper, fedprox, local_only, per_fedavg, pfedme, tap
+from tap_flower.methods import (
+    apfl,
+    disentafl,
+    ditto,
+    fedala,
+    fedavg,
+    feddat,
+    fedper,
+    fedprox,
+    fedrep,
+    fedsa_lora,
+    local_only,
+    per_fedavg,
+    pfedme,
+    tap,
+)
 from tap_flower.methods.method import Method
 
 METHODS: dict[str, Method] = {
@@ -24,6 +39,11 @@ METHODS: dict[str, Method] = {
         ditto.METHOD,
         pfedme.METHOD,
         per_fedavg.METHOD,
+        fedrep.METHOD,
+        fedala.METHOD,
+        fedsa_lora.METHOD,
+        apfl.METHOD,
+        feddat.METHOD,
     )
 }
 """Name -> method, of those that come with tap-flower."""

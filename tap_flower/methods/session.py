@@ -174,10 +174,12 @@ class Session:
             self.settings.train.group_by_length,
             optimisation.steps * optimisation.accumulation,
         )
-        heads = [n for n, component in model.component_map.component_of.items() if component.startswith("head/")]
-        optimisation = replace(optimisation, factors=dict.fromkeys(heads, self.settings.train.head_factor))
         self.steps += optimisation.steps
-        return train(model, self.kinds, batches, optimisation, objective, update)
+        return train(model, self.kinds, batches, self.with_head_factor(model, optimisation), objective, update)
+
+    def with_head_factor(self, model: ComponentModel, optimisation: Optimisation) -> Optimisation:
+        """The optimisation with the heads' own learning rate."""
+        return replace(optimisation, factors=dict.fromkeys(model.component_map.heads, self.settings.train.head_factor))
 
     def _fit(self, model: ComponentModel, objective: Objective | None, times: int) -> dict[str, float]:
         """Trains through the project's own loops, one task after the other.
@@ -244,7 +246,12 @@ class Session:
         return cpu_state(model), losses
 
     def finetune(
-        self, start: State | None, name: str, objective: MakeObjective | None = None, times: int = 1
+        self,
+        start: State | None,
+        name: str,
+        objective: MakeObjective | None = None,
+        update: MakeUpdate | None = None,
+        times: int = 1,
     ) -> tuple[State, dict[str, float]]:
         """Trains a model for `times` · K optimiser steps, K being those of stage 2.
 
@@ -252,6 +259,7 @@ class Session:
             start: values of the whole model; None takes the run's first values.
             name: name of the model, which names the random numbers of dropout.
             objective: makes a further loss.
+            update: makes what happens with the gradients of a step.
             times: multiple of K.
 
         Returns:
@@ -264,6 +272,7 @@ class Session:
             order=("stage 2",),
             noise=("stage 2", name),
             objective=None if objective is None else objective(model),
+            update=None if update is None else update(model),
             times=times,
         )
         return cpu_state(model), losses

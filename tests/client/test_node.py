@@ -18,8 +18,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from tap_flower.client import from_spec
 from tap_flower.client import node as node_module
 from tap_flower.client.node import Limits, limits_of, this_node
-from tap_flower.config import Metrics
-from tap_flower.errors import RunError, SpecError
+from tap_flower.config import HyperParameters, Metrics
+from tap_flower.errors import MessageError, RunError, SpecError
 from tap_flower.methods.session import Session
 from tap_flower.wire import messages
 from tap_flower.wire.messages import REFUSED
@@ -121,6 +121,18 @@ def test_a_node_refuses_what_is_above_its_limits(make_federation: Make, limit: d
     assert re.search(problem, reply.error.reason)
     fresh.contexts[100].node_config.update(dict.fromkeys(limit, 1000))
     assert not fresh.answer(Message(asked.content, dst_node_id=100, message_type=messages.TRAIN)).has_error()
+
+
+def test_steps_that_a_method_makes_besides_count_for_the_limit() -> None:
+    settings = HyperParameters(method="fedala")
+    settings.train.steps, settings.distill.iterations, settings.baselines.fedala_start = 20, 30, 10
+    with pytest.raises(MessageError, match=r"train.steps · \(1 \+ baselines.fedala_start\) = 220, and .* allows 219"):
+        Limits(steps=219).check_settings(settings)
+    with pytest.raises(MessageError, match=r"distill.iterations · \(1 \+ baselines.fedala_start\) = 330"):
+        Limits(steps=329).check_settings(settings)
+    Limits(steps=330).check_settings(settings)
+    settings.method = "pfedme"  # its steps of θ are those of the run
+    Limits(steps=30).check_settings(settings)
 
 
 def test_a_limit_is_a_whole_number_from_1_on() -> None:

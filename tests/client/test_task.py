@@ -23,6 +23,7 @@ from tap_flower.run.in_process import InProcessGrid
 from tap_flower.server.result import mean_metrics
 from tests.toys import pixels
 
+COMPONENTS = {"trunk": "trunk.*", "head/digits": "head.*"}
 FEW = ["train.steps=2", "distill.iterations=2", "start_timeout=1"]
 
 
@@ -85,7 +86,7 @@ def run(folder: Path, tasks: Callable[[int], Task], *settings: str, rate: float 
     @app.client()
     def make(context: Context) -> Client:
         number = int(context.node_config["partition-id"])
-        return Client(f"c{number}", Net, [tasks(number)], state_dir=folder / "state")
+        return Client(f"c{number}", Net, [tasks(number)], COMPONENTS, state_dir=folder / "state")
 
     strategy = TapStrategy(
         config=load_config("plug-in", settings=["rounds=1", f"clients_per_round={nodes}", *FEW, *settings]),
@@ -202,7 +203,7 @@ def test_methods_work_with_a_projects_own_loop(tmp_path: Path, method: str) -> N
     assert metrics["train-loss"] > 0
 
 
-@pytest.mark.parametrize("method", ["pfedme", "per-fedavg"])
+@pytest.mark.parametrize("method", ["pfedme", "per-fedavg", "fedrep", "fedala", "apfl", "feddat"])
 def test_methods_that_need_our_loop_say_so_by_name(tmp_path: Path, method: str) -> None:
     with pytest.raises(RunError, match=f"task 'digits' has `fit`, and method={method} .*: use another method"):
         run(tmp_path, lambda _: Loop().task(), f"method={method}")

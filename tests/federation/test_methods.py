@@ -28,18 +28,38 @@ MODELS = {
     "ditto": {"server", "personal", "ditto"},
     "pfedme": {"server", "pfedme"},
     "per-fedavg": {"server", "per-fedavg"},
+    "fedrep": {"personal", "fedrep"},
+    "fedala": {"server", "personal", "fedala"},
+    "fedsa-lora": {"personal", "fedsa-lora"},
+    "apfl": {"server", "personal", "apfl"},
+    "feddat": {"server", "personal", "feddat"},
 }
 """Method -> models in its results."""
-STEPS = {"tap": (4, 4), "local": (2, 2), "fedavg": (2, 0), "ditto": (4, 2)}
+STEPS = {
+    "tap": (4, 4),
+    "local": (2, 2),
+    "fedavg": (2, 0),
+    "ditto": (4, 2),
+    "apfl": (4, 2),
+    "feddat": (4, 2),
+    "fedala": (12, 4),  # W: none in the first round, ten passes of 2 steps in the second, one in stage 2
+}
 """Method -> optimiser steps of a participation and of stage 2, where the settings say 2 and 2; (2, 2) for the others."""
+KINDS = {"disentafl": "specs", "fedsa-lora": "low-rank"}
+"""Method -> kind of the clients that show it; toys for the others.
+
+DisentAFL looks into the fusion of tap-flower's own models.
+"""
 each_method = pytest.mark.parametrize(
     ("kind", "method"),
     [
-        *(("toys", method) for method in METHODS if method != "disentafl"),
-        ("specs", "disentafl"),  # it looks into the fusion of tap-flower's own models
+        *((KINDS.get(method, "toys"), method) for method in METHODS),
         *(pytest.param("specs", method, marks=pytest.mark.slow) for method in METHODS if method != "disentafl"),
     ],
 )
+KEEP_HEADS = ("fedper", "fedrep")
+OWN_NOISE = ("local", "apfl", "feddat")
+"""Their dropout draws other numbers than FedAvg's: a model of its own name, or a second model beside the first."""
 Run = tuple[ToyFederation | Federation, dict[str, Any]]
 RunOf = Callable[[str, str], Run]
 
@@ -96,7 +116,7 @@ def test_optimiser_steps_and_bytes_are_charged(run_of: RunOf, kind: str, method:
     assert results["steps"] == dict.fromkeys(("ann", "bob"), 2 * a_round + second_stage)
     exchanged = read_tensors(federation.out / "server" / "server.safetensors")[0]
     assert (results["bytes"]["down"] > 0) == (results["bytes"]["up"] > 0) == bool(exchanged) == (method != "local")
-    if method == "fedper":
+    if method in (*KEEP_HEADS, "fedsa-lora"):
         assert not [component for component in results["bytes"]["per_component"] if component.startswith("head/")]
         assert results["bytes"]["up"] < run_of(kind, "fedavg")[1]["bytes"]["up"]
 
@@ -112,7 +132,7 @@ def test_what_a_client_keeps_is_in_its_own_folder(run_of: RunOf, kind: str, meth
     assert store.load_models(find_method(method).results).keys() == set(find_method(method).results)
     for state in kept.memory.models.values():
         assert state
-        if method == "fedper":
+        if method in (*KEEP_HEADS, "fedsa-lora"):
             assert not exchanged.keys() & state.keys()
 
 
@@ -136,7 +156,7 @@ def test_all_methods_start_from_the_same_values_and_see_the_same_batches(
         short = ["rounds=1", "train.steps=1", "distill.iterations=1"]
         one, other = (finished(kind, tmp_path / name, f"method={name}", *short) for name in (method, "fedavg"))
         assert first_losses(one) == first_losses(other)
-    elif method == "local":  # its dropout has a name of its own
+    elif method in OWN_NOISE:
         assert found != reference
         assert found == pytest.approx(reference, rel=0.2)
     else:
@@ -152,7 +172,7 @@ def crash(*_: Any) -> None:
 
 
 @each_kind
-@pytest.mark.parametrize("method", ["local", "fedper", "ditto"])
+@pytest.mark.parametrize("method", ["local", "fedper", "ditto", "fedrep", "fedala", "apfl", "feddat"])
 def test_a_run_that_crashed_before_stage_2_ends_the_same(run_of: RunOf, kind: str, method: str, tmp_path: Path) -> None:
     """These keep models on the client; TAP's own resumption has tests of its own."""
     _, whole = run_of(kind, method)

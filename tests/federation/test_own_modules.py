@@ -77,7 +77,9 @@ def test_a_run_again_gives_the_same(tmp_path: Path) -> None:
     assert one["clients"] == other["clients"]
 
 
-@pytest.mark.parametrize("method", ["local", "fedavg+finetune", "fedprox", "fedper", "ditto", "pfedme", "per-fedavg"])
+@pytest.mark.parametrize(
+    "method", ["local", "fedavg+finetune", "fedprox", "ditto", "pfedme", "per-fedavg", "apfl", "feddat"]
+)
 def test_every_method_runs(tmp_path: Path, method: str) -> None:
     _, results = run(tmp_path, f"method={method}", "rounds=1", "train.steps=2", "distill.iterations=2")
     assert set(results["clients"]) == {"ann", "bob", "cleo"}
@@ -86,6 +88,8 @@ def test_every_method_runs(tmp_path: Path, method: str) -> None:
 def test_a_method_that_needs_our_own_models_says_so(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="method=disentafl needs the fusion of tap-flower's own models"):
         run(tmp_path, "method=disentafl")
+    with pytest.raises(RunError, match="method=fedper treats heads apart, and no component of the client's model"):
+        run(tmp_path, "method=fedper")
 
 
 def test_other_shapes_under_one_name_are_refused_with_both_clients(tmp_path: Path) -> None:

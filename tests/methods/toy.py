@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from tap_flower.config import HyperParameters
 from tap_flower.core import training
-from tap_flower.core.components import State, load_trainable_state
-from tap_flower.core.tasks import IMAGE_GENERATION
+from tap_flower.core.components import ComponentMap, Pair, State, load_trainable_state
+from tap_flower.core.tasks import IMAGE_GENERATION, TaskKind
 from tap_flower.methods.session import Session
 
-BASE, HEAD = "base", "head"
+MAP = ComponentMap(
+    {"base": "encoder/text", "head": "head/t"}, {Pair("t", ("text",)): frozenset({"encoder/text", "head/t"})}
+)
 
 
 def state(**values: float) -> State:
@@ -29,6 +31,9 @@ def numbers(tensors: dict[str, Tensor]) -> dict[str, float]:
 
 class Toy(nn.Module):
     """Its output is `base + head`, the target 0: the loss is (base + head)², its gradient 2 (base + head) for both."""
+
+    component_map = MAP
+    moving = frozenset[str]()
 
     def __init__(self, values: State) -> None:
         super().__init__()
@@ -47,6 +52,8 @@ class ToyClient:
     initial: State = field(default_factory=lambda: state(base=2.0, head=0.0))
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     trainings: list[tuple[int, tuple[object, ...]]] = field(default_factory=list)
+    kinds: dict[str, TaskKind] = field(default_factory=lambda: {"t": IMAGE_GENERATION})
+    steps: int = 0
 
     def __post_init__(self) -> None:
         self.settings.train.steps, self.settings.distill.iterations = 2, 1
@@ -56,6 +63,13 @@ class ToyClient:
 
     def initial_values(self) -> State:
         return dict(self.initial)
+
+    @property
+    def outline(self) -> Toy:
+        return self.model()
+
+    def with_head_factor(self, model: Toy, optimisation: training.Optimisation) -> training.Optimisation:
+        return optimisation
 
     def model(self, values: State | None = None) -> Toy:
         return Toy(self.initial if values is None else values)
@@ -73,7 +87,7 @@ class ToyClient:
         optimisation = replace(optimisation, steps=times * optimisation.steps)
         self.trainings.append((optimisation.steps, order))
         batches = itertools.repeat(training.Batch("t", {}, torch.zeros(1, 1)))
-        return training.train(model, {"t": IMAGE_GENERATION}, batches, optimisation, **more)
+        return training.train(model, self.kinds, batches, optimisation, **more)
 
     train_round, finetune, near = Session.train_round, Session.finetune, Session.near
 
