@@ -22,8 +22,8 @@ from tap_flower.core.objectives import Proximal
 from tap_flower.core.training import CALL, Batch, Objective, comparable
 from tap_flower.errors import ClientError
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of a value -> integers of as many."""
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of a value -> integers of as many; others are read byte by byte."""
 _THROUGH = ("MulBackward0", "DivBackward0", "ToCopyBackward0")
 
 
@@ -218,7 +218,8 @@ def _marks(model: ComponentModel, state: Collection[str]) -> dict[str, tuple[Any
 
 
 def _bits(tensor: Tensor) -> int:
-    return int(tensor.reshape(-1).view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))
+    integers = _INTEGERS.get(tensor.element_size(), torch.uint8)
+    return int(tensor.reshape(-1).view(integers).sum(dtype=torch.int64))
 
 
 @contextmanager
