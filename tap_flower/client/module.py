@@ -76,6 +76,11 @@ class OwnModel(ComponentModel):
         """Gives what is not trained its values in the run."""
         self._built.reset(self.own_module, values)
 
+    def discard(self) -> None:
+        """Says that the frozen parameters of the module have changed: the next model is of another build."""
+        for key in [key for key, (built, _) in _built.items() if built is self._built]:
+            del _built[key]
+
 
 class OwnOutline(ComponentModel):
     """What is known of a client's models without one: names, shapes, components, first values.

@@ -62,6 +62,7 @@ class Task:
             by name (`loss` and others, which become metrics of the reply). It runs once where the run would make its own
             steps; config is Flower's `config` record of the message. The data must be DataLoaders.
         score: the project's own evaluation, (module, loader) -> numbers by name: `loss`, and the kind's headline metric.
+            It changes nothing in the module, and `fit` only what is trained: an adapter is merged in a copy.
     """
 
     name: str

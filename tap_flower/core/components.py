@@ -131,6 +131,9 @@ class ComponentModel(nn.Module):
     def fix(self, values: Mapping[str, Tensor]) -> None:
         """Sets tensors that never change in a run to the run's values; other names are passed over."""
 
+    def discard(self) -> None:
+        """Says that what it shares with other models has changed: those that are made from now on must not have it."""
+
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """A model's state: its trainable tensors and those that training moves, by name, sharing memory with the model."""

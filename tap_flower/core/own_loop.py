@@ -1,4 +1,4 @@
-"""A training loop of the project's own: a method's further loss reaches it through hooks, and its steps are counted.
+"""A project's own loop and evaluation: a further loss reaches the loop through hooks, and what both leave is checked.
 
 The loop is not changed. `further_loss` adds the term where the loop cannot see it, in the backward pass, so that the
 gradients are those of `loss + term`.
@@ -7,19 +7,23 @@ gradients are those of `loss + term`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from tap_flower.core.components import ComponentModel, trainable_state
 from tap_flower.core.objectives import Proximal
 from tap_flower.core.training import CALL, Batch, Objective, comparable
 from tap_flower.errors import ClientError
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of a value -> integers of as many; others are read byte by byte."""
 _THROUGH = ("MulBackward0", "DivBackward0", "ToCopyBackward0")
 
 
@@ -165,6 +169,57 @@ def _proximal_hooks(objective: Proximal, factor: Factor) -> list[Any]:
 
     trained = [(name, p) for name, p in objective.model.named_parameters() if p.requires_grad]
     return [p.register_hook(hook(name, p)) for name, p in trained]  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def lent(model: ComponentModel, what: str, trains: bool) -> Iterator[nn.Module]:
+    """The module of a model, for code of the project's own, which must leave it as it was but for what is trained.
+
+    Copies of a module share its frozen parameters and are used again: a merged adapter would be in all of them. What the
+    code freezes, as a loop may while it trains, is trainable again afterwards, and the other way round.
+
+    Args:
+        model: of which the module is a part.
+        what: the code, as an error names it.
+        trains: whether the state of the model may change.
+
+    Raises:
+        ClientError: something else has changed; no other model of this process has that module.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    state = trainable_state(model).keys() if trains else ()
+    before = _marks(model, state)
+    try:
+        yield model.own_module
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    after = _marks(model, state)
+    if changed := [name for name in chain(before, after) if before.get(name) != after.get(name)]:
+        model.discard()
+        name = min(changed, key=lambda name: name in before and name in after)
+        how = "is gone" if name not in after else "is new" if name not in before else "has changed"
+        raise ClientError(
+            f"{what} must leave the module as it was, but for what is trained, and {name!r} {how}: merge adapters, or do "
+            f"what it does, in a copy (`copy.deepcopy(net)`); what is to be trained has `requires_grad` when `model` "
+            f"returns, and a buffer that training changes is found where the task has `forward` and `target`"
+        )
+
+
+def _marks(model: ComponentModel, state: Collection[str]) -> dict[str, tuple[Any, ...]]:
+    """Name -> what changes where a tensor does: dtype and shape, and but for `state` the sum of its values' bits.
+
+    What is changed through `.data`, as peft does, has no new version; what `load_state_dict` gives its old values has one.
+    """
+    return {
+        name: (tensor.dtype, tensor.shape, None if name in state else _bits(tensor.detach()))
+        for name, tensor in chain(model.named_parameters(), model.named_buffers())
+    }
+
+
+def _bits(tensor: Tensor) -> int:
+    integers = _INTEGERS.get(tensor.element_size(), torch.uint8)
+    return int(tensor.reshape(-1).view(integers).sum(dtype=torch.int64))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tap_flower.config import HyperParameters, ReplacementEvidence
 from tap_flower.core.components import ComponentModel, Pair, State, cpu_state, load_trainable_state
 from tap_flower.core.objectives import Proximal
-from tap_flower.core.own_loop import counted_steps, further_loss
+from tap_flower.core.own_loop import counted_steps, further_loss, lent
 from tap_flower.core.seeds import named_seed, seed_torch
 from tap_flower.core.tasks import TaskKind
 from tap_flower.core.training import Batch, Objective, Observer, Optimisation, Update, evaluate, train
@@ -194,8 +194,12 @@ class Session:
             assert task.fit is not None
             name, loader = task.pair.task, self.data.loader("train", task.pair.task)
             for _ in range(times):
-                with counted_steps() as steps, further_loss(model.own_module, name, objective):
-                    found = metrics_of(name, task.fit(model.own_module, loader, self.config))
+                with (
+                    lent(model, f"task {name!r}: `fit`", trains=True) as module,
+                    counted_steps() as steps,
+                    further_loss(module, name, objective),
+                ):
+                    found = metrics_of(name, task.fit(module, loader, self.config))
                 self.steps += steps[0]
             loss = found.pop("loss", None)
             if loss is not None and not isfinite(loss):
@@ -305,9 +309,10 @@ class Session:
 
     def _score(self, task: SessionTask, model: ComponentModel, loader: DataLoader[Any]) -> dict[str, float]:
         assert task.score is not None
-        found = scores_of(task.pair.task, task.kind, task.score(model.eval().own_module, loader))
+        with lent(model.eval(), f"task {task.pair.task!r}: `score`", trains=False) as module:
+            returned = task.score(module, loader)
         model.to(self.device)  # the evaluation may have moved it
-        return found
+        return scores_of(task.pair.task, task.kind, returned)
 
     def try_own(self) -> None:
         """Tries what is the project's own, so that what it lacks is told before the first round.

@@ -127,7 +127,7 @@ class FirstValues:
         return [(roster.nodes.pop(name), problem) for name, problem in sorted(problems.items())]
 
     def check_names(self) -> None:
-        """Refuses `initial_arrays` of which no client has any tensor.
+        """Refuses `initial_arrays` of which no client has any tensor, and tells of those of which none has this one.
 
         Raises:
             RunError: with two names.
@@ -136,7 +136,15 @@ class FirstValues:
             have = min(self._roster.tensors, default="none")
             raise RunError(
                 f"initial_arrays names no tensor that a client trains: it has {min(self._arrays)!r}, the clients have "
-                f"{have!r}: give the names of the clients' own model"
+                f"{have!r}: give the names of the clients' own model, as its `state_dict` has them"
+            )
+        known = {self._digests[name] for name in self._given}  # by another name, where weights are tied
+        others = {n: as_float32(torch.from_numpy(self._arrays[n].numpy())) for n in self._arrays.keys() - self._given}
+        if left := sorted(name for name, value in others.items() if value is None or digest(value) not in known):
+            log.warning(
+                "initial_arrays names %d tensors that no client has, such as %r: they stay in `arrays` as they are; the "
+                "clients have %r and others",
+                *(len(left), left[0], min(self._roster.tensors)),
             )
 
     def _fetch(self, grid: Grid, client: str, names: list[str]) -> None:

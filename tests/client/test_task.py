@@ -262,6 +262,40 @@ def test_a_loss_that_decides_must_be_returned(tmp_path: Path, caplog: pytest.Log
     assert "`fit` returned no loss, and replacement.evidence = training compares it" in caplog.text
 
 
+def test_a_loop_may_freeze_what_it_does_not_train(tmp_path: Path) -> None:
+    """As people do in `train`, of a module that is built anew for every message of Flower's."""
+
+    def fit(net: Any, data: DataLoader[Any], config: Mapping[str, Any]) -> None:
+        net.trunk.requires_grad_(False)
+        x, y = next(iter(data))
+        F.cross_entropy(net(x), y).backward()
+        torch.optim.SGD(net.parameters(), lr=config["lr"]).step()
+
+    result = run(tmp_path, lambda _: Loop().task(fit=fit), "rounds=2", "method=fedavg", nodes=1)
+    first = session(Loop().task(), "c0", seed=41).initial_values()
+    moved = {name for name, value in result.arrays.to_torch_state_dict().items() if not value.equal(first[name])}
+    assert moved == {"head.weight", "head.bias"}
+
+
+def test_a_module_whose_frozen_weights_an_evaluation_has_changed_is_built_anew(tmp_path: Path) -> None:
+    """One client merges into what another in its process trains: its replies are refused, the other's are untouched."""
+
+    def frozen() -> Net:
+        net = Net()
+        net.trunk.requires_grad_(False)
+        nn.init.ones_(net.trunk.weight)
+        return net
+
+    def merging(net: Any, data: DataLoader[Any]) -> dict[str, float]:
+        net.trunk.weight.data += 1
+        return {"loss": 0.0, "accuracy": 1.0}
+
+    with pytest.raises(ClientError, match="task 'digits': `score` must leave the module .* 'trunk.weight' has changed"):
+        Client("c0", frozen, [Loop().task(score=merging)]).session(HyperParameters())
+    other = Client("c1", frozen, [task()]).session(HyperParameters())
+    assert dict(other.model().named_parameters())["trunk.weight"].equal(torch.ones(6, 4))
+
+
 @pytest.mark.parametrize(
     ("returned", "words"),
     [

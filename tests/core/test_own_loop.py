@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tap_flower.core.components import ComponentModel
 from tap_flower.core.objectives import Distillation, Proximal
-from tap_flower.core.own_loop import counted_steps, further_loss
+from tap_flower.core.own_loop import counted_steps, further_loss, lent
 from tap_flower.core.tasks import IMAGE_CLASSIFICATION
 from tap_flower.core.training import CALL, Batch
 from tap_flower.errors import ClientError
@@ -190,3 +190,65 @@ def test_steps_of_any_optimiser_are_counted() -> None:
     with counted_steps() as steps:
         loop(net, F.cross_entropy, accumulation=2)
     assert steps == [3]
+
+
+class Adapted(Net):
+    """A frozen layer with an adapter, as peft makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.requires_grad_(False)
+        self.adapter = nn.Linear(4, 8, bias=False)
+        self.register_buffer("seen", torch.zeros(()))
+        self.discarded = 0
+
+    def discard(self) -> None:
+        self.discarded += 1
+
+
+def merges(net: Any) -> None:
+    net.net[0].weight.data += net.adapter.weight.detach()  # which has no new version then
+
+
+def unloads(net: Any) -> None:
+    merges(net)
+    del net.adapter
+
+
+def wraps(net: Any) -> None:
+    net.other = nn.Linear(2, 2)
+
+
+def counts(net: Any) -> None:
+    net.seen += 1
+
+
+@pytest.mark.parametrize("trains", [True, False], ids=["fit", "score"])
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (merges, "'net.0.weight' has changed"),
+        (unloads, "'adapter.weight' is gone"),
+        (wraps, "'other.weight' is new"),
+        (counts, "'seen' has changed"),
+        (lambda net: net.adapter.bfloat16(), "'adapter.weight' has changed"),
+    ],
+    ids=["merges", "unloads", "wraps", "counts", "another dtype"],
+)
+def test_what_models_share_must_be_left_as_it_was(own: Callable[[Any], None], words: str, trains: bool) -> None:
+    net = Adapted()
+    with pytest.raises(ClientError, match=f"`own` must leave the module as it was.* {words}: merge adapters"):  # noqa: SIM117
+        with lent(net, "`own`", trains) as module:
+            own(module)
+    assert net.discarded == 1
+
+
+def test_what_a_loop_trains_may_change_and_what_it_freezes_is_trainable_again() -> None:
+    net = Adapted()
+    with lent(net, "`fit`", trains=True) as module:
+        module.adapter.weight.data += 1
+        module.requires_grad_(False)
+        module.load_state_dict(module.state_dict())
+    assert [name for name, p in net.named_parameters() if p.requires_grad] == ["adapter.weight"]
+    with pytest.raises(ClientError, match="'adapter.weight' has changed"), lent(net, "`score`", trains=False):
+        net.adapter.weight.data += 1

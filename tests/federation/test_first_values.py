@@ -120,6 +120,17 @@ def test_initial_arrays_that_fit_nothing(tmp_path: Path) -> None:
         run(tmp_path, lambda _: Normed, initial={"head.weight": torch.zeros(2, 6)})
 
 
+def test_initial_arrays_that_fit_in_part_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As peft's names of an adapter, which lack a part; tied weights have a second name, which is no fault."""
+    state = Normed().state_dict()
+    run(tmp_path / "all", lambda _: Normed, initial={**state, "tied": state["head.bias"]})
+    assert "initial_arrays names" not in caplog.text
+    run(tmp_path / "part", lambda _: Normed, initial={**state, "head.lora_A.weight": torch.rand(2, 6)})
+    assert (
+        "initial_arrays names 1 tensors that no client has, such as 'head.lora_A.weight': they stay in" in caplog.text
+    )
+
+
 @pytest.mark.parametrize("encoding", ["bfloat16", "int8"])
 def test_encodings_that_round_start_from_the_same_values(tmp_path: Path, encoding: str) -> None:
     nets = [Normed(), Normed()]
