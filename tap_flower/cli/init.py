@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,11 +100,12 @@ def _of_files(splits: Mapping[str, Path]) -> dict[str, Any]:
     given: dict[str, dict[str, Any]] = {}
     for split, path in splits.items():
         given[split] = {"format": _FORMATS[path.suffix.lower()], "path": str(path)}
-        if given[split]["format"] == "csv" and (delimiter := _delimiter(path)) != ",":
-            given[split]["delimiter"] = delimiter
+        if given[split]["format"] == "csv":
+            guessed = {"delimiter": _delimiter(path), "encoding": _encoding(path)}
+            given[split] |= {key: value for key, value in guessed.items() if value not in (",", "utf-8")}
     first = next(iter(splits.values()))
     rows = _opened(next(iter(given.values())))
-    head = {name: rows[:_LOOKED_AT][name] for name in rows.column_names}
+    head = _undecoded(rows)[:_LOOKED_AT]
     image = next((name for name, values in head.items() if _are_images(values, first.parent, rows, name)), None)
     left = [name for name in head if name != image]
     label = _first(
@@ -187,6 +190,28 @@ def _delimiter(path: Path) -> str:
     return counts.most_common(1)[0][0] if any(counts.values()) else ","
 
 
+def _encoding(path: Path) -> str:
+    """UTF-8 where a CSV file is in it, UTF-16 where it begins so; else a guess, which a comment names as one."""
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    for encoding in ("utf-8", "cp1252"):
+        with suppress(UnicodeDecodeError):
+            content.decode(encoding)
+            return encoding
+    return "latin-1"
+
+
+def _undecoded(rows: Dataset) -> Dataset:
+    """Rows whose images stay the bytes of their files."""
+    import datasets
+
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
+
+
 def _are_images(values: Sequence[Any], folder: Path, rows: Dataset, name: str) -> bool:
     import datasets
 
@@ -235,5 +260,7 @@ def spec_text(client: str, backbone: str, task: Mapping[str, Any]) -> str:
     for number, (key, value) in enumerate(task.items()):
         if key in _COMMENTS and (key != "train" or "part" in value):
             lines.append(f"    # {_COMMENTS[key]}")
+        if key == "train" and "encoding" in value:
+            lines.append("    # the encoding is a guess: look at the texts that `tap-flower check` shows")
         lines.append(("  - " if number == 0 else "    ") + f"{key}: {_flow(value)}")
     return "\n".join(lines) + "\n"

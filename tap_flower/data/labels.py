@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from datetime import date
+from decimal import Decimal
 
 import datasets
 
@@ -77,7 +79,7 @@ def read_labels(
 
 def _class_of(label: object, known: dict[str, int], given: Sequence[object]) -> int | None:
     """The class whose name or label a row's label is, or None."""
-    if is_missing(label) or not isinstance(label, str | int | float):
+    if is_missing(label) or not isinstance(label, str | int | float | Decimal | date):
         return None
     text = as_text(label)
     if text in known:
@@ -91,7 +93,7 @@ def _class_of(label: object, known: dict[str, int], given: Sequence[object]) -> 
 
 def _whole(label: object) -> int | None:
     """The whole number that a label is, or None."""
-    if isinstance(label, bool) or not isinstance(label, str | int | float):
+    if isinstance(label, bool) or not isinstance(label, str | int | float | Decimal):
         return None
     matched = _WHOLE.fullmatch(as_text(label))
     return int(matched[1]) if matched else None

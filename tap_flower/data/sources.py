@@ -20,7 +20,7 @@ from tap_flower.data import packaged
 from tap_flower.data.examples import permutation
 from tap_flower.data.fields import Field
 from tap_flower.data.spec import Source
-from tap_flower.data.tables import csv_table, image_folder, json_table, passed_over
+from tap_flower.data.tables import counted, csv_table, image_folder, json_table, passed_over
 from tap_flower.errors import TapFlowerError
 from tap_flower.hub import fetch_command
 
@@ -180,9 +180,10 @@ def _reason(error: BaseException) -> str:
 
 def notes_of(source: Source) -> Iterator[SourceNote]:
     """What is worth knowing about how a source was opened."""
-    if source.format == "imagefolder" and (passed := passed_over(Path(source.path), source.split)):
-        counts = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(passed.items()))
-        yield SourceNote(f"has {sum(passed.values()):,} files that are no images, which are passed over: {counts}")
+    if source.format == "imagefolder" and (
+        passed := passed_over(Path(source.path), source.split, open_source(source)["file"])
+    ):
+        yield SourceNote(f"has {sum(passed.values()):,} files that are passed over: {counted(passed)}")
 
 
 def _load(reader: str, name: str | None = None, **arguments: object) -> datasets.Dataset:

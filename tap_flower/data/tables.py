@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from tap_flower.plain import shown
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """A file of an image folder that gives the images other columns than a class; its column `file_name` names them."""
+
+_LONGEST_LINE = 1 << 26
+"""Bytes of the longest line, breaks within quotes included, that a CSV file may have."""
 
 
 def csv_table(
@@ -39,7 +43,7 @@ def csv_table(
     for file in files:
         # A line break within quotes is part of a text.
         parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-        read = pyarrow.csv.ReadOptions(encoding=encoding or "utf8")
+        read = pyarrow.csv.ReadOptions(encoding=encoding or "utf8", block_size=_LONGEST_LINE)
         try:
             with pyarrow.csv.open_csv(file, read_options=read, parse_options=parse) as opened:
                 names = opened.schema.names
@@ -115,12 +119,15 @@ def image_folder(folder: Path, split: str = "") -> datasets.Dataset:
         ValueError: the folder is missing, or holds no images.
     """
     folder = _split_folder(folder, split)
-    for name in _METADATA:
-        if (folder / name).is_file():
-            return _with_metadata(folder, folder / name)
-    images, _ = _listing(folder)
+    if metadata := [name for name in _METADATA if (folder / name).is_file()]:
+        if len(metadata) > 1:
+            raise ValueError(f"{folder} has {' and '.join(metadata)}: keep one")
+        return _with_metadata(folder, folder / metadata[0])
+    images, others = _listing(folder)
     if not images:
-        raise ValueError(f"{folder} holds no images")
+        raise ValueError(
+            f"{folder} holds no images" + (f", but files that are none: {counted(others)}" if others else "")
+        )
     labels = [file.split("/")[0] if "/" in file else None for file in images]
     text = datasets.Value("string")
     return datasets.Dataset.from_dict(
@@ -139,9 +146,16 @@ def _with_metadata(folder: Path, file: Path) -> datasets.Dataset:
     return data.rename_column("file_name", "file").add_column("image", paths)
 
 
-def passed_over(folder: Path, split: str = "") -> Counter[str]:
-    """Suffix -> files of an image folder that are no images."""
-    return _listing(_split_folder(folder, split))[1]
+def passed_over(folder: Path, split: str, read: Collection[str]) -> Counter[str]:
+    """What is passed over -> files of an image folder, where those `read`, by their paths below it, are its rows."""
+    images, others = _listing(_split_folder(folder, split))
+    unnamed = set(images) - {posixpath.normpath(file) for file in read if file}
+    return others + Counter({"that the metadata file does not name": len(unnamed)})
+
+
+def counted(files: Counter[str]) -> str:
+    """Files by kind, in words."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(files.items()))
 
 
 def _split_folder(folder: Path, split: str) -> Path:
@@ -155,17 +169,28 @@ def _split_folder(folder: Path, split: str) -> Path:
 
 @lru_cache(maxsize=64)
 def _listing(folder: Path) -> tuple[tuple[str, ...], Counter[str]]:
-    """(images below a folder, in order; suffix -> number of other files)."""
+    """(images below a folder, in order; suffix, `hidden` or `without a suffix` -> number of other files).
+
+    Raises:
+        ValueError: a link leads to a folder that is read already.
+    """
     Image.init()
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     images: list[str] = []
     others: Counter[str] = Counter()
+    read: dict[str, str] = {}
     for place, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
+        real = os.path.realpath(place)
+        if real in read:
+            raise ValueError(f"{place} and {read[real]} are one folder: remove the link")
+        read[real] = place
         for name in files:
-            path = Path(place, name)
-            if path.suffix.lower() in suffixes and not name.startswith("."):
-                images.append(path.relative_to(folder).as_posix())
-            elif name not in _METADATA:
-                others[path.suffix.lower()] += 1
+            path = Path(place, name).relative_to(folder)
+            if any(part.startswith(".") for part in path.parts):
+                others["hidden"] += 1
+            elif path.suffix.lower() in suffixes:
+                images.append(path.as_posix())
+            elif path.as_posix() not in _METADATA:
+                others[path.suffix.lower() or "without a suffix"] += 1
     return tuple(sorted(images)), others
