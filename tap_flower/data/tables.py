@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
@@ -14,10 +16,13 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet
 from PIL import Image
 
 from tap_flower.plain import shown
 
+_UNDECODED = re.compile("[\ud800-\udfff]")
+"""A byte of a file's name that is no UTF-8, for which a data set has no place."""
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """A file of an image folder that gives the images other columns than a class; its column `file_name` names them."""
 
@@ -43,12 +48,15 @@ def csv_table(
     for file in files:
         # A line break within quotes is part of a text.
         parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-        read = pyarrow.csv.ReadOptions(encoding=encoding or "utf8", block_size=_LONGEST_LINE)
+        # In one thread, errors say the line.
+        read = pyarrow.csv.ReadOptions(encoding=encoding or "utf8", block_size=_LONGEST_LINE, use_threads=False)
+        with Path(file).open("rb") as opened:
+            if not encoding and opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise ValueError(f"{file} is UTF-16: say `encoding: utf-16`")
         try:
-            with pyarrow.csv.open_csv(file, read_options=read, parse_options=parse) as opened:
-                names = opened.schema.names
-            if double := [name for name, count in Counter(names).items() if count > 1]:
-                raise ValueError(f"{file} has two columns {double[0]!r}: give each its own name")
+            with pyarrow.csv.open_csv(file, read_options=read, parse_options=parse) as header:
+                names = header.schema.names
+            _check_names(file, names)
             parse.ignore_empty_lines = len(names) > 1  # in a file of one column, an empty line is a missing value
             convert = pyarrow.csv.ConvertOptions(
                 column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=["", *missing]
@@ -73,24 +81,35 @@ def json_table(files: Sequence[str]) -> datasets.Dataset:
         ValueError: a file is neither, an object has a key twice, or a column holds values of several types.
     """
     rows = [row for file in files for row in _objects(file)]
+    if not rows:
+        raise ValueError("it holds no rows")
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {}
     for name in names:
         try:
             columns[name] = pa.array([row.get(name) for row in rows])
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        except OverflowError as error:
+            raise ValueError(
+                f"column {name!r} holds a whole number of more than 64 bits: write it as a text"
+            ) from error
+        except UnicodeEncodeError as error:
+            raise ValueError(f"column {name!r} holds half of a character: {error}") from error
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise ValueError(f"column {name!r} holds values of several types: {str(error).splitlines()[0]}") from error
     return datasets.Dataset(pa.table(columns))
 
 
 def _objects(file: str) -> Iterator[dict[str, Any]]:
-    text = Path(file).read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        found = json.loads(text, object_pairs_hook=_unique)
-    else:  # not splitlines(), which breaks lines where JSON has none
-        found = (json.loads(line, object_pairs_hook=_unique) for line in text.split("\n") if line.strip())
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8: write it so") from error
     number = 0
     try:
+        if text.lstrip().startswith("["):
+            found = json.loads(text, object_pairs_hook=_unique)
+        else:  # not splitlines(), which breaks lines where JSON has none
+            found = (json.loads(line, object_pairs_hook=_unique) for line in text.split("\n") if line.strip())
         for number, row in enumerate(found):
             if not isinstance(row, dict):
                 raise ValueError(f"it is a {type(row).__name__}")
@@ -104,6 +123,25 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if double := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
         raise ValueError(f"the key {shown(double[0])} stands twice")
     return dict(pairs)
+
+
+def parquet_files(files: Sequence[str]) -> list[str]:
+    """Those of some Parquet files that have rows: the reader of `datasets` knows no others.
+
+    Raises:
+        ValueError: none has, or a column is named twice.
+    """
+    for file in files:
+        _check_names(file, pyarrow.parquet.read_schema(file).names)
+    found = [file for file in files if pyarrow.parquet.read_metadata(file).num_rows]
+    if not found:
+        raise ValueError("it holds no rows")
+    return found
+
+
+def _check_names(file: str, names: Sequence[str]) -> None:
+    if double := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{file} has two columns {double[0]!r}: give each its own name")
 
 
 def image_folder(folder: Path, split: str = "") -> datasets.Dataset:
@@ -142,6 +180,8 @@ def _with_metadata(folder: Path, file: Path) -> datasets.Dataset:
     data = read([str(file)]) if read else datasets.Dataset.from_parquet(str(file))
     if "file_name" not in data.column_names:
         raise ValueError(f"{file} has no column 'file_name', which names the images")
+    if taken := [name for name in ("image", "file") if name in data.column_names]:
+        raise ValueError(f"{file} has a column {taken[0]!r}, which is the images' own: name it otherwise")
     paths = [None if name is None else str(folder / name) for name in data["file_name"]]
     return data.rename_column("file_name", "file").add_column("image", paths)
 
@@ -187,6 +227,8 @@ def _listing(folder: Path) -> tuple[tuple[str, ...], Counter[str]]:
         read[real] = place
         for name in files:
             path = Path(place, name).relative_to(folder)
+            if _UNDECODED.search(path.as_posix()):
+                raise ValueError(f"{place} holds a file named {name!r}: rename it")
             if any(part.startswith(".") for part in path.parts):
                 others["hidden"] += 1
             elif path.suffix.lower() in suffixes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +177,76 @@ def test_the_size_and_the_fit_are_the_tasks(form: str, share: float, tmp_path: P
 )
 def test_a_wrong_form_is_refused(form: Any, problem: str, tmp_path: Path) -> None:
     assert problem in one_image(tmp_path, Image.new("RGB", (8, 8)), image=form).problems
+
+
+@pytest.mark.parametrize(
+    ("made", "suffix", "options", "mean"),
+    [
+        (Image.new("CMYK", (32, 32), (0, 255, 255, 0)), "jpg", {}, [1, 0, 0]),
+        (Image.new("CMYK", (32, 32), (0, 255, 255, 0)), "tif", {}, [1, 0, 0]),
+        (Image.fromarray(RAMP > 0.75), "png", {}, [0.25] * 3),
+        (Image.fromarray(RAMP > 0.75), "tif", {"compression": "group4", "tiffinfo": {262: 0}}, [0.25] * 3),
+        (Image.new("RGB", (32, 32), RED), "webp", {"lossless": True}, [1, 0, 0]),
+        (Image.new("RGB", (32, 32), RED), "gif", {}, [1, 0, 0]),
+        (Image.new("RGB", (32, 32), RED), "ico", {}, [1, 0, 0]),
+        (Image.new("RGB", (1, 300), RED), "png", {}, [1, 0, 0]),
+    ],
+)
+def test_other_kinds_of_images(made: Image.Image, suffix: str, options: Any, mean: Any, tmp_path: Path) -> None:
+    made.save(tmp_path / f"a.{suffix}", **options)
+    found = check(csv(tmp_path, f"image,label\na.{suffix},a\n"), "image_classification")
+    assert found.problems == ""
+    assert found.mean() == pytest.approx(mean, abs=0.02)
+
+
+def png16(values: Any, said: tuple[int, int] | None = None) -> bytes:
+    """A PNG of 16 bits a channel [H, W, C] with C 2 (grey and alpha), 3 or 4, which Pillow cannot write."""
+    height, width, channels = values.shape
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    width, height = said or (width, height)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("channels", "mean"), [(2, 0.75), (3, 0.5), (4, 0.75)])
+def test_colours_of_sixteen_bits(channels: int, mean: float, tmp_path: Path) -> None:
+    """A grey ramp, or black on half a transparent ground, which is composed on white."""
+    values = np.repeat((RAMP * 65535)[..., None], channels, 2)
+    if channels != 3:
+        values[..., :-1], values[..., -1] = 0, 65535 * (np.indices((64, 64))[0] % 32 < 8)
+    (tmp_path / "a.png").write_bytes(png16(values))
+    found = check(csv(tmp_path, "image,label\na.png,a\n"), "image_classification")
+    assert found.problems == ""
+    assert found.mean() == pytest.approx([mean] * 3, abs=0.02)
+
+
+def half(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)).save(file, kind)
+    return file.getvalue()[: file.tell() // 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("half.jpg", half("JPEG"), "truncated"),
+        ("half.png", half("PNG"), "truncated"),
+        ("empty.jpg", b"", "empty.jpg (0 bytes) cannot be read as an image"),
+        ("photo.heic", b"\0\0\0\x18ftypheic", "photo.heic (12 bytes) cannot be read as an image: save it as PNG"),
+        ("bomb.png", png16(np.zeros((1, 1, 3)), (60_000, 60_000)), "exceeds limit"),
+    ],
+)
+def test_broken_images_are_told_in_words(name: str, content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    problems = check(csv(tmp_path, f"image,label\n{name},a\n"), "image_classification").problems
+    assert "has no image in row 0 of column 'image' (row 0: " in problems
+    assert reason in problems
+
+
+def test_bytes_that_are_no_image_are_told_in_words(tmp_path: Path) -> None:
+    found = check(parquet(tmp_path, {"image": [b"x"], "label": ["a"]}), "image_classification")
+    assert "(row 0: its bytes (1 bytes) cannot be read as an image" in found.problems

@@ -43,6 +43,16 @@ def test_folders_in_another_case_are_refused_with_both_lists(tmp_path: Path) -> 
         (["a ", "b"], ["a", "b"], "differ in case, blanks"),
         (["cafe\u0301", "b"], ["caf\u00e9", "b"], "differ in case, blanks or Unicode form only"),
         ([float("nan"), 1.0], ["a", "b"], "has label nan"),
+        ([0.5, 1.0], [0.5, 1.0], ["0.5", "1.0"]),
+        (["a", "1"], ["a", "b"], "has label '1' beside names of classes in row 1"),
+        (["", "b"], ["a", "b"], "has label ''"),
+        ([b"a", b"b"], ["a", "b"], "has label b'a'"),
+        ([[1, 0], [0, 1]], ["a", "b"], "has label [1, 0]"),
+        (["a\u00a0", "b"], ["a", "b"], "differ in case, blanks"),
+        (["None", None], ["None", "b"], "has label None in row 1"),
+        (["TRUE", "FALSE"], ["true", "false"], "'TRUE' and 'true' differ in case"),
+        ([True, False], ["1", "0"], "has label True"),
+        (["+1", "0"], ["a", "b"], "has label '+1'"),
         ([Decimal("1"), Decimal("2")], ["1", "2"], ["1", "2"]),
         ([Decimal("1.00"), Decimal("0.00")], ["a", "b"], ["b", "a"]),
         ([date(2021, 1, 2), date(2021, 1, 1)], [date(2021, 1, 1), date(2021, 1, 2)], ["2021-01-02", "2021-01-01"]),
@@ -55,7 +65,9 @@ def test_labels_are_names_before_they_are_places(labels: Any, classes: Any, expe
         assert expected in found.problems
     else:
         assert (found.problems, found.labels) == ("", expected)
-        by_place = not {str(label).removesuffix(".0").lower() for label in labels} <= {str(c).lower() for c in classes}
+        by_place = not {str(label).removesuffix(".0").lower() for label in labels} <= {
+            str(c).removesuffix(".0").lower() for c in classes
+        }
         assert ("read as places in `classes`: '0 is a', '1 is b'" in found.notes) is by_place
 
 
@@ -92,3 +104,12 @@ def test_a_class_without_examples_is_a_note(tmp_path: Path) -> None:
 
 def test_a_label_that_is_named_twice_is_refused(tmp_path: Path) -> None:
     assert "names the label '1' twice" in check(csv(tmp_path, "text,label\nx,1\n"), labels=[1, "1"]).problems
+
+
+def test_files_of_one_pattern_do_not_mix_names_and_places(tmp_path: Path) -> None:
+    """`datasets` makes texts of the second file's numbers."""
+    for number, label in enumerate(("a", 1)):
+        (tmp_path / str(number)).mkdir()
+        parquet(tmp_path / str(number), {"text": ["x"], "label": [label]})
+    found = check({"format": "parquet", "path": str(tmp_path / "*" / "data.parquet")})
+    assert "has label '1' beside names of classes in row 1" in found.problems

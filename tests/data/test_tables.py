@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tap_flower.data.tables import csv_table
 from tests.data.people import check, csv, json_, parquet
 
 
@@ -41,6 +44,16 @@ def test_no_word_stands_for_a_missing_value_unless_asked(tmp_path: Path) -> None
         ("text,text,label\nrouge é,x,a\n", "utf-8", {}, "has two columns 'text'"),
         ("", "utf-8", {}, "Empty CSV file"),
         ("text,label\n", "utf-8", {}, "has a source with 0 rows"),
+        ("text,label\nx,a\ny,b,c\n", "utf-8", {}, "Row #3: Expected 2 columns, got 3"),
+        ("text;label\r\nrouge é;a\r\n", "utf-8-sig", {"delimiter": ";"}, ""),
+        ("text,label\rrouge é,a\r", "utf-8", {}, ""),
+        ("text,label\n\nrouge é,a\n\n\n", "utf-8", {}, ""),
+        (",text,label\n0,rouge é,a\n", "utf-8", {}, ""),
+        ("text, label\nx, a\n", "utf-8", {}, "has no column 'label' for label: choose among text, ' label'"),
+        ("text,label\nx,a\n", "utf-16", {}, "is UTF-16: say `encoding: utf-16`"),
+        ("text,label\nx,a\n", "utf-8", {"encoding": "base64"}, "has encoding 'base64': give one that Python knows"),
+        ("text,label\nx,a\n", "utf-8", {"delimiter": "§"}, "has delimiter '§': give one character of ASCII"),
+        ("text,label\nx,a\n", "utf-8", {"delimiter": '"'}, "has delimiter '\"': give one character of ASCII"),
         ("text,label\nx,a\n", "utf-8", {"encoding": "utf-9"}, "has encoding 'utf-9': give one that Python knows"),
         ("text,label\nx,a\n", "utf-8", {"delimiter": "::"}, "has delimiter '::': give one character"),
     ],
@@ -62,10 +75,56 @@ def test_csv_files(text: str, encoding: str, more: Any, problem: str, tmp_path: 
         (['"text"'], "it is a str; write a list of objects"),
         ([{"text": {"de": "x"}, "label": "a"}], "has a dict as text in row 0"),
         ([{"label": "a"}, {"label": "b", "text": "x"}], "has no text in row 0"),
+        ([{"text": "x"}, {"label": "b", "text": "x"}], "has label None in row 0"),
+        (['{"text": NaN, "label": "a"}'], "has no text in row 0"),
+        (['{"text": "\\ud800", "label": "a"}'], "column 'text' holds half of a character"),
+        ([{"text": 10**30, "label": "a"}], "column 'text' holds a whole number of more than 64 bits"),
+        ([{"text": "x", "label": True}, {"text": "y", "label": 1}], "column 'label' holds values of several types"),
+        (['[{"text": "x", "label": "a"},]'], "write a list of objects, or one object a line"),
+        (["[]"], "it holds no rows"),
+        ([""], "it holds no rows"),
     ],
 )
 def test_json_files(rows: Any, problem: str, tmp_path: Path) -> None:
     assert problem in check(json_(tmp_path, *rows)).problems
+
+
+@pytest.mark.parametrize(
+    ("columns", "texts"),
+    [
+        ({"text": pa.array(["x"]).dictionary_encode()}, ["x"]),
+        ({"text": pa.array(["x"], pa.large_string())}, ["x"]),
+        ({"text": [Decimal("1.50")]}, ["1.50"]),
+        ({"text": [datetime(2021, 1, 2, 3)]}, ["2021-01-02 03:00:00"]),
+        ({"text": [["x", "y"]]}, "has a list as text in row 0"),
+        ({"text": [b"x"]}, "has a bytes as text in row 0"),
+        ({"text": [timedelta(1)]}, "has a timedelta as text in row 0"),
+        ({"text": pa.array([], pa.string())}, "it holds no rows"),
+    ],
+)
+def test_parquet_columns(columns: dict[str, Any], texts: Any, tmp_path: Path) -> None:
+    labels = pa.array(["a"] * len(columns["text"]), pa.string()).dictionary_encode()
+    found = check(parquet(tmp_path, columns | {"label": labels}))
+    if isinstance(texts, str):
+        assert texts in found.problems
+    else:
+        assert (found.problems, found.texts, found.labels) == ("", texts, ["a"])
+
+
+def test_parquet_files_without_rows_are_left_out_and_columns_of_one_name_refused(tmp_path: Path) -> None:
+    for number in range(3):
+        count = number % 2
+        pq.write_table(pa.table({"text": ["x"] * count, "label": ["a"] * count}), tmp_path / f"{number}.parquet")
+    assert check({"format": "parquet", "path": str(tmp_path / "*.parquet")}).texts == ["x"]
+    pq.write_table(pa.table([["x"], ["a"], ["b"]], names=["text", "label", "label"]), tmp_path / "double.parquet")
+    found = check({"format": "parquet", "path": str(tmp_path / "double.parquet")})
+    assert "has two columns 'label': give each its own name" in found.problems
+
+
+def test_a_text_of_megabytes_and_with_line_breaks(tmp_path: Path) -> None:
+    long = "word " * 300_000
+    source = csv(tmp_path, f'text,label\n"{long}",a\n"one\ntwo, ""q""",b\n')
+    assert csv_table([source["path"]])["text"][:] == [long, 'one\ntwo, "q"']
 
 
 def test_a_template_over_a_missing_value_names_its_row(tmp_path: Path) -> None:
