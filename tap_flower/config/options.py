@@ -119,8 +119,7 @@ class SimulationCompute(Compute):
     )
     loader_workers: int | None = option(
         None,
-        "threads of each client that read its data ahead of training; null: 4 with a GPU, 0 without one; never sent: a "
-        "deployed node has its own setting",
+        "threads of each client that read data ahead of training; null: 4 with a GPU, else 0; never sent, as `compile`",
         0,
         64,
     )
