@@ -112,6 +112,24 @@ def test_images_in_a_parquet_file(command: Any, tmp_path: Path) -> None:
         assert task["columns"] == {"image": "image", "label": "label"}
 
 
+def test_a_folder_of_several_tables_is_read_whole_and_by_patients(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    for part in range(2):
+        rows = "".join(f"note {part} {n},patient-{n % 9},{'ill' if n % 3 else 'well'}\n" for n in range(30))
+        (tmp_path / "scans" / f"part-{part}.csv").write_text(f"note,patient,finding\n{rows}")
+    (tmp_path / "scans" / "codes.json").write_text("[]")
+    code, out, err = command("init", "scans")
+    assert code == 0, err
+    assert "left out: codes.json" in out
+    (task,) = yaml.safe_load((tmp_path / "client.yaml").read_text())["tasks"]
+    assert (task["name"], task["classes"]) == ("scans", ["ill", "well"])
+    assert task["train"] == {
+        "format": "csv", "path": str(tmp_path / "scans" / "*.csv"), "part": [0, 0.7], "by": ["patient"]
+    }  # fmt: skip
+    code, out, err = command("check", "client.yaml")
+    assert code == 0, out + err
+
+
 def test_parts_do_not_overlap(tmp_path: Path) -> None:
     task = guessed_task(notes(tmp_path))
     assert [task[split]["part"] for split in ("train", "validation", "test")] == [[0, 0.7], [0.7, 0.8], [0.8, 1]]
