@@ -16,6 +16,8 @@ MOST_VALUES = 4_000_000
 """Keys and values of one text, what aliases stand for included; more are refused."""
 LONGEST_NUMBER = 64
 """Bits of a whole number; more are refused."""
+_UNLIKE = re.compile(r"[-+]?(0[0-9_]+|.*:.*)")
+"""Whole numbers that YAML 1.1 reads as nobody means them: 010 is 8, and 1:30 is 90."""
 _shortened = reprlib.Repr()
 _shortened.maxstring = _shortened.maxother = _shortened.maxlong = 100
 
@@ -91,10 +93,23 @@ class _Loader(yaml.SafeLoader):
                 lines[key.tag, key.value] = line
         return node
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number; one that other readers, and people, read as another number is refused."""
+        value = int(super().construct_yaml_int(node))
+        if _UNLIKE.fullmatch(node.value):
+            line = node.start_mark.line + 1
+            raise PlainError(
+                f"{node.value} in line {line} is the number {value} in YAML: put it in quotes, or write {value}"
+            )
+        return value
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
         if len(node.value) > MOST_VALUES:
             raise PlainError(f"a mapping has more than {MOST_VALUES:,} keys with those that it merges (<<)")
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _bounded(values: Any) -> Any:

@@ -129,6 +129,7 @@ def test_clients_receive_hyper_parameters_and_nothing_else() -> None:
         {"seed": "x"},
         {"train": 3},
         {"compute": {"compile": True}},
+        {"compute": {"loader_workers": 2}},
     ],
 )
 def test_a_server_cannot_set_anything_else(sent: dict[str, object]) -> None:
@@ -136,8 +137,8 @@ def test_a_server_cannot_set_anything_else(sent: dict[str, object]) -> None:
         hyper_parameters(sent)
 
 
-def test_whether_to_compile_is_not_sent() -> None:
-    config = load_config("demo", "", ["compute.compile=true", "compute.recompute=true"])
+def test_whether_to_compile_and_read_ahead_is_not_sent() -> None:
+    config = load_config("demo", "", ["compute.compile=true", "compute.loader_workers=2", "compute.recompute=true"])
     assert config.compute.compile
     assert sent_hyper_parameters(config)["compute"] == {"precision": "float32", "recompute": True}
     with pytest.raises(ConfigError, match=r"the server: unknown key 'compute.compile'"):

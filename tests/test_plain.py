@@ -60,6 +60,8 @@ def test_json_out_of_bounds_is_refused(text: str, problem: str) -> None:
         ("a: !!timestamp x", "it is no YAML"),
         ("a: !!bool x", "it is no YAML"),
         ("a: !!int ''", "it is no YAML"),
+        ("a:\n- 010", "010 in line 2 is the number 8 in YAML: put it in quotes, or write 8"),
+        ("a: 1:30", "1:30 in line 1 is the number 90 in YAML"),
         ("a: !!python/object/apply:os.system [id]", "it is no YAML: could not determine a constructor"),
     ],
     ids=[
@@ -73,6 +75,8 @@ def test_json_out_of_bounds_is_refused(text: str, problem: str) -> None:
         "time",
         "bool",
         "int",
+        "octal",
+        "sexagesimal",
         "object",
     ],
 )

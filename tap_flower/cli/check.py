@@ -93,6 +93,10 @@ def node_command(
     compile_: Annotated[
         bool, typer.Option("--compile", help="Run models through torch.compile; needs a C++ compiler.")
     ] = False,
+    loader_workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Threads that read data ahead of training.", show_default="4 with a GPU, else 0"),
+    ] = None,
     keep_best: Annotated[
         bool,
         typer.Option(
@@ -115,7 +119,7 @@ def node_command(
     console = Console()
     launch = NodeLaunch(
         spec, superlink, state_dir, root_certificates, key, insecure, port, data_root, meteor, bertscore, compile_,
-        keep_best, limit or (),
+        loader_workers, keep_best, limit or (),
     )  # fmt: skip
     launch.command()  # what is wrong with it is said before all data are read
     client, problems = check_spec(read_yaml(spec, "client spec"))

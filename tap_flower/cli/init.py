@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 from tap_flower.cli.common import say
 from tap_flower.errors import SpecError
@@ -22,6 +25,8 @@ _FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".p
 _LABELS = ("label", "class", "category", "diagnosis", "finding", "sentiment", "rating", "target", "y")
 _TARGETS = ("target", "answer", "summary", "translation", "reply", "output", "response")
 _TEXTS = ("text", "note", "question", "prompt", "input", "sentence", "report", "body")
+_GROUPS = ("patient", "patient_id", "subject", "subject_id", "person", "user", "user_id", "case", "case_id")
+"""Columns whose rows belong into one split."""
 _MOST_CLASSES = 100
 _LOOKED_AT = 2000
 """Rows that decide what a column holds; the classes are those of all rows."""
@@ -45,6 +50,8 @@ def init_command(
     task = guessed_task(data.resolve())
     out.write_text(spec_text(name, backbone, task), encoding="utf-8")
     console = Console()
+    if left := _tables(data)[1]:
+        say(console, f"[yellow]left out:[/] {escape(', '.join(path.name for path in left))}")
     say(
         console,
         f"{out}: task {task['name']!r}, {task['kind']}; read it, change what is wrong, then: tap-flower check {out}",
@@ -62,12 +69,24 @@ def guessed_task(data: Path) -> dict[str, Any]:
     if data.is_file():
         if data.suffix.lower() not in _FORMATS:
             raise SpecError(f"{data} is no file that can be read: give one of {', '.join(_FORMATS)}, or a folder")
-        return _of_files({"all": data})
-    files = [path for path in sorted(data.iterdir()) if path.suffix.lower() in _FORMATS and path.stem != "metadata"]
+        return _of_files({"all": data}, data.stem)
+    files, _ = _tables(data)
     if files:
-        return _of_files(_by_split(files) or {"all": files[0]})
+        all_ = files[0] if len(files) == 1 else data / f"*{files[0].suffix}"
+        return _of_files(_by_split(files) or {"all": all_}, data.name)
     folders = [path for path in sorted(data.iterdir()) if path.is_dir()]
     return _of_images(data, _by_split(folders) or {"all": data})
+
+
+def _tables(data: Path) -> tuple[list[Path], list[Path]]:
+    """(the tables of a folder that have its most frequent format, its other tables)."""
+    found = sorted(path for path in data.iterdir() if path.suffix.lower() in _FORMATS) if data.is_dir() else []
+    found = [path for path in found if path.stem != "metadata"]
+    most = Counter(path.suffix for path in found).most_common(1)
+    files = [path for path in found if path.suffix == most[0][0]]
+    splits = _by_split(files)
+    files = [path for path in files if not splits or path in splits.values()]
+    return files, [path for path in found if path not in files]
 
 
 def _by_split(paths: Sequence[Path]) -> dict[str, Path]:
@@ -94,15 +113,17 @@ def _of_images(folder: Path, splits: Mapping[str, Path]) -> dict[str, Any]:
     return _task(folder.name, kind, ["image"], columns, classes, _split(given, rows, "file"))
 
 
-def _of_files(splits: Mapping[str, Path]) -> dict[str, Any]:
+def _of_files(splits: Mapping[str, Path], name: str) -> dict[str, Any]:
     given: dict[str, dict[str, Any]] = {}
     for split, path in splits.items():
         given[split] = {"format": _FORMATS[path.suffix.lower()], "path": str(path)}
-        if given[split]["format"] == "csv" and (delimiter := _delimiter(path)) != ",":
-            given[split]["delimiter"] = delimiter
+        if given[split]["format"] == "csv":
+            sample = path if path.is_file() else sorted(path.parent.glob(path.name))[0]
+            guessed = {"delimiter": _delimiter(sample), "encoding": _encoding(sample)}
+            given[split] |= {key: value for key, value in guessed.items() if value not in (",", "utf-8")}
     first = next(iter(splits.values()))
     rows = _opened(next(iter(given.values())))
-    head = {name: rows[:_LOOKED_AT][name] for name in rows.column_names}
+    head = _undecoded(rows)[:_LOOKED_AT]
     image = next((name for name, values in head.items() if _are_images(values, first.parent, rows, name)), None)
     left = [name for name in head if name != image]
     label = _first(
@@ -135,8 +156,8 @@ def _of_files(splits: Mapping[str, Path]) -> dict[str, Any]:
         kind = "image_generation"
     else:
         raise SpecError(f"{first} has neither a label nor a target in {', '.join(head)}: write the client spec by hand")
-    name = first.stem if "all" in splits else first.parent.name
-    return _task(name, kind, list[str](modalities), columns, classes, _split(given, rows, columns[modalities[0]]))
+    by = _first(_GROUPS, left, lambda name: len(set(map(str, head[name]))) > 2) or columns[modalities[0]]
+    return _task(name, kind, list[str](modalities), columns, classes, _split(given, rows, by))
 
 
 def _split(given: dict[str, dict[str, Any]], rows: Dataset, by: str) -> dict[str, dict[str, Any]]:
@@ -187,6 +208,28 @@ def _delimiter(path: Path) -> str:
     return counts.most_common(1)[0][0] if any(counts.values()) else ","
 
 
+def _encoding(path: Path) -> str:
+    """UTF-8 where a CSV file is in it, UTF-16 where it begins so; else a guess, which a comment names as one."""
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    for encoding in ("utf-8", "cp1252"):
+        with suppress(UnicodeDecodeError):
+            content.decode(encoding)
+            return encoding
+    return "latin-1"
+
+
+def _undecoded(rows: Dataset) -> Dataset:
+    """Rows whose images stay the bytes of their files."""
+    import datasets
+
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
+
+
 def _are_images(values: Sequence[Any], folder: Path, rows: Dataset, name: str) -> bool:
     import datasets
 
@@ -235,5 +278,7 @@ def spec_text(client: str, backbone: str, task: Mapping[str, Any]) -> str:
     for number, (key, value) in enumerate(task.items()):
         if key in _COMMENTS and (key != "train" or "part" in value):
             lines.append(f"    # {_COMMENTS[key]}")
+        if key == "train" and "encoding" in value:
+            lines.append("    # the encoding is a guess: look at the texts that `tap-flower check` shows")
         lines.append(("  - " if number == 0 else "    ") + f"{key}: {_flow(value)}")
     return "\n".join(lines) + "\n"

@@ -13,7 +13,7 @@ from flwr.app import Context
 from tap_flower.client.client_model import client_model, outlined
 from tap_flower.client.description import describe
 from tap_flower.client.evaluation import TestObserver
-from tap_flower.client.node import Node, this_node
+from tap_flower.client.node import GPU_WORKERS, Node, this_node
 from tap_flower.client.samples import Samples
 from tap_flower.client.task import Client, Task
 from tap_flower.client.text_metrics import TextMetrics
@@ -66,7 +66,7 @@ def client_from_spec(node: Node, settings: HyperParameters) -> Client:
     )
     tokenizer = load_tokenizer(locate(spec.backbone), spec.revision)
     loaded = load_client_data(
-        spec, tokenizer, model.text_length, settings.seed, node.data_root, settings.needs_validation
+        spec, tokenizer, model.text_length, settings.seed, node.data_root, settings.needs_validation, _workers(node)
     )
     data = cast(Mapping[str, Mapping[str, Sequence[Examples]]], loaded.splits)
     tasks = [
@@ -98,6 +98,13 @@ def client_from_spec(node: Node, settings: HyperParameters) -> Client:
         observe=partial(_observer, spec, node.metrics),
         describe=partial(_describe, spec),
     )
+
+
+def _workers(node: Node) -> int:
+    if node.loader_workers is not None:
+        return node.loader_workers
+    # Without a GPU, training itself takes all cores. Ray gives a client's cores to torch as its threads.
+    return min(GPU_WORKERS, torch.get_num_threads()) if torch.cuda.is_available() else 0
 
 
 def _observer(spec: ClientSpec, metrics: Metrics, session: Session, method: Method) -> TestObserver:

@@ -24,6 +24,8 @@ from tap_flower.files import default_state_dir
 GRACE, LAST = 60.0, 60.0
 """Seconds for which work goes on after the server has given it up, and a process that does not stop after its deadline."""
 
+GPU_WORKERS = 4
+"""Threads that read ahead of training on a GPU, where nothing is said."""
 _LONGEST = 1e9
 """Seconds that a clock of the system takes without overflow."""
 
@@ -118,14 +120,18 @@ def limits_of(node: Mapping[str, object]) -> Limits:
     """
     found: dict[str, int] = {}
     for field in fields(Limits):
-        key = f"max-{field.name.replace('_', '-')}"
-        value = node.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise SpecError(f"the node's {key} is {value!r}: write {key}=N with a whole number from 1 on")
-        found[field.name] = value
+        value = _count(node, f"max-{field.name.replace('_', '-')}", 1)
+        if value is not None:
+            found[field.name] = value
     return Limits(**found)
+
+
+def _count(node: Mapping[str, object], key: str, least: int) -> int | None:
+    """A whole number of a node's `--node-config`, None where it is not there."""
+    value = node.get(key)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        raise SpecError(f"the node's {key} is {value!r}: write {key}=N with a whole number from {least} on")
+    return value
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,7 @@ class Node:
         data_root: folder with a mirror of the hub's data sets, or nothing.
         metrics: which further metrics it computes.
         compile: whether it runs its models through torch.compile.
+        loader_workers: threads that read its client's data ahead of training; None is `GPU_WORKERS` with a GPU, else 0.
     """
 
     spec: ClientSpec
@@ -147,6 +154,7 @@ class Node:
     data_root: str
     metrics: Metrics
     compile: bool = False
+    loader_workers: int | None = None
 
 
 def this_node(context: Context) -> Node:
@@ -166,7 +174,8 @@ def this_node(context: Context) -> Node:
         spec = client_spec(read_yaml(Path(str(node["client-spec"])), "client spec"))
         metrics = Metrics(_switch(node, "meteor"), str(node.get("bertscore-model", "")))
         data_root = str(node.get("data-root", ""))
-        return Node(spec, Path(str(node["state-dir"])), None, data_root, metrics, _switch(node, "compile"))
+        state_dir, workers = Path(str(node["state-dir"])), _count(node, "loader-workers", 0)
+        return Node(spec, state_dir, None, data_root, metrics, _switch(node, "compile"), workers)
     if "partition-id" not in node:
         raise SpecError(
             'the node has no client-spec: start it with --node-config \'client-spec="FILE" state-dir="FOLDER"\''
@@ -178,8 +187,9 @@ def this_node(context: Context) -> Node:
             f"there are more nodes than the {len(specs)} clients of preset {config.preset!r}: "
             f"use num-supernodes={len(specs)}"
         )
-    spec, compiled = specs[partition], config.compute.compile
-    return Node(spec, None, out / "clients" / spec.name, config.data.root, config.metrics, compiled)
+    spec, compute = specs[partition], config.compute
+    folder = out / "clients" / spec.name
+    return Node(spec, None, folder, config.data.root, config.metrics, compute.compile, compute.loader_workers)
 
 
 def _switch(node: Mapping[str, object], name: str) -> bool:

@@ -110,12 +110,18 @@ class Compute:
 
 @dataclass
 class SimulationCompute(Compute):
-    """How the clients of a simulation compute; a deployed node decides itself whether it compiles."""
+    """How the clients of a simulation compute; a deployed node decides the rest itself, and no result depends on it."""
 
     compile: bool = option(
         False,
         "torch.compile: takes minutes at first, in each process, and a C++ compiler; never sent: a deployed node has its "
         "own setting",
+    )
+    loader_workers: int | None = option(
+        None,
+        "threads of each client that read data ahead of training; null: 4 with a GPU, else 0; never sent, as `compile`",
+        0,
+        64,
     )
 
 

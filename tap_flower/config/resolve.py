@@ -17,7 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tap_flower.config.options import Config, HyperParameters, ReplacementEvidence, ReplacementSource, options
+from tap_flower.config.options import Compute, Config, HyperParameters, ReplacementEvidence, ReplacementSource, options
 from tap_flower.config.patterns import expand
 from tap_flower.data.spec import ClientSpec, client_spec
 from tap_flower.errors import ConfigError, SpecError
@@ -107,7 +107,8 @@ def _check_privacy(config: Config) -> None:
 def sent_hyper_parameters(config: Config) -> dict[str, Any]:
     """The part of a configuration that the server sends to clients, as nested plain values."""
     sent: dict[str, Any] = {f.name: _plain(getattr(config, f.name)) for f in fields(HyperParameters)}
-    del sent["compute"]["compile"]  # a server must not start a compiler on a node
+    # The rest is the node's own: a server must not start a compiler there.
+    sent["compute"] = {f.name: sent["compute"][f.name] for f in fields(Compute)}
     return sent
 
 

@@ -1,13 +1,14 @@
-"""From examples to batches: the order that a seed gives, and the data loader that reads in this order."""
+"""From examples to batches: the order that a seed gives, and reading in this order, ahead of training where asked."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from tap_flower.core.seeds import named_seed
 from tap_flower.core.training import Batch
@@ -15,8 +16,12 @@ from tap_flower.data.examples import Examples, OwnLoader, permutation
 
 WINDOW = 16
 """Batches of shuffled training examples that are ordered by length together."""
+AHEAD = 2
+"""Batches that each loader worker may be ahead of training."""
 Drawn = tuple[int, Sequence[int]]
 """A batch before it is read: position of its source among all sources, positions of its examples in the source."""
+Read = tuple[int, list[Any]]
+"""A batch that was read: position of its source among all sources, its examples."""
 
 
 class TrainingSampler(Sampler[Drawn]):
@@ -87,29 +92,39 @@ def all_once(sources: Sequence[Examples], batch_size: int) -> Iterator[Drawn]:
             yield number, order[start : start + batch_size]
 
 
-def batch_loader(
-    sources: Sequence[Examples], order: Iterable[Drawn], workers: int = 0, pin_memory: bool = False
-) -> DataLoader[tuple[int, Any]]:
-    """A data loader that gives, for each batch of an order, its source's position and what `Examples.read` returns.
+def read_ahead(sources: Sequence[Examples], order: Iterable[Drawn], workers: int = 0) -> Iterator[Read]:
+    """Reads the batches of an order, one after the other.
+
+    Workers are threads: image decoders run beside Python and beside training, all share the images that the process keeps,
+    and nothing has to be started or ended with a pass.
 
     Args:
         sources: to read from.
-        order: the batches; each pass over the loader takes a new iterator over it.
-        workers: processes that read ahead; they live as long as the loader. With 0, this process reads when asked.
-        pin_memory: whether batches are copied to page-locked memory, from which a GPU fetches them on its own.
+        order: the batches.
+        workers: threads that read ahead, `AHEAD` batches each; with 0, a batch is read when it is asked for.
+
+    Raises:
+        Exception: what reading a batch raises, when that batch is asked for.
     """
-    return DataLoader(
-        _Sources(sources),
-        batch_size=None,  # `order` gives whole batches
-        sampler=order,
-        collate_fn=_unchanged,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
-        # Each pass draws a seed for its workers. By default it comes from the process's own generator, and dropout's
-        # numbers would depend on how often data were loaded.
-        generator=torch.Generator(),
-    )
+
+    def read(drawn: Drawn) -> Read:
+        number, positions = drawn
+        return number, sources[number].__getitems__(positions)
+
+    if not workers:
+        yield from map(read, order)
+        return
+    pool = ThreadPoolExecutor(workers, "loader")
+    waiting: deque[Future[Read]] = deque()
+    try:
+        for drawn in order:
+            waiting.append(pool.submit(read, drawn))
+            if len(waiting) > AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # an endless pass is left, not ended
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class ClientData:
@@ -118,13 +133,10 @@ class ClientData:
     Args:
         splits: split (`train`, `validation`, `test`) -> task name -> its examples, those of each source apart, or a list of
             one `OwnLoader`.
-        workers: processes for each split that read ahead; with any, a split is read by one pass at a time. Loaders of the
-            user's own have their own workers.
     """
 
-    def __init__(self, splits: Mapping[str, Mapping[str, Sequence[Examples | OwnLoader]]], workers: int = 0) -> None:
-        self.splits, self.workers = splits, workers
-        self._loaders: dict[tuple[str, bool], DataLoader[tuple[int, Any]]] = {}
+    def __init__(self, splits: Mapping[str, Mapping[str, Sequence[Examples | OwnLoader]]]) -> None:
+        self.splits = splits
 
     def sizes(self, split: str) -> dict[str, int]:
         """Task name -> number of examples in a split."""
@@ -179,43 +191,8 @@ class ClientData:
         return [part for parts in self.splits[split].values() for part in parts if isinstance(part, OwnLoader)]
 
     def _read(self, split: str, order: Iterable[Drawn], device: torch.device) -> Iterator[Batch]:
-        """The batches of a split in an order.
-
-        Raises:
-            RuntimeError: another pass over the split has begun meanwhile, and workers read for one pass at a time.
-        """
+        """The batches of a split in an order."""
         sources = self._sources(split)
-        pin = device.type == "cuda" and all(examples.pinned for examples in sources)
-        if (split, pin) not in self._loaders:
-            self._loaders[split, pin] = batch_loader(sources, _Order(), self.workers, pin)
-        loader = self._loaders[split, pin]
-        current = cast(_Order, loader.sampler)
-        current.batches = order
-        for number, read in loader:
-            yield sources[number].to_batch(read, device)
-            if self.workers and current.batches is not order:
-                raise RuntimeError(f"a second pass over the {split} examples has begun: end this one before it")
-
-
-class _Order(Sampler[Drawn]):
-    """The order of the present pass. A data loader takes no other sampler, and another loader would start new workers."""
-
-    batches: Iterable[Drawn] = ()
-
-    def __iter__(self) -> Iterator[Drawn]:
-        return iter(self.batches)
-
-
-class _Sources(Dataset[tuple[int, Any]]):
-    """Sources as one data set, whose items are whole batches."""
-
-    def __init__(self, sources: Sequence[Examples]) -> None:
-        self.sources = sources
-
-    def __getitem__(self, drawn: Drawn) -> tuple[int, Any]:
-        number, positions = drawn
-        return number, self.sources[number].read(positions)
-
-
-def _unchanged(read: Any) -> Any:
-    return read
+        workers = min((examples.workers for examples in sources), default=0)
+        for number, items in read_ahead(sources, order, workers):
+            yield sources[number].to_batch(sources[number].collate(items), device)

@@ -237,7 +237,7 @@ class _Checker:
                     except Exception as error:  # an image of 1 x 90,000 pixels has no square
                         errors[role].append(RowError("has no image", row, "", str(error)))
                         continue
-                    summary.images[image.size] += 1
+                    summary.images[image.info["size"]] += 1
                     if image.info.get("used", 1) < DARK:
                         rest = f" (row {row}: {image.info['used']:.1%} of 16 bits): scale it to the whole range"
                         errors[role].append(DarkImageNote("has an image that is nearly black", row, rest))
@@ -271,7 +271,7 @@ class _Checker:
         """What the model gets of a row, in words and as `Example.found` has it."""
         row, column, side = read.rows[place], read.columns[role], self.task.image.size
         if role == "image":
-            width, height = column.original(row).size
+            width, height = column.original(row).info["size"]
             mean = (column[row].float() / 255).mean((1, 2)).tolist()
             return f"{width}x{height} image, as {side}x{side}", {"size": [width, height], "mean": mean}
         if role == "label":

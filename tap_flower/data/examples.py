@@ -40,8 +40,8 @@ _COUNT, _END = 0, object()
 class Examples(Dataset[Any]):
     """The examples of one task from one source.
 
-    A batch is made in two steps. `read` runs wherever the data loader runs, in a worker process for example, and stays in
-    main memory. `to_batch` runs in the training process and moves the result to the model's device.
+    A batch is made in two steps. The examples are read, by a thread ahead of training for example. `collate` and `to_batch`
+    run in the training thread, which moves the result to the model's device.
 
     Attributes:
         task: name of the task.
@@ -51,7 +51,9 @@ class Examples(Dataset[Any]):
         form: that batch, moved to the model's device -> (the model's inputs, the loss's target).
         batch_size: the task's own number of training examples in a batch; None takes the run's.
         lengths: int64 [n], length of each example in tokens; None where examples have no length.
-        pinned: whether the result of `collate` may be copied to page-locked memory on its way to a GPU.
+        pinned: whether `collate` gives a mapping to tensors, which go to a GPU by way of page-locked memory.
+        workers: threads that may read examples ahead of training; 0 where `dataset` draws random numbers, or is not made for
+            several threads.
     """
 
     task: str
@@ -62,6 +64,7 @@ class Examples(Dataset[Any]):
     batch_size: int | None = None
     lengths: NDArray[np.int64] | None = None
     pinned: bool = False
+    workers: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,6 +84,8 @@ class Examples(Dataset[Any]):
 
     def to_batch(self, read: Any, device: torch.device) -> Batch:
         """The batch on `device`, from what `read` returned."""
+        if self.pinned and device.type == "cuda":  # the copy from there does not wait for the GPU's earlier work
+            read = {name: tensor.pin_memory() for name, tensor in read.items()}
         inputs, target = self.form(moved_to(read, device))
         return Batch(self.task, inputs, target)
 

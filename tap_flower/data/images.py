@@ -8,13 +8,14 @@ from dataclasses import replace
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import datasets
 import numpy as np
 import torch
 from cachetools import LRUCache
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -26,6 +27,8 @@ from tap_flower.errors import BackboneError
 
 DECODED_BYTES = 1 << 30
 """Size limit of the decoded images that a process keeps: 87,000 of 64×64 pixels, 7,100 of 224×224."""
+_TURNED = (5, 6, 7, 8)
+"""Orientations in EXIF data with width for height."""
 DARK = 0.25
 """Share of the range of 16 bits below which an image's largest value is worth a note."""
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -118,16 +121,31 @@ def open_image(file: Path | BytesIO, background: str = "white", side: int = 0) -
         background: colour behind transparent pixels.
         side: a JPEG may be decoded at a fraction of its size, each side at least twice this long; 0 decodes it whole.
 
+    Returns:
+        The image; its `info` has `size`, (width, height) of the whole picture, and `used`, the share of 16 bits up to its
+        largest value, where it has so many.
+
     Raises:
         Exception: whatever the decoders raise; ValueError where a type has no scale, or the file holds several pictures.
     """
-    with Image.open(file) as image:
+    try:
+        opened = Image.open(file)
+    except UnidentifiedImageError as error:
+        length = len(file.getvalue()) if isinstance(file, BytesIO) else file.stat().st_size
+        where = "its bytes" if isinstance(file, BytesIO) else str(file)
+        raise ValueError(
+            f"{where} ({length:,} bytes) cannot be read as an image: save it as PNG, JPEG or WebP"
+        ) from error
+    with opened as image:
         pictures = getattr(image, "n_frames", 1)
         if pictures > 1 and image.format != "MPO":  # a camera's JPEG, with previews behind the picture
             raise ValueError(f"it holds {pictures} pictures (frames or pages): save the one that is meant")
+        size = image.size[::-1] if image.getexif().get(ExifTags.Base.Orientation) in _TURNED else image.size
         if side:
             image.draft(None, (2 * side, 2 * side))
-        return _rgb(ImageOps.exif_transpose(image), image.format, background)
+        found = _rgb(ImageOps.exif_transpose(image), image.format, background)
+        found.info["size"] = size
+        return found
 
 
 def _rgb(image: Image.Image, kind: str | None, background: str) -> Image.Image:
@@ -167,7 +185,7 @@ def pixels_of(image: Image.Image, form: ImageForm) -> Tensor:
         image = ImageOps.pad(image, side, color=form.background)
     elif image.size != side:
         image = image.resize(side)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
 
 
 def normalise(pixels: Tensor, form: ImageForm) -> Tensor:
@@ -218,24 +236,24 @@ class LazyImages:
             RowError: the image cannot be decoded.
         """
         key = self, row
-        pixels = _decoded.get(key)
+        with _lock:
+            pixels = _decoded.get(key)
         if pixels is None:
-            pixels = _decoded[key] = pixels_of(self.original(row, self.form.size), self.form)
-            self.decodes += 1
+            pixels = pixels_of(self.original(row), self.form)
+            with _lock:
+                if pixels.nbytes <= _decoded.maxsize:
+                    _decoded[key] = pixels
+                self.decodes += 1
         return pixels
 
-    def original(self, row: int, side: int = 0) -> Image.Image:
-        """The image of a row in RGB, in its own size; it is not kept.
-
-        Args:
-            row: of the data set.
-            side: see `open_image`.
+    def original(self, row: int) -> Image.Image:
+        """The image of a row as `open_image` gives it, in no smaller size than its form needs; it is not kept.
 
         Raises:
             RowError: it cannot be decoded.
         """
         try:
-            return open_image(_file(self._data[row][self._column], self._folder), self.form.background, side)
+            return open_image(_file(self._data[row][self._column], self._folder), self.form.background, self.form.size)
         except Exception as error:  # whatever the decoders of all image formats raise
             reason = str(error) or type(error).__name__
             raise RowError("has no image", row, f" of column {self._column!r}", reason) from error
@@ -256,6 +274,8 @@ def _file(value: object, folder: Path) -> Path | BytesIO:
 
 
 _decoded: LRUCache[tuple[LazyImages, int], Tensor] = LRUCache(DECODED_BYTES, getsizeof=lambda pixels: pixels.nbytes)
+_lock = Lock()
+"""Of `_decoded`: loader workers are threads."""
 
 
 def images_of(source: Source, root: str, column: str, form: ImageForm) -> LazyImages:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from datetime import date
+from decimal import Decimal
 
 import datasets
 
@@ -56,6 +58,7 @@ def read_labels(
 
     found: list[int] = []
     errors: list[SourceError] = []
+    placed: list[RowError] = []
     for part in values_of(data, rows, [column]):
         for row, values in part:
             label = values[column]
@@ -64,11 +67,14 @@ def read_labels(
             number = _class_of(label, known, task.labels)
             if number is None and place and (at := _whole(label)) is not None and 0 <= at < len(task.classes):
                 number, by_place = at, True
+                placed.append(RowError(f"has label {label!r} beside names of classes", row, f"{rest}: write its name"))
             if number is None:
                 errors.append(
                     RowError(f"has label {label!r}", row, f"{rest}{_hint(label, known)}: correct one of them")
                 )
             found.append(NO_CLASS if number is None else number)
+    if 0 < len(placed) < len(found) - found.count(NO_CLASS):
+        return found, errors + placed
     if by_place:
         order = _list([f"{number} is {name}" for number, name in enumerate(task.classes)])
         errors.append(SourceNote(f"has numbers as labels, which are read as places in `classes`: {order}"))
@@ -77,11 +83,12 @@ def read_labels(
 
 def _class_of(label: object, known: dict[str, int], given: Sequence[object]) -> int | None:
     """The class whose name or label a row's label is, or None."""
-    if is_missing(label) or not isinstance(label, str | int | float):
+    if is_missing(label) or not isinstance(label, str | int | float | Decimal | date):
         return None
     text = as_text(label)
-    if text in known:
-        return known[text]
+    for written in (text, str(label)):  # of 1.0 it is `1`, but a class may be 1.0
+        if written in known:
+            return known[written]
     if isinstance(label, bool):  # a boolean has no upper and lower case
         return next((number for name, number in known.items() if name.lower() == text), None)
     if any(isinstance(one, bool) for one in given):
@@ -91,7 +98,7 @@ def _class_of(label: object, known: dict[str, int], given: Sequence[object]) -> 
 
 def _whole(label: object) -> int | None:
     """The whole number that a label is, or None."""
-    if isinstance(label, bool) or not isinstance(label, str | int | float):
+    if isinstance(label, bool) or not isinstance(label, str | int | float | Decimal):
         return None
     matched = _WHOLE.fullmatch(as_text(label))
     return int(matched[1]) if matched else None

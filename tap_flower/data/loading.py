@@ -52,7 +52,7 @@ class SourceRows(Dataset[dict[str, Any]]):
     def __getitem__(self, place: int) -> dict[str, Any]:
         return {role: column[self.rows[place] if role == "image" else place] for role, column in self.columns.items()}
 
-    def examples(self) -> Examples:
+    def examples(self, workers: int = 0) -> Examples:
         """All rows, as batches are drawn from them; their length is that of text and target together."""
         lengths = [column.lengths for column in self.columns.values() if isinstance(column, Tokens)]
         return Examples(
@@ -64,6 +64,7 @@ class SourceRows(Dataset[dict[str, Any]]):
             batch_size=self.task.batch_size,
             lengths=np.sum(lengths, axis=0) if lengths else None,
             pinned=True,
+            workers=workers,
         )
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -113,6 +114,7 @@ def load_client_data(
     seed: int,
     root: str = "",
     hold_out: bool = True,
+    workers: int = 0,
 ) -> ClientData:
     """The data of one client.
 
@@ -123,6 +125,7 @@ def load_client_data(
         seed: of the run; it decides the order of sources with `shuffle`, and what is held out.
         root: a folder with a mirror of hub data sets; nothing to use the hub.
         hold_out: whether a task without validation rows sets a fifth of its training examples aside.
+        workers: threads that read ahead of training.
 
     Raises:
         SpecError: the spec does not fit the data; `check_data` lists all that is wrong.
@@ -139,7 +142,7 @@ def load_client_data(
                 raise SpecError(f"{where}: {split} {error}") from error
             for problem in too_few_rows(split, [len(part) for part in found]):
                 raise SpecError(f"{where}: {problem}")
-            splits[split][task.name] = [part.examples() for part in found]
+            splits[split][task.name] = [part.examples(workers) for part in found]
         if hold_out and not task.validation:
             halves = [
                 set_aside(part, named_seed(seed, spec.name, task.name, "held out", number))

@@ -20,7 +20,7 @@ from tap_flower.data import packaged
 from tap_flower.data.examples import permutation
 from tap_flower.data.fields import Field
 from tap_flower.data.spec import Source
-from tap_flower.data.tables import csv_table, image_folder, json_table, passed_over
+from tap_flower.data.tables import counted, csv_table, image_folder, json_table, parquet_files, passed_over
 from tap_flower.errors import TapFlowerError
 from tap_flower.hub import fetch_command
 
@@ -123,7 +123,8 @@ def missing_columns(data: datasets.Dataset, fields: Mapping[str, Field]) -> Iter
     for role, read in fields.items():
         for column in read.reads:
             if column not in data.column_names:
-                yield role, f"has no column {column!r} for {role}: choose among {', '.join(data.column_names)}"
+                known = (name if name == name.strip() != "" else repr(name) for name in data.column_names)
+                yield role, f"has no column {column!r} for {role}: choose among {', '.join(known)}"
 
 
 def values_of(data: datasets.Dataset, rows: Sequence[int], columns: Sequence[str]) -> Iterator[list[Values]]:
@@ -151,7 +152,7 @@ def _opened(source: Source, root: str) -> datasets.Dataset:
             return csv_table(files, source.delimiter or ",", source.encoding, source.missing)
         if source.format == "json":
             return json_table(files)
-        return _load("parquet", data_files=[glob.escape(file) for file in files], split="train")
+        return _parquet(files)
     except SourceError:
         raise
     except Exception as error:  # whatever the readers of six formats raise
@@ -180,13 +181,18 @@ def _reason(error: BaseException) -> str:
 
 def notes_of(source: Source) -> Iterator[SourceNote]:
     """What is worth knowing about how a source was opened."""
-    if source.format == "imagefolder" and (passed := passed_over(Path(source.path), source.split)):
-        counts = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(passed.items()))
-        yield SourceNote(f"has {sum(passed.values()):,} files that are no images, which are passed over: {counts}")
+    if source.format == "imagefolder" and (
+        passed := passed_over(Path(source.path), source.split, open_source(source)["file"])
+    ):
+        yield SourceNote(f"has {sum(passed.values()):,} files that are passed over: {counted(passed)}")
 
 
 def _load(reader: str, name: str | None = None, **arguments: object) -> datasets.Dataset:
     return cast(datasets.Dataset, datasets.load_dataset(reader, name, **arguments))
+
+
+def _parquet(files: Sequence[str]) -> datasets.Dataset:
+    return _load("parquet", data_files=[glob.escape(file) for file in parquet_files(files)], split="train")
 
 
 def _from_hub(source: Source) -> datasets.Dataset:
@@ -238,7 +244,7 @@ def _in_folder(folder: Path, source: Source) -> datasets.Dataset | None:
         raise SourceError(f"has {len(files)} of the {int(whole[1])} files of {source} in {folder}: fetch the others")
     if files[0].suffix == ".jsonl":
         return json_table([str(file) for file in files])
-    return _load("parquet", data_files=[glob.escape(str(file)) for file in files], split="train")
+    return _parquet([str(file) for file in files])
 
 
 def _from_disk(folder: Path, split: str) -> datasets.Dataset:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -304,10 +303,11 @@ def _source(values: Mapping[str, Any], where: str) -> Source:
         raise SpecError(f"{where} has part {shown(given['part'])}: give two fractions, from and to, such as [0, 0.8]")
     if ("part" in given) != bool(given.get("by")):
         raise SpecError(f"{where} has part or by alone: give `part: [0, 0.8]` and `by: [column]`, or neither")
-    if len(given.get("delimiter", ",")) != 1:
-        raise SpecError(f"{where} has delimiter {shown(given['delimiter'])}: give one character")
+    delimiter = given.get("delimiter", ",")
+    if len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\r\n':
+        raise SpecError(f"{where} has delimiter {shown(delimiter)}: give one character of ASCII, such as ; or a tab")
     try:
-        codecs.lookup(given.get("encoding", "utf-8"))
+        "".encode(given.get("encoding", "utf-8"))
     except (LookupError, ValueError) as error:
         raise SpecError(f"{where} has encoding {shown(given['encoding'])}: give one that Python knows") from error
     for key in ("part", "by", "missing"):

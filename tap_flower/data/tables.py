@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
+import posixpath
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,18 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet
 from PIL import Image
 
 from tap_flower.plain import shown
 
+_UNDECODED = re.compile("[\ud800-\udfff]")
+"""A byte of a file's name that is no UTF-8, for which a data set has no place."""
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """A file of an image folder that gives the images other columns than a class; its column `file_name` names them."""
+
+_LONGEST_LINE = 1 << 26
+"""Bytes of the longest line, breaks within quotes included, that a CSV file may have."""
 
 
 def csv_table(
@@ -39,12 +48,15 @@ def csv_table(
     for file in files:
         # A line break within quotes is part of a text.
         parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-        read = pyarrow.csv.ReadOptions(encoding=encoding or "utf8")
+        # In one thread, errors say the line.
+        read = pyarrow.csv.ReadOptions(encoding=encoding or "utf8", block_size=_LONGEST_LINE, use_threads=False)
+        with Path(file).open("rb") as opened:
+            if not encoding and opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise ValueError(f"{file} is UTF-16: say `encoding: utf-16`")
         try:
-            with pyarrow.csv.open_csv(file, read_options=read, parse_options=parse) as opened:
-                names = opened.schema.names
-            if double := [name for name, count in Counter(names).items() if count > 1]:
-                raise ValueError(f"{file} has two columns {double[0]!r}: give each its own name")
+            with pyarrow.csv.open_csv(file, read_options=read, parse_options=parse) as header:
+                names = header.schema.names
+            _check_names(file, names)
             parse.ignore_empty_lines = len(names) > 1  # in a file of one column, an empty line is a missing value
             convert = pyarrow.csv.ConvertOptions(
                 column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=["", *missing]
@@ -69,24 +81,35 @@ def json_table(files: Sequence[str]) -> datasets.Dataset:
         ValueError: a file is neither, an object has a key twice, or a column holds values of several types.
     """
     rows = [row for file in files for row in _objects(file)]
+    if not rows:
+        raise ValueError("it holds no rows")
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {}
     for name in names:
         try:
             columns[name] = pa.array([row.get(name) for row in rows])
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        except OverflowError as error:
+            raise ValueError(
+                f"column {name!r} holds a whole number of more than 64 bits: write it as a text"
+            ) from error
+        except UnicodeEncodeError as error:
+            raise ValueError(f"column {name!r} holds half of a character: {error}") from error
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise ValueError(f"column {name!r} holds values of several types: {str(error).splitlines()[0]}") from error
     return datasets.Dataset(pa.table(columns))
 
 
 def _objects(file: str) -> Iterator[dict[str, Any]]:
-    text = Path(file).read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        found = json.loads(text, object_pairs_hook=_unique)
-    else:  # not splitlines(), which breaks lines where JSON has none
-        found = (json.loads(line, object_pairs_hook=_unique) for line in text.split("\n") if line.strip())
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8: write it so") from error
     number = 0
     try:
+        if text.lstrip().startswith("["):
+            found = json.loads(text, object_pairs_hook=_unique)
+        else:  # not splitlines(), which breaks lines where JSON has none
+            found = (json.loads(line, object_pairs_hook=_unique) for line in text.split("\n") if line.strip())
         for number, row in enumerate(found):
             if not isinstance(row, dict):
                 raise ValueError(f"it is a {type(row).__name__}")
@@ -102,6 +125,25 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def parquet_files(files: Sequence[str]) -> list[str]:
+    """Those of some Parquet files that have rows: the reader of `datasets` knows no others.
+
+    Raises:
+        ValueError: none has, or a column is named twice.
+    """
+    for file in files:
+        _check_names(file, pyarrow.parquet.read_schema(file).names)
+    found = [file for file in files if pyarrow.parquet.read_metadata(file).num_rows]
+    if not found:
+        raise ValueError("it holds no rows")
+    return found
+
+
+def _check_names(file: str, names: Sequence[str]) -> None:
+    if double := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{file} has two columns {double[0]!r}: give each its own name")
+
+
 def image_folder(folder: Path, split: str = "") -> datasets.Dataset:
     """The images of a folder by name: columns `image` (path), `label` (folder below `folder` that it is in) and `file`.
 
@@ -115,12 +157,15 @@ def image_folder(folder: Path, split: str = "") -> datasets.Dataset:
         ValueError: the folder is missing, or holds no images.
     """
     folder = _split_folder(folder, split)
-    for name in _METADATA:
-        if (folder / name).is_file():
-            return _with_metadata(folder, folder / name)
-    images, _ = _listing(folder)
+    if metadata := [name for name in _METADATA if (folder / name).is_file()]:
+        if len(metadata) > 1:
+            raise ValueError(f"{folder} has {' and '.join(metadata)}: keep one")
+        return _with_metadata(folder, folder / metadata[0])
+    images, others = _listing(folder)
     if not images:
-        raise ValueError(f"{folder} holds no images")
+        raise ValueError(
+            f"{folder} holds no images" + (f", but files that are none: {counted(others)}" if others else "")
+        )
     labels = [file.split("/")[0] if "/" in file else None for file in images]
     text = datasets.Value("string")
     return datasets.Dataset.from_dict(
@@ -135,13 +180,22 @@ def _with_metadata(folder: Path, file: Path) -> datasets.Dataset:
     data = read([str(file)]) if read else datasets.Dataset.from_parquet(str(file))
     if "file_name" not in data.column_names:
         raise ValueError(f"{file} has no column 'file_name', which names the images")
+    if taken := [name for name in ("image", "file") if name in data.column_names]:
+        raise ValueError(f"{file} has a column {taken[0]!r}, which is the images' own: name it otherwise")
     paths = [None if name is None else str(folder / name) for name in data["file_name"]]
     return data.rename_column("file_name", "file").add_column("image", paths)
 
 
-def passed_over(folder: Path, split: str = "") -> Counter[str]:
-    """Suffix -> files of an image folder that are no images."""
-    return _listing(_split_folder(folder, split))[1]
+def passed_over(folder: Path, split: str, read: Collection[str]) -> Counter[str]:
+    """What is passed over -> files of an image folder, where those `read`, by their paths below it, are its rows."""
+    images, others = _listing(_split_folder(folder, split))
+    unnamed = set(images) - {posixpath.normpath(file) for file in read if file}
+    return others + Counter({"that the metadata file does not name": len(unnamed)})
+
+
+def counted(files: Counter[str]) -> str:
+    """Files by kind, in words."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(files.items()))
 
 
 def _split_folder(folder: Path, split: str) -> Path:
@@ -155,17 +209,30 @@ def _split_folder(folder: Path, split: str) -> Path:
 
 @lru_cache(maxsize=64)
 def _listing(folder: Path) -> tuple[tuple[str, ...], Counter[str]]:
-    """(images below a folder, in order; suffix -> number of other files)."""
+    """(images below a folder, in order; suffix, `hidden` or `without a suffix` -> number of other files).
+
+    Raises:
+        ValueError: a link leads to a folder that is read already.
+    """
     Image.init()
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     images: list[str] = []
     others: Counter[str] = Counter()
+    read: dict[str, str] = {}
     for place, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
+        real = os.path.realpath(place)
+        if real in read:
+            raise ValueError(f"{place} and {read[real]} are one folder: remove the link")
+        read[real] = place
         for name in files:
-            path = Path(place, name)
-            if path.suffix.lower() in suffixes and not name.startswith("."):
-                images.append(path.relative_to(folder).as_posix())
-            elif name not in _METADATA:
-                others[path.suffix.lower()] += 1
+            path = Path(place, name).relative_to(folder)
+            if _UNDECODED.search(path.as_posix()):
+                raise ValueError(f"{place} holds a file named {name!r}: rename it")
+            if any(part.startswith(".") for part in path.parts):
+                others["hidden"] += 1
+            elif path.suffix.lower() in suffixes:
+                images.append(path.as_posix())
+            elif path.as_posix() not in _METADATA:
+                others[path.suffix.lower() or "without a suffix"] += 1
     return tuple(sorted(images)), others

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time
+from decimal import Decimal
 from functools import cache, lru_cache
 from typing import cast
 
@@ -186,7 +187,7 @@ def _text_of(read: Field, row: int, values: Mapping[str, object]) -> str:
     found = [values[name] for name in read.columns]
     if any(is_missing(value) for value in found):
         raise RowError("has no text", row, f" of {', '.join(read.columns)}: fill it, or leave the row out")
-    if wrong := [value for value in found if not isinstance(value, str | int | float | date | time)]:
+    if wrong := [value for value in found if not isinstance(value, str | int | float | Decimal | date | time)]:
         rest = f" of {', '.join(read.columns)}: say with a template what of it is the text"
         raise RowError(f"has a {type(wrong[0]).__name__} as text", row, rest)
     return " ".join(str(value) for value in found)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -252,7 +252,7 @@ def _pixels(picture: Picture, form: ImageForm) -> Tensor:
             )
         return pixels_of(Image.fromarray(picture), form)
     if isinstance(picture, Image.Image):
-        return pixels_of(picture, form)
+        return pixels_of(ImageOps.exif_transpose(picture), form)
     try:
         return pixels_of(open_image(Path(picture), form.background, form.size), form)
     except Exception as error:  # whatever the decoders of all image formats raise

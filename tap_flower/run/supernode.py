@@ -28,6 +28,7 @@ class NodeLaunch:
         meteor: whether to compute METEOR of generated texts.
         bertscore: model of BERTScore of generated texts, or nothing.
         compile: whether to run models through torch.compile, which starts a C++ compiler.
+        loader_workers: threads that read data ahead of training; None is 4 with a GPU, 0 without one.
         keep_best: whether to keep the state with the best validation scores beside the latest.
         limits: the most that the server may ask for, `KEY=N` with the keys of `client.node.Limits`.
     """
@@ -43,6 +44,7 @@ class NodeLaunch:
     meteor: bool = False
     bertscore: str = ""
     compile: bool = False
+    loader_workers: int | None = None
     keep_best: bool = False
     limits: Sequence[str] = ()
 
@@ -87,6 +89,7 @@ class NodeLaunch:
         switches = {"meteor": self.meteor, "compile": self.compile, "keep-best": self.keep_best}
         told = [f"{name}={_quoted(value)}" for name, value in values.items()]
         told += [f"{name}=true" for name, chosen in switches.items() if chosen]
+        told += [] if self.loader_workers is None else [f"loader-workers={self.loader_workers}"]
         return " ".join([*told, *(_limit(limit) for limit in self.limits)])
 
 

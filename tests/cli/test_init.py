@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
@@ -72,6 +75,59 @@ def test_what_it_writes_is_accepted(make: Any, kind: str, classes: Any, command:
     code, _, err = command("init", str(tmp_path))
     assert code == 1
     assert "client.yaml is there already" in err
+
+
+@pytest.mark.parametrize(("written", "guessed"), [("utf-8", None), ("cp1252", "cp1252"), ("utf-16", "utf-16")])
+def test_the_encoding_of_a_csv_file_is_guessed_and_named_as_a_guess(
+    written: str, guessed: str | None, command: Any, tmp_path: Path
+) -> None:
+    rows = "".join(f"“café” number {n},{'good' if n % 2 else 'bad'}\n" for n in range(40))
+    (tmp_path / "menu.csv").write_bytes(f"text,label\n{rows}".encode(written))
+    code, _, err = command("init", "menu.csv")
+    assert code == 0, err
+    text = (tmp_path / "client.yaml").read_text()
+    (task,) = yaml.safe_load(text)["tasks"]
+    assert task["train"].get("encoding") == guessed
+    assert ("the encoding is a guess" in text) is (guessed is not None)
+    code, out, err = command("check", "client.yaml", "--json", "found.json")
+    assert code == 0, out + err
+    assert (
+        "“café” number"
+        in json.loads((tmp_path / "found.json").read_text())["tasks"]["menu"]["train"]["examples"][0]["text"]
+    )
+
+
+def test_images_in_a_parquet_file(command: Any, tmp_path: Path) -> None:
+    """Their bytes alone, and as `datasets` writes them."""
+    pictures(tmp_path / "pets", 40)
+    files = [file.read_bytes() for file in sorted((tmp_path / "pets").iterdir())]
+    labels = ["ape", "cat"] * 20
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "ape"]))
+    whole = {"image": [{"bytes": file, "path": None} for file in files], "label": labels}
+    datasets.Dataset.from_dict(whole, features=features).to_parquet(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": files, "label": labels}), tmp_path / "b.parquet")
+    for name, classes in (("a", ["cat", "ape"]), ("b", ["ape", "cat"])):
+        task = guessed_task(tmp_path / f"{name}.parquet")
+        assert (task["kind"], task["classes"]) == ("image_classification", classes)
+        assert task["columns"] == {"image": "image", "label": "label"}
+
+
+def test_a_folder_of_several_tables_is_read_whole_and_by_patients(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    for part in range(2):
+        rows = "".join(f"note {part} {n},patient-{n % 9},{'ill' if n % 3 else 'well'}\n" for n in range(30))
+        (tmp_path / "scans" / f"part-{part}.csv").write_text(f"note,patient,finding\n{rows}")
+    (tmp_path / "scans" / "codes.json").write_text("[]")
+    code, out, err = command("init", "scans")
+    assert code == 0, err
+    assert "left out: codes.json" in out
+    (task,) = yaml.safe_load((tmp_path / "client.yaml").read_text())["tasks"]
+    assert (task["name"], task["classes"]) == ("scans", ["ill", "well"])
+    assert task["train"] == {
+        "format": "csv", "path": str(tmp_path / "scans" / "*.csv"), "part": [0, 0.7], "by": ["patient"]
+    }  # fmt: skip
+    code, out, err = command("check", "client.yaml")
+    assert code == 0, out + err
 
 
 def test_parts_do_not_overlap(tmp_path: Path) -> None:

@@ -38,13 +38,16 @@ def deployed(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_a_deployed_node_has_its_settings_from_itself(deployed: dict[str, Any], tmp_path: Path) -> None:
-    of_the_run = {"set": "compute.compile=true metrics.meteor=true data.root=/elsewhere"}
+    of_the_run = {"set": "compute.compile=true compute.loader_workers=3 metrics.meteor=true data.root=/elsewhere"}
     node = this_node(context(deployed, of_the_run))
     assert (node.spec.name, node.state_dir, node.folder) == ("ann", tmp_path / "state", None)
-    assert (node.data_root, node.metrics, node.compile) == ("", Metrics(), False)
-    chosen = {"compile": True, "meteor": True, "bertscore-model": "none/such", "data-root": "/mirror"}
+    assert (node.data_root, node.metrics, node.compile, node.loader_workers) == ("", Metrics(), False, None)
+    chosen = {
+        "compile": True, "meteor": True, "bertscore-model": "none/such", "data-root": "/mirror", "loader-workers": 0
+    }  # fmt: skip
     node = this_node(context({**deployed, **chosen}, {}))
     assert (node.data_root, node.metrics, node.compile) == ("/mirror", Metrics(True, "none/such"), True)
+    assert node.loader_workers == 0
 
 
 @pytest.mark.parametrize("name", ["compile", "meteor"])
@@ -53,11 +56,18 @@ def test_a_switch_is_true_or_false(deployed: dict[str, Any], name: str) -> None:
         this_node(context({**deployed, name: "yes"}, {}))
 
 
+@pytest.mark.parametrize("value", [-1, 1.5, True, "two"])
+def test_workers_are_a_whole_number(deployed: dict[str, Any], value: Any) -> None:
+    with pytest.raises(SpecError, match=f"the node's loader-workers is {value!r}: write loader-workers=N"):
+        this_node(context({**deployed, "loader-workers": value}, {}))
+
+
 def test_a_simulated_node_has_its_settings_from_the_runs_configuration(tmp_path: Path) -> None:
-    run_config = {"preset": "demo", "set": "compute.compile=true metrics.meteor=true", "out": str(tmp_path)}
+    chosen = "compute.compile=true compute.loader_workers=3 metrics.meteor=true"
+    run_config = {"preset": "demo", "set": chosen, "out": str(tmp_path)}
     node = this_node(context({"partition-id": 2}, run_config))
     assert (node.spec.name, node.folder) == ("client-2", tmp_path / "clients" / "client-2")
-    assert (node.metrics, node.compile) == (Metrics(meteor=True), True)
+    assert (node.metrics, node.compile, node.loader_workers) == (Metrics(meteor=True), True, 3)
     assert not this_node(context({"partition-id": 2}, {"preset": "demo", "out": str(tmp_path)})).compile
 
 

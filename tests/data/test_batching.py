@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,24 +21,35 @@ from torch.utils.data import (
 )
 
 from tap_flower.core.training import Batch
-from tap_flower.data.batching import ClientData, TrainingSampler
+from tap_flower.data.batching import AHEAD, ClientData, TrainingSampler, read_ahead
 from tap_flower.data.examples import OWN, Examples, OwnLoader, moved_to, own_examples, set_aside, split_off
 
 CPU = torch.device("cpu")
 
 
-def named(task: str, name: str, count: int, step: int | None, batch_size: int | None = None) -> Examples:
+def named(
+    task: str, name: str, count: int, step: int | None, batch_size: int | None = None, workers: int = 0
+) -> Examples:
     """Examples that are a letter and a number; their lengths are 1 to 11, in steps."""
     lengths = None if step is None else np.array([step * i % 11 + 1 for i in range(count)])
     rows = [f"{name}{i}" for i in range(count)]
-    return Examples(task, rows, range(count), " ".join, lambda read: ({"rows": read}, None), batch_size, lengths)  # type: ignore[arg-type, return-value]
+    return Examples(
+        task,
+        rows,
+        range(count),
+        " ".join,
+        lambda read: ({"rows": read}, None),  # type: ignore[arg-type, return-value]
+        batch_size,
+        lengths,
+        workers=workers,
+    )
 
 
 def client(workers: int = 0) -> ClientData:
     """Two tasks with two sources each; one source is smaller than a batch, and one has no lengths."""
-    b = [named("b", "b", 9, 4), named("b", "c", 5, 7)]
-    a = [named("a", "a", 50, 3, batch_size=2), named("a", "d", 3, None)]
-    return ClientData({"train": {"b": b, "a": a}}, workers)
+    b = [named("b", "b", 9, 4, workers=workers), named("b", "c", 5, 7, workers=workers)]
+    a = [named("a", "a", 50, 3, batch_size=2, workers=workers), named("a", "d", 3, None, workers=workers)]
+    return ClientData({"train": {"b": b, "a": a}})
 
 
 def rows(batches: Iterable[Batch], count: int | None = None) -> list[str]:
@@ -85,29 +97,67 @@ def test_a_sampler_gives_the_same_batches_each_time() -> None:
     assert one == other
 
 
-def test_two_workers_give_what_none_gives() -> None:
-    data, alone = client(workers=2), client()
-    for seed in (41, 42):  # the workers of the first pass go on with the second
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_workers_give_what_none_gives(workers: int) -> None:
+    data, alone = client(workers), client()
+    for seed in (41, 42):
         expected = rows(alone.training_batches(4, seed, CPU, True), 30)
         assert rows(data.training_batches(4, seed, CPU, True), 30) == expected
-    for _ in range(2):
-        assert rows(data.batches("train", 4, CPU)) == ONCE
+    assert rows(data.batches("train", 4, CPU)) == ONCE
 
 
-def test_with_workers_a_pass_ends_when_another_begins() -> None:
-    data = client(workers=1)
-    first = data.training_batches(4, 41, CPU)
-    next(first)
-    assert next(data.training_batches(4, 41, CPU)).inputs["rows"] == SHUFFLED[0]
-    with pytest.raises(RuntimeError, match="a second pass over the train examples has begun"):
-        next(first)
-
-
-def test_without_workers_passes_go_on_side_by_side() -> None:
-    data = client()
+@pytest.mark.parametrize("workers", [0, 2])
+def test_passes_go_on_side_by_side(workers: int) -> None:
+    data = client(workers)
     one, other = data.training_batches(4, 41, CPU), data.training_batches(4, 41, CPU)
     found = [batch.inputs["rows"] for pair in itertools.islice(zip(one, other, strict=True), 24) for batch in pair]
     assert (found[::2], found[1::2]) == (SHUFFLED, SHUFFLED)
+
+
+class Watched(Dataset[int]):
+    """Rows that say which threads read them, and how many were read; the row `broken` cannot be."""
+
+    def __init__(self, broken: int = -1) -> None:
+        self.threads: set[str] = set()
+        self.read, self.broken = 0, broken
+
+    def __getitem__(self, row: int) -> int:
+        self.threads.add(threading.current_thread().name)
+        self.read += 1
+        if row == self.broken:
+            raise ValueError(f"row {row} is broken")
+        return row
+
+
+def watched(data: Watched, workers: int) -> Examples:
+    return Examples("t", data, range(1000), list, lambda read: ({}, read), workers=workers)
+
+
+def test_workers_read_some_batches_ahead_and_end_with_their_pass() -> None:
+    data = Watched()
+    order = ((0, range(start, start + 4)) for start in range(0, 1000, 4))
+    batches = read_ahead([watched(data, 2)], order, 2)
+    assert next(batches) == (0, [0, 1, 2, 3])
+    assert data.threads <= {"loader_0", "loader_1"}
+    batches.close()  # type: ignore[attr-defined]
+    for thread in threading.enumerate():
+        if thread.name.startswith("loader"):
+            thread.join(10)
+    assert data.read <= 4 * (AHEAD * 2 + 1)  # 20 of 1,000 rows
+
+
+def test_what_a_worker_cannot_read_is_told_where_its_batch_is_asked_for() -> None:
+    batches = read_ahead([watched(Watched(broken=5), 2)], ((0, [row]) for row in range(9)), 2)
+    assert [items for _, items in itertools.islice(batches, 5)] == [[0], [1], [2], [3], [4]]
+    with pytest.raises(ValueError, match="row 5 is broken"):
+        next(batches)
+
+
+def test_a_source_that_is_not_made_for_threads_is_read_without() -> None:
+    one, other = Watched(), Watched()
+    data = ClientData({"train": {"t": [watched(one, 2), watched(other, 0)]}})
+    list(itertools.islice(data.training_batches(4, 41, CPU), 20))
+    assert one.threads | other.threads == {threading.current_thread().name}
 
 
 def test_drawing_batches_draws_no_random_number_of_the_process() -> None:

@@ -107,7 +107,7 @@ def test_every_problem_is_named_with_its_rows(tmp_path: Path) -> None:
         f"{where} 'pets': train {pictures} takes rows 0 to 9 of {pictures}, which has 4: lower them",
         f"{where} 'pets': train {pictures} has no image in rows 1, 3 of column 'image' (row 1: ",
         f"{where} 'pets': train {pictures} has label None in row 2, {no_label} 'ape', 'cat'",
-        f"{where} 'pets': test {pets} has no image in row 2 of column 'image' (row 2: cannot identify image file",
+        f"{where} 'pets': test {pets} has no image in row 2 of column 'image' (row 2: {tmp_path}/pets/",
         f"{where} 'pets': test {pets} has label 'dog' in row 3, {no_label} 'ape', 'cat'",
         f"{where} 'answers': train {blank} has no column 'body' for target: choose among title, note, urgency",
         f"{where} 'answers': train {blank} cannot fill its template in rows 0, 1 (row 0: 'str object' has no attribute",

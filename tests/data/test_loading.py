@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cachetools import LRUCache
+from PIL import Image
 
 from tap_flower.config import client_specs, load_config
 from tap_flower.core.tasks import IGNORE, IMAGE_STD
@@ -156,6 +158,36 @@ def test_decoded_images_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -
     pixels = found[1]
     assert found.decodes == 4
     assert torch.equal(pixels, LazyImages(rows, "image", FORM)[1])
+
+
+def test_workers_keep_to_the_bound_and_give_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the bound holds less than is read ahead."""
+    for name, side in (("a", 70), ("b", 200)):
+        (tmp_path / name).mkdir()
+        for number in range(12):
+            Image.new("RGB", (side, 64), (number * 20, side, 9)).save(tmp_path / name / f"{number}.jpg")
+    source = Source("imagefolder", path=str(tmp_path))
+    spec = changed(
+        1, kind="image_classification", modalities=("image",), columns={"image": "image", "label": "label"},
+        classes=("a", "b"), image=FORM, train=(source,), test=(source,), validation=(source,), batch_size=None,
+    )  # fmt: skip
+    kept: LRUCache[Any, torch.Tensor] = LRUCache(5 * 64 * 64 * 3, getsizeof=lambda pixels: pixels.nbytes)
+    monkeypatch.setattr(images, "_decoded", kept)
+    found = []
+    for workers in (0, 2):
+        client = load_client_data(spec, load_tokenizer(locate("demo")), 40, 1, workers=workers)
+        batches = [*itertools.islice(client.training_batches(4, 3, CPU), 12), *client.batches("test", 64, CPU)]
+        found.append(torch.cat([batch.inputs["image"] for batch in batches]))
+        assert 0 < sum(pixels.nbytes for pixels in kept.values()) <= kept.maxsize
+    assert len(found[0]) == 12 * 4 + 24
+    assert torch.equal(found[0], found[1])
+
+
+def test_an_image_larger_than_the_bound_is_read_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_decoded", LRUCache(100, getsizeof=lambda pixels: pixels.nbytes))
+    found = LazyImages(packaged.load("shapes", "train").select(range(2)), "image", FORM)
+    assert torch.equal(found[0], found[0])
+    assert found.decodes == 2
 
 
 def test_pixels_are_normalised_once() -> None:

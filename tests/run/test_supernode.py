@@ -30,14 +30,16 @@ def node_config(command: list[str]) -> dict[str, Any]:
 def test_flower_reads_the_paths_that_were_given(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     launch = NodeLaunch(
-        tmp_path / "ann.yaml", "server:8000", folder, data_root=tmp_path / "mirror", meteor=True, compile=True
-    )
+        tmp_path / "ann.yaml", "server:8000", folder, data_root=tmp_path / "mirror", meteor=True, compile=True,
+        loader_workers=2,
+    )  # fmt: skip
     assert node_config(launch.command()) == {
         "client-spec": str(tmp_path / "ann.yaml"),
         "state-dir": str(folder),
         "data-root": str(tmp_path / "mirror"),
         "meteor": True,
         "compile": True,
+        "loader-workers": 2,
     }
     assert folder.is_dir()
 

@@ -1,0 +1,215 @@
+"""CSV, JSON and Parquet files as people have them, parts of them, and files that are none."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tap_flower.data.tables import csv_table
+from tests.data.people import check, csv, json_, parquet
+
+
+def test_texts_are_as_they_are_written(tmp_path: Path) -> None:
+    rows = "00123,a\n3.10,a\n2021-01-01,b\n"
+    assert check(csv(tmp_path, f"text,label\n{rows}")).texts == ["00123", "3.10", "2021-01-01"]
+    lines = [{"text": text, "label": "a"} for text in ("2021-01-01", "2022-02-02", "1e5")]
+    assert check(json_(tmp_path, *lines)).texts == ["2021-01-01", "2022-02-02", "1e5"]
+
+
+def test_no_word_stands_for_a_missing_value_unless_asked(tmp_path: Path) -> None:
+    text = "text,label\nred,NA\nnull,EU\nNaN,NA\n"
+    found = check(csv(tmp_path, text), classes=["EU", "NA"])
+    assert (found.problems, found.texts, found.labels) == ("", ["red", "null", "NaN"], ["NA", "EU", "NA"])
+    assert "has no text in row 1" in check(csv(tmp_path, text, missing=["null"]), classes=["EU", "NA"]).problems
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "more", "problem"),
+    [
+        ("text,label\nrouge é,a\n", "latin-1", {}, "is no UTF-8: say its `encoding`"),
+        ("text,label\nrouge é,a\n", "latin-1", {"encoding": "latin-1"}, ""),
+        ("text,label\nrouge é,a\n", "utf-8-sig", {}, ""),
+        ("text,label\nrouge é,a\n", "utf-16", {"encoding": "utf-16"}, ""),
+        ("text;label\nrouge é;a\n", "utf-8", {}, "has no column 'text' for text: choose among text;label"),
+        ("text;label\nrouge é;a\n", "utf-8", {"delimiter": ";"}, ""),
+        ("text,label\nrouge é,a,b\n", "utf-8", {}, "Expected 2 columns, got 3"),
+        ('text,label\n"rouge é,a\nx,b\n', "utf-8", {}, "Expected 2 columns, got 1"),
+        ("text,text,label\nrouge é,x,a\n", "utf-8", {}, "has two columns 'text'"),
+        ("", "utf-8", {}, "Empty CSV file"),
+        ("text,label\n", "utf-8", {}, "has a source with 0 rows"),
+        ("text,label\nx,a\ny,b,c\n", "utf-8", {}, "Row #3: Expected 2 columns, got 3"),
+        ("text;label\r\nrouge é;a\r\n", "utf-8-sig", {"delimiter": ";"}, ""),
+        ("text,label\rrouge é,a\r", "utf-8", {}, ""),
+        ("text,label\n\nrouge é,a\n\n\n", "utf-8", {}, ""),
+        (",text,label\n0,rouge é,a\n", "utf-8", {}, ""),
+        ("text, label\nx, a\n", "utf-8", {}, "has no column 'label' for label: choose among text, ' label'"),
+        ("text,label\nx,a\n", "utf-16", {}, "is UTF-16: say `encoding: utf-16`"),
+        ("text,label\nx,a\n", "utf-8", {"encoding": "base64"}, "has encoding 'base64': give one that Python knows"),
+        ("text,label\nx,a\n", "utf-8", {"delimiter": "§"}, "has delimiter '§': give one character of ASCII"),
+        ("text,label\nx,a\n", "utf-8", {"delimiter": '"'}, "has delimiter '\"': give one character of ASCII"),
+        ("text,label\nx,a\n", "utf-8", {"encoding": "utf-9"}, "has encoding 'utf-9': give one that Python knows"),
+        ("text,label\nx,a\n", "utf-8", {"delimiter": "::"}, "has delimiter '::': give one character"),
+    ],
+)
+def test_csv_files(text: str, encoding: str, more: Any, problem: str, tmp_path: Path) -> None:
+    found = check(csv(tmp_path, text, encoding, **more))
+    if problem:
+        assert problem in found.problems
+    else:
+        assert (found.problems, found.texts) == ("", ["rouge é"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        (['{"text": "x", "text": "y", "label": "a"}'], "the key 'text' stands twice"),
+        ([{"text": "x", "label": "a"}, {"text": 5, "label": "a"}], "column 'text' holds values of several types"),
+        ([{"text": "x", "label": "a"}, '{"text": '], "object 1: "),
+        (['"text"'], "it is a str; write a list of objects"),
+        ([{"text": {"de": "x"}, "label": "a"}], "has a dict as text in row 0"),
+        ([{"label": "a"}, {"label": "b", "text": "x"}], "has no text in row 0"),
+        ([{"text": "x"}, {"label": "b", "text": "x"}], "has label None in row 0"),
+        (['{"text": NaN, "label": "a"}'], "has no text in row 0"),
+        (['{"text": "\\ud800", "label": "a"}'], "column 'text' holds half of a character"),
+        ([{"text": 10**30, "label": "a"}], "column 'text' holds a whole number of more than 64 bits"),
+        ([{"text": "x", "label": True}, {"text": "y", "label": 1}], "column 'label' holds values of several types"),
+        (['[{"text": "x", "label": "a"},]'], "write a list of objects, or one object a line"),
+        (["[]"], "it holds no rows"),
+        ([""], "it holds no rows"),
+    ],
+)
+def test_json_files(rows: Any, problem: str, tmp_path: Path) -> None:
+    assert problem in check(json_(tmp_path, *rows)).problems
+
+
+@pytest.mark.parametrize(
+    ("columns", "texts"),
+    [
+        ({"text": pa.array(["x"]).dictionary_encode()}, ["x"]),
+        ({"text": pa.array(["x"], pa.large_string())}, ["x"]),
+        ({"text": [Decimal("1.50")]}, ["1.50"]),
+        ({"text": [datetime(2021, 1, 2, 3)]}, ["2021-01-02 03:00:00"]),
+        ({"text": [["x", "y"]]}, "has a list as text in row 0"),
+        ({"text": [b"x"]}, "has a bytes as text in row 0"),
+        ({"text": [timedelta(1)]}, "has a timedelta as text in row 0"),
+        ({"text": pa.array([], pa.string())}, "it holds no rows"),
+    ],
+)
+def test_parquet_columns(columns: dict[str, Any], texts: Any, tmp_path: Path) -> None:
+    labels = pa.array(["a"] * len(columns["text"]), pa.string()).dictionary_encode()
+    found = check(parquet(tmp_path, columns | {"label": labels}))
+    if isinstance(texts, str):
+        assert texts in found.problems
+    else:
+        assert (found.problems, found.texts, found.labels) == ("", texts, ["a"])
+
+
+def test_parquet_files_without_rows_are_left_out_and_columns_of_one_name_refused(tmp_path: Path) -> None:
+    for number in range(3):
+        count = number % 2
+        pq.write_table(pa.table({"text": ["x"] * count, "label": ["a"] * count}), tmp_path / f"{number}.parquet")
+    assert check({"format": "parquet", "path": str(tmp_path / "*.parquet")}).texts == ["x"]
+    pq.write_table(pa.table([["x"], ["a"], ["b"]], names=["text", "label", "label"]), tmp_path / "double.parquet")
+    found = check({"format": "parquet", "path": str(tmp_path / "double.parquet")})
+    assert "has two columns 'label': give each its own name" in found.problems
+
+
+def test_a_text_of_megabytes_and_with_line_breaks(tmp_path: Path) -> None:
+    long = "word " * 300_000
+    source = csv(tmp_path, f'text,label\n"{long}",a\n"one\ntwo, ""q""",b\n')
+    assert csv_table([source["path"]])["text"][:] == [long, 'one\ntwo, "q"']
+
+
+def test_a_template_over_a_missing_value_names_its_row(tmp_path: Path) -> None:
+    source = csv(tmp_path, "q,ctx,label\nwhy,,a\nhow,paper,b\n")
+    template = "{{ q }} context: {{ ctx }}"
+    for told in (
+        {"columns": {"text": {"template": template}, "label": "label"}},
+        {"columns": {"label": "label"}, "templates": {"text": template}},
+    ):
+        assert "has no value for its template in row 0 of ctx" in check(source, **told).problems
+    cared_for = {"columns": {"label": "label"}, "templates": {"text": "{{ q }} context: {{ ctx | default('none') }}"}}
+    assert check(source, **cared_for).texts == ["why context: none", "how context: paper"]
+    inside = parquet(tmp_path, {"doc": [{"note": None}, {"note": "x"}], "label": ["a", "b"]})
+    assert (
+        "doc.note has no value"
+        in check(inside, columns={"label": "label"}, templates={"text": "{{ doc.note }}"}).problems
+    )
+    listed = check(inside, columns={"label": "label"}, templates={"text": "{{ doc }}"})
+    assert "a dict is no text" in listed.problems
+
+
+def test_a_file_is_found_by_its_name_and_not_as_a_pattern(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["x"], "label": ["a"]}), tmp_path / "data[1].parquet")
+    assert check({"format": "parquet", "path": str(tmp_path / "data[1].parquet")}).texts == ["x"]
+
+
+def test_the_readers_own_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data.parquet").write_text("no parquet")
+    source = {"format": "parquet", "path": str(tmp_path / "data.parquet")}
+    found = check(source)
+    assert "Parquet" in found.problems
+    assert "An error occurred" not in found.problems
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "more").mkdir()
+    told = check(parquet(tmp_path / "more", {"text": ["x"], "label": ["a"]})).problems
+    assert "cannot be written" in told
+    assert "set HF_DATASETS_CACHE" in told
+
+
+def test_parts_by_hash_keep_what_belongs_together(tmp_path: Path) -> None:
+    lines = "".join(f"note {n},a,patient-{n % 20}\n" for n in range(200))
+    source = csv(tmp_path, f"text,label,patient\n{lines}")
+    spec_parts = [source | {"part": part, "by": ["patient"]} for part in ([0, 0.6], [0.6, 1])]
+    train = check(spec_parts[0], test=spec_parts[1])
+    assert train.train is not None
+    assert train.train.rows % 10 == 0
+    assert 0 < train.train.rows < 200
+    assert "share" not in train.notes
+    assert "lacks" not in train.problems
+    assert "has no column 'person' for `by`" in check(source | {"part": [0, 0.5], "by": ["person"]}).problems
+    assert "has part or by alone" in check(source | {"part": [0, 0.5]}).problems
+
+
+def test_inputs_that_splits_share_are_told(tmp_path: Path) -> None:
+    train = csv(tmp_path, "text,label\nred,a\nsky,b\nleaf,a\n")
+    (tmp_path / "test.csv").write_text("text,label\nsky,a\nsea,b\n")
+    found = check(train, test={"format": "csv", "path": str(tmp_path / "test.csv")})
+    assert found.problems == ""
+    assert "train and test share 1 inputs, which train has in row 1" in found.notes
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    from tap_flower.config import read_yaml
+    from tap_flower.errors import ConfigError
+
+    (tmp_path / "spec.yaml").write_text("name: a\ntasks:\n- kind: x\n  kind: y\n")
+    with pytest.raises(ConfigError, match="the key 'kind' stands twice, in lines 3 and 4"):
+        read_yaml(tmp_path / "spec.yaml")
+    (tmp_path / "spec.yaml").write_text("base: &b {kind: x}\none: {<<: *b, kind: y}\ntwo: {<<: *b}\n")
+    assert read_yaml(tmp_path / "spec.yaml")["one"] == {"kind": "y"}
+
+
+ODD = [
+    b"", b"\0" * 9, b"\xff\xd8\xff", b"PK\x03\x04", b'a,b\n"', b"{", b"[[", b"[1, 2]", b"\xed\xa0\x80", b"GIF89a",
+    b"text,label\n" + b"x" * 99,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ODD)
+@pytest.mark.parametrize("form", ["csv", "json", "parquet", "imagefolder", "disk"])
+def test_no_file_ends_the_check_in_a_traceback(form: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "images/a/x.png" if form == "imagefolder" else tmp_path / "x"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    source = {"format": form, "path": str(tmp_path / "images" if form == "imagefolder" else path)}
+    for kind in ("image_classification", "text_classification"):
+        assert check(source, kind).problems
