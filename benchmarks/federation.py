@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 import yaml
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
@@ -122,9 +122,16 @@ def stage_one(config: Config, run_config: dict[str, Any]) -> StageOne:
         The strategy, which knows when rounds were.
     """
     grid = InProcessGrid(tap_app, [{"partition-id": i} for i in range(len(client_specs(config)))], run_config)
-    strategy = StageOne(config, Path(run_config["out"]))
+    return rounds_of_stage_one(grid, config, Path(run_config["out"]))
+
+
+def rounds_of_stage_one(
+    grid: InProcessGrid, config: Config, folder: Path, train_config: ConfigRecord | None = None
+) -> StageOne:
+    """Stage 1 of a run in a folder; returns the strategy, which knows when rounds were."""
+    strategy = StageOne(config, folder)
     with contextlib.suppress(_Enough):
-        strategy.start(grid)
+        strategy.start(grid, train_config=train_config)
     return strategy
 
 
@@ -132,7 +139,7 @@ def tap(config: Config, run_config: dict[str, Any]) -> tuple[Stamp, int]:
     """Seconds of a round, and bytes of tensors in both directions in all rounds."""
     strategy = stage_one(config, run_config)
     sent = sum(strategy.progress.down.values()) + sum(strategy.progress.up.values())
-    return _round(strategy.stamps), sent
+    return round_of(strategy.stamps), sent
 
 
 def fedavg(config: Config) -> Stamp:
@@ -151,13 +158,17 @@ def fedavg(config: Config) -> Stamp:
         arrays = ArrayRecord(cpu_state(model))
         return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)}), reply_to=message)
 
+    return round_of(flowers_rounds(app, ArrayRecord(cpu_state(locals_[0].model())), config.rounds, len(locals_)))
+
+
+def flowers_rounds(app: ClientApp, start: ArrayRecord, rounds: int, clients: int) -> list[Stamp]:
+    """When rounds of Flower's own FedAvg were, with all clients in each, in this process."""
     stamps: list[Stamp] = []
-    grid = InProcessGrid(app, [{"partition-id": i} for i in range(len(locals_))], {})
-    strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=len(locals_), min_available_nodes=len(locals_))
+    grid = InProcessGrid(app, [{"partition-id": i} for i in range(clients)], {})
+    strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients)
     evaluated: Callable[[int, ArrayRecord], None] = lambda *_: stamps.append(_now())  # noqa: E731
-    start = ArrayRecord(cpu_state(locals_[0].model()))
-    strategy.start(grid, start, num_rounds=config.rounds, evaluate_fn=evaluated)
-    return _round(stamps)
+    strategy.start(grid, start, num_rounds=rounds, evaluate_fn=evaluated)
+    return stamps
 
 
 def _local(config: Config, number: int) -> Session:
@@ -169,7 +180,7 @@ def _now() -> Stamp:
     return time.perf_counter(), time.process_time()
 
 
-def _round(stamps: list[Stamp]) -> Stamp:
+def round_of(stamps: list[Stamp]) -> Stamp:
     """The median time between two stamps, without the first."""
     wall, processor = (
         median(after[clock] - before[clock] for before, after in itertools.pairwise(stamps[1:])) for clock in (0, 1)

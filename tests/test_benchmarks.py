@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import lora, measure, parity, step
+from benchmarks import lora, measure, parity, plug_in, step
 from benchmarks.workload import client
 from tap_flower.models import cpu
 from tap_flower.models.lora import lora_linear
@@ -194,6 +194,18 @@ def test_lora_is_compared_with_plain_operations(tmp_path: Path, monkeypatch: pyt
     lora.main()
     (row,) = json.loads((tmp_path / "lora.json").read_text())["rows"]
     assert row == {"shape": "[2, 8, 6] -> 4", "ours ms": 3.0, "plain ms": 6.0, "ratio": 0.5}
+
+
+def test_a_plug_in_client_is_compared_with_flowers_fedavg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plug_in, "MODELS", {"linear": lambda: torch.nn.Linear(3072, plug_in.CLASSES)})
+    few = ["--clients", "2", "--rounds", "2", "--steps", "1", "--repeats", "2"]
+    monkeypatch.setattr(sys, "argv", ["plug_in", *few, "--json", str(tmp_path / "rows.json")])
+    plug_in.main()
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(row["loop"], row["method"]) for row in rows] == [
+        ("own", "fedavg"), ("own", "tap"), ("ours", "fedavg"), ("ours", "tap"),
+    ]  # fmt: skip
+    assert all(row["ratio"] > 0 and row["s"] > 0 for row in rows)
 
 
 def test_a_table_has_a_column_for_what_any_row_has() -> None:

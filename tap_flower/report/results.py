@@ -49,7 +49,7 @@ def results(
         clients: client -> task -> model -> metric -> value on the client's test data.
         kinds: task name -> name of its kind.
         replacements: client -> task -> number of rounds in which its components were replaced.
-        bytes_: `down`, `up` and `per_component`.
+        bytes_: `down`, `up`, `first_values` and `per_component`; see `TapResult.bytes`.
         steps: client -> optimiser steps that it made, both stages.
         missing: client -> why it was not evaluated.
         marks: client -> what a reader of its metrics must know.

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Message, RecordDict
@@ -18,11 +19,11 @@ from tap_flower.plain import printable
 from tap_flower.report.events import EventLog
 from tap_flower.server import checkpoint
 from tap_flower.server.checkpoint import Progress
-from tap_flower.server.first_values import FirstValues
+from tap_flower.server.first_values import FirstValues, Query
 from tap_flower.server.grid import UNSENT, Pending, StreamingGrid, content_of
 from tap_flower.server.roster import Roster
 from tap_flower.wire import messages
-from tap_flower.wire.messages import MANIFEST, Evaluation, Instruction, Manifest
+from tap_flower.wire.messages import MANIFEST, Evaluation, Manifest
 
 log = logging.getLogger("tap_flower")
 _LOOK, _LONGEST_LOOK = 0.1, 0.5
@@ -167,9 +168,7 @@ class Attendance:
         self.problems: dict[str, str] = {}
         self._absent: dict[str, str] = {}
 
-    def begin(
-        self, grid: StreamingGrid, expected: int, first: FirstValues, instruction: Callable[[], Instruction]
-    ) -> None:
+    def begin(self, grid: StreamingGrid, expected: int, first: FirstValues, query: Query) -> None:
         """Waits for the clients and asks each for its manifest.
 
         A new run waits until `expected` nodes are there and all have answered. A resumed run waits for all clients that it
@@ -179,17 +178,16 @@ class Attendance:
             grid: where the nodes are.
             expected: clients that a new run needs.
             first: the run's first values, which new clients bring or get.
-            instruction: makes the server's word in a question.
+            query: makes the content of a question.
 
         Raises:
             RunError: fewer than `expected` are there in a new run, none in a resumed one, or one that the configuration
                 names is missing.
         """
         config, roster, known = self.config, self.roster, set(self.roster.manifests)
-        self._grid, self._first, self._instruction = grid, first, instruction
-        self.gathering = Gathering(
-            grid, roster, lambda: messages.encode(instruction()), self._admit, self._refuse, config.round_timeout
-        )
+        self._grid, self._first = grid, first
+        ask = partial(query, (), None)
+        self.gathering = Gathering(grid, roster, ask, self._admit, self._refuse, config.round_timeout)
         awaited = len(known) or expected
         self._wait(known, awaited)
         named = {spec.name for spec in client_specs(config)}
@@ -244,7 +242,6 @@ class Attendance:
 
     def _settle(self) -> None:
         """Hands out first values to new clients, and notes who takes part."""
-        self._first.instruction = self._instruction()
         for node, problem in self._first.hand_out(self._grid):
             self.gathering.refuse(node, problem)
         self._save()
@@ -253,7 +250,6 @@ class Attendance:
         checkpoint.save_manifests(self.folder, self.roster.manifests.values())
 
     def _admit(self, node: int, manifest: Manifest) -> None:
-        self._first.instruction = self._instruction()
         self._first.admit(self._grid, node, manifest)
         self._absent.pop(manifest.client, None)
         self.check_state(manifest.client, manifest.state)

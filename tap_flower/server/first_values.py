@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import msgspec
 import torch
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -19,11 +19,14 @@ from tap_flower.errors import MessageError, RunError, StorageError
 from tap_flower.files import read_tensors, write_tensors
 from tap_flower.server.roster import Roster
 from tap_flower.wire import messages
-from tap_flower.wire.messages import VALUES, Instruction, Manifest
+from tap_flower.wire.messages import VALUES, Manifest
 from tap_flower.wire.tensors import encode_tensors
 
 FIRST = "first.safetensors"
+_EXACT = Encoding.float32
 SCHEMA = 1
+Query = Callable[[Sequence[str], ArrayRecord | None], RecordDict]
+"""(tensors whose first values are wanted, first values that are sent) -> content of a query."""
 log = logging.getLogger("tap_flower")
 
 
@@ -38,18 +41,25 @@ class FirstValues:
         initial_arrays: as in `TapStrategy.start`.
         folder: folder of the server in the run folder.
         timeout: seconds that a client may take to answer.
-
-    Attributes:
-        instruction: the server's word in a query.
+        query: makes the content of a query.
+        sent: `down` and `up` -> bytes of the first values that have travelled; added to in place.
     """
 
-    def __init__(self, roster: Roster, initial_arrays: ArrayRecord, folder: Path, timeout: float) -> None:
+    def __init__(
+        self,
+        roster: Roster,
+        initial_arrays: ArrayRecord,
+        folder: Path,
+        timeout: float,
+        query: Query,
+        sent: dict[str, int],
+    ) -> None:
         self._roster, self._arrays, self._file, self._timeout = roster, initial_arrays, folder / FIRST, timeout
+        self._query, self._sent = query, sent
         self._digests: dict[str, str] = {}
         self._holder: dict[str, str] = {}
         self._given: set[str] = set()
         self._settled: set[str] = set()
-        self.instruction: Instruction
         if self._file.exists():
             roster.first, record = read_tensors(self._file)
             if record.get("schema") != SCHEMA:
@@ -108,9 +118,7 @@ class FirstValues:
         nodes = {roster.nodes[name]: name for name in asked}
         sent = (
             Message(
-                messages.encode(
-                    self.instruction, encode_tensors({n: roster.first[n] for n in names}, Encoding.float32)
-                ),
+                self._counted("down", self._query((), encode_tensors({n: roster.first[n] for n in names}, _EXACT))),
                 roster.nodes[name],
                 VALUES,
                 group_id="0",
@@ -164,18 +172,22 @@ class FirstValues:
             self._roster.first |= self._ask(grid, node, manifest, theirs)
 
     def _ask(self, grid: Grid, node: int, manifest: Manifest, names: list[str]) -> dict[str, Tensor]:
-        content = messages.encode(msgspec.structs.replace(self.instruction, wanted=tuple(names)))
+        question = Message(self._query(names, None), node, VALUES, group_id="0")
         found: dict[str, Tensor] = {}
-        for reply in grid.send_and_receive([Message(content, node, VALUES, group_id="0")], timeout=self._timeout):
+        for reply in grid.send_and_receive([question], timeout=self._timeout):
             if reply.has_error():
                 raise MessageError(f"{reply.error.reason} (code {reply.error.code})")
-            found = messages.tensors_of(reply.content, Encoding.float32)
+            found = messages.tensors_of(self._counted("up", reply.content), _EXACT)
         who = f"client {manifest.client!r}: its first values"
         shapes = {n: torch.empty(info.shape, device="meta") for n, info in manifest.tensors.items()}
         check_form(who, found, names, {**found, **shapes})
         if changed := [name for name in names if digest(found[name]) != manifest.built[name]]:
             raise MessageError(f"{who}: {changed[0]!r} is not what the manifest says")
         return found
+
+    def _counted(self, way: str, content: RecordDict) -> RecordDict:
+        self._sent[way] += sum(messages.payload_bytes(content).values())
+        return content
 
 
 def _given(name: str, array: Array, shape: tuple[int, ...] | None) -> Tensor:

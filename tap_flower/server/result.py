@@ -30,7 +30,8 @@ class TapResult(Result):
         personalise_metrics_clientapp: aggregated metrics of stage 2's fine-tuning, under the number of the last round.
         clients: client -> task -> model (`server`, `personal`, `tap`, …) -> metric -> value on the client's test data.
         tasks: task -> model -> metric -> mean over the clients that have the task.
-        bytes: `down`, `up`, and `per_component`: bytes of tensors that were sent and received.
+        bytes: `down` and `up`, bytes of all tensors that were sent and received; `first_values`, those of them that gave
+            clients the run's first values, before their first round; `per_component`, the others by component.
         missing: client -> why it was not evaluated, of all clients that the run has known.
         marks: client -> what a reader of its metrics must know, such as that its state was lost.
         summary: the content of `results.json`.
@@ -107,8 +108,9 @@ def collect(
         seconds: phase -> duration.
     """
     result.bytes = {
-        "down": sum(progress.down.values()),
-        "up": sum(progress.up.values()),
+        "down": sum(progress.down.values()) + progress.first_values["down"],
+        "up": sum(progress.up.values()) + progress.first_values["up"],
+        "first_values": dict(progress.first_values),
         "per_component": {
             component: {"down": progress.down[component], "up": progress.up.get(component, 0)}
             for component in sorted(progress.down)

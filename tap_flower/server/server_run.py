@@ -7,13 +7,14 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from logging import ERROR, INFO
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import msgspec
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from torch import Tensor
@@ -55,6 +56,7 @@ class ServerRun:
         resume: whether to go on with the run that the folder holds.
         initial_arrays: first values by name, or None.
         round_size: (number of clients) -> how many of them train in a round.
+        train_config: Flower's `config` of the rounds, which queries carry, too: a client's mods may read it in any message.
 
     Attributes:
         progress: what the run has done so far.
@@ -78,8 +80,9 @@ class ServerRun:
         resume: bool,
         initial_arrays: ArrayRecord | None,
         round_size: Callable[[int], int],
+        train_config: ConfigRecord,
     ) -> None:
-        self.config, self.folder = config, folder
+        self.config, self.folder, self._train_config = config, folder, train_config
         self._half = find_method(config.method).server
         if self._half is not None and config.privacy.epsilon is not None:
             raise ConfigError(
@@ -97,7 +100,9 @@ class ServerRun:
         self.initial_arrays = ArrayRecord() if initial_arrays is None else initial_arrays
         self.values = Values(self.initial_arrays)
         patience = min(config.start_timeout, config.round_timeout)  # a newcomer that hangs holds up a round no longer
-        self.first = FirstValues(self.roster, self.initial_arrays, folder / "server", patience)
+        self.first = FirstValues(
+            self.roster, self.initial_arrays, folder / "server", patience, self._query, self.progress.first_values
+        )
         self._round_size = round_size
         budget = budget_of(config, round_size(len(config.clients) or sys.maxsize))
         self.privacy = None if budget is None else Privacy(budget, self.progress.privacy)
@@ -134,7 +139,7 @@ class ServerRun:
         Raises:
             RunError: clients are missing; see `Attendance.begin`.
         """
-        self.attendance.begin(grid, expected, self.first, lambda: self._instruction(0))
+        self.attendance.begin(grid, expected, self.first, self._query)
         self.first.check_names()
         if self.privacy is not None:
             self.privacy.announce(self.roster, self._round_size(len(self.roster.names)), self.events.write)
@@ -155,6 +160,10 @@ class ServerRun:
             content = messages.encode(self._instruction(server_round), outgoing.arrays_for(name), config=config)
             self.count(self.progress.down, content)
             yield Message(content, self.roster.nodes[name], message_type, group_id=str(server_round))
+
+    def _query(self, wanted: Sequence[str], arrays: ArrayRecord | None) -> RecordDict:
+        instruction = msgspec.structs.replace(self._instruction(0), wanted=tuple(wanted))
+        return messages.encode(instruction, arrays, config=ConfigRecord({**self._train_config, "server-round": 0}))
 
     def _instruction(self, server_round: int) -> Instruction:
         return Instruction(

@@ -129,7 +129,8 @@ class TapStrategy(Strategy):
                 its own values.
             num_rounds: rounds of stage 1; by default `config.rounds`.
             timeout: seconds that a client may take to answer; by default `config.round_timeout`.
-            train_config: sent to clients with every round, and with stage 2.
+            train_config: sent to clients with every round, with stage 2, and with the queries before the first round, whose
+                `server-round` is 0.
             evaluate_config: sent to clients with the evaluation.
             evaluate_fn: (round, arrays) -> metrics, called before the first round and after each.
 
@@ -143,17 +144,16 @@ class TapStrategy(Strategy):
             self.config.rounds = num_rounds
         if timeout is not None:
             self.config.round_timeout = timeout
-        self.run = run = ServerRun(self.config, self.run_folder, self.resume, initial_arrays, self.round_size)
+        train_config = ConfigRecord() if train_config is None else train_config
+        evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
+        self.run = run = ServerRun(
+            self.config, self.run_folder, self.resume, initial_arrays, self.round_size, train_config
+        )
         log(INFO, "Starting %s strategy:", self.__class__.__name__)
         log_strategy_start_info(self.config.rounds, run.initial_arrays, train_config, evaluate_config)
         self.summary()
         with run:
-            result = self._loop(
-                StreamingGrid(grid),
-                ConfigRecord() if train_config is None else train_config,
-                ConfigRecord() if evaluate_config is None else evaluate_config,
-                evaluate_fn,
-            )
+            result = self._loop(StreamingGrid(grid), train_config, evaluate_config, evaluate_fn)
         log(INFO, "Results: %s; a page of them: tap-flower report %s", self.run_folder / RESULTS, self.run_folder)
         log(INFO, "Final results:")
         for line in io.StringIO(str(result)):

@@ -18,7 +18,7 @@ from tap_flower.config import Encoding
 from tap_flower.errors import RunError
 from tap_flower.report.events import read_events
 from tap_flower.wire import messages
-from tap_flower.wire.messages import ARRAYS, VALUES, Report
+from tap_flower.wire.messages import ARRAYS, Report
 from tap_flower.wire.tensors import decode_tensors, encode_tensors, moved_from, moved_to
 from tests.federations import Federation, Make, each_kind, federation_of, server_copies
 from tests.grid import round_of
@@ -85,10 +85,13 @@ def test_a_run_with_rounded_messages(
     shapes = [info.shape for manifest in manifests.values() for info in manifest.tensors.values()]
     values = sum(map(math.prod, shapes))
     each = 2 * values if encoding is Encoding.bfloat16 else values + 4 * sum(map(scales, shapes))
-    up, down = results["bytes"]["up"], results["bytes"]["down"]
-    later = [m for m in grid.sent if m.metadata.message_type != VALUES]  # first values travel once, and are not counted
-    assert down == sum(len(a.data) for m in later for a in m.content.array_records.get(ARRAYS, {}).values())
-    assert (up, down) == (2 * each, 4 * each)  # down: two rounds, stage 2, evaluation
+    total, first = results["bytes"], results["bytes"]["first_values"]
+    for way, travelled in (("down", grid.sent), ("up", grid.received)):
+        assert total[way] == sum(
+            len(a.data) for m in travelled for a in m.content.array_records.get(ARRAYS, {}).values()
+        )
+    rounds = (total["up"] - first["up"], total["down"] - first["down"])
+    assert rounds == (2 * each, 4 * each)  # down: two rounds, stage 2, evaluation
 
     # The residual is in the client's folder with the personal model, and stays there.
     wire = {a.data for m in grid.received for a in m.content.array_records.get(ARRAYS, {}).values()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -91,6 +92,18 @@ def test_training_starts_from_what_the_first_client_has_built(tmp_path: Path) ->
     # What the user holds is not touched.
     assert not nets[1].trunk.weight.equal(nets[0].trunk.weight)
     assert int(nets[0].norm.num_batches_tracked) == 0
+
+
+def test_bytes_of_first_values_are_counted_apart(tmp_path: Path) -> None:
+    nets = [Normed(), Normed()]
+    nets[1].mask.copy_(nets[0].mask)
+    bytes_ = run(tmp_path, lambda number: lambda: nets[number]).bytes
+    # The first client sends its norm (6, 6) and its head (18, 3); then its trunk (24, 6), which the second has built
+    # otherwise and gets with the bias of the head. The other values of the two are equal. A tensor has a header of 128.
+    assert bytes_["first_values"] == {"up": 4 * (33 + 30) + 6 * 128, "down": 4 * (30 + 3) + 3 * 128}
+    for way in ("down", "up"):
+        of_rounds = sum(component[way] for component in bytes_["per_component"].values())
+        assert bytes_[way] == bytes_["first_values"][way] + of_rounds
 
 
 def test_equal_modules_are_built_from_the_seed_and_nothing_is_sent(tmp_path: Path) -> None:
@@ -192,9 +205,16 @@ def test_a_frozen_norm_stays_in_evaluation_mode(tmp_path: Path) -> None:
 
 
 class Counted(Normed):
-    """Counts its objects: those that were built, and those that are alive."""
+    """Counts its objects: those that were built, and how many were alive at a time, copies included."""
 
-    built = 0
+    built = most = 0
+    alive: ClassVar = WeakSet[nn.Module]()
+
+    def __new__(cls) -> Counted:
+        made = super().__new__(cls)
+        cls.alive.add(made)
+        cls.most = max(cls.most, len(cls.alive))
+        return made
 
     def __init__(self) -> None:
         type(self).built += 1
@@ -203,12 +223,13 @@ class Counted(Normed):
 
 def test_a_module_is_built_once_and_has_two_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modules, "_built", modules._built.__class__(maxsize=8))
-    Counted.built = 0
+    Counted.built = Counted.most = 0
     run(tmp_path, lambda _: Counted, "rounds=2")
     assert Counted.built == 2  # one more, at the first query of a run, to see whether another process builds the same
     ((built, _),) = modules._built.values()
     assert len(built._free) == 2
     assert built.copies == 2
+    assert Counted.most == len(Counted.alive) == 2
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])

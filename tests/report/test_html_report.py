@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -109,6 +110,16 @@ def test_a_client_whose_folder_is_elsewhere(small_run: Path, tmp_path: Path) -> 
     shutil.copytree(small_run, run)
     shutil.rmtree(run / "clients" / "client-2")
     assert "Kept on the node: client-2." in page([read_run(run)])
+
+
+def test_bytes_of_first_values_are_told_where_there_are_any(small_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    found = json.loads((run / "results.json").read_text())
+    found["bytes"]["first_values"] = {"down": 4_200_000, "up": 0}
+    (run / "results.json").write_text(json.dumps(found))
+    assert "first values: 4.2 MB to clients, 0.0 MB back." in page([read_run(run)])
+    assert "first values" not in page([read_run(small_run)])
 
 
 def test_a_damaged_record_is_an_error(small_run: Path, tmp_path: Path) -> None:

@@ -219,8 +219,8 @@ def test_configurations_and_mods_reach_the_clients(make_federation: Make) -> Non
         evaluate_config=ConfigRecord({"deep": True}),
     )
     assert seen == [
-        ("query.manifest", {}),
-        ("query.values", {}),
+        ("query.manifest", {"lr": 0.5, "server-round": 0}),
+        ("query.values", {"lr": 0.5, "server-round": 0}),
         ("train", {"lr": 0.5, "server-round": 1}),
         ("train.personalise", {"lr": 0.5, "server-round": 1}),
         ("evaluate", {"deep": True, "server-round": 1}),
