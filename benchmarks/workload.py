@@ -15,7 +15,8 @@ from tap_flower.core.tasks import TASK_KINDS, TEXT_GENERATION
 from tap_flower.core.training import Batch
 from tap_flower.data.batching import ClientData
 from tap_flower.data.spec import ClientSpec, TaskSpec
-from tap_flower.methods.session import Session, SessionTask
+from tap_flower.methods.session import Session
+from tap_flower.methods.session_task import SessionTask
 from tap_flower.models.backbone import Backbone
 from tap_flower.models.heads import IMAGE_SIZE
 from tap_flower.models.load import from_config

@@ -28,7 +28,8 @@ from tap_flower.errors import ClientError
 from tap_flower.methods.method import Method
 from tap_flower.methods.own_results import check_own_loops
 from tap_flower.methods.registry import find_method
-from tap_flower.methods.session import Fit, Score, Session, SessionTask
+from tap_flower.methods.session import Session
+from tap_flower.methods.session_task import Fit, Score, SessionTask
 from tap_flower.wire.messages import Instruction
 
 Data = Dataset[Any] | DataLoader[Any] | Sequence[Examples]

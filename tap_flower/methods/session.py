@@ -9,11 +9,11 @@ from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tap_flower.config import HyperParameters, ReplacementEvidence
-from tap_flower.core.components import ComponentModel, Pair, State, cpu_state, load_trainable_state
+from tap_flower.core.components import ComponentModel, State, cpu_state, load_trainable_state
 from tap_flower.core.objectives import Proximal
 from tap_flower.core.own_loop import counted_steps, further_loss, lent
 from tap_flower.core.seeds import named_seed, seed_torch
@@ -23,6 +23,7 @@ from tap_flower.data.batching import ClientData
 from tap_flower.data.examples import OwnLoader, beginning
 from tap_flower.errors import ClientError, DivergedError
 from tap_flower.methods.own_results import check_lone_example, metrics_of, scores_of
+from tap_flower.methods.session_task import SessionTask
 
 EVALUATION_BATCH = 64
 """Examples in a batch of an evaluation; no result depends on it."""
@@ -32,33 +33,6 @@ MakeObjective = Callable[[ComponentModel], Objective]
 """(model that is about to be trained) -> a further loss of its training."""
 MakeUpdate = Callable[[ComponentModel], Update]
 """(model that is about to be trained) -> what happens with the gradients of a step; see `core.training.train`."""
-Fit = Callable[[nn.Module, DataLoader[Any], Mapping[str, Any]], Any]
-"""(module, training loader, config of the server's message) -> None, the mean training loss, or metrics by name."""
-Score = Callable[[nn.Module, DataLoader[Any]], Mapping[str, Any]]
-"""(module, loader) -> metrics by name."""
-
-
-@dataclass(frozen=True)
-class SessionTask:
-    """A task as a session trains and evaluates it.
-
-    Attributes:
-        pair: name and modalities.
-        kind: loss, divergence and metrics.
-        domains: domains of its data.
-        head_size: number of classes, on which clients that share the task's head must agree; 0 where a head has none.
-        margin: the client's own replacement margin; None takes the run's for the kind of task.
-        fit: the project's own training loop, in place of `core.training.train`.
-        score: the project's own evaluation, in place of the kind's metrics.
-    """
-
-    pair: Pair
-    kind: TaskKind
-    domains: tuple[str, ...] = ()
-    head_size: int = 0
-    margin: float | None = None
-    fit: Fit | None = None
-    score: Score | None = None
 
 
 @dataclass
@@ -238,16 +212,8 @@ class Session:
         Returns:
             The trained tensors (on the CPU), and task name -> mean training loss.
         """
-        model = self.model(start)
-        losses = self.train(
-            model,
-            self.settings.train.optimisation(server_round),
-            order=(server_round,),
-            noise=(server_round, name),
-            objective=None if objective is None else objective(model),
-            update=None if update is None else update(model),
-        )
-        return cpu_state(model), losses
+        optimisation = self.settings.train.optimisation(server_round)
+        return self._trained(start, optimisation, server_round, name, objective, update)
 
     def finetune(
         self,
@@ -269,14 +235,27 @@ class Session:
         Returns:
             The trained tensors (on the CPU), and task name -> mean training loss.
         """
+        optimisation = self.settings.distill.optimisation(self.settings.train)
+        return self._trained(start, optimisation, "stage 2", name, objective, update, times)
+
+    def _trained(
+        self,
+        start: State | None,
+        optimisation: Optimisation,
+        part: int | str,
+        name: str,
+        objective: MakeObjective | None,
+        update: MakeUpdate | None,
+        times: int = 1,
+    ) -> tuple[State, dict[str, float]]:
         model = self.model(start)
         losses = self.train(
             model,
-            self.settings.distill.optimisation(self.settings.train),
-            order=("stage 2",),
-            noise=("stage 2", name),
-            objective=None if objective is None else objective(model),
-            update=None if update is None else update(model),
+            optimisation,
+            order=(part,),
+            noise=(part, name),
+            objective=objective and objective(model),
+            update=update and update(model),
             times=times,
         )
         return cpu_state(model), losses

@@ -15,7 +15,8 @@ from tap_flower.core.components import ComponentMap, ComponentModel, Pair
 from tap_flower.core.tasks import TaskKind
 from tap_flower.data.batching import ClientData
 from tap_flower.data.examples import OWN, Examples, own_examples
-from tap_flower.methods.session import Session, SessionTask
+from tap_flower.methods.session import Session
+from tap_flower.methods.session_task import SessionTask
 
 REACHED = {"a": {"u", "w", "head/a"}, "b": {"u", "w"}, "c": {"w"}, "d": {"head/d"}}
 """Task -> the components that it reaches, each of one tensor."""
