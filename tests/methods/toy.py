@@ -90,6 +90,7 @@ class ToyClient:
         return training.train(model, self.kinds, batches, optimisation, **more)
 
     train_round, finetune, near = Session.train_round, Session.finetune, Session.near
+    _trained = Session._trained
 
     @property
     def local(self) -> Session:
