@@ -210,11 +210,16 @@ def _marks(model: ComponentModel, state: Collection[str]) -> dict[str, tuple[Any
     """Name -> what changes where a tensor does: dtype and shape, and but for `state` the sum of its values' bits.
 
     What is changed through `.data`, as peft does, has no new version; what `load_state_dict` gives its old values has one.
+    An adapter that is 0 changes no value where it is merged, but then trains no more: peft's `merged` tells of it.
     """
-    return {
-        name: (tensor.dtype, tensor.shape, None if name in state else _bits(tensor.detach()))
-        for name, tensor in chain(model.named_parameters(), model.named_buffers())
+    marks: dict[str, tuple[Any, ...]] = {
+        f"{path}.merged": (bool(part.merged),)
+        for path, part in model.own_module.named_modules()
+        if hasattr(part, "merged")
     }
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        marks[name] = (tensor.dtype, tensor.shape, None if name in state else _bits(tensor.detach()))
+    return marks
 
 
 def _bits(tensor: Tensor) -> int:

@@ -198,7 +198,8 @@ class Adapted(Net):
     def __init__(self) -> None:
         super().__init__()
         self.net.requires_grad_(False)
-        self.adapter = nn.Linear(4, 8, bias=False)
+        self.adapter: Any = nn.Linear(4, 8, bias=False)
+        self.adapter.merged = False
         self.register_buffer("seen", torch.zeros(()))
         self.discarded = 0
 
@@ -208,6 +209,10 @@ class Adapted(Net):
 
 def merges(net: Any) -> None:
     net.net[0].weight.data += net.adapter.weight.detach()  # which has no new version then
+
+
+def merges_nothing(net: Any) -> None:
+    net.adapter.merged = True
 
 
 def unloads(net: Any) -> None:
@@ -228,12 +233,13 @@ def counts(net: Any) -> None:
     ("own", "words"),
     [
         (merges, "'net.0.weight' has changed"),
-        (unloads, "'adapter.weight' is gone"),
+        (merges_nothing, "'adapter.merged' has changed"),
+        (unloads, "'adapter.merged' is gone"),
         (wraps, "'other.weight' is new"),
         (counts, "'seen' has changed"),
         (lambda net: net.adapter.bfloat16(), "'adapter.weight' has changed"),
     ],
-    ids=["merges", "unloads", "wraps", "counts", "another dtype"],
+    ids=["merges", "merges nothing", "unloads", "wraps", "counts", "another dtype"],
 )
 def test_what_models_share_must_be_left_as_it_was(own: Callable[[Any], None], words: str, trains: bool) -> None:
     net = Adapted()
