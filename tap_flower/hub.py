@@ -205,6 +205,8 @@ def _converted(folder: Path) -> Path:
             tensors |= {name: tensor.clone().contiguous() for name, tensor in found.items()}
         except Exception as error:  # UnpicklingError, and whatever a damaged file makes of it
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if "weights_only" in reason:  # torch advises to run what is in the file
+                reason = "get another one"
             raise BackboneError(f"{file} is damaged, or holds other things than tensors: {reason}") from error
     written = folder / ".model.safetensors.tmp"
     save_file(tensors, written, metadata={"format": "pt"})

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from tap_flower.cli.common import say
-from tap_flower.errors import ConfigError
+from tap_flower.errors import BackboneError, ConfigError
 from tap_flower.hub import CATALOGUE, answers, fetch_data, fetch_model, is_here
 
 if TYPE_CHECKING:
@@ -34,7 +34,11 @@ def fetch_command(
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"  # before the hub's library is imported
     console = Console()
     if name not in presets():
-        folder = fetch_model(name, revision, to)
+        try:
+            folder = fetch_model(name, revision, to)
+        except BackboneError as error:
+            is_preset = "" if "/" in name or Path(name).exists() else f" (presets are {', '.join(presets())})"
+            raise BackboneError(f"{error}{is_preset}") from error
         say(console, f"{name} is in {folder}")
         if str(folder) != name and (to is not None or Path(folder).parent == Path()):
             say(console, f"a client spec says: backbone: {folder.resolve()}")

@@ -86,3 +86,22 @@ def test_a_hub_that_does_not_answer_is_one_line(command: Any, monkeypatch: pytes
     assert (code, err.strip()) == (1, "error: owner/old cannot be had from the hub: no network")
     assert "Traceback" not in out
     assert hub.DEMO == "demo"
+
+
+def test_a_damaged_checkpoint_is_told_without_advice_to_run_it(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"x")
+    code, _, err = command("fetch", "old")
+    assert (code, "pytorch_model.bin is damaged, or holds other things than tensors: get another one" in err) == (
+        1,
+        True,
+    )
+    assert "weights_only" not in err
+
+
+def test_a_preset_that_is_misspelt_is_told(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("404")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
+    assert "(presets are demo, flava" in command("fetch", "flawa")[2]
