@@ -41,8 +41,8 @@ FIELDS, ARRAYS, CONFIG, METRICS = "tap", "arrays", "config", "metrics"
 REFUSED, LOST = 1001, 1002
 """Error codes of replies: the reason is meant for the person who runs the server or the node; the client has lost the run's
 first values, and must be asked who it is once more."""
-LARGEST_CLIENT = 2**29
-"""Values of all tensors of a client, 2 GiB in float32; more are refused before anything is allocated for them."""
+LARGEST_CLIENT = 2**30
+"""Values of all tensors of a client, 4 GiB in float32; more are refused before anything is allocated for them."""
 
 _FEW = Meta(max_length=100)
 """Models of a task, metrics of a model: they stand in the log of events."""
