@@ -100,8 +100,9 @@ PRESET = """
 import logging, sys, time
 logging.basicConfig(format="%(message)s")
 began = time.monotonic()
-from tap_flower.cli import main, simulate
-simulate.simulate = lambda *_: print("started")
+from tap_flower.cli import main
+from tap_flower.run import simulation
+simulation.simulate = lambda *_: print("started")
 sys.argv = ["tap-flower", "simulate", "--preset", "flava", "--out", sys.argv[1]]
 imported = time.monotonic()
 try:

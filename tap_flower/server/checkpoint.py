@@ -37,7 +37,6 @@ class Progress:
         replacements: client -> task -> rounds in which its components were replaced.
         down: component -> bytes sent to clients.
         up: component -> bytes received from clients.
-        first_values: `down` and `up` -> bytes of first values, which are sent before a client's first round.
         steps: client -> optimiser steps that it made, both stages.
         took_part: client -> the last complete round in which its reply was used.
         dropped: who -> how many of its replies could not be used.
@@ -53,7 +52,6 @@ class Progress:
     replacements: dict[str, dict[str, int]] = field(default_factory=dict)
     down: dict[str, int] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
-    first_values: dict[str, int] = field(default_factory=lambda: {"down": 0, "up": 0})
     steps: dict[str, int] = field(default_factory=dict)
     took_part: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)

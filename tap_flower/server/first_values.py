@@ -24,7 +24,7 @@ from tap_flower.wire.tensors import encode_tensors
 
 FIRST = "first.safetensors"
 _EXACT = Encoding.float32
-SCHEMA = 1
+SCHEMA = 2
 Query = Callable[[Sequence[str], ArrayRecord | None], RecordDict]
 """(tensors whose first values are wanted, first values that are sent) -> content of a query."""
 log = logging.getLogger("tap_flower")
@@ -42,20 +42,14 @@ class FirstValues:
         folder: folder of the server in the run folder.
         timeout: seconds that a client may take to answer.
         query: makes the content of a query.
-        sent: `down` and `up` -> bytes of the first values that have travelled; added to in place.
+
+    Attributes:
+        sent: `down` and `up` -> bytes of the first values that have travelled.
     """
 
-    def __init__(
-        self,
-        roster: Roster,
-        initial_arrays: ArrayRecord,
-        folder: Path,
-        timeout: float,
-        query: Query,
-        sent: dict[str, int],
-    ) -> None:
+    def __init__(self, roster: Roster, initial_arrays: ArrayRecord, folder: Path, timeout: float, query: Query) -> None:
         self._roster, self._arrays, self._file, self._timeout = roster, initial_arrays, folder / FIRST, timeout
-        self._query, self._sent = query, sent
+        self._query, self.sent = query, {"down": 0, "up": 0}
         self._digests: dict[str, str] = {}
         self._holder: dict[str, str] = {}
         self._given: set[str] = set()
@@ -64,7 +58,7 @@ class FirstValues:
             roster.first, record = read_tensors(self._file)
             if record.get("schema") != SCHEMA:
                 raise StorageError(f"{self._file} was written by another version of tap-flower: use that version")
-            self._digests, self._given = dict(record["digests"]), set(record["given"])
+            self._digests, self._given, self.sent = dict(record["digests"]), set(record["given"]), record["sent"]
 
     def admit(self, grid: Grid, node: int, manifest: Manifest) -> None:
         """Admits a client, and asks it for the first values that nobody else has.
@@ -130,7 +124,7 @@ class FirstValues:
                 problems[nodes[reply.metadata.src_node_id]] = f"{reply.error.reason} (code {reply.error.code})"
         self._settled |= lacking.keys() - problems.keys()
         if lacking and self._digests:
-            record = {"schema": SCHEMA, "digests": self._digests, "given": sorted(self._given)}
+            record = {"schema": SCHEMA, "digests": self._digests, "given": sorted(self._given), "sent": self.sent}
             write_tensors(self._file, roster.first, record)
         return [(roster.nodes.pop(name), problem) for name, problem in sorted(problems.items())]
 
@@ -186,7 +180,7 @@ class FirstValues:
         return found
 
     def _counted(self, way: str, content: RecordDict) -> RecordDict:
-        self._sent[way] += sum(messages.payload_bytes(content).values())
+        self.sent[way] += sum(messages.payload_bytes(content).values())
         return content
 
 

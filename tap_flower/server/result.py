@@ -94,6 +94,7 @@ def collect(
     config: Config,
     progress: Progress,
     roster: Roster,
+    first_values: Mapping[str, int],
     privacy: Privacy | None,
     seconds: Mapping[str, float],
 ) -> None:
@@ -104,13 +105,14 @@ def collect(
         config: configuration of the run.
         progress: what the run has done.
         roster: its clients.
+        first_values: `down` and `up` -> bytes of first values, which travel before a client's first round.
         privacy: budget of a private run.
         seconds: phase -> duration.
     """
     result.bytes = {
-        "down": sum(progress.down.values()) + progress.first_values["down"],
-        "up": sum(progress.up.values()) + progress.first_values["up"],
-        "first_values": dict(progress.first_values),
+        "down": sum(progress.down.values()) + first_values["down"],
+        "up": sum(progress.up.values()) + first_values["up"],
+        "first_values": dict(first_values),
         "per_component": {
             component: {"down": progress.down[component], "up": progress.up.get(component, 0)}
             for component in sorted(progress.down)

@@ -100,9 +100,7 @@ class ServerRun:
         self.initial_arrays = ArrayRecord() if initial_arrays is None else initial_arrays
         self.values = Values(self.initial_arrays)
         patience = min(config.start_timeout, config.round_timeout)  # a newcomer that hangs holds up a round no longer
-        self.first = FirstValues(
-            self.roster, self.initial_arrays, folder / "server", patience, self._query, self.progress.first_values
-        )
+        self.first = FirstValues(self.roster, self.initial_arrays, folder / "server", patience, self._query)
         self._round_size = round_size
         budget = budget_of(config, round_size(len(config.clients) or sys.maxsize))
         self.privacy = None if budget is None else Privacy(budget, self.progress.privacy)
@@ -300,7 +298,7 @@ class ServerRun:
     def write_results(self, seconds: Mapping[str, float]) -> None:
         """Writes `results.json`."""
         self.result.missing = self.attendance.missing(self.result.clients)
-        collect(self.result, self.config, self.progress, self.roster, self.privacy, seconds)
+        collect(self.result, self.config, self.progress, self.roster, self.first.sent, self.privacy, seconds)
         summary = self.result.summary
         write_json(self.folder / RESULTS, summary)
         private = {key: summary[key] for key in ("privacy",) if key in summary}

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tap_flower.cli import simulate
 from tap_flower.errors import SimulationError
+from tap_flower.run import resources, simulation
 from tap_flower.run.resources import Machine, Resources
 from tap_flower.run.simulation import Launch
 
@@ -36,8 +36,8 @@ from .conftest import finished_run
 def test_bad_input_is_told_before_anything_starts(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], problem: str
 ) -> None:
-    monkeypatch.setattr(simulate, "simulate", lambda *_: pytest.fail("started"))
-    monkeypatch.setattr(simulate, "this_machine", lambda: Machine(cores=4, gpus=0))
+    monkeypatch.setattr(simulation, "simulate", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(resources, "this_machine", lambda: Machine(cores=4, gpus=0))
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("precious")
     known = {"OUT": str(tmp_path / "out"), "USED": str(tmp_path / "used")}
@@ -58,7 +58,7 @@ def test_a_failed_run_exits_with_an_error(command: Any, tmp_path: Path, monkeypa
     def fail(launch: Launch, on_event: object) -> None:
         raise SimulationError(f"{launch.clients} clients failed")
 
-    monkeypatch.setattr(simulate, "simulate", fail)
+    monkeypatch.setattr(simulation, "simulate", fail)
     code, _, err = command("simulate", "--out", str(tmp_path / "run"))
     assert code == 1
     assert "10 clients failed" in err
@@ -72,8 +72,8 @@ def test_options_reach_the_run(command: Any, tmp_path: Path, monkeypatch: pytest
         launched.append(launch)
         return finished_run(launch.out)
 
-    monkeypatch.setattr(simulate, "simulate", fake)
-    monkeypatch.setattr(simulate, "this_machine", lambda: Machine(cores=16, gpus=2))
+    monkeypatch.setattr(simulation, "simulate", fake)
+    monkeypatch.setattr(resources, "this_machine", lambda: Machine(cores=16, gpus=2))
     (tmp_path / "runs" / "demo-seed7").mkdir(parents=True)
     code, out, _ = command(
         "simulate", "--rounds", "4", "--seed", "7", "--set", "train.steps=3", "--gpus-per-client", "0.5"
@@ -98,9 +98,9 @@ def test_a_ray_cluster_is_shared_by_what_the_options_say(
         launched.append(launch)
         return finished_run(launch.out)
 
-    monkeypatch.setattr(simulate, "simulate", fake)
-    monkeypatch.setattr(simulate, "this_machine", lambda: pytest.fail("the clients run elsewhere"))
-    monkeypatch.setattr(simulate, "check_cluster", lambda address: None)
+    monkeypatch.setattr(simulation, "simulate", fake)
+    monkeypatch.setattr(resources, "this_machine", lambda: pytest.fail("the clients run elsewhere"))
+    monkeypatch.setattr(resources, "check_cluster", lambda address: None)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     code, out, _ = command("simulate", "--cpus-per-client", "64", "--out", str(tmp_path / "run"))
     assert code == 0
@@ -111,7 +111,7 @@ def test_a_ray_cluster_is_shared_by_what_the_options_say(
 def test_a_metric_that_will_be_missing_is_said_before_the_run(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(simulate, "simulate", lambda launch, _: finished_run(launch.out))
+    monkeypatch.setattr(simulation, "simulate", lambda launch, _: finished_run(launch.out))
     chosen = ("--set", "metrics.bertscore=none/such", "--out", str(tmp_path / "run"))
     code, out, _ = command("simulate", *chosen)
     assert code == 0
