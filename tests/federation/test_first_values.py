@@ -9,16 +9,20 @@ from weakref import WeakSet
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tap_flower import Client, TapClientApp, TapResult, TapStrategy, load_config, load_personal
 from tap_flower.client import module as modules
 from tap_flower.config import Encoding
-from tap_flower.errors import RunError
-from tap_flower.run.in_process import InProcessGrid
+from tap_flower.errors import RunError, StorageError
+from tap_flower.files import write_tensors
+from tap_flower.run.in_process import InProcessGrid, Tamper
+from tap_flower.server.first_values import FIRST, FirstValues
+from tap_flower.server.roster import Roster
 from tap_flower.wire import messages
+from tap_flower.wire.tensors import encode_tensors
 from tests.own_clients import digits
 
 SHORT = ["rounds=1", "clients_per_round=2", "train.steps=2", "distill.iterations=2", "start_timeout=1"]
@@ -54,6 +58,7 @@ def run(
     initial: dict[str, Tensor] | None = None,
     nodes: int = 2,
     sent: Sent | None = None,
+    tamper: Tamper | None = None,
     **more: Any,
 ) -> TapResult:
     """A run of clients c0, c1, …; `model` gives the one's function by its number."""
@@ -64,11 +69,11 @@ def run(
         number = int(context.node_config["partition-id"])
         return Client(f"c{number}", model(number), [digits(number)], state_dir=folder / "state", **more)
 
-    def watch(instruction: Message, reply: Message) -> Message:
+    def watch(instruction: Message, reply: Message) -> Message | None:
         if sent is not None and messages.ARRAYS in instruction.content:
             key = instruction.metadata.message_type, instruction.metadata.dst_node_id - 100
             sent[key] = messages.tensors_of(instruction.content, Encoding.float32)
-        return reply
+        return reply if tamper is None else tamper(instruction, reply)
 
     grid = InProcessGrid(app, [{"partition-id": i} for i in range(nodes)], {}, tamper=watch)
     strategy = TapStrategy(config=load_config("plug-in", settings=[*SHORT, *settings]), run_folder=folder / "run")
@@ -104,6 +109,42 @@ def test_bytes_of_first_values_are_counted_apart(tmp_path: Path) -> None:
     for way in ("down", "up"):
         of_rounds = sum(component[way] for component in bytes_["per_component"].values())
         assert bytes_[way] == bytes_["first_values"][way] + of_rounds
+
+
+@pytest.mark.parametrize(
+    ("client", "wanted", "change", "problem"),
+    [
+        (0, True, None, r"node 100 cannot take part: no room \(code 0\)"),
+        (0, True, lambda tensors: tensors["head.weight"].add_(1), "its first values: 'head.weight' is not what the"),
+        (1, False, None, r"node 101 cannot take part: no room \(code 0\)"),
+    ],
+    ids=["does not give them", "gives others", "does not take them"],
+)
+def test_a_client_that_fails_at_first_values_is_refused_with_the_reason(
+    tmp_path: Path, client: int, wanted: bool, change: Callable[[dict[str, Tensor]], Any] | None, problem: str
+) -> None:
+    nets = [Normed(), Normed()]
+
+    def tamper(instruction: Message, reply: Message) -> Message:
+        told = instruction.metadata
+        asked = messages.ARRAYS not in instruction.content
+        if (told.message_type, told.dst_node_id, asked) != ("query.values", 100 + client, wanted):
+            return reply
+        if change is None:
+            return Message(Error(0, "no room"), reply_to=instruction)
+        tensors = {name: value.clone() for name, value in messages.tensors_of(reply.content, Encoding.float32).items()}
+        change(tensors)
+        arrays = encode_tensors(tensors, Encoding.float32)
+        return Message(RecordDict({**reply.content, messages.ARRAYS: arrays}), reply_to=instruction)
+
+    with pytest.raises(RunError, match=problem):
+        run(tmp_path, lambda number: lambda: nets[number], tamper=tamper)
+
+
+def test_first_values_of_another_version_are_refused(tmp_path: Path) -> None:
+    write_tensors(tmp_path / FIRST, {}, {"schema": 99})
+    with pytest.raises(StorageError, match="was written by another version of tap-flower: use that version"):
+        FirstValues(Roster(41), ArrayRecord(), tmp_path, 1.0, lambda *_: RecordDict())
 
 
 def test_equal_modules_are_built_from_the_seed_and_nothing_is_sent(tmp_path: Path) -> None:

@@ -18,13 +18,14 @@ from typing import Any
 import psutil
 import pytest
 from ray.cluster_utils import Cluster
+from ray.exceptions import WorkerCrashedError
 
 from tap_flower.config import to_yaml
-from tap_flower.errors import ConfigError
+from tap_flower.errors import ConfigError, SimulationError
 from tap_flower.report.results import read_results
 from tap_flower.run.resources import Machine
 from tap_flower.server.strategy import TapStrategy
-from tap_flower.study.execute import Outcome, Share, _keep, cluster, execute, share_of
+from tap_flower.study.execute import Outcome, Share, _keep, _outcome, cluster, execute, share_of
 from tap_flower.study.plan import PlannedRun, read_sweep
 from tap_flower.study.worker import Task, _own_folder, run_task
 from tests.grid import InProcessGrid
@@ -189,3 +190,28 @@ def test_runs_share_the_machines(
 def test_a_cluster_that_is_not_there_is_an_error_with_a_remedy() -> None:
     with pytest.raises(ConfigError, match="there is no Ray cluster at '127.0.0.1:1' .* start it with `ray start`"):
         cluster("127.0.0.1:1").__enter__()
+
+
+def test_a_run_whose_process_is_killed_again_and_again_has_failed(
+    write_sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run,) = read_sweep(write_sweep(seeds=[5], methods=["local"]), tmp_path / "out").runs
+
+    def killed(_: Any) -> Any:
+        raise WorkerCrashedError
+
+    monkeypatch.setattr("ray.get", killed)
+    outcome = _outcome(run, object())
+    assert outcome.problem.startswith("WorkerCrashedError: The worker died unexpectedly")
+    assert outcome.problem.endswith(f"see {run.log}")
+
+
+def test_a_cluster_that_cannot_be_started_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**options: Any) -> None:
+        assert options["_temp_dir"] == "/short/ray"
+        raise RuntimeError("no room in /dev/shm")
+
+    monkeypatch.setenv("RAY_TMPDIR", "/short")
+    monkeypatch.setattr("ray.init", broken)
+    with pytest.raises(SimulationError, match="Ray does not start: no room in /dev/shm"):
+        cluster().__enter__()

@@ -1,0 +1,96 @@
+"""What `sweep` and `study` say and write; tests/study/test_execute.py runs sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tap_flower.config import load_config, to_yaml
+from tap_flower.run.resources import Machine
+from tap_flower.study import execute
+from tap_flower.study.execute import Outcome, Share
+from tap_flower.study.plan import PlannedRun
+from tap_flower.study.studies import Study
+
+from .conftest import finished_run
+
+Executed = list[tuple[str, Share, list[str]]]
+"""Address of the cluster, a run's share of it, labels of the runs."""
+
+
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> Executed:
+    """Every run finishes at once, but for those of the method `local`."""
+    found: Executed = []
+    joined: list[str] = []
+
+    @contextmanager
+    def cluster(address: str) -> Iterator[list[Machine]]:
+        joined.append(address)
+        yield [Machine(4, 0)]
+
+    def run(runs: Sequence[PlannedRun], share: Share, finished: Callable[[Outcome], None]) -> None:
+        found.append((joined[-1], share, [run.label for run in runs]))
+        for planned in runs:
+            if planned.label != "local":
+                finished_run(planned.folder)
+            finished(Outcome(planned, 3.0, "it diverged" if planned.label == "local" else ""))
+
+    monkeypatch.setattr(execute, "cluster", cluster)
+    monkeypatch.setattr(execute, "execute", run)
+    return found
+
+
+def test_a_sweep_runs_what_is_missing_and_says_what_failed(command: Any, tmp_path: Path, executed: Executed) -> None:
+    (tmp_path / "sweep.yaml").write_text("seeds: [41]\nmethods: [tap, local]\n")
+    status, out, err = command("sweep", "sweep.yaml", "--ray", "10.0.0.1:6379", "--cpus-per-run", "3")
+    assert status == 1
+    assert executed == [("10.0.0.1:6379", Share(3, 0), ["tap", "local"])]
+    assert "2 runs, 0 of them finished; 3 cores each" in out
+    assert "1/2 tap, seed 41: 3 s" in out
+    assert "2/2 local, seed 41: failed: it diverged" in out
+    assert "1 runs failed, see above" in err
+    assert {"table.md", "table.csv", "table.tex"} <= {path.name for path in (tmp_path / "runs" / "sweep").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "page", "runs"),
+    [
+        (["margin", "--margin", "0", "--margin", "0.1", "--seed", "1"], "runs/study-margin", 2),
+        (["pairs", "--seed", "1", "--out", "pairs"], "pairs", 7),
+    ],
+)
+def test_a_study_writes_its_page(
+    command: Any,
+    tmp_path: Path,
+    executed: Executed,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    page: str,
+    runs: int,
+) -> None:
+
+    written: list[Path] = []
+    monkeypatch.setattr(Study, "write", lambda self, out: written.append(out) or out / "study.html")
+    status, out, _ = command("study", *arguments)
+    assert status == 0
+    ((address, share, labels),) = executed
+    assert (address, share.gpus) == ("local", 0)
+    assert len(labels) == runs
+    assert written == [Path(page)]
+    assert f"to look at: {page}/study.html" in out
+
+
+def test_what_is_finished_is_not_run_again(command: Any, tmp_path: Path, executed: Executed) -> None:
+    (tmp_path / "sweep.yaml").write_text("seeds: [41]\nmethods: [tap]\n")
+    folder = tmp_path / "runs" / "sweep" / "tap" / "seed-41"
+    finished_run(folder)
+    (folder / "config.yaml").write_text(to_yaml(load_config("demo", settings=["method=tap", "seed=41"])))
+    status, out, _ = command("sweep", "sweep.yaml")
+    assert status == 0
+    assert executed == []
+    assert "1 runs, 1 of them finished" in out
