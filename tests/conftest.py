@@ -30,9 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+LONGEST = "deployment", "test_static.py", "test_execute.py", "test_compute.py", "test_presets_run.py", "test_soak.py"
+"""Folder and files that take longest."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins first, so that no worker is left with it alone at the end."""
-    items.sort(key=lambda item: item.path.parent.name != "deployment" and item.path.name != "test_static.py")
+    items.sort(key=lambda item: not {item.path.parent.name, item.path.name} & set(LONGEST))
 
 
 class Scheduling(LoadFileScheduling):  # type: ignore[misc]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import ModelCard
@@ -88,3 +89,14 @@ def test_another_clients_folder_is_told(command: Any, run: Path) -> None:
     code, _, err = command("predict", str(run / "clients" / "ann"), "--client", "bob", "x")
     assert code == 1
     assert "is one client's folder, not that of 'bob': leave --client out" in err
+
+
+def test_the_page_is_served_until_it_is_ended(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = Mock()
+    served = Mock(return_value=blocks)
+    monkeypatch.setattr("tap_flower.personal.demo_page.serve", served)
+    status, out, _ = command("demo", "runs/r", "--port", "7999")
+    assert status == 0
+    assert "to look at: http://127.0.0.1:7999; Ctrl+C ends it" in out
+    served.assert_called_once_with(Path("runs/r"), 7999)
+    blocks.block_thread.assert_called_once_with()

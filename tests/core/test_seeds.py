@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
+from tap_flower.core import seeds
 from tap_flower.core.seeds import named_seed, seed_torch, seeded
 
 
@@ -31,3 +33,11 @@ def test_what_is_drawn_within_does_not_count_outside() -> None:
     with seeded(2):
         torch.rand(100)
     assert torch.equal(torch.cat([before, torch.rand(3)]), expected)
+
+
+def test_a_seed_is_that_of_every_device_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(seeds, "_accelerated", lambda: True)
+    monkeypatch.setattr(torch, "manual_seed", told.append)
+    seed_torch(7)
+    assert told == [7]

@@ -10,7 +10,7 @@ import pytest
 from tap_flower.core.components import Pair
 from tap_flower.core.replacement import Decision
 from tap_flower.errors import StorageError
-from tap_flower.report.client_records import DECISIONS, read_decisions, record_decisions
+from tap_flower.report.client_records import DECISIONS, GRADIENTS, read_decisions, record_decisions
 from tap_flower.report.html_report import page, write_report
 from tap_flower.report.run_record import read_run
 from tap_flower.report.svg import number, scale, ticks
@@ -127,6 +127,10 @@ def test_a_damaged_record_is_an_error(small_run: Path, tmp_path: Path) -> None:
     shutil.copytree(small_run, run)
     (run / "clients" / "client-1" / DECISIONS).write_text("{\n")
     with pytest.raises(StorageError, match=r"decisions.jsonl is damaged in line 1"):
+        read_run(run)
+    (run / "clients" / "client-1" / DECISIONS).unlink()
+    (run / "clients" / "client-1" / GRADIENTS).write_text('{"pairs": 3}')
+    with pytest.raises(StorageError, match=r"gradients.json is damaged in pairs: .* remove the file to go on"):
         read_run(run)
 
 
