@@ -63,7 +63,9 @@ def test_a_pair_reaches_exactly_the_tensors_that_autograd_finds(spec: ClientSpec
     assert_reach_is_what_autograd_finds(load_config("demo"), spec)
 
 
-@pytest.mark.parametrize(("preset", "make"), [("flava", tiny_flava), ("vilt", tiny_vilt)])
+@pytest.mark.parametrize(
+    ("preset", "make"), [("flava", tiny_flava), pytest.param("vilt", tiny_vilt, marks=pytest.mark.slow)]
+)
 def test_so_it_does_for_every_client_of_the_papers_presets(
     preset: str, make: Callable[[Path], None], tmp_path: Path
 ) -> None:
