@@ -1,4 +1,4 @@
-"""`python -m benchmarks.plug_in [--repeats N]`: a round over a module of one's own against one of Flower's own FedAvg.
+"""`python -m benchmarks.plug_in [--repeats N]`: a round of TAP over a plug-in client against one of Flower's own FedAvg.
 
 Ten clients, all in every round, in this process. Flower's are a stock project's: they build the model, load the values,
 train, return the state. Ours have the same model and the same data, and take the same steps: by the project's loop

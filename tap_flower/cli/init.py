@@ -210,12 +210,13 @@ def _delimiter(path: Path) -> str:
 
 def _encoding(path: Path) -> str:
     """UTF-8 where a CSV file is in it, UTF-16 where it begins so; else a guess, which a comment names as one."""
-    content = path.read_bytes()
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return "utf-16"
     for encoding in ("utf-8", "cp1252"):
-        with suppress(UnicodeDecodeError):
-            content.decode(encoding)
+        with suppress(UnicodeDecodeError), path.open(encoding=encoding) as lines:
+            for _ in lines:
+                pass
             return encoding
     return "latin-1"
 

@@ -63,7 +63,7 @@ class TaskKind:
         divergences: Callable[[Tensor, Tensor, Tensor, float], Tensor],
         **own: Any,
     ) -> TaskKind:
-        """A kind of one's own that is judged by its mean loss, unless `own` says more.
+        """A kind of your own that is judged by its mean loss, unless `own` says more.
 
         Regression of vectors, for example, has the losses `(output - target).square().mean(-1)` and the divergences
         `(student - teacher).square().mean(-1)`.

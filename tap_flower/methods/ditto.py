@@ -1,4 +1,4 @@
-"""Ditto (Li et al., ICML 2021, arXiv 2012.04221): a personal model of one's own, near the server's.
+"""Ditto (Li et al., ICML 2021, arXiv 2012.04221): each client trains a personal model near the server's.
 
 The server's copy is trained as in FedAvg. The personal model v minimises `F(v) + λ/2 · ||v − w_t||²`, where w_t is what
 the client received in round t.

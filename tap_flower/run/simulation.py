@@ -33,7 +33,7 @@ from tap_flower.run.resources import Resources
 
 CONNECTION = "tap-flower"
 """The name of the SuperLink in its own configuration of Flower."""
-_START_SECONDS, _END_SECONDS = 60.0, 15.0
+_START_SECONDS, _END_SECONDS, _KILL_SECONDS = 60.0, 15.0, 5.0
 _FIRST_STATUS_SECONDS, _STATUS_SECONDS = 10.0, 30.0
 """Seconds without the first event, or a new one, after which Flower is asked whether the run is still alive."""
 _ERROR = re.compile(r"\b(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): .*")
@@ -190,7 +190,7 @@ def _end(process: subprocess.Popen[bytes], home: Path) -> None:
     What Ray starts has sessions of its own, and may start while its parent ends. It is known by its `FLWR_HOME`.
     """
     asked, deadline = set[psutil.Process](), time.monotonic() + _END_SECONDS
-    while family := _family(process, home):
+    while (family := _family(process, home)) and time.monotonic() < deadline + _KILL_SECONDS:
         for member in family:
             with suppress(psutil.NoSuchProcess):
                 if time.monotonic() > deadline:

@@ -233,10 +233,10 @@ class Attendance:
     def welcome(self) -> None:
         """Forgets the nodes that have gone, admits the clients that have come, asks the new nodes. Does not wait."""
         self.gathering.look()
-        if came := {manifest.client: node for node, manifest in self.gathering.answered.items()}:
+        if came := set(self.gathering.answered):
             self.gathering.admit()
             self._settle()
-            for name in sorted(name for name, node in came.items() if self.roster.nodes.get(name) == node):
+            for name in sorted(name for name, node in self.roster.nodes.items() if node in came):
                 log.info("client %r has joined", name)
                 self.events.write("joined", round=self.progress.round, client=name)
 

@@ -108,8 +108,10 @@ def share_of(machines: Sequence[Machine], runs: int, cpus: int | None, gpus: flo
         gpus: GPUs of a run, such as 0.5; None is one where there are any.
 
     Raises:
-        ConfigError: no machine has room for one run.
+        ConfigError: no machine has room for one run, or a run would have two GPUs and a half.
     """
+    if gpus is not None and (gpus < 0 or (gpus > 1 and not float(gpus).is_integer())):
+        raise ConfigError(f"--gpus-per-run {gpus:g}: choose a part of one GPU, such as 0.5, or a whole number")
     gpus = float(any(machine.gpus for machine in machines)) if gpus is None else gpus
     able = [machine for machine in machines if machine.gpus >= gpus]
     at_once = sum(int(machine.gpus / gpus) if gpus else machine.cores for machine in able)

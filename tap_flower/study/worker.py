@@ -53,7 +53,7 @@ def run_task(task: Task) -> tuple[float, str, dict[str, bytes]]:
     began, folder, log = time.monotonic(), Path(task.folder), Path(task.log)
     if Path(task.here).is_dir():
         os.chdir(task.here)
-    shared = log.exists() and task.mark in log.read_text()
+    shared = log.exists() and task.mark.encode() in log.read_bytes()
     if not shared:
         _own_folder(task).mkdir(exist_ok=True)
         folder, log = _own_folder(task) / "run", _own_folder(task) / "run.log"
@@ -68,8 +68,8 @@ def run_task(task: Task) -> tuple[float, str, dict[str, bytes]]:
 
 
 def _own_folder(task: Task) -> Path:
-    """Where a run is on a machine without the sweep's folder: again there when it is begun again."""
-    name = hashlib.sha256(f"{task.here} {task.folder}".encode()).hexdigest()[:16]
+    """Where a run is on a machine without the sweep's folder, also after its process was killed there."""
+    name = hashlib.sha256(task.mark.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"tap-flower-{name}"
 
 

@@ -54,7 +54,7 @@ def test_models_are_compared_in_a_browser(browser: Any, address: str, run: Path,
     browser.get(address)
     wait.until(lambda b: value_of(b, "#task input") == "shapes")
 
-    # A file of one's own is classified by each of the three models.
+    # A file that the user uploads is classified by each of the three models.
     browser.find_element(By.CSS_SELECTOR, "#image input[type=file]").send_keys(str(tmp_path / "shape.png"))
     wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#image img"))
     browser.find_element(By.ID, "ask").click()

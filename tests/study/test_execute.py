@@ -75,21 +75,23 @@ def test_runs_give_the_numbers_of_any_other_runtime(write_sweep: Any, tmp_path: 
 
 @pytest.mark.slow
 def test_a_cluster_of_two_machines_runs_again_what_was_killed(write_sweep: Any, tmp_path: Path) -> None:
-    """Each machine has room for one run. The process of one is killed after its first round, and then the other machine."""
+    """Each machine has room for one run. Both processes are killed after a round of `tap`, and then a machine."""
     runs = read_sweep(write_sweep(seeds=[5], methods=["tap", "fedavg"], set={"rounds": 8}), tmp_path / "out").runs
     options = {"num_cpus": 1, "object_store_memory": 10**8}
-    two = Cluster(initialize_head=True, head_node_args={**options, "num_cpus": 1})
+    two = Cluster(initialize_head=True, head_node_args=options)
     second = two.add_node(**options)
     outcomes: list[Outcome] = []
     killed: list[int] = []
+    open_then: list[bool] = []
 
     def kill_workers() -> None:
-        """Of the run `tap`, once; then the machine of the other, or of this one."""
+        """Kills all processes of runs, and a machine once both runs are at work again."""
         wait_for(runs[0].folder / "server" / "server.safetensors")
         killed.extend(process.pid for process in workers())
         for process in workers():
             process.kill()
         wait_for(runs[1].folder / "server" / "server.safetensors")
+        open_then.extend(not run.done for run in runs)
         two.remove_node(second)
 
     try:
@@ -104,6 +106,7 @@ def test_a_cluster_of_two_machines_runs_again_what_was_killed(write_sweep: Any, 
     finally:
         two.shutdown()
     assert killed
+    assert open_then == [True, True]
     assert [outcome.problem for outcome in outcomes] == ["", ""]
     for run in runs:
         assert numbers(run) == here(run, tmp_path / "here" / run.label)
@@ -185,6 +188,12 @@ def test_runs_share_the_machines(
     machines: list[Machine], runs: int, wanted: tuple[int | None, float | None], expected: Share
 ) -> None:
     assert share_of(machines, runs, *wanted) == expected
+
+
+@pytest.mark.parametrize("gpus", [1.5, -1.0])
+def test_a_share_of_gpus_that_cannot_be_had_is_an_error(gpus: float) -> None:
+    with pytest.raises(ConfigError, match=f"--gpus-per-run {gpus:g}: choose a part of one GPU"):
+        share_of([Machine(8, 4)], 2, None, gpus)
 
 
 def test_a_cluster_that_is_not_there_is_an_error_with_a_remedy() -> None:
