@@ -23,7 +23,7 @@ from tap_flower.core.components import cpu_state
 from tap_flower.methods.session import Session
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
-from tests.grid import InProcessGrid
+from tests.grid import InProcessGrid, Replies, recorded
 from tests.toys import TOYS, LowRankToy, Toy, toy_app
 
 
@@ -271,3 +271,9 @@ def whole(request: pytest.FixtureRequest) -> Whole:
     """A run of four clients, two rounds; not to be changed."""
     found: Whole = request.getfixturevalue(f"whole_{request.param}")
     return found
+
+
+@pytest.fixture(scope="module")
+def replies(whole_toys: Whole) -> Replies:
+    """Of a whole run of toys: a test plays them back, changed."""
+    return recorded(whole_toys.grid)

@@ -4,92 +4,49 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-import httpx
-import msgspec
-import numpy as np
 import pytest
 import torch
-import yaml
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import ArrayRecord, Message
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from tap_flower.client.client_model import exchanged
-from tap_flower.config import Encoding, client_specs
+from tap_flower.config import client_specs
 from tap_flower.core.tasks import IGNORE, IMAGE_STD, TASK_KINDS
-from tap_flower.data.batching import ClientData
-from tap_flower.errors import ConfigError, DivergedError, RunError
+from tap_flower.errors import ConfigError
 from tap_flower.files import read_tensors
-from tap_flower.methods import tap
-from tap_flower.methods.registry import METHODS
 from tap_flower.report.events import read_events
 from tap_flower.report.terminal_tables import exchange_line
-from tap_flower.run.in_process import Tamper
-from tap_flower.server import grid as exchange
-from tap_flower.server.roster import Roster
-from tap_flower.server.server_run import ServerRun
-from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
-from tap_flower.wire.messages import ARRAYS, FIELDS, Manifest
+from tap_flower.wire.messages import ARRAYS, FIELDS
 from tap_flower.wire.tensors import decode_tensors, encode_tensors
+from tests.federation.runs import (
+    EVERYBODY,
+    FLOAT,
+    gathered,
+    is_train,
+    means,
+    sent,
+    without_times,
+)
 from tests.federations import (
-    CLIENTS,
-    LANGUAGES,
     Federation,
-    MakeSpecs,
     ToyFederation,
     Whole,
     each_kind,
     federation_of,
     run_whole,
-    sources,
 )
-from tests.grid import InProcessGrid, Playback, Replies, recorded, round_of
+from tests.grid import round_of
 from tests.toys import TOYS, task
 
-FLOAT = Encoding.float32
-EVERYBODY = {"ann", "bob", "cleo", "dan"}
 MODELS = {"server": "server", "server+finetune": "server+finetune", "personal": "personal", "tap": "tap"}
 """Model in the results -> its file in a client's folder."""
-
-
-def sent(grid: InProcessGrid, message_type: str) -> list[tuple[int, int, dict[str, Tensor]]]:
-    """(round, node, tensors) of what the server sent."""
-    return [
-        (round_of(m), m.metadata.dst_node_id, messages.tensors_of(m.content, FLOAT))
-        for m in grid.sent
-        if m.metadata.message_type == message_type
-    ]
-
-
-def without_times(results: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in results.items() if key != "seconds"}
-
-
-def weight(manifest: Manifest, tensor: str) -> int:
-    """Training examples of the client's tasks that reach the tensor's component."""
-    component = manifest.tensors[tensor].component
-    return sum(task.examples for task in manifest.tasks if component in manifest.reach[task.task])
-
-
-def means(returned: dict[str, dict[str, Tensor]], manifests: dict[str, Manifest]) -> dict[str, Tensor]:
-    """Tensor -> mean over its holders, weighted by their examples (float64)."""
-    found = {}
-    for name in {name for tensors in returned.values() for name in tensors}:
-        holders = {client: weight(manifests[client], name) for client, own in returned.items() if name in own}
-        total = torch.stack([count * returned[client][name].double() for client, count in holders.items()]).sum(0)
-        found[name] = total / sum(holders.values())
-    return found
 
 
 def test_a_whole_run(whole: Whole) -> None:
@@ -246,21 +203,6 @@ def test_a_component_that_nobody_returned_keeps_its_value(federation: ToyFederat
         assert any(not torch.equal(old[name], new[name]) for name in trained)
 
 
-class Gathered(Exception):
-    """Ends a run that has come far enough."""
-
-
-def gathered(strategy: TapStrategy, grid: Grid) -> Roster:
-    """The roster of a run before its first round."""
-
-    def stop(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        raise Gathered
-
-    with pytest.raises(Gathered):
-        strategy.start(grid, evaluate_fn=stop)
-    return strategy.roster
-
-
 def test_a_check_tells_the_tensors_and_bytes_of_the_manifest(spec_federation: Federation) -> None:
     strategy = spec_federation.strategy()
     roster = gathered(strategy, spec_federation.grid())
@@ -326,223 +268,6 @@ def test_nothing_of_a_personal_model_is_in_a_message(whole: Whole) -> None:
     assert "columns" not in text
 
 
-Change = Callable[[dict[str, Any]], None]
-
-
-def broken(change: Change, node: int = 100, round_: int = 1) -> Tamper:
-    """Changes the tensors of one reply."""
-
-    def tamper(message: Message, reply: Message) -> Message | None:
-        if (message.metadata.message_type, message.metadata.dst_node_id) != (messages.TRAIN, node):
-            return reply
-        if round_of(message) != round_:
-            return reply
-        tensors = dict(messages.tensors_of(reply.content, FLOAT))
-        change(tensors)
-        content = RecordDict(
-            {
-                **reply.content,
-                ARRAYS: ArrayRecord({n: Array(np.asarray(t)) for n, t in tensors.items()}),
-            }
-        )
-        return Message(content, reply_to=message)
-
-    return tamper
-
-
-@pytest.fixture(scope="module")
-def replies(whole_toys: Whole) -> Replies:
-    return recorded(whole_toys.grid)
-
-
-def first_name(tensors: dict[str, Any]) -> str:
-    return sorted(tensors)[0]
-
-
-def nan(tensors: dict[str, Any]) -> None:
-    tensors[first_name(tensors)].view(-1)[0] = math.nan
-
-
-def shape(tensors: dict[str, Any]) -> None:
-    tensors[first_name(tensors)] = torch.zeros(2, 2, 2)
-
-
-def dtype(tensors: dict[str, Any]) -> None:
-    tensors[first_name(tensors)] = tensors[first_name(tensors)].double()
-
-
-def unknown(tensors: dict[str, Any]) -> None:
-    tensors["backbone.secret"] = torch.zeros(1)
-
-
-def missing(tensors: dict[str, Any]) -> None:
-    del tensors[first_name(tensors)]
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (nan, "holds a value that is not finite"),
-        (shape, r"has shape \(2, 2, 2\), not"),
-        (dtype, "is float64 in numpy.ndarray, not float32"),
-        (unknown, "tensors that were not sent, such as 'backbone.secret'"),
-        (missing, "the reply lacks 1 tensors"),
-    ],
-)
-def test_a_bad_reply_is_dropped_and_logged_and_the_round_goes_on(
-    federation: ToyFederation, replies: Replies, change: Change, problem: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    strategy = federation.strategy()
-    results = strategy.start(Playback(replies, tamper=broken(change))).summary
-    (event,) = [e for e in read_events(federation.out) if e["event"] == "dropped"]
-    assert event["who"] == "client 'ann'"
-    assert re.search(problem, event["problem"])
-    assert event["problem"] in caplog.text
-    rounds = [e for e in read_events(federation.out) if e["event"] == "round"]
-    assert rounds[0]["dropped"] == ["ann"]
-    assert sorted(rounds[0]["clients"]) == ["bob", "cleo", "dan"]
-    assert rounds[1]["dropped"] == []
-    assert results["clients"].keys() == EVERYBODY
-    assert all(bool(t.isfinite().all()) for t in strategy.roster.tensors.values())
-
-
-def lost(message: Message, reply: Message) -> Message | None:
-    """Ann does not answer when she is to train."""
-    return None if message.metadata.dst_node_id == 100 and _is_train(message) else reply
-
-
-@each_kind
-def test_a_dropped_reply_leaves_no_trace(kind: str, tmp_path: Path, whole_toys: Whole, replies: Replies) -> None:
-    """The server after a round with a bad reply equals the server after a round without that client."""
-    found: list[dict[str, Tensor]] = []
-    for number, tamper in enumerate((broken(nan), lost)):
-        states: list[dict[str, Tensor]] = []
-
-        def note(server_round: int, arrays: ArrayRecord, states: list[dict[str, Tensor]] = states) -> None:
-            states.append(decode_tensors(arrays, FLOAT))
-            if server_round == 1:
-                raise Gathered
-
-        federation = federation_of(kind, tmp_path / str(number), "round_timeout=1", "rounds=1")
-        grid = Playback(replies, tamper=tamper) if kind == "toys" else federation.grid(tamper=tamper)
-        with pytest.raises(Gathered):
-            federation.strategy().start(grid, evaluate_fn=note)
-        found.append(states[1])
-        (event,) = [e for e in read_events(federation.out) if e["event"] == "dropped"]
-        assert event["who"] == "client 'ann'"
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
-    if kind == "toys":  # and it is the mean of the others' replies
-        returned = {name: own for name, own in whole_toys.returned(1).items() if name != "ann"}
-        for name, mean in means(returned, whole_toys.strategy.roster.manifests).items():
-            torch.testing.assert_close(found[0][name].double(), states[0][name].double() + mean, atol=1e-9, rtol=1e-6)
-
-
-def _is_train(message: Message) -> bool:
-    return message.metadata.message_type == messages.TRAIN
-
-
-def test_a_client_that_fails_is_named_and_the_round_goes_on(
-    federation: ToyFederation, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def fail(client: Any, server_round: int, *rest: Any) -> Any:
-        if (client.name, server_round) == ("bob", 1):
-            raise DivergedError("the training loss of task 'languages' is nan: lower the learning rate")
-        if (client.name, server_round) == ("cleo", 2):
-            raise RuntimeError("cosmic ray")
-        return tap.participate(client, server_round, *rest)
-
-    monkeypatch.setitem(METHODS, "tap", replace(tap.METHOD, participate=fail))
-    strategy = federation.strategy()
-    results = strategy.start(federation.grid()).summary
-    dropped = [(e["who"], e["problem"]) for e in read_events(federation.out) if e["event"] == "dropped"]
-    assert [who for who, _ in dropped] == ["client 'bob'", "client 'cleo'"]
-    assert dropped[0][1] == "the training loss of task 'languages' is nan: lower the learning rate (code 1001)"
-    assert re.search(r"unexpected RuntimeError at test_federation.py:\d+: the log of its node says more", dropped[1][1])
-    assert "cosmic ray" in capfd.readouterr().err
-    rounds = [sorted(e["clients"]) for e in read_events(federation.out) if e["event"] == "round"]
-    assert rounds == [["ann", "cleo", "dan"], ["ann", "bob", "dan"]]
-    assert results["clients"].keys() == EVERYBODY
-
-
-def test_a_simulation_of_client_specs_tells_what_went_wrong_on_a_client(
-    spec_federation: Federation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is one machine: nothing is a secret between its clients."""
-
-    def fail(self: ClientData, split: str) -> dict[str, int]:
-        raise RuntimeError("cosmic ray")
-
-    monkeypatch.setattr(ClientData, "sizes", fail)
-    with pytest.raises(RunError, match=r"unexpected RuntimeError at test_federation.py:\d+: cosmic ray"):
-        spec_federation.strategy().start(spec_federation.grid())
-
-
-def test_fewer_nodes_than_clients_is_an_error_that_says_who_is_missing(spec_federation: Federation) -> None:
-    grid, strategy = spec_federation.grid(), spec_federation.strategy()
-    del grid.contexts[102]
-    with pytest.raises(RunError, match=r"3 of 4 clients are there.*without cleo.*num-supernodes=4"):
-        strategy.start(grid)
-
-
-def test_fewer_nodes_than_a_round_has_clients_is_an_error_that_counts_them(federation: ToyFederation) -> None:
-    grid, strategy = federation.grid(), federation.strategy()
-    del grid.contexts[102]
-    with pytest.raises(RunError, match=r"3 of 4 clients are there after 1 s: start more nodes .*num-supernodes=4"):
-        strategy.start(grid)
-
-
-def test_a_node_too_many_is_told_how_many_there_are(spec_federation: Federation) -> None:
-    spec_federation.clients += 1
-    assert set(gathered(spec_federation.strategy(), spec_federation.grid()).names) == EVERYBODY
-    (event,) = [e for e in read_events(spec_federation.out) if e["event"] == "dropped"]
-    assert event["who"] == "node 104"
-    assert re.search("more nodes than the 4 clients.*num-supernodes=4", event["problem"])
-
-
-def test_a_node_too_many_is_refused_and_the_run_goes_on(federation: ToyFederation) -> None:
-    federation.settings.append("rounds=1")
-    grid, strategy = federation.grid(), federation.strategy()
-    grid.contexts[104] = replace(grid.contexts[103], node_id=104, node_config={"partition-id": 4})  # of four
-    assert strategy.start(grid).summary["clients"].keys() == EVERYBODY
-    problems = {(e["who"], e["problem"]) for e in read_events(federation.out) if e["event"] == "dropped"}
-    assert {who for who, _ in problems} == {"node 104"}
-    assert all("unexpected IndexError at toys.py" in problem for _, problem in problems)
-
-
-def test_a_second_node_of_one_name_is_refused_while_the_first_is_there(federation: ToyFederation) -> None:
-    federation.settings += ["rounds=1", "clients_per_round=3"]
-    grid, strategy = federation.grid(), federation.strategy()
-    grid.contexts[103].node_config["partition-id"] = 0
-    assert set(strategy.start(grid).summary["clients"]) == {"ann", "bob", "cleo"}
-    assert strategy.roster.nodes["ann"] == 100
-    problems = {e["problem"] for e in read_events(federation.out) if e["event"] == "dropped"}
-    assert any("client 'ann' is already there on node 100: node 103 is refused" in problem for problem in problems)
-
-
-def test_where_a_refused_node_is_needed_the_run_says_why_it_cannot_start(federation: ToyFederation) -> None:
-    grid, strategy = federation.grid(), federation.strategy()
-    grid.contexts[101].node_config["partition-id"] = 0
-    with pytest.raises(RunError, match="node 101 cannot take part: client 'ann' is already there on node 100"):
-        strategy.start(grid)
-
-
-def test_tasks_of_one_name_with_other_classes_are_refused(make_spec_federation: MakeSpecs) -> None:
-    clash = {**LANGUAGES, "classes": [*LANGUAGES["classes"], "xx"], **sources("names", 40, 8)}
-    federation = make_spec_federation([*CLIENTS[:1], {"name": "zoe", "backbone": "demo", "tasks": [clash]}])
-    with pytest.raises(RunError, match=r"'languages' has the number of classes 9 on client 'zoe' but 8 on 'ann'"):
-        federation.strategy().start(federation.grid())
-
-
-def test_another_version_is_refused(federation: ToyFederation, monkeypatch: pytest.MonkeyPatch) -> None:
-    grid, strategy = federation.grid(), federation.strategy()
-    instruction = ServerRun._instruction
-    other = partial(msgspec.structs.replace, version="9.9")
-    monkeypatch.setattr(ServerRun, "_instruction", lambda self, number: other(instruction(self, number)))
-    with pytest.raises(RunError, match=r"the server speaks protocol 6 of tap-flower.*install one version"):
-        strategy.start(grid)
-
-
 @each_kind
 @pytest.mark.parametrize("crash_round", [1, 2])
 def test_a_resumed_run_gives_the_results_of_an_uninterrupted_one(
@@ -554,7 +279,7 @@ def test_a_resumed_run_gives_the_results_of_an_uninterrupted_one(
 
     def crash(message: Message, reply: Message) -> Message | None:
         nonlocal pulls
-        pulls += _is_train(message) and round_of(message) == crash_round
+        pulls += is_train(message) and round_of(message) == crash_round
         if pulls == 3:  # three clients have trained, and kept their new personal models
             raise KeyboardInterrupt
         return reply
@@ -572,123 +297,3 @@ def test_resuming_with_another_configuration_is_refused(whole: Whole) -> None:
     other = replace(whole.federation, settings=[*whole.federation.settings, "rounds=3"])
     with pytest.raises(ConfigError, match=r"another configuration \(rounds differ\)"):
         other.strategy(resume=True).start(other.grid())
-
-
-def test_sampling_goes_by_names_not_by_node_ids(federation: ToyFederation, replies: Replies) -> None:
-    roster = gathered(federation.strategy(), Playback(replies))
-    rounds = [roster.sample(r, 2) for r in range(1, 60)]
-    roster.nodes = {name: 9000 - node for name, node in roster.nodes.items()}
-    assert [roster.sample(r, 2) for r in range(1, 60)] == rounds
-    assert {name for names in rounds for name in names} == EVERYBODY
-    assert all(len(set(names)) == 2 for names in rounds)
-
-
-def test_a_new_client_with_a_new_pair_may_join_in_any_round(federation: ToyFederation) -> None:
-    federation.settings += ["rounds=3", "clients_per_round=3"]
-    grid, strategy = federation.grid(), federation.strategy()
-    late = grid.contexts.pop(103)
-    known: list[set[str]] = []
-
-    def join(message: Message, reply: Message) -> Message:
-        if _is_train(message) and round_of(message) == 1:
-            grid.contexts[103] = late
-            strategy.config.clients_per_round = 4
-            known.append(set(strategy.roster.tensors))
-        return reply
-
-    grid.tamper = join
-    results = strategy.start(grid).summary
-    assert "dan" in results["clients"]
-    assert not any("translation" in name for name in known[0])
-    first = next(t for r, node, t in sent(grid, messages.TRAIN) if node == 103)
-    manifest = strategy.roster.manifests["dan"]
-    new = {name for name in first if name not in known[0]}
-    assert new == {"heads.translation.weight", "heads.translation.bias"}
-    for name, value in strategy.roster.first_values(manifest, new).items():
-        assert torch.equal(first[name], value)
-
-
-def test_a_deployed_node_is_configured_on_the_node(make_spec_federation: MakeSpecs, tmp_path: Path) -> None:
-    federation = make_spec_federation(CLIENTS[:2], "rounds=1", "train.steps=1", "distill.iterations=1")
-    grid = federation.grid()
-    for node, client in zip(grid.contexts.values(), CLIENTS[:2], strict=True):
-        spec = tmp_path / f"{client['name']}.yaml"
-        spec.write_text(yaml.safe_dump(client))
-        node.node_config = {"client-spec": str(spec), "state-dir": str(tmp_path / "state")}
-        node.run_config = {"preset": "nonsense", "out": "/nonexistent"}  # what a server says of these is not read
-    results = federation.strategy().start(grid).summary
-    assert set(results["clients"]) == {"ann", "bob"}
-    (run,) = (tmp_path / "state" / "ann").iterdir()
-    assert (run / "tap.safetensors").exists()
-    assert not (federation.out / "clients").exists()
-
-
-@pytest.mark.parametrize(
-    ("node_config", "problem"),
-    [
-        ({}, "the node has no client-spec: start it with --node-config"),
-        ({"client-spec": "none.yaml"}, "no state-dir"),
-        ({"client-spec": "none.yaml", "state-dir": "x"}, "client spec 'none.yaml' cannot be read"),
-    ],
-)
-def test_a_badly_configured_node_says_what_to_do(
-    make_spec_federation: MakeSpecs, node_config: dict[str, Any], problem: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    federation = make_spec_federation(CLIENTS[:1])
-    grid = federation.grid()
-    grid.contexts[100].node_config = node_config
-    told = "client spec is wrong, or does not fit its data: the log of the node says where" if node_config else problem
-    with pytest.raises(RunError, match=told):
-        federation.strategy().start(grid)
-    assert not node_config or problem in caplog.text
-
-
-def test_a_busy_superlink_is_asked_again(
-    federation: ToyFederation, replies: Replies, whole_toys: Whole, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(exchange, "_AGAIN", 0.0)
-    grid, failures = Playback(replies), {"get_node_ids": 2, "push_messages": 1, "pull_messages": 3}
-    for name in list(failures):
-        real = getattr(grid, name)
-
-        def busy(*arguments: Any, real: Any = real, name: str = name) -> Any:
-            failures[name] -= 1
-            if failures[name] >= 0:
-                request = httpx.Request("POST", "https://superlink")
-                raise httpx.HTTPStatusError("busy", request=request, response=httpx.Response(500, request=request))
-            return real(*arguments)
-
-        monkeypatch.setattr(grid, name, busy)
-    assert without_times(federation.strategy().start(grid).summary) == without_times(whole_toys.results)
-    assert all(count < 0 for count in failures.values())
-
-
-def test_a_message_that_the_superlink_does_not_take_is_told(federation: ToyFederation, replies: Replies) -> None:
-    class Refusing(Playback):
-        def push_messages(self, asked: Iterable[Message]) -> Iterable[str]:
-            (message,) = asked
-            lost = _is_train(message) and message.metadata.dst_node_id == 101
-            return [""] if lost and round_of(message) == 1 else super().push_messages([message])
-
-    federation.strategy().start(Refusing(replies))
-    dropped = [(e["who"], e["problem"]) for e in read_events(federation.out) if e["event"] == "dropped"]
-    assert dropped == [
-        (
-            "client 'bob'",
-            "the SuperLink did not take the message, with 0.00334 MB of tensors: its log says why (code 1005)",
-        )
-    ]
-
-
-@pytest.mark.parametrize(("status", "patience"), [(403, 60.0), (500, 0.0)])
-def test_a_superlink_that_refuses_or_stays_busy_ends_the_run(
-    status: int, patience: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(exchange, "_PATIENCE", patience)
-    request = httpx.Request("POST", "https://superlink")
-
-    def refuse() -> None:
-        raise httpx.HTTPStatusError("no", request=request, response=httpx.Response(status, request=request))
-
-    with pytest.raises(httpx.HTTPStatusError):
-        exchange.patiently(refuse)

@@ -18,7 +18,7 @@ from tap_flower.report.events import read_events
 from tap_flower.server.early_stopping import Validation
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire.messages import Epoch
-from tests.federation.test_federation import sent
+from tests.federation.runs import sent
 from tests.federations import Make, ToyFederation, federation_of_toys
 from tests.grid import InProcessGrid
 from tests.toys import TOYS

@@ -29,7 +29,7 @@ from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
 from tap_flower.wire.messages import Manifest, TensorInfo
 from tap_flower.wire.tensors import decode_tensors
-from tests.federation.test_federation import broken, lost
+from tests.federation.runs import broken, lost
 from tests.federations import Make, ToyFederation
 from tests.grid import round_of
 from tests.server.test_accounting import exact_epsilon
