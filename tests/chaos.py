@@ -220,7 +220,7 @@ class Chaos:
             self.check()
         if not self.over:
             self.gather(NAMES)
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while not self.over:
             if not self.server:
                 self.start_server()

@@ -30,6 +30,9 @@ from tap_flower.study.plan import PlannedRun, read_sweep
 from tap_flower.study.worker import Task, _own_folder, run_task
 from tests.grid import InProcessGrid
 
+PATIENCE = 1800.0
+"""Seconds after which what is waited for has failed; the machine may be busy with other tests."""
+
 
 def numbers(run: PlannedRun) -> dict[str, Any]:
     return {key: value for key, value in read_results(run.folder).items() if key != "seconds"}
@@ -118,7 +121,7 @@ def workers() -> list[psutil.Process]:
 
 
 def wait_for(file: Path) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while not file.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -149,15 +152,15 @@ def test_a_killed_sweep_loses_at_most_the_run_in_progress(write_sweep: Any, tmp_
     first, second = sweep.runs
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ})
     checkpoint = second.folder / "server" / "server.safetensors"
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while not checkpoint.exists():
         assert process.poll() is None, process.communicate()[0].decode()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
-    process.wait(60)
-    psutil.wait_procs(children, 30)
+    process.wait(PATIENCE)
+    psutil.wait_procs(children, PATIENCE)
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert first.done
     assert not second.done
