@@ -8,7 +8,7 @@ import yaml
 
 from tap_flower.config import (
     Config,
-    ReplacementEvidence,
+    ReplacementSource,
     client_specs,
     hyper_parameters,
     load_config,
@@ -27,9 +27,9 @@ from tap_flower.errors import ConfigError
 def test_precedence(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("rounds: 7\ntrain: {steps: 5, batch_size: 8}\n")
-    config = load_config("demo", str(file), ["train.steps=3", "replacement.evidence=training"])
+    config = load_config("demo", str(file), ["train.steps=3", "replacement.source=received"])
     assert (config.rounds, config.train.steps, config.train.batch_size) == (7, 3, 8)
-    assert config.replacement.evidence is ReplacementEvidence.training
+    assert config.replacement.source is ReplacementSource.received
     assert config.train.weight_decay == Train().weight_decay
 
 
@@ -154,8 +154,24 @@ def test_losses_of_unlike_weights_are_not_compared() -> None:
         load_config("flava", "", unlike[:1])  # the preset compares training losses
     with pytest.raises(ConfigError, match=problem):
         hyper_parameters({"replacement": {"source": "received", "evidence": "training"}})
-    for like in unlike:
-        load_config("demo", "", [like])
+    load_config("flava", "", ["replacement.source=received", "replacement.evidence=validation"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "remedy"),
+    [
+        ("replacement.mode=mix", "replacement.mode=hard"),
+        ("replacement.before_stage_two=true", "replacement.before_stage_two=false"),
+        ("distill.only_better=true", "distill.only_better=false"),
+    ],
+)
+def test_what_compares_held_out_losses_is_refused_with_training_losses(setting: str, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=f"set replacement.evidence=validation, or {remedy}"):
+        load_config("flava", "", [setting])
+    load_config("flava", "", [setting, "replacement.evidence=validation"])
+    both = "replacement.mode=hard and replacement.before_stage_two=false"
+    with pytest.raises(ConfigError, match=f"replacement.evidence=validation, or {both}"):
+        load_config("flava", "", ["replacement.mode=mix", "replacement.before_stage_two=true"])
 
 
 def test_flowers_run_configuration_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +181,7 @@ def test_flowers_run_configuration_is_a_run(tmp_path: Path, monkeypatch: pytest.
     assert (config.preset, config.rounds, config.train.steps) == ("demo", 7, 3)
     assert folder == tmp_path / "tap-flower-runs" / "demo-12"
     assert simulated_run({**given, "out": "/runs/one"}, 13) == (config, Path("/runs/one"))
-    assert [spec.name for spec in simulated_clients(given)] == [f"client-{n}" for n in range(10)]
+    assert [spec.name for spec in simulated_clients(given)] == [f"client-{n}" for n in range(12)]
     with pytest.raises(ConfigError, match="rounds = 0 is out of bounds"):
         simulated_run({**given, "set": "rounds=0"}, 14)
 

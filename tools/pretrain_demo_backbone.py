@@ -2,12 +2,14 @@
 
     python -m tools.pretrain_demo_backbone --out DIR [--steps 6000] [--seed 0]
 
-Each step adds five losses, every one on a batch of its own:
+Each step adds six losses, every one on a batch of its own:
 
 * `image`: half of an image's patches are masked, their normalised pixels are predicted (mean squared error);
 * `text`: tokens of emoji names are masked and predicted. A line holds one to three names of one language;
 * `lines`: two lines of one language, of other names each, are drawn together and those of other pairs apart, as two
   spans of one document are in contrastive learning of text;
+* `dates`: a day as one language writes it and the day in ISO 8601, or in another language, are drawn together in the
+  way of `lines`;
 * `fusion`: tokens of question and answer, the answer's always, are masked and predicted by the multimodal encoder,
   which sees the image too;
 * `contrast`: the mean of an image's hidden states, projected, is compared with every distinct caption ("a teal circle",
@@ -39,8 +41,8 @@ from torch.nn import functional
 from tap_flower.data import packaged
 
 SPLIT = "public"
-HIDDEN, HEADS, INTERMEDIATE, LAYERS = 64, 4, 128, 3
-IMAGE_SIZE, PATCH = 64, 8
+HIDDEN, HEADS, INTERMEDIATE, LAYERS = 64, 4, 128, 2
+IMAGE_SIZE, PATCH = 40, 8
 PIXEL_MEAN, PIXEL_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 VOCABULARY, MAX_TOKENS = 1800, 128
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -49,7 +51,7 @@ PAD, CLS, SEP, MASK = (SPECIAL.index(token) for token in ("[PAD]", "[CLS]", "[SE
 ALPHABET = "".join(map(chr, range(33, 127))) + "".join(map(chr, range(0xA1, 0x180))) + "\u0307’‘“”–—"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-BATCH = {"image": 16, "text": 32, "lines": 32, "fusion": 24, "contrast": 64}
+BATCH = {"image": 16, "text": 32, "lines": 32, "dates": 32, "fusion": 24, "contrast": 64}
 PEAK_RATE, WARMUP, WEIGHT_DECAY = 1e-3, 100, 0.01
 PATCHES_MASKED, TOKENS_MASKED, SHIFT, POSITION_STD = 0.5, 0.2, 4, 0.3
 LINES_SCALE = 10.0
@@ -68,6 +70,7 @@ class PublicData:
         captions: the distinct captions.
         names: for each language, the public names.
         questions: question, answer, row of `images`.
+        days: for each day, the ways to write it, the ISO form first.
     """
 
     images: Tensor
@@ -77,17 +80,19 @@ class PublicData:
     captions: list[str]
     names: list[list[str]]
     questions: list[tuple[str, str, int]]
+    days: list[list[str]]
 
     def lines(self) -> list[str]:
         """Returns all text, for the training of the tokenizer."""
         asked = [f"{question} {answer}" for question, answer in sorted({row[:2] for row in self.questions})]
-        return [name for language in self.names for name in language] + asked + self.captions
+        written = [text for day in self.days for text in day]
+        return [name for language in self.names for name in language] + asked + self.captions + written
 
 
 def read_public() -> PublicData:
     """Reads the public split of the demo data."""
-    shapes, questions, digits, names = (
-        packaged.load(name, SPLIT) for name in ("shapes", "questions", "digits", "names")
+    shapes, questions, digits, names, dates = (
+        packaged.load(name, SPLIT) for name in ("shapes", "questions", "digits", "names", "dates")
     )
     rows: dict[str, int] = {}
     pictures: list[Tensor] = []
@@ -102,6 +107,9 @@ def read_public() -> PublicData:
     for item, image in zip(digits["item"], digits["image"], strict=True):
         rows[item] = len(pictures)
         pictures.append(_pixels(image))
+    days = {target: [target] for target in sorted(dates["target"])}
+    for text, target in zip(dates["text"], dates["target"], strict=True):
+        days[target].append(text)
     shape_names = shapes.features["label"].names
     captions = [f"a {name}" for name in shape_names] + [f"digit {word}" for word in DIGITS]
     caption = [*shapes["label"], *(len(shape_names) + label for label in digits["label"])]
@@ -116,6 +124,7 @@ def read_public() -> PublicData:
             for language in range(len(names.features["label"].names))
         ],
         questions=asked,
+        days=list(days.values()),
     )
 
 
@@ -230,9 +239,15 @@ def shifted(images: Tensor, limit: int = SHIFT) -> Tensor:
 
 
 def normalised(images: Tensor) -> Tensor:
-    """Returns uint8 images (batch, 3, height, width) as float32, normalised by `PIXEL_MEAN` and `PIXEL_STD`."""
+    """Returns uint8 images (batch, 3, height, width) as float32 (batch, 3, IMAGE_SIZE, IMAGE_SIZE), normalised.
+
+    The size changes as in the image adaptor of the clients' models, which doubles it first.
+    """
     mean, std = torch.tensor(PIXEL_MEAN).view(3, 1, 1), torch.tensor(PIXEL_STD).view(3, 1, 1)
-    return (images.float() / 255 - mean) / std
+    doubled = functional.interpolate(
+        (images.float() / 255 - mean) / std, scale_factor=2, mode="bilinear", align_corners=True
+    )
+    return functional.interpolate(doubled, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=True)
 
 
 def mean_state(states: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -362,6 +377,7 @@ def pretrain(
         return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
 
     names = [[encode(name) for name in language] for language in data.names]
+    days = [[encode(text) for text in day] for day in data.days]
     questions = [(encode(question), encode(answer), row) for question, answer, row in data.questions]
     captions = pad([[CLS, *encode(caption), SEP] for caption in data.captions])
     shape_rows = torch.nonzero(data.captioned < data.first_digit).flatten()
@@ -395,6 +411,14 @@ def pretrain(
             second.append(line(chosen[size:]))
         return lines_loss(model, pad(first), pad(second))
 
+    def date_loss() -> Tensor:
+        first, second = [], []
+        for day in draw.sample(days, BATCH["dates"]):
+            one, other = draw.sample(range(1, len(day)), 2)
+            first.append(line([day[one]]))
+            second.append(line([day[draw.choice((0, other))]]))
+        return lines_loss(model, pad(first), pad(second))
+
     def fusion_loss() -> Tensor:
         chosen = draw.choices(questions, k=BATCH["fusion"])
         ids = pad([[CLS, *question, SEP, *answer, SEP] for question, answer, _ in chosen])
@@ -413,6 +437,7 @@ def pretrain(
         "image": image_loss,
         "text": text_loss,
         "lines": partner_loss,
+        "dates": date_loss,
         "fusion": fusion_loss,
         "contrast": caption_loss,
     }

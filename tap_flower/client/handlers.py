@@ -301,16 +301,17 @@ def _train(participant: Participant, message: Message) -> RecordDict:
 
 
 def _personalise(participant: Participant, message: Message) -> RecordDict:
-    session, state = participant.session, participant.state_after_stage_1()
-    received, steps = participant.receive(message, state), session.steps
-    result = participant.method.second_stage(session, received, _memory(state))
-    participant.folder.save_models(result.models, participant.instruction.round)
+    session, folder, instruction = participant.session, participant.folder, participant.instruction
+    state, steps = participant.state_after_stage_1(), session.steps
+    result = participant.method.second_stage(session, participant.receive(message, state), _memory(state))
+    record_decisions(folder.folder, instruction.run, instruction.round + 1, result.decisions)
+    folder.save_models(result.models, instruction.round)
     report = Report(
-        round=participant.instruction.round,
+        round=instruction.round,
         examples=session.data.sizes("train"),
         losses=result.losses,
         steps=session.steps - steps,
-        state=participant.folder.round,
+        state=folder.round,
         models=tuple(result.models),
     )
     return messages.encode(report, metrics=_metrics(report, session))
@@ -326,8 +327,7 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
     record_evaluation(folder.folder, participant.instruction.run, found.samples, found.cosines, found.skipped)
     judged = [session.kinds[task].score(models[found.last]) for task, models in found.metrics.items() if models]
     metrics: dict[str, int | float] = {"num-examples": sum(session.data.sizes("test").values())}
-    if judged:  # a client may have nothing to test on
-        metrics["score"] = fmean(judged)
+    metrics |= {"score": fmean(judged)} if judged else {}  # a client may have nothing to test on
     return messages.encode(Evaluation(found.metrics, folder.round), metrics=MetricRecord(dict(metrics)))
 
 

@@ -8,6 +8,7 @@ from tap_flower.config.options import HyperParameters as HyperParameters
 from tap_flower.config.options import Metrics as Metrics
 from tap_flower.config.options import Model as Model
 from tap_flower.config.options import ReplacementEvidence as ReplacementEvidence
+from tap_flower.config.options import ReplacementMode as ReplacementMode
 from tap_flower.config.options import ReplacementSource as ReplacementSource
 from tap_flower.config.options import StageTwo as StageTwo
 from tap_flower.config.options import options as options

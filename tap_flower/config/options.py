@@ -29,6 +29,13 @@ class ReplacementEvidence(Enum):
     training = "training"
 
 
+class ReplacementMode(Enum):
+    """What a replacement puts in the place of a pair's components."""
+
+    hard = "hard"
+    mix = "mix"
+
+
 class StageTwo(Enum):
     """What TAP's stage 2 does with the personal model."""
 
@@ -153,7 +160,12 @@ class Distill:
     temperature: float = option(1.0, "temperature T of the softened outputs", 0.01, 100.0)
     stage: StageTwo = option(
         StageTwo.distillation,
-        "of method tap; ablations: finetuning has no teacher, finetuning_twice also takes the teacher's K steps",
+        "of method tap: distillation from the fine-tuned server copy; finetuning for K steps, without a teacher; "
+        "finetuning_twice for 2K, the teacher's among them",
+    )
+    only_better: bool = option(
+        False,
+        "true: distil only for the pairs whose teacher has the lower loss of held-out examples as the student begins",
     )
     weight: DistillationWeights = field(default_factory=DistillationWeights)
 
@@ -177,6 +189,12 @@ class Replacement:
         ReplacementEvidence.validation,
         "validation: compare losses of held-out local examples; training: compare the training losses (source=trained only)",
     )
+    mode: ReplacementMode = option(
+        ReplacementMode.hard,
+        "hard: the server's weights or the personal ones; mix: personal + α (server - personal), α = 0, ¼, ½, ¾ or 1 by the "
+        "loss of held-out examples",
+    )
+    before_stage_two: bool = option(False, "true: decide once more at the start of stage 2, on held-out examples")
     margin: Margins = field(default_factory=Margins)
 
 

@@ -19,18 +19,20 @@ _REST = "rest"
 
 
 @dataclass(frozen=True)
-class HubSet:
+class SharedSet:
     """A data set of a preset.
 
     Attributes:
-        name: its id on the hub.
+        name: its id on the hub, or the name of one of the packaged data sets.
         rows: how many rows of the split the groups share.
-        config: where it has several.
-        revision: commit, tag or branch.
+        format: `hub` or `packaged`.
+        config: where the hub has several.
+        revision: commit, tag or branch on the hub.
     """
 
     name: str
     rows: int
+    format: str = "hub"
     config: str | None = None
     revision: str | None = None
 
@@ -42,19 +44,22 @@ def expand(
 
     Args:
         patterns: each a mapping with `tasks` as in a client spec, whose sources say `data: KEY` in place of a format, and
-            `share: [from, to]` (fractions of the group's share) or `share: rest` (what no group has) in place of rows.
+            `share: [from, to]` (fractions of the group's share) or `share: rest` (what no group has) in place of rows. A
+            source that says its format is taken as it is.
         groups: how many.
-        data_sets: key -> `HubSet`.
+        data_sets: key -> `SharedSet`.
 
     Raises:
         SpecError: a key is unknown, or a value is wrong.
     """
     sets = {}
     for key, values in data_sets.items():
-        check_keys(values, HubSet, f"data set {shown(key)}")
-        sets[key] = HubSet(**values)
+        check_keys(values, SharedSet, f"data set {shown(key)}")
+        sets[key] = SharedSet(**values)
         if not isinstance(sets[key].rows, int) or sets[key].rows < 1:
             raise SpecError(f"data set {shown(key)} has rows {shown(sets[key].rows)}: give their number")
+        if sets[key].format not in ("hub", "packaged"):
+            raise SpecError(f"data set {shown(key)} has format {shown(sets[key].format)}: use hub or packaged")
     for group in range(groups):
         for number, pattern in enumerate(patterns):
             if not isinstance(pattern, Mapping) or not isinstance(pattern.get("tasks"), list):
@@ -84,13 +89,17 @@ def _listed(sources: Any, where: str) -> Sequence[Mapping[str, Any]]:
 
 
 def _source(
-    values: Mapping[str, Any], sets: Mapping[str, HubSet], group: int, groups: int, where: str
+    values: Mapping[str, Any], sets: Mapping[str, SharedSet], group: int, groups: int, where: str
 ) -> dict[str, Any]:
+    if "data" not in values and "format" in values:
+        return dict(values)
     if values.get("data") not in list(sets):
         raise SpecError(f"{where} has data {shown(values.get('data'))}: use one of {', '.join(map(str, sets))}")
     data = sets[values["data"]]
     found = {key: value for key, value in values.items() if key not in ("data", "share")}
-    found |= {"format": "hub", "name": data.name, "config": data.config, "revision": data.revision}
+    found |= {"format": data.format, "name": data.name}
+    if data.format == "hub":
+        found |= {"config": data.config, "revision": data.revision}
     share = values.get("share")
     if share == _REST:
         found["rows"] = [data.rows, None]

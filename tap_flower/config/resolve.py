@@ -17,7 +17,15 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tap_flower.config.options import Compute, Config, HyperParameters, ReplacementEvidence, ReplacementSource, options
+from tap_flower.config.options import (
+    Compute,
+    Config,
+    HyperParameters,
+    ReplacementEvidence,
+    ReplacementMode,
+    ReplacementSource,
+    options,
+)
 from tap_flower.config.patterns import expand
 from tap_flower.data.spec import ClientSpec, client_spec
 from tap_flower.errors import ConfigError, SpecError
@@ -79,12 +87,23 @@ def _setting(setting: str) -> Layer:
 
 
 def _check_replacement(settings: HyperParameters) -> None:
-    """Refuses to compare losses of weights that were trained with losses of weights that were not."""
+    """Refuses evidence that a decision on replacement cannot be made on."""
     chosen = settings.replacement
     if chosen.source is ReplacementSource.received and chosen.evidence is ReplacementEvidence.training:
         raise ConfigError(
             "replacement.source = received and replacement.evidence = training: the received weights are not those that the "
             "training losses are of; set replacement.evidence=validation, or replacement.source=trained"
+        )
+    held_out = [
+        ("replacement.mode = mix", "replacement.mode=hard", chosen.mode is ReplacementMode.mix),
+        ("replacement.before_stage_two = true", "replacement.before_stage_two=false", chosen.before_stage_two),
+        ("distill.only_better = true", "distill.only_better=false", settings.distill.only_better),
+    ]
+    if chosen.evidence is ReplacementEvidence.training and (needing := [each for each in held_out if each[2]]):
+        without = " and ".join(remedy for _, remedy, _ in needing)
+        raise ConfigError(
+            f"{needing[0][0]} and replacement.evidence = training: it compares losses of held-out examples; set "
+            f"replacement.evidence=validation, or {without}"
         )
 
 

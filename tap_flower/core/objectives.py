@@ -16,14 +16,14 @@ from tap_flower.core.training import CALL, Batch, PairModel, comparable
 
 @dataclass(frozen=True)
 class Distillation:
-    """The additional loss of stage 2: `weight[kind] · mean over units of the kind's divergence(teacher -> student)`.
+    """The additional loss of stage 2: `weight[task] · mean over units of the kind's divergence(teacher -> student)`.
 
     An instance is an objective for `core.training.train`. The teacher runs in evaluation mode and without gradients.
 
     Attributes:
         teacher: the fine-tuned server copy.
         kinds: task name -> its kind.
-        weights: name of the kind -> w; a kind that is not named has weight 0.
+        weights: task name -> w; a task that is not named has weight 0.
         temperature: T of the softened distributions (classification and text).
     """
 
@@ -43,7 +43,7 @@ class Distillation:
             A scalar.
         """
         kind = self.kinds[batch.task]
-        weight = self.weights.get(kind.name, 0.0)
+        weight = self.weights.get(batch.task, 0.0)
         if weight == 0.0:
             return torch.zeros(())
         self.teacher.eval()

@@ -6,11 +6,12 @@
 | `questions` | easy-vqa | such an image with a question and its answer | - |
 | `digits` | scikit-learn | a handwritten digit, 8x8 grey values enlarged to 64x64 | 10 classes |
 | `names` | emoji | the name of an emoji in one of eight languages | 8 classes |
-| `translation` | emoji | an emoji's English name and its Spanish name | - |
+| `dates` | babel | a day of the year as one of eight languages writes it ("14. März"), and as ISO 8601 does ("03-14") | - |
 
-**Splits.** Every row has an `item`: the image, the digit or the emoji that it comes from. The split of a row depends
-on a hash of its item alone, so that an item is in one split in all data sets that share it (`shapes` and `questions`;
-`names` and `translation`), and stays there whatever a run's seed is and whatever another version of a package adds.
+**Splits.** Every row has an `item`: the image, the digit, the emoji or the day that it comes from. The split of a row
+depends on a hash of its item alone, so that an item is in one split in all data sets that share it (`shapes` and
+`questions`; a day in all languages), and stays there whatever a run's seed is and whatever another version of a package
+adds.
 `public` is for pretraining a backbone, `train` for the clients, `validation` for choices, `test` for reports.
 
 **What is left out of the emoji names**, and why:
@@ -18,8 +19,7 @@ on a hash of its item alone, so that an item is in one split in all data sets th
 * variants by skin tone: their names repeat the base name with the same few words added;
 * flags: the word for "flag" and a country's name, which many languages share;
 * families listed by their members ("family: man, woman, boy"): some 25 repetitions of six words;
-* a name that two of the eight languages share ("bikini", "ambulance"), since nothing tells its language: it is missing
-  from `names` in all of its languages. `translation` keeps such emoji; there "bikini" -> "bikini" is a true pair.
+* a name that two of the eight languages share ("bikini", "ambulance"), since nothing tells its language.
 
 Variants by gender or direction ("man artist", "woman artist", "artist") are kept, as one item; emoji which share a name
 in some language are one item too. So the same text with the same label is never in two splits.
@@ -27,6 +27,7 @@ in some language are one item too. So the same text with the same label is never
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import importlib
@@ -40,14 +41,13 @@ from typing import Any
 import datasets
 
 SPLITS = ("public", "train", "validation", "test")
-DATASETS = ("shapes", "questions", "digits", "names", "translation")
+DATASETS = ("shapes", "questions", "digits", "names", "dates")
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 LANGUAGES = ("en", "es", "pt", "it", "fr", "de", "id", "tr")
 
-# Upper bounds of the four splits on the unit interval, in the order of SPLITS. Train, validation and test get what
-# makes `translation`, the smallest data set (about 1,600 emoji), large enough: about 500, 150 and 300 rows.
+# Upper bounds of the four splits on the unit interval, in the order of SPLITS.
 _BOUNDS = (0.41, 0.71, 0.805, 1.0)
 _IMAGE_SIZE = 64
 
@@ -59,7 +59,7 @@ def load(name: str, split: str) -> datasets.Dataset:
     """Returns one split of a demo data set, rows in a fixed shuffled order.
 
     Columns: `item` (str) in all of them, and `image` (64x64 RGB), `label` (`shapes`, `digits`); `image`, `question`,
-    `answer` (`questions`); `text`, `label` (`names`); `text`, `target` (`translation`). Labels are `ClassLabel`.
+    `answer` (`questions`); `text`, `label` (`names`); `text`, `target`, `language` (`dates`). Labels are `ClassLabel`.
 
     Of `questions`, the split `public` has all questions about an image (about ten), the other splits have one of them,
     so that disjoint slices of rows, one for each client, are disjoint sets of images too.
@@ -85,7 +85,7 @@ def load(name: str, split: str) -> datasets.Dataset:
         "questions": (_questions, {"image": image, "question": text, "answer": text}),
         "digits": (_digits, {"image": image, "label": label(names=[str(digit) for digit in range(10)])}),
         "names": (_names, {"text": text, "label": label(names=list(LANGUAGES))}),
-        "translation": (_translation, {"text": text, "target": text}),
+        "dates": (_dates, {"text": text, "target": text, "language": text}),
     }[name]
     features = datasets.Features({"item": text, **columns})
     rows = sorted(build(split), key=lambda row: _unit(repr([row[key] for key in features if key != "image"])))
@@ -220,7 +220,7 @@ def _digits(split: str) -> list[Row]:
     return rows
 
 
-# --- emoji: names, translation --------------------------------------------------------------------
+# --- emoji: names ---------------------------------------------------------------------------------
 
 
 def _key(symbol: str) -> str:
@@ -284,12 +284,19 @@ def _names(split: str) -> list[Row]:
     return list(rows.values())
 
 
-def _translation(split: str) -> list[Row]:
-    """Returns pairs of an English and a Spanish name, one for each emoji."""
-    rows = {
-        (names["en"], names["es"]): {"item": item, "text": names["en"], "target": names["es"]}
-        for item, group in _emoji().items()
-        if split_of(item) == split
-        for names in group
-    }
+# --- CLDR: dates ----------------------------------------------------------------------------------
+
+
+def _dates(split: str) -> list[Row]:
+    """Returns the days of the year, each written with the month's name in full and short, in all languages."""
+    dates = _import("babel.dates", "babel")
+    rows = {}
+    for day in (datetime.date(2024, 1, 1) + datetime.timedelta(days) for days in range(366)):  # a leap year
+        item = f"days/{day:%m-%d}"
+        if split_of(item) == split:
+            for language in LANGUAGES:
+                for skeleton in ("MMMMd", "MMMd"):
+                    text = dates.format_skeleton(skeleton, day, locale=language)
+                    row = {"item": item, "text": text, "target": f"{day:%m-%d}", "language": language}
+                    rows.setdefault(text.casefold(), row)
     return list(rows.values())

@@ -23,6 +23,7 @@ from tap_flower.methods import (
     per_fedavg,
     pfedme,
     tap,
+    tap_published,
 )
 from tap_flower.methods.method import Method
 
@@ -30,6 +31,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         tap.METHOD,
+        tap_published.METHOD,
         local_only.METHOD,
         fedavg.FEDAVG,
         fedavg.METHOD,

@@ -86,9 +86,9 @@ class Session:
 
     @cached_property
     def distillation_weights(self) -> Mapping[str, float]:
-        """Name of a kind of task -> weight of its distillation: the run's, else the kind's."""
+        """Task name -> weight of its distillation: the run's for the kind of task, else the kind's."""
         by_kind = vars(self.settings.distill.weight)
-        return {kind.name: by_kind.get(kind.name, kind.distillation) for kind in self.kinds.values()}
+        return {task: by_kind.get(kind.name, kind.distillation) for task, kind in self.kinds.items()}
 
     def initial_values(self) -> State:
         """The run's first values of the tensors of the model's state."""
@@ -307,7 +307,8 @@ class Session:
             if task.score is not None and splits:
                 loader = beginning(self.data.loader(splits[0], task.pair.task), _TRIED)
                 found = {task.pair.task: self._score(task, self.model(), loader)}
-                if self.settings.method == "tap" and self.settings.replacement.enabled and splits[0] == "validation":
+                compares = self.settings.method in ("tap", "tap-published") and self.settings.replacement.enabled
+                if compares and splits[0] == "validation":
                     _check_losses(found)
 
     def scores(self, model: ComponentModel, split: str) -> dict[str, float]:

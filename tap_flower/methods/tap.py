@@ -1,17 +1,21 @@
 """TAP: Two-Stage Adaptive Personalization (Lee et al., arXiv 2509.26524).
 
 `participate` is the client's part of the paper's Algorithm 1, federated rounds with adaptive replacement; `second_stage` is
-Algorithm 2, distillation after the last round. The server's part, sampling and averaging, is `server.strategy`.
+Algorithm 2, what happens after the last round. The server's part, sampling and averaging, is `server.strategy`.
+
+Options go beyond the paper: `replacement.mode=mix` takes components over in part, `replacement.before_stage_two` decides
+once more as stage 2 begins, and `distill` has stages without a teacher. docs/concepts.md says why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import inf
 
-from tap_flower.config import ReplacementEvidence, ReplacementSource, StageTwo
-from tap_flower.core.components import State, cpu_state
+from tap_flower.config import ReplacementEvidence, ReplacementMode, ReplacementSource, StageTwo
+from tap_flower.core.components import ComponentModel, State, cpu_state
 from tap_flower.core.objectives import Distillation
-from tap_flower.core.replacement import decide, replace
+from tap_flower.core.replacement import PARTS, Decision, decide, mixture, replace
 from tap_flower.methods.method import Memory, Method, Participation, SecondStage
 from tap_flower.methods.session import Session
 
@@ -49,12 +53,9 @@ def participate(session: Session, server_round: int, received: State, memory: Me
 
     # Algorithm 1, adaptive replacement: for each pair with loss(server) + margin < loss(personal), the components that the
     # pair reaches are copied into the personal model. Before its first round the personal loss is infinite.
-    student = session.model(personal)
-    personal_losses: Mapping[str, float] = {}
-    if settings.enabled and personal is not None:
-        personal_losses = session.losses(student, "validation") if on_validation else memory.record[LOSSES]
-    decisions = decide(student.component_map, source_losses, personal_losses, session.margins)
-    replaced = replace(student, received if copies_received else returned, student.component_map, decisions)
+    source = received if copies_received else returned
+    known = None if on_validation else memory.record.get(LOSSES)
+    student, decisions, replaced = _replaced(session, personal, source, source_losses, known)
 
     # Algorithm 1, local training of the personal model φ_i: R steps. After a replacement it sees other mini-batches than
     # the copy that it was taken from.
@@ -64,10 +65,41 @@ def participate(session: Session, server_round: int, received: State, memory: Me
     return Participation(returned, losses, kept, decisions)
 
 
-def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
-    """Stage 2: fine-tune the server's copy, then fine-tune the personal model with distillation from it.
+def _replaced(
+    session: Session,
+    personal: State | None,
+    source: State,
+    source_losses: Mapping[str, float],
+    personal_losses: Mapping[str, float] | None = None,
+) -> tuple[ComponentModel, list[Decision], set[str]]:
+    """Decides on the replacement of each pair's components, and carries it out.
 
-    The ablations fine-tune the personal model alone: for K steps, or for the 2K that teacher and student take together.
+    Args:
+        session: the client at work.
+        personal: the personal model; None before the client's first round.
+        source: the server's copy.
+        source_losses: task name -> its loss; a pair without a loss is not decided on.
+        personal_losses: task name -> loss of the personal model; None measures it on held-out examples.
+
+    Returns:
+        The personal model, the decisions, and the names of the tensors that were taken over.
+    """
+    student = session.model(personal)
+    mixed = dict[float, Mapping[str, float]]()
+    if personal is None or not source_losses:
+        personal_losses = {}  # before the first round nothing has been learned that could be better
+    elif personal_losses is None:
+        personal_losses = session.losses(student, "validation")
+        if session.settings.replacement.mode is ReplacementMode.mix:
+            mixed = {
+                share: session.losses(session.model(mixture(personal, source, share)), "validation") for share in PARTS
+            }
+    decisions = decide(student.component_map, source_losses, personal_losses, session.margins, mixed)
+    return student, decisions, replace(student, source, student.component_map, decisions)
+
+
+def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
+    """Stage 2: fine-tune the personal model, as published with distillation from the fine-tuned server copy.
 
     Args:
         session: the client at work.
@@ -75,20 +107,34 @@ def second_stage(session: Session, received: State, memory: Memory) -> SecondSta
         memory: the personal model; a client that was never sampled starts from its first values.
     """
     settings, personal = session.settings.distill, memory.models.get(PERSONAL)
-    if settings.stage is not StageTwo.distillation:
-        times = 2 if settings.stage is StageTwo.finetuning_twice else 1
-        tap, losses = session.finetune(personal, "personal", times=times)
-        return SecondStage({"tap": tap}, losses)
+    again, distils = session.settings.replacement.before_stage_two, settings.stage is StageTwo.distillation
+    models, losses = dict[str, State](), dict[str, float]()
     # Algorithm 2, teacher: θ_i fine-tuned for K steps. By itself this is the baseline "FedAvg + fine-tuning".
-    finetuned, losses = session.finetune(received, "server")
-    teacher = session.model(finetuned)
+    if distils:
+        models["server+finetune"], losses = session.finetune(received, "server")
+    source = models.get("server+finetune", received)
+    teacher = session.model(source) if distils or again else None
+    teacher_losses: Mapping[str, float] = {}
+    if teacher is not None and (again or settings.only_better):
+        teacher_losses = session.losses(teacher, "validation")
+    # The decision of stage 1 once more: since a client's last round the server's model has gone on.
+    decisions = list[Decision]()
+    if again:
+        student, decisions, _ = _replaced(session, personal, source, teacher_losses)
+        personal = cpu_state(student)
+    if not distils:
+        times = 2 if settings.stage is StageTwo.finetuning_twice else 1
+        models["tap"], losses = session.finetune(personal, "personal", times=times)
+        return SecondStage(models, losses, decisions)
     # Algorithm 2, student: K steps of φ_i on task loss + w · divergence(teacher -> student).
-    tap, _ = session.finetune(
-        personal,
-        "personal",
-        lambda _: Distillation(teacher, session.kinds, session.distillation_weights, settings.temperature),
+    weights = session.distillation_weights
+    if settings.only_better:
+        own = session.losses(session.model(personal), "validation")
+        weights = {task: w for task, w in weights.items() if teacher_losses.get(task, inf) < own.get(task, inf)}
+    models["tap"], _ = session.finetune(
+        personal, "personal", lambda _: Distillation(teacher, session.kinds, weights, settings.temperature)
     )
-    return SecondStage({"server+finetune": finetuned, "tap": tap}, losses)
+    return SecondStage(models, losses, decisions)
 
 
 def models(received: State, memory: Memory, first: Callable[[], State]) -> dict[str, State | None]:

@@ -32,6 +32,7 @@ class DecisionRecord(msgspec.Struct, forbid_unknown_fields=True):
         personal_loss: loss of the personal model; None before its first participation.
         margin: margin of the replacement.
         replaced: what was decided.
+        share: how far the personal components were replaced, 0 to 1.
     """
 
     run: str
@@ -41,6 +42,7 @@ class DecisionRecord(msgspec.Struct, forbid_unknown_fields=True):
     personal_loss: float | None
     margin: float
     replaced: bool
+    share: float | None = None  # records of earlier versions have none
 
 
 def record_decisions(folder: Path, run: str, server_round: int, decisions: Iterable[Decision]) -> None:
@@ -49,7 +51,7 @@ def record_decisions(folder: Path, run: str, server_round: int, decisions: Itera
     Args:
         folder: the client's state folder.
         run: identity of the run.
-        server_round: the round, counted from 1; a resumed run may repeat it.
+        server_round: the round, counted from 1; a resumed run may repeat it. Stage 2 is one more.
         decisions: the decision on every pair. An infinite loss (the personal model's before its first participation) is
             written as null.
 
@@ -58,7 +60,7 @@ def record_decisions(folder: Path, run: str, server_round: int, decisions: Itera
     """
     kept = [d for d in read_decisions(folder) if d.run == run and d.round < server_round]
     new = [
-        DecisionRecord(run, server_round, d.pair.task, d.teacher_loss, d.personal_loss, d.margin, d.replaced)
+        DecisionRecord(run, server_round, d.pair.task, d.teacher_loss, d.personal_loss, d.margin, d.replaced, d.share)
         for d in decisions
     ]
     write_atomically(folder / DECISIONS, msgspec.json.Encoder().encode_lines(kept + new))

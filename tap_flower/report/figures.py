@@ -139,7 +139,7 @@ def decision_figures(run: RunRecord, client: str) -> Iterator[Figure]:
     for task, decisions in by_task.items():
         teacher, personal, rows = [], [], []
         for d in decisions:
-            done = "replaced" if d.replaced else "kept"
+            done = "kept" if not d.replaced else "replaced" if d.share in (None, 1) else f"mixed, α = {d.share:g}"
             cells = (number(d.teacher_loss), number(d.personal_loss), f"{d.margin:g}")
             tip = "{}: {} against {}, margin {}: {}".format(d.round, *cells, done)
             if d.teacher_loss is not None:

@@ -43,7 +43,7 @@ def test_padded_tokens_are_not_distilled(temperature: float, divergence: float) 
     teacher = Teacher(torch.tensor([[sure, sure, far], [even, far, far]])).train()
     batch = Batch("words", {"x": 1}, torch.tensor([[0, 1, IGNORE], [1, IGNORE, IGNORE]]))
     output = torch.zeros(2, 3, 2, requires_grad=True)
-    loss = Distillation(teacher, KINDS, {"text_generation": 0.5}, temperature)(batch, output)
+    loss = Distillation(teacher, KINDS, {batch.task: 0.5}, temperature)(batch, output)
     assert loss.item() == pytest.approx(0.5 * (2 * divergence + 0) / 3, rel=1e-5)
     assert teacher.calls == [("words", {"x": 1})]
     loss.backward()  # type: ignore[no-untyped-call]
@@ -53,9 +53,9 @@ def test_padded_tokens_are_not_distilled(temperature: float, divergence: float) 
     assert not output.grad[0, 2].any()
 
 
-def test_the_weight_is_that_of_the_kind_of_task() -> None:
+def test_the_weight_is_that_of_the_task() -> None:
     teacher = Teacher(torch.tensor([[math.log(3.0), 0.0]]))
-    weights = {"text_classification": 2.0, "text_generation": 7.0}
+    weights = {"mood": 2.0, "words": 7.0}
     batch, output = Batch("mood", {}, torch.tensor([0])), torch.zeros(1, 2)
     assert Distillation(teacher, KINDS, weights)(batch, output).item() == pytest.approx(2 * PLAIN)
     picture = torch.zeros(1, 3, 2, 2)

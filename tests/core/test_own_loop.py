@@ -57,7 +57,7 @@ def pair(kind: type[Net] = Net) -> tuple[Net, Net]:
 
 
 def distillation(teacher: Net) -> Distillation:
-    return Distillation(teacher, {"t": IMAGE_CLASSIFICATION}, {"image_classification": 0.7}, 2.0)
+    return Distillation(teacher, {"t": IMAGE_CLASSIFICATION}, {"t": 0.7}, 2.0)
 
 
 def loop(net: Net, loss: Loss, accumulation: int = 1, scale: float = 1.0) -> list[Tensor]:

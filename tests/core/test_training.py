@@ -155,7 +155,7 @@ def test_modules_that_model_and_teacher_share_are_in_training_mode_in_every_step
 
     part = nn.Dropout().eval()
     student, teacher = Shared("student", part), Shared("teacher", part)
-    objective = Distillation(teacher, KINDS, {IMAGE_GENERATION.name: 1.0})
+    objective = Distillation(teacher, KINDS, {"a": 1.0})
     train(student, KINDS, itertools.cycle([batch("a", 1.0)]), Optimisation(2, 0.1, accumulation=2), objective)
     assert modes == [("student", True), ("teacher", False), ("backward", True)] * 4
 
@@ -218,13 +218,13 @@ def test_distillation_pulls_the_student_to_the_teacher() -> None:
         while True:
             yield Batch("t", {"x": [0, 0]}, torch.tensor([0, 1]))
 
-    objective = Distillation(teacher, kinds, {"text_classification": 100.0})
+    objective = Distillation(teacher, kinds, {"t": 100.0})
     train(student, kinds, batches(), Optimisation(300, 0.05, weight_decay=0.0), objective)
     assert student.values.softmax(0)[0].item() == pytest.approx(0.75, abs=0.02)
     assert teacher.values.grad is None
     assert teacher.values.tolist() == pytest.approx([math.log(3.0), 0.0])
 
 
-def test_a_kind_without_weight_is_not_distilled() -> None:
-    objective = Distillation(Logits([1.0, 0.0]), {"t": TEXT_CLASSIFICATION}, {"image_generation": 1.0})
+def test_a_task_without_weight_is_not_distilled() -> None:
+    objective = Distillation(Logits([1.0, 0.0]), {"t": TEXT_CLASSIFICATION}, {"other": 1.0})
     assert objective(Batch("t", {"x": [0]}, torch.tensor([0])), torch.zeros(1, 2)).item() == 0.0

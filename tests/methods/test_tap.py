@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tap_flower.config import ReplacementEvidence, ReplacementSource, StageTwo
+from tap_flower.config import ReplacementEvidence, ReplacementMode, ReplacementSource, StageTwo
 from tap_flower.core import training
 from tap_flower.core.components import ComponentMap, Pair, State, load_trainable_state
 from tap_flower.core.tasks import TaskKind
-from tap_flower.methods import tap
+from tap_flower.methods import tap, tap_published
 from tap_flower.methods.method import Memory
 from tests.methods.toy import ToyClient, numbers, plain_descent, state
 
@@ -56,7 +56,7 @@ class TapClient(ToyClient):
     initial: State = field(default_factory=lambda: state(one=2.0))
     held_out: float = 0.0
     margins: dict[str, float] = field(default_factory=lambda: {"first": 0.01, "second": 0.01})
-    distillation_weights: dict[str, float] = field(default_factory=lambda: {"number": 0.5})
+    distillation_weights: dict[str, float] = field(default_factory=lambda: {"first": 0.5, "second": 0.5})
     kinds: dict[str, TaskKind] = field(default_factory=lambda: {"first": KIND, "second": KIND})
     did: list[tuple[object, ...]] = field(default_factory=list)
 
@@ -214,3 +214,73 @@ def test_what_is_evaluated(client: TapClient) -> None:
     }
     assert tap.models(received, Memory(), client.initial_values) == {"server": received, "personal": None}
     assert (tap.METHOD.results, tap.METHOD.result) == (("server+finetune", "tap"), "tap")
+
+
+@pytest.mark.parametrize(
+    ("personal", "target", "share", "kept"),
+    [
+        # The trained copy is 0.64. At 0.24 the mixtures are 0.34, 0.44 and 0.54; 0.64 x of what is chosen is kept.
+        (0.24, 0.45, 0.5, 0.2816),
+        (0.24, 0.63, 1.0, 0.4096),  # the copy itself
+        (0.24, 0.25, 0.0, 0.1536),  # the personal model itself
+        (0.24, 0.30, 0.0, 0.1536),  # 0.34 is off by 0.04² where 0.24 is by 0.06²: better by less than the margin
+    ],
+)
+def test_components_are_taken_over_in_part(
+    client: TapClient, personal: float, target: float, share: float, kept: float
+) -> None:
+    client.settings.replacement.mode, client.held_out = ReplacementMode.mix, target
+    done = tap.participate(client.local, 3, state(one=1.0), remembered(personal))
+    assert (done.decisions[0].share, one(done.memory.models["personal"])) == (share, kept)
+    assert client.did.count(("losses", "validation")) == 5
+
+
+def test_before_its_first_round_a_client_takes_the_copy_over_and_mixes_nothing(client: TapClient) -> None:
+    client.settings.replacement.mode, client.held_out = ReplacementMode.mix, 9.0
+    done = tap.participate(client.local, 3, state(one=1.0), Memory())
+    assert (done.decisions[0].share, one(done.memory.models["personal"])) == (1.0, 0.4096)
+    assert client.did.count(("losses", "validation")) == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "memory", "share", "expected"),
+    [
+        # In one step of 0.8 each, or two. The mixtures of 0.5 and 1 as received are 0.625, 0.75, 0.875; off 0.75 least.
+        (StageTwo.finetuning, remembered(0.5), 0.5, 0.6),
+        (StageTwo.finetuning_twice, remembered(0.5), 0.5, 0.48),
+        (StageTwo.finetuning_twice, Memory(), 1.0, 0.64),
+        # The teacher is 0.8: mixtures 0.575, 0.65, 0.725; then 0.725 - 0.1 (1.45 + 0.5 · 2 · (0.725 - 0.8))
+        (StageTwo.distillation, remembered(0.5), 0.75, 0.5875),
+    ],
+)
+def test_the_decision_before_stage_2(
+    client: TapClient, stage: StageTwo, memory: Memory, share: float, expected: float
+) -> None:
+    settings, client.held_out = client.settings, 0.75
+    settings.replacement.mode, settings.replacement.before_stage_two = ReplacementMode.mix, True
+    settings.distill.stage = stage
+    done = tap.second_stage(client.local, state(one=1.0), memory)
+    assert ([d.share for d in done.decisions], one(done.models["tap"])) == ([share], expected)
+
+
+@pytest.mark.parametrize(("held_out", "expected"), [(0.8, 0.46), (0.5, 0.4)])
+def test_only_a_better_teacher_distils(client: TapClient, held_out: float, expected: float) -> None:
+    client.settings.distill.only_better, client.held_out = True, held_out
+    client.settings.distill.temperature = 2.0
+    done = tap.second_stage(client.local, state(one=1.0), remembered(0.5))
+    assert one(done.models["tap"]) == expected
+
+
+def test_as_published_whatever_the_preset_has_chosen(client: TapClient) -> None:
+    settings, client.held_out = client.settings, 0.75
+    settings.replacement.mode, settings.replacement.before_stage_two = ReplacementMode.mix, True
+    settings.distill.stage, settings.distill.only_better = StageTwo.finetuning_twice, True
+    published = TapClient(held_out=0.75)
+    server, memory = state(one=1.0), remembered(0.5)
+    first = tap_published.METHOD.participate(client.local, 3, server, memory)
+    second = tap_published.METHOD.second_stage(client.local, server, memory)
+    assert numbers(first.memory.models["personal"]) == numbers(
+        tap.participate(published.local, 3, server, memory).memory.models["personal"]
+    )
+    assert second.models == tap.second_stage(published.local, server, memory).models
+    assert not second.decisions

@@ -137,7 +137,7 @@ def test_a_damaged_record_is_an_error(small_run: Path, tmp_path: Path) -> None:
 def test_a_repeated_round_replaces_its_decisions(tmp_path: Path) -> None:
     pair = Pair("digits", ("image",))
     for run, server_round, teacher in (("a", 1, 9.0), ("b", 1, 1.0), ("b", 3, 2.0), ("b", 5, 3.0), ("b", 3, 4.0)):
-        record_decisions(tmp_path, run, server_round, [Decision(pair, teacher, float("inf"), 0.01)])
+        record_decisions(tmp_path, run, server_round, [Decision(pair, teacher, float("inf"), 0.01, 1.0)])
     found = [(d.run, d.round, d.teacher_loss, d.personal_loss, d.replaced) for d in read_decisions(tmp_path)]
     assert found == [("b", 1, 1.0, None, True), ("b", 3, 4.0, None, True)]
 

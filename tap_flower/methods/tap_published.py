@@ -1,0 +1,38 @@
+"""TAP as published (Lee et al., arXiv 2509.26524), whatever a preset has chosen for `tap`.
+
+Components are replaced wholly or not at all, nothing is decided between the two stages, and stage 2 distils every pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tap_flower.config import HyperParameters, ReplacementMode, StageTwo
+from tap_flower.core.components import State
+from tap_flower.methods import tap
+from tap_flower.methods.method import Memory, Participation, SecondStage
+from tap_flower.methods.session import Session
+
+
+def as_published(settings: HyperParameters) -> HyperParameters:
+    """A run's hyper-parameters with the paper's choices where TAP has others."""
+    return replace(
+        settings,
+        replacement=replace(settings.replacement, mode=ReplacementMode.hard, before_stage_two=False),
+        distill=replace(settings.distill, stage=StageTwo.distillation, only_better=False),
+    )
+
+
+def participate(session: Session, server_round: int, received: State, memory: Memory) -> Participation:
+    """Algorithm 1; see `tap.participate`."""
+    session.settings = as_published(session.settings)
+    return tap.participate(session, server_round, received, memory)
+
+
+def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
+    """Algorithm 2; see `tap.second_stage`."""
+    session.settings = as_published(session.settings)
+    return tap.second_stage(session, received, memory)
+
+
+METHOD = replace(tap.METHOD, name="tap-published", participate=participate, second_stage=second_stage)
