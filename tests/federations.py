@@ -47,11 +47,11 @@ LANGUAGES = {
     "classes": ["en", "es", "pt", "it", "fr", "de", "id", "tr"],
     "columns": {"text": "text", "label": "label"},
 }
-TRANSLATION = {
-    "name": "translation",
+DATES = {
+    "name": "dates",
     "kind": "text_generation",
     "modalities": ["text"],
-    "domain": "translation",
+    "domain": "dates",
     "columns": {"text": "text", "target": "target"},
 }
 SHAPE_IMAGES = {
@@ -76,11 +76,12 @@ CLIENTS = [
         "tasks": [{**LANGUAGES, **sources("names", 20, 12)}, {**SHAPE_IMAGES, **sources("shapes", 0, 8)}],
     },
     {"name": "cleo", "backbone": "demo", "tasks": [{**ANSWERS, **sources("questions", 0, 8)}]},
-    {"name": "dan", "backbone": "demo", "tasks": [{**TRANSLATION, **sources("translation", 0, 10)}]},
+    {"name": "dan", "backbone": "demo", "tasks": [{**DATES, **sources("dates", 0, 10)}]},
 ]
 SETTINGS = [
     "rounds=2", "clients_per_round=4", "train.steps=2", "train.batch_size=4", "train.accumulation=1",
     "distill.iterations=2", "start_timeout=1", "round_timeout=60",
+    "replacement.mode=hard", "replacement.before_stage_two=false", "distill.stage=distillation",
 ]  # fmt: skip
 
 

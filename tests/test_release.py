@@ -168,7 +168,7 @@ def test_every_module_can_be_imported_without_the_source_tree(installed: Install
 
 
 def test_the_command_works(installed: Installed) -> None:
-    assert "demo: 10 clients" in installed("tap-flower", "presets")
+    assert "demo: 12 clients" in installed("tap-flower", "presets")
     (installed.folder / "bob.yaml").write_text(yaml.safe_dump(CLIENTS[1]))
     said = installed("tap-flower", "check", "bob.yaml")
     assert "no problems found" in said

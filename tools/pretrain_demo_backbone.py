@@ -34,6 +34,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional
@@ -53,7 +54,7 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 BATCH = {"image": 16, "text": 32, "lines": 32, "dates": 32, "fusion": 24, "contrast": 64}
 PEAK_RATE, WARMUP, WEIGHT_DECAY = 1e-3, 100, 0.01
-PATCHES_MASKED, TOKENS_MASKED, SHIFT, POSITION_STD = 0.5, 0.2, 4, 0.3
+PATCHES_MASKED, TOKENS_MASKED, SHIFT, POSITION_STD = 0.5, 0.2, 3, 0.3
 LINES_SCALE = 10.0
 """Factor on the cosines of `lines`, the inverse of a temperature."""
 
@@ -63,7 +64,7 @@ class PublicData:
     """The public split, ready for training.
 
     Attributes:
-        images: uint8 (images, 3, 64, 64): all shapes, then all digits.
+        images: uint8 (images, 3, IMAGE_SIZE, IMAGE_SIZE): all shapes, then all digits.
         first_digit: the row of `images` where the digits begin.
         captioned: rows of `images` that have a caption.
         caption: int64, the number of the caption of each of `captioned`.
@@ -129,8 +130,9 @@ def read_public() -> PublicData:
 
 
 def _pixels(image: Any) -> Tensor:
-    """Returns a PIL image as uint8 (3, height, width)."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    """Returns a PIL image as uint8 (3, IMAGE_SIZE, IMAGE_SIZE), brought to its size as the image processor does."""
+    small = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1)
 
 
 # --- tokenizer, image processor, model ------------------------------------------------------------
@@ -164,7 +166,7 @@ def train_tokenizer(lines: Iterable[str]) -> transformers.PreTrainedTokenizerBas
 
 
 def build_image_processor() -> Any:
-    """Returns FLAVA's image processor for 64x64 images with the pixel statistics that the product uses."""
+    """Returns FLAVA's image processor for images of its size with the pixel statistics that the product uses."""
     from transformers.models.flava.image_processing_pil_flava import FlavaImageProcessorPil
 
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
@@ -219,7 +221,7 @@ class Heads(nn.Module):
         return cast(Tensor, self.transform(states) @ embeddings.T + self.bias)
 
 
-# --- the five losses ------------------------------------------------------------------------------
+# --- the six losses ------------------------------------------------------------------------------
 
 
 def pad(lines: list[list[int]]) -> Tensor:
@@ -239,15 +241,9 @@ def shifted(images: Tensor, limit: int = SHIFT) -> Tensor:
 
 
 def normalised(images: Tensor) -> Tensor:
-    """Returns uint8 images (batch, 3, height, width) as float32 (batch, 3, IMAGE_SIZE, IMAGE_SIZE), normalised.
-
-    The size changes as in the image adaptor of the clients' models, which doubles it first.
-    """
+    """Returns uint8 images (batch, 3, height, width) as float32, normalised by `PIXEL_MEAN` and `PIXEL_STD`."""
     mean, std = torch.tensor(PIXEL_MEAN).view(3, 1, 1), torch.tensor(PIXEL_STD).view(3, 1, 1)
-    doubled = functional.interpolate(
-        (images.float() / 255 - mean) / std, scale_factor=2, mode="bilinear", align_corners=True
-    )
-    return functional.interpolate(doubled, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=True)
+    return (images.float() / 255 - mean) / std
 
 
 def mean_state(states: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -264,7 +260,7 @@ def masked_image_loss(model: Any, heads: Heads, images: Tensor) -> Tensor:
     Args:
         model: a FlavaModel.
         heads: gives the pixels.
-        images: float32 (batch, 3, 64, 64), normalised.
+        images: float32 (batch, 3, IMAGE_SIZE, IMAGE_SIZE), normalised.
     """
     side = IMAGE_SIZE // PATCH
     masked = torch.rand(len(images), side * side) < PATCHES_MASKED
@@ -307,7 +303,7 @@ def masked_fusion_loss(model: Any, heads: Heads, ids: Tensor, answers: Tensor, i
         heads: gives the tokens.
         ids: int64 (batch, tokens): [CLS] question [SEP] answer [SEP].
         answers: bool (batch, tokens): the answer's tokens.
-        images: float32 (batch, 3, 64, 64), normalised.
+        images: float32 (batch, 3, IMAGE_SIZE, IMAGE_SIZE), normalised.
     """
     given, chosen = mask_tokens(ids, answers)
     output = model(input_ids=given, attention_mask=(ids != PAD).long(), pixel_values=images)
@@ -321,7 +317,7 @@ def contrast_loss(model: Any, images: Tensor, captions: Tensor, target: Tensor) 
 
     Args:
         model: a FlavaModel.
-        images: float32 (batch, 3, 64, 64), normalised.
+        images: float32 (batch, 3, IMAGE_SIZE, IMAGE_SIZE), normalised.
         captions: int64 (captions, tokens), the distinct captions.
         target: int64 (batch,), the number of each image's caption.
     """
@@ -465,7 +461,7 @@ def pretrain(
 
 def model_card(data: PublicData, steps: int, seed: int, seconds: float, losses: dict[str, float], size: int) -> str:
     """Returns the text of the model card (README.md)."""
-    versions = {package: metadata.version(package) for package in ("easy-vqa", "scikit-learn", "emoji")}
+    versions = {package: metadata.version(package) for package in ("easy-vqa", "scikit-learn", "emoji", "babel")}
     ended = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
     made_with = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
     return f"""---
@@ -476,7 +472,7 @@ library_name: transformers
 
 A FLAVA of {size:,} parameters, the backbone of the demo of `tap-flower`: hidden size {HIDDEN},
 {HEADS} heads, {LAYERS} layers in each of three encoders, {IMAGE_SIZE}x{IMAGE_SIZE} pixels in {PATCH}x{PATCH} patches.
-It knows coloured shapes, digits of 8x8 pixels, and names of emoji in eight languages, and is of no other use.
+It knows coloured shapes, digits of 8x8 pixels, names of emoji and dates in eight languages, and is of no other use.
 
 ## Data
 The split `{SPLIT}` of `tap_flower.data.packaged`, disjoint by item from the clients' data, validation and test:
@@ -485,6 +481,7 @@ The split `{SPLIT}` of `tap_flower.data.packaged`, disjoint by item from the cli
 * {len(data.captions)} distinct captions of {len(data.captioned)} of them
 * {len(data.questions)} questions with answers
 * {sum(map(len, data.names))} names in {len(data.names)} languages
+* {sum(map(len, data.days)) - len(data.days)} dates, of {len(data.days)} days, in these languages
 
 The tokenizer was trained on the same text.
 
@@ -493,15 +490,17 @@ The tokenizer was trained on the same text.
 | easy-vqa {versions["easy-vqa"]} | images of shapes, questions, answers | MIT |
 | scikit-learn {versions["scikit-learn"]} | digits, from the UCI repository (CC BY 4.0) | BSD-3-Clause |
 | emoji {versions["emoji"]} | names, from the Unicode CLDR (Unicode licence) | BSD |
+| babel {versions["babel"]} | dates, from the Unicode CLDR (Unicode licence) | BSD |
 
 ## Recipe
     python -m tools.pretrain_demo_backbone --out DIR --steps {steps} --seed {seed}
 
 {steps} steps in {seconds:.0f} s on {torch.get_num_threads()} threads ({made_with}).
-AdamW, peak learning rate {PEAK_RATE:g} after {WARMUP} steps, cosine decay. Sum of five losses, for which see
+AdamW, peak learning rate {PEAK_RATE:g} after {WARMUP} steps, cosine decay. Sum of six losses, for which see
 `tools/pretrain_demo_backbone.py`: masked patches, masked tokens of names (one to three of a language in a line), contrast
-between lines of names (two lines of a language belong together), masked tokens of question and answer given the image,
-contrast of mean-pooled images with all distinct captions. Images are shifted by up to {SHIFT} pixels.
+between lines of names (two lines of a language belong together) and between dates (two writings of a day do), masked
+tokens of question and answer given the image, contrast of mean-pooled images with all distinct captions. Images are
+shifted by up to {SHIFT} pixels.
 Mean losses over the last tenth of the steps: {ended}.
 
 Images: RGB, 1/255, mean {PIXEL_MEAN}, standard deviation {PIXEL_STD}.

@@ -61,7 +61,7 @@ def test_a_failed_run_exits_with_an_error(command: Any, tmp_path: Path, monkeypa
     monkeypatch.setattr(simulation, "simulate", fail)
     code, _, err = command("simulate", "--out", str(tmp_path / "run"))
     assert code == 1
-    assert "10 clients failed" in err
+    assert "12 clients failed" in err
 
 
 def test_options_reach_the_run(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,9 +81,9 @@ def test_options_reach_the_run(command: Any, tmp_path: Path, monkeypatch: pytest
     assert code == 0
     (launch,) = launched
     assert launch.settings == ("train.steps=3", "rounds=4", "seed=7")
-    assert (launch.preset, launch.clients) == ("demo", 10)
+    assert (launch.preset, launch.clients) == ("demo", 12)
     assert launch.resources == Resources(cpus_per_client=4, on_a_gpu=2, gpus=2, at_once=4)
-    assert "10 clients: 4 at once, 4 cores each, 2 on a GPU" in out
+    assert "12 clients: 4 at once, 4 cores each, 2 on a GPU" in out
     assert launch.out == Path("runs/demo-seed7-2")  # the first one is taken
     assert "results in runs/demo-seed7-2, to look at: runs/demo-seed7-2/report.html" in out
     assert (launch.out / "report.html").exists()
@@ -105,7 +105,7 @@ def test_a_ray_cluster_is_shared_by_what_the_options_say(
     code, out, _ = command("simulate", "--cpus-per-client", "64", "--out", str(tmp_path / "run"))
     assert code == 0
     assert launched[0].resources == Resources(cpus_per_client=64)
-    assert "10 clients: as many as fit at once, 64 cores each, no GPU" in out
+    assert "12 clients: as many as fit at once, 64 cores each, no GPU" in out
 
 
 def test_a_metric_that_will_be_missing_is_said_before_the_run(
@@ -122,7 +122,7 @@ def test_presets_are_listed(command: Any) -> None:
     code, out, _ = command("presets")
     assert code == 0
     assert "demo" in out
-    assert "translation" in out
+    assert "dates" in out
     assert "flava: 30 clients, 200 rounds of 2" in out
     assert "cais/mmlu" in out
     assert "100,000" in out

@@ -94,7 +94,7 @@ def test_no_demo_text_has_an_unknown_token(tokenizer: Any, split: str) -> None:
         text
         for name, keys in (
             ("names", ["text"]),
-            ("translation", ["text", "target"]),
+            ("dates", ["text", "target"]),
             ("questions", ["question", "answer"]),
         )
         for key in keys

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ CPU = torch.device("cpu")
 FORM = ImageForm(64, "squeeze", (0.5071, 0.4865, 0.4409), IMAGE_STD)
 """The paper's."""
 CLIENTS = client_specs(load_config("demo"))
+PAD = 0
+"""Number of the padding token of the demo's tokenizer."""
 
 
 def data(spec: ClientSpec, seed: int = 1) -> ClientData:
@@ -51,14 +54,16 @@ def test_clients_of_one_run_share_no_training_row() -> None:
             rows = rows_of(client.splits["train"][task.name][0])
             assert len(rows) == len(set(rows))
             for row in rows:
-                # Questions about one image are rows of their own, and a client's translation is not its languages.
+                # Questions about one image are rows of their own.
                 assert (task.train[0].name, row) not in seen, (spec.name, seen.get((task.train[0].name, row)))
                 seen[task.train[0].name, row] = spec.name
 
 
-def test_clients_have_between_200_and_1000_examples() -> None:
-    for spec in CLIENTS:
-        assert 200 <= sum(data(spec).sizes("train").values()) <= 1000
+def test_every_pair_is_held_by_two_clients_or_more() -> None:
+    for preset, least in (("demo", 2), ("thirty", 3)):
+        held = Counter(task.pair for spec in client_specs(load_config(preset)) for task in spec.tasks)
+        assert min(held.values()) >= least
+        assert len(held) == 7
 
 
 def test_rows_depend_on_the_seed_and_on_nothing_else() -> None:
@@ -82,34 +87,35 @@ def test_without_validation_rows_a_fifth_is_set_aside() -> None:
 
 
 def test_batches_take_turns_and_cover_everything() -> None:
-    tasks = tuple(replace(task, batch_size=None) for task in CLIENTS[7].tasks)
-    client = data(replace(CLIENTS[7], tasks=tasks))
-    batches = list(itertools.islice(client.training_batches(50, 3, CPU), 8))
-    assert [b.task for b in batches] == ["digits", "languages"] * 4
+    client = data(CLIENTS[3])
+    batches = list(itertools.islice(client.training_batches(35, 3, CPU), 4))
+    assert [b.task for b in batches] == ["digits", "languages"] * 2
     assert [b.inputs["domain"] for b in batches[:2]] == ["handwriting", "names"]
     epoch = torch.cat([b.inputs["image"].flatten(1) for b in batches if b.task == "digits"])
-    assert len(epoch.unique(dim=0)) == len(epoch) == 200
-    again = next(client.training_batches(50, 3, CPU))
+    assert len(epoch.unique(dim=0)) == len(epoch) == 70
+    again = next(client.training_batches(35, 3, CPU))
     assert torch.equal(again.inputs["image"], batches[0].inputs["image"])
-    other = next(client.training_batches(50, 4, CPU))
+    other = next(client.training_batches(35, 4, CPU))
     assert not torch.equal(other.inputs["image"], batches[0].inputs["image"])
 
 
 def test_texts_of_about_one_length_share_a_batch() -> None:
-    client = data(changed(6, batch_size=None))
-    (examples,) = client.splits["train"]["translation"]
+    dates, client = data(changed(4)), data(CLIENTS[1])
+    (examples,) = dates.splits["train"]["dates"]
+    assert examples.lengths.tolist() == [len(example["text"]) + len(example["target"]) for example in examples]
+    (examples,) = client.splits["train"]["languages"]
     lengths = examples.lengths
-    assert lengths.tolist() == [len(example["text"]) + len(example["target"]) for example in examples]
+    assert lengths.tolist() == [len(example["text"]) for example in examples]
     ordered = examples.by_length(range(len(examples)))
     assert sorted(ordered) == list(range(len(examples)))
     assert (np.diff(lengths[ordered]) <= 0).all()
     epoch = list(itertools.islice(client.training_batches(8, 1, CPU, True), len(examples) // 8))
-    spread = np.mean([(batch.target != IGNORE).sum(1).double().std() for batch in epoch])
-    assert spread < 0.6 * np.std([len(example["target"]) for example in examples])
-    ends = [int((batch.target != IGNORE).sum(1).max()) for batch in epoch]
+    own = [(batch.inputs["input_ids"] != PAD).sum(1) for batch in epoch]
+    assert np.mean([tokens.double().std() for tokens in own]) < 0.6 * np.std(lengths)
+    ends = [int(tokens.max()) for tokens in own]
     assert ends not in (sorted(ends), sorted(ends, reverse=True))  # long and short batches come in turns
     tested = list(client.batches("test", 50, CPU))
-    assert sum(len(batch.target) for batch in tested) == client.sizes("test")["translation"]
+    assert sum(len(batch.target) for batch in tested) == client.sizes("test")["languages"]
 
 
 def test_a_client_may_choose_its_own_batch_size() -> None:
@@ -118,7 +124,7 @@ def test_a_client_may_choose_its_own_batch_size() -> None:
 
 
 def test_a_text_batch() -> None:
-    batch = next(data(changed(6, batch_size=None)).training_batches(8, 1, CPU))
+    batch = next(data(changed(4)).training_batches(8, 1, CPU))
     tokenizer = load_tokenizer(locate("demo"))
     ids, mask, target = batch.inputs["input_ids"], batch.inputs["attention_mask"], batch.target
     assert (ids[:, 0] == tokenizer.cls_token_id).all()
@@ -131,7 +137,8 @@ def test_a_text_batch() -> None:
 
 
 def test_the_target_of_image_generation_is_the_image() -> None:
-    batch = next(data(CLIENTS[3]).training_batches(4, 1, CPU))
+    spec = replace(CLIENTS[5], tasks=CLIENTS[5].tasks[1:])
+    batch = next(data(spec).training_batches(4, 1, CPU))
     assert torch.equal(batch.target, batch.inputs["image"])
 
 
@@ -200,8 +207,8 @@ def test_pixels_are_normalised_once() -> None:
         assert white == pytest.approx((1 - FORM.mean[channel]) / IMAGE_STD[channel])
 
 
-def test_the_demo_backbones_own_processor_gives_the_papers_form() -> None:
-    assert processor_form("demo") == FORM
+def test_the_demo_backbones_own_processor_gives_the_papers_form_but_for_the_size() -> None:
+    assert processor_form("demo") == replace(FORM, size=40)
 
 
 def test_padding() -> None:

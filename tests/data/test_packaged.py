@@ -35,9 +35,8 @@ def test_splits_share_no_item_across_all_data_sets(one: str, other: str) -> None
 
 
 def test_data_sets_that_share_items_really_do() -> None:
-    for first, second in (("shapes", "questions"), ("names", "translation")):
-        shared = set(packaged.load(first, "train")["item"]) & set(packaged.load(second, "train")["item"])
-        assert len(shared) > 400
+    shared = set(packaged.load("shapes", "train")["item"]) & set(packaged.load("questions", "train")["item"])
+    assert len(shared) > 400
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)
@@ -54,7 +53,7 @@ def test_no_image_is_in_two_splits(one: str, other: str) -> None:
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_no_text_with_its_label_is_in_two_splits(one: str, other: str) -> None:
-    for name, key in (("names", "label"), ("translation", "target")):
+    for name, key in (("names", "label"), ("dates", "target")):
         rows = [
             {(str(text).casefold(), str(value).casefold()) for text, value in zip(data["text"], data[key], strict=True)}
             for data in (packaged.load(name, one), packaged.load(name, other))
@@ -62,11 +61,14 @@ def test_no_text_with_its_label_is_in_two_splits(one: str, other: str) -> None:
         assert not rows[0] & rows[1], name
 
 
-def test_no_english_name_asks_for_a_translation_in_two_splits() -> None:
-    seen: dict[str, str] = {}
+def test_every_day_is_in_one_split_however_it_is_written() -> None:
+    found: dict[str, dict[str, str]] = {}
     for split in packaged.SPLITS:
-        for text in packaged.load("translation", split)["text"]:
-            assert seen.setdefault(text.casefold(), split) == split, text
+        for row in packaged.load("dates", split):
+            found.setdefault(row["target"], {})[row["text"]] = split
+    assert len(found) == 366
+    assert {len(set(splits.values())) for splits in found.values()} == {1}
+    assert {"14. März", "March 14", "14 de março", "14 mars", "14 Mart"} <= found["03-14"].keys()
 
 
 def test_a_name_has_one_language_only() -> None:
@@ -83,26 +85,30 @@ def test_a_name_has_one_language_only() -> None:
 
 def test_variants_by_gender_and_tone_do_not_straddle_splits() -> None:
     emoji = importlib.import_module("emoji")
-    where = {
-        (text, target): split
-        for split in packaged.SPLITS
-        for text, target in zip(*(packaged.load("translation", split)[key] for key in ("text", "target")), strict=True)
-    }
-    texts = {text: split for (text, _), split in where.items()}
-    assert texts["artist"] == texts["man artist"] == texts["woman artist"]
+    emoji.config.load_language(list(packaged.LANGUAGES))
+    texts: dict[str, set[str]] = {}
+    english = packaged.LANGUAGES.index("en")
+    for split in packaged.SPLITS:
+        names = packaged.load("names", split)
+        for text, label in zip(names["text"], names["label"], strict=True):
+            if label == english:
+                texts.setdefault(text, set()).add(split)
+    assert texts["man artist"] == texts["woman artist"]
     assert texts["person walking"] == texts["man walking"] == texts["woman walking facing right"]
     assert texts["merman"] == texts["mermaid"]
     assert not [text for text in texts if "skin tone" in text]
     assert "New Zealand" not in texts
-    # Nothing but tones, flags and families is left out: count these without the module's own code.
-    emoji.config.load_language(list(packaged.LANGUAGES))
+    # Nothing but tones, flags, families and names that two languages share is left out: count without the module's own code.
+    languages: dict[str, set[str]] = {}
     kept = set()
     for symbol, entry in emoji.EMOJI_DATA.items():
-        names = emoji.demojize(symbol).strip(":")
+        name = emoji.demojize(symbol)
         flag = entry["es"].startswith(":bandera_") and entry["tr"].startswith(":bayrak_")
-        if entry["status"] == 2 and "skin_tone" not in names and not flag and not names.startswith("family_"):
-            kept.add((names.replace("_", " "), entry["es"].strip(":").replace("_", " ")))
-    assert kept == set(where)
+        if entry["status"] == 2 and "skin_tone" not in name and not flag and not name.startswith(":family_"):
+            kept.add(name)
+            for language in packaged.LANGUAGES:
+                languages.setdefault(entry[language].casefold(), set()).add(language)
+    assert texts.keys() == {name.strip(":").replace("_", " ") for name in kept if languages[name.casefold()] == {"en"}}
 
 
 COLUMNS = {
@@ -110,7 +116,7 @@ COLUMNS = {
     "questions": ["item", "image", "question", "answer"],
     "digits": ["item", "image", "label"],
     "names": ["item", "text", "label"],
-    "translation": ["item", "text", "target"],
+    "dates": ["item", "text", "target", "language"],
 }
 
 
@@ -141,7 +147,7 @@ def test_columns_and_types(name: str, split: str) -> None:
         ("questions", (15000, 1000, 150, 300)),
         ("digits", (600, 500, 150, 300)),
         ("names", (4000, 3000, 150, 300)),
-        ("translation", (600, 450, 150, 300)),
+        ("dates", (2000, 1200, 500, 700)),
     ],
 )
 def test_sizes(name: str, least: tuple[int, ...]) -> None:
@@ -238,9 +244,9 @@ def test_names_are_the_emoji_packages() -> None:
 def test_same_rows_in_another_process() -> None:
     script = (
         "from tap_flower.data import packaged\n"
-        "print([packaged.load(n, 'train')['item'][:20] for n in ('shapes', 'names', 'translation')])"
+        "print([packaged.load(n, 'train')['item'][:20] for n in ('shapes', 'names', 'dates')])"
     )
-    here = str([packaged.load(name, "train")["item"][:20] for name in ("shapes", "names", "translation")])
+    here = str([packaged.load(name, "train")["item"][:20] for name in ("shapes", "names", "dates")])
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONIOENCODING": "utf-8"}
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, env=environment)
     assert ran.stdout.decode().strip() == here
@@ -255,12 +261,18 @@ def test_rows_are_shuffled() -> None:
 
 def test_known_splits_stay() -> None:
     # Written down once: a change of the splits would put items that the committed backbone has seen into test.
-    known = {"easy-vqa/train/0": "public", "digits/0": "train", "emoji/🍞": "train", "emoji/🩳": "test"}
+    known = {
+        "easy-vqa/train/0": "public",
+        "digits/0": "train",
+        "days/03-14": "public",
+        "emoji/🍞": "train",
+        "emoji/🩳": "test",
+    }
     assert {item: packaged.split_of(item) for item in known} == known
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'digit': choose one of shapes, questions, digits, names, translation"):
+    with pytest.raises(ValueError, match=r"'digit': choose one of shapes, questions, digits, names, dates"):
         packaged.load("digit", "train")
     with pytest.raises(ValueError, match=r"'names' has no split 'dev': choose one of public, train, validation, test"):
         packaged.load("names", "dev")
@@ -273,7 +285,7 @@ def test_unknown_names_are_refused() -> None:
         ("questions", "easy_vqa", "easy-vqa"),
         ("digits", "sklearn.datasets", "scikit-learn"),
         ("names", "emoji", "emoji"),
-        ("translation", "emoji", "emoji"),
+        ("dates", "babel.dates", "babel"),
     ],
 )
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, name: str, module: str, package: str) -> None:

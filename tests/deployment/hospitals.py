@@ -55,11 +55,11 @@ def _sentences(folder: Path) -> dict[str, Any]:
     sources = {}
     for split, rows in ROWS.items():
         file = folder / f"{split}.json"
-        found: datasets.Dataset = packaged.load("translation", split).select(range(rows))
-        file.write_text("\n".join(json.dumps({"en": row["text"], "es": row["target"]}) for row in found))
+        found: datasets.Dataset = packaged.load("dates", split).select(range(rows))
+        file.write_text("\n".join(json.dumps({"written": row["text"], "day": row["target"]}) for row in found))
         sources[split] = {"format": "json", "path": str(file)}
-    columns = {"text": "en", "target": "es"}
-    return _client("cleo", _task("translation", "text_generation", "text", "translation", columns=columns), sources)
+    columns = {"text": "written", "target": "day"}
+    return _client("cleo", _task("dates", "text_generation", "text", "dates", columns=columns), sources)
 
 
 def make_hospitals(folder: Path) -> list[dict[str, Any]]:

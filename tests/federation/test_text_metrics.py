@@ -43,7 +43,7 @@ def test_a_simulation_asks_in_its_configuration(make_spec_federation: MakeSpecs,
     federation = make_spec_federation(CLIENTS[1:], *SHORT, "metrics.meteor=true", "metrics.bertscore=some/model")
     grid = federation.grid()
     results = federation.strategy().start(grid).summary
-    for client, task in (("cleo", "answers"), ("dan", "translation")):
+    for client, task in (("cleo", "answers"), ("dan", "dates")):
         metrics = found(results["clients"], client, task)
         assert metrics.keys() == {"loss", "exact_match", "perplexity", "meteor", "bertscore_f1"}
         assert metrics["meteor"] == metrics["bertscore_f1"] == 10  # all test rows
@@ -74,7 +74,7 @@ def test_a_node_asks_in_its_own_settings(
     grid = deploy(federation, tmp_path, dan={"bertscore-model": "mine/own"})
     federation.settings += ["rounds=1", "train.steps=1", "distill.iterations=1"]
     clients = federation.strategy().start(grid).clients
-    assert found(clients, "dan", "translation").keys() == {"loss", "exact_match", "perplexity", "bertscore_f1"}
+    assert found(clients, "dan", "dates").keys() == {"loss", "exact_match", "perplexity", "bertscore_f1"}
     assert found(clients, "cleo", "answers").keys() == {"loss", "exact_match", "perplexity"}
     assert set(asked) == {("load_bertscore", "mine/own")}
 

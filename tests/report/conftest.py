@@ -33,12 +33,11 @@ def write_run(run: Path, clients: int, rounds: int) -> Path:
     for server_round in range(1, rounds + 1):
         made = {}
         for name in names:
-            found = [
-                Decision(
-                    Pair(t, ("text",)), chance.random(), chance.random() if server_round > 1 else float("inf"), 0.01
-                )
-                for t in tasks[name]
-            ]
+            found = []
+            for task in tasks[name]:
+                teacher, personal = chance.random(), chance.random() if server_round > 1 else float("inf")
+                share = float(teacher + 0.01 < personal)
+                found.append(Decision(Pair(task, ("text",)), teacher, personal, 0.01, share))
             decisions[name].append((server_round, found))
             made[name] = {
                 "losses": {d.pair.task: d.teacher_loss for d in found},

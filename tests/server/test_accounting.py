@@ -84,7 +84,7 @@ def test_a_round_that_can_never_have_enough_clients_is_refused_with_what_would_d
     # z = 9.018 (see the table of the page on privacy) over 4 clients
     assert "from privacy.max_noise = 2.25 on" in str(error.value)
     assert budget("rounds=200", "clients_per_round=4", "privacy.max_noise=2.26").holders_needed == 4
-    with pytest.raises(ConfigError, match="a round has 10 "):  # the demo has ten clients
+    with pytest.raises(ConfigError, match="a round has 12 "):  # the demo has twelve clients
         budget("rounds=200", "clients_per_round=100", "privacy.max_noise=0.5")
 
 
