@@ -280,7 +280,13 @@ def waits_of(kind: str, steps: int, asks: bool = False) -> Counter[str]:
         return term * (1 if term.item() >= 0 else 0) if asks else term
 
     with Waits() as waits:
-        train(Shaped(), kinds, itertools.repeat(Batch("t", {}, target)), Optimisation(steps, 0.1, accumulation=2), objective)
+        train(
+            Shaped(),
+            kinds,
+            itertools.repeat(Batch("t", {}, target)),
+            Optimisation(steps, 0.1, accumulation=2),
+            objective,
+        )
     return waits.seen
 
 
