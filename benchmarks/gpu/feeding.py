@@ -40,9 +40,8 @@ def loader_rows(asked: Asked) -> Iterator[Row]:
             for workers in sorted({0, min(4, cores), cores}):
                 examples, order = examples_of(paths, count, workers, BATCH[asked.size], FORM)
                 forget_images()
-                first, later = (
-                    once(run, asked.device) for run in [partial(_epoch, examples, order, workers, asked.device)] * 2
-                )
+                epoch = partial(_epoch, examples, order, workers, asked.device)
+                first, later = once(epoch, asked.device), once(epoch, asked.device)
                 yield {"side": side, "workers": workers, "images/s": count / first, "later images/s": count / later}
 
 

@@ -160,8 +160,8 @@ def torch_algorithms(deterministic: bool) -> Iterator[None]:
             ) from error
         if "RNN backward can only be called in training mode" in str(error):
             raise ClientError(
-                f"a recurrent layer of the model{place} is in evaluation mode while it, or what is below it, is trained, and "
-                f"cuDNN has no backward pass for that: leave it in training mode with dropout=0, or call it inside "
+                f"a recurrent layer of the model{place} is in evaluation mode while it, or what is below it, is trained, "
+                f"and cuDNN has no backward pass for that: leave it in training mode with dropout=0, or call it inside "
                 f"`torch.backends.cudnn.flags(enabled=False)`"
             ) from error
         raise
