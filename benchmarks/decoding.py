@@ -23,12 +23,14 @@ from PIL import Image
 from benchmarks.measure import parser, peak_bytes, reset_peak, show
 from tap_flower.data import images
 from tap_flower.data.batching import read_ahead
+from tap_flower.data.examples import Examples
 from tap_flower.data.fields import ImageForm
 from tap_flower.data.images import DECODED_BYTES, open_image, pixels_of
 from tap_flower.data.loading import read_source
 from tap_flower.data.spec import Source, TaskSpec
 
 CPU = torch.device("cpu")
+FORM = ImageForm(224, "crop", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 PICTURES = 20
 """Files of each size; the rows of the data set name them again and again."""
 
@@ -44,8 +46,10 @@ def write_pictures(folder: Path, side: int) -> list[Path]:
     return paths
 
 
-def epoch(paths: Sequence[Path], count: int, workers: int, batch: int, form: ImageForm) -> dict[str, Any]:
-    """Images a second of one epoch over `count` rows, and the memory that it took, in MB."""
+def examples_of(
+    paths: Sequence[Path], count: int, workers: int, batch: int, form: ImageForm
+) -> tuple[Examples, list[tuple[int, range]]]:
+    """The examples of a task over `count` rows that name the files again and again, and the batches of an epoch."""
     table = paths[0].parent / f"{paths[0].stem}-{workers}.csv"
     table.write_text("image\n" + "".join(f"{paths[row % len(paths)]}\n" for row in range(count)))
     source = Source("csv", path=str(table))
@@ -53,8 +57,18 @@ def epoch(paths: Sequence[Path], count: int, workers: int, batch: int, form: Ima
         "t", "image_generation", ("image",), "d", (source,), (source,), columns={"image": "image"}, image=form
     )
     examples = read_source(task, source, None, None, 0, "", lambda *_: None).examples(workers)
-    order = [(0, range(start, min(start + batch, count))) for start in range(0, count, batch)]
+    return examples, [(0, range(start, min(start + batch, count))) for start in range(0, count, batch)]
+
+
+def forget_images() -> None:
+    """The next epoch decodes all images again."""
     images._decoded.clear()
+
+
+def epoch(paths: Sequence[Path], count: int, workers: int, batch: int, form: ImageForm) -> dict[str, Any]:
+    """Images a second of one epoch over `count` rows, and the memory that it took, in MB."""
+    examples, order = examples_of(paths, count, workers, batch, form)
+    forget_images()
     reset_peak(CPU)
     before, began, worked = peak_bytes(CPU), time.perf_counter(), time.process_time()
     read = sum(len(examples.collate(items)["image"]) for _, items in read_ahead([examples], order, workers))

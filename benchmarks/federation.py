@@ -144,7 +144,7 @@ def tap(config: Config, run_config: dict[str, Any]) -> tuple[Stamp, int]:
 
 def fedavg(config: Config) -> Stamp:
     """Seconds of a round."""
-    locals_ = [_local(config, number) for number in range(config.clients_per_round)]
+    locals_ = [local_session(config, number) for number in range(config.clients_per_round)]
     app = ClientApp()
 
     @app.train()
@@ -171,7 +171,8 @@ def flowers_rounds(app: ClientApp, start: ArrayRecord, rounds: int, clients: int
     return stamps
 
 
-def _local(config: Config, number: int) -> Session:
+def local_session(config: Config, number: int) -> Session:
+    """One of the run's clients at work, in this process."""
     node = Node(client_specs(config)[number], None, None, "", config.metrics)
     return client_from_spec(node, config).session(config)
 

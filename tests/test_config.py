@@ -140,7 +140,11 @@ def test_a_server_cannot_set_anything_else(sent: dict[str, object]) -> None:
 def test_whether_to_compile_and_read_ahead_is_not_sent() -> None:
     config = load_config("demo", "", ["compute.compile=true", "compute.loader_workers=2", "compute.recompute=true"])
     assert config.compute.compile
-    assert sent_hyper_parameters(config)["compute"] == {"precision": "float32", "recompute": True}
+    assert sent_hyper_parameters(config)["compute"] == {
+        "precision": "float32",
+        "recompute": True,
+        "deterministic": False,
+    }
     with pytest.raises(ConfigError, match=r"the server: unknown key 'compute.compile'"):
         hyper_parameters({"compute": {"compile": False}})
 

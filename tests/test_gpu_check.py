@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import psutil
@@ -18,7 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import BEGAN, gpu, measure, parity, step
+from benchmarks import BEGAN, measure, parity, step, workload
+from benchmarks.gpu import check as gpu_check
+from benchmarks.gpu import clients, command, part, steps
+from tap_flower.config import HyperParameters
 from tap_flower.models import backbone
 from tap_flower.models.load import bfloat16_products
 
@@ -27,42 +31,42 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_parts_share_the_time_and_what_others_leave_over() -> None:
-    names = list(gpu.PARTS)
-    assert [gpu.limit_of(name, names, 480) for name in names] == [part.seconds for part in gpu.PARTS.values()]
-    assert sum(gpu.limit_of(name, names, 60) for name in names) == pytest.approx(60)
-    # Parity took 4 of its 50 s: the other parts, 430 s together, share 476.
-    assert gpu.limit_of("flava", names[1:], 476) == pytest.approx(80 * 476 / 430)
-    assert gpu.limit_of(names[-1], names[-1:], 123) == 123
-    assert gpu.limit_of("demo", names, -1) == 0
+    names = list(command.PARTS)
+    assert [command.limit_of(name, names, 600) for name in names] == [of.seconds for of in command.PARTS.values()]
+    assert sum(command.limit_of(name, names, 60) for name in names) == pytest.approx(60)
+    # Parity took 4 of its 50 s: the other parts, 550 s together, share 596.
+    assert command.limit_of("flava", names[1:], 596) == pytest.approx(80 * 596 / 550)
+    assert command.limit_of(names[-1], names[-1:], 123) == 123
+    assert command.limit_of("demo", names, -1) == 0
 
 
 def test_limits_name_parts() -> None:
-    assert gpu.limits_of(["demo=20", "parity=.5"]) == {"demo": 20, "parity": 0.5}
+    assert command.limits_of(["demo=20", "parity=.5"]) == {"demo": 20, "parity": 0.5}
     with pytest.raises(ValueError, match="there is no part 'dem': use one of parity, flava"):
-        gpu.limits_of(["dem=20"])
+        command.limits_of(["dem=20"])
 
 
 def test_a_missing_package_is_named() -> None:
-    assert gpu.absent({"json": "json", "no_such_module": "no-such-package"}) == ["no-such-package"]
+    assert part.absent({"json": "json", "no_such_module": "no-such-package"}) == ["no-such-package"]
 
 
 def shell(script: str) -> list[str]:
     """The command of a part that is a script; `tell JSON` tells an event."""
-    return ["sh", "-c", f"tell() {{ printf '{gpu.EVENT}%s\\n' \"$1\"; }}\n{script}"]
+    return ["sh", "-c", f"tell() {{ printf '{part.EVENT}%s\\n' \"$1\"; }}\n{script}"]
 
 
 @pytest.fixture
-def check(tmp_path: Path) -> gpu.Check:
-    return gpu.Check(["parity", "demo"], tmp_path / "check.json", {"minutes": 8})
+def check(tmp_path: Path) -> gpu_check.Check:
+    return gpu_check.Check(["parity", "demo"], tmp_path / "check.json", {"minutes": 8})
 
 
-def written(check: gpu.Check) -> dict[str, Any]:
+def written(check: gpu_check.Check) -> dict[str, Any]:
     """What the file says of each part."""
     assert check.file is not None
-    return {part["part"]: part for part in json.loads(check.file.read_text())["parts"]}
+    return {found["part"]: found for found in json.loads(check.file.read_text())["parts"]}
 
 
-def test_rows_are_kept_and_told_as_they_come(check: gpu.Check, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_are_kept_and_told_as_they_come(check: gpu_check.Check, capsys: pytest.CaptureFixture[str]) -> None:
     rows = """tell '{"row": {"batch": 8, "share": 0.40004}}'; echo words; tell '{"row": {}}'"""
     script = f"""tell '{{"machine": "a GPU"}}'; {rows}"""
     check.run("parity", 60, shell(script), {})
@@ -76,7 +80,7 @@ def test_rows_are_kept_and_told_as_they_come(check: gpu.Check, capsys: pytest.Ca
     assert "\nparity: done, " in printed
 
 
-def test_the_file_is_complete_after_every_row(check: gpu.Check) -> None:
+def test_the_file_is_complete_after_every_row(check: gpu_check.Check) -> None:
     outcome = check.outcomes["demo"]
     for number in range(3):
         check.hear(outcome, {"row": {"number": number}})
@@ -85,7 +89,7 @@ def test_the_file_is_complete_after_every_row(check: gpu.Check) -> None:
         assert found["parity"]["state"] == "waiting"
 
 
-def test_a_part_that_hangs_is_ended_with_what_it_started_and_its_rows_stay(check: gpu.Check) -> None:
+def test_a_part_that_hangs_is_ended_with_what_it_started_and_its_rows_stay(check: gpu_check.Check) -> None:
     """As compilers do that wait for processes of their own."""
     script = """sleep 600 & tell '{"row": {"pid": '$!'}}'; wait"""
     check.run("parity", 2, shell(script), {})
@@ -109,7 +113,7 @@ def running(pid: int) -> bool:
         return False
 
 
-def test_a_part_without_time_is_not_begun(check: gpu.Check, tmp_path: Path) -> None:
+def test_a_part_without_time_is_not_begun(check: gpu_check.Check, tmp_path: Path) -> None:
     check.run("demo", 0, shell(f"touch {tmp_path / 'begun'}"), {})
     assert written(check)["demo"]["state"] == "cut short"
     assert not (tmp_path / "begun").exists()
@@ -123,7 +127,7 @@ def test_a_part_without_time_is_not_begun(check: gpu.Check, tmp_path: Path) -> N
         ("kill -SEGV $$", "exit status -11, and not a word"),
     ],
 )
-def test_a_part_that_fails_is_told(script: str, note: str, check: gpu.Check) -> None:
+def test_a_part_that_fails_is_told(script: str, note: str, check: gpu_check.Check) -> None:
     check.run("demo", 60, shell(script), {})
     check.run("parity", 60, shell("exit 0"), {})
     assert (written(check)["demo"]["state"], written(check)["demo"]["note"]) == ("failed", note)
@@ -131,20 +135,20 @@ def test_a_part_that_fails_is_told(script: str, note: str, check: gpu.Check) -> 
     assert check.summary == "FAILED: 1 of 2 parts done; failed: demo"
 
 
-def test_a_part_that_is_skipped_is_no_fault(check: gpu.Check) -> None:
+def test_a_part_that_is_skipped_is_no_fault(check: gpu_check.Check) -> None:
     check.run("parity", 60, shell("exit 0"), {})
     check.run("demo", 60, shell("""tell '{"skipped": "not installed: datasets"}'"""), {})
     assert check.problems == []
     assert check.summary == "passed: 1 of 2 parts done; skipped: demo"
 
 
-def test_parity_must_be_shown_where_it_is_asked_for(check: gpu.Check) -> None:
+def test_parity_must_be_shown_where_it_is_asked_for(check: gpu_check.Check) -> None:
     check.run("demo", 60, shell("exit 0"), {})
     assert check.problems == ["parity: waiting"]
-    assert gpu.Check(["demo"], None, {}).problems == []
+    assert gpu_check.Check(["demo"], None, {}).problems == []
 
 
-def test_who_ends_the_check_ends_its_part(check: gpu.Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_ends_the_check_ends_its_part(check: gpu_check.Check, monkeypatch: pytest.MonkeyPatch) -> None:
     def hear(*_: Any) -> None:
         check.outcomes["demo"].rows.append({})
 
@@ -162,15 +166,15 @@ def test_who_ends_the_check_ends_its_part(check: gpu.Check, monkeypatch: pytest.
     assert written(check)["demo"]["note"] == "the whole check was ended"
 
 
-def asked(tmp_path: Path) -> gpu.Asked:
-    return gpu.Asked(CPU, "tiny", tmp_path)
+def asked(tmp_path: Path) -> part.Asked:
+    return part.Asked(CPU, "tiny", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("error", "status", "event"),
     [
         (None, 0, None),
-        (gpu.SkippedError("not installed: emoji"), 0, {"skipped": "not installed: emoji"}),
+        (part.SkippedError("not installed: emoji"), 0, {"skipped": "not installed: emoji"}),
         (RuntimeError("CUDA error\nlong advice"), 1, {"failed": "RuntimeError: CUDA error"}),
     ],
 )
@@ -181,33 +185,33 @@ def test_a_part_tells_its_rows_and_its_end(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    def rows(_: gpu.Asked) -> Iterator[measure.Row]:
+    def rows(_: part.Asked) -> Iterator[measure.Row]:
         yield {"batch": 8}
         if error is not None:
             raise error
 
-    assert gpu.work(gpu.Part(1, rows), 600, asked(tmp_path)) == status
+    assert part.work(part.Part(1, rows), 600, asked(tmp_path)) == status
     printed = capfd.readouterr()
-    told = [json.loads(line[1:]) for line in printed.out.split("\n") if line.startswith(gpu.EVENT)]
+    told = [json.loads(line[1:]) for line in printed.out.split("\n") if line.startswith(part.EVENT)]
     assert told == [{"machine": measure.machine()}, {"row": {"batch": 8}}, *([event] if event else [])]
     assert ("Traceback" in printed.err) is bool(status)
 
 
 def test_a_part_that_hangs_says_where(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    def waits(_: gpu.Asked) -> Iterator[measure.Row]:
+    def waits(_: part.Asked) -> Iterator[measure.Row]:
         deadline = time.monotonic() + 60
         while "in waits" not in (told := capfd.readouterr().out) and time.monotonic() < deadline:
             time.sleep(0.05)
         yield {"told": "in waits" in told}
 
     limit = time.monotonic() - BEGAN + 0.5
-    gpu.work(gpu.Part(1, waits), limit, asked(tmp_path))
+    part.work(part.Part(1, waits), limit, asked(tmp_path))
     assert '{"row": {"told": true}}' in capfd.readouterr().out
 
 
 def test_float32_is_compared_without_tf32(tmp_path: Path) -> None:
     torch.backends.cudnn.allow_tf32 = True
-    gpu.work(gpu.Part(1, lambda _: iter(())), 600, asked(tmp_path))
+    part.work(part.Part(1, lambda _: iter(())), 600, asked(tmp_path))
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
 
@@ -222,12 +226,12 @@ def test_a_batch_that_does_not_fit_leaves_the_others_alone(tmp_path: Path, monke
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return 0.5
 
-    monkeypatch.setattr(gpu, "BATCHES", {"tiny": (2, 1)})
-    monkeypatch.setattr(gpu, "once", once)
-    monkeypatch.setattr(gpu, "count_flop", lambda run: 1000)
-    monkeypatch.setattr(gpu, "measured", lambda step, dtype, device, repeats, flop: {"GFLOP": flop / 1e9})
-    monkeypatch.setattr(gpu, "bfloat16_products", lambda: False)
-    large, small = gpu.step_rows("vilt", False, asked(tmp_path))
+    monkeypatch.setattr(steps, "BATCHES", {"tiny": (2, 1)})
+    monkeypatch.setattr(steps, "once", once)
+    monkeypatch.setattr(steps, "count_flop", lambda run: 1000)
+    monkeypatch.setattr(steps, "measured", lambda step, dtype, device, repeats, flop: {"GFLOP": flop / 1e9})
+    monkeypatch.setattr(steps, "bfloat16_products", lambda: False)
+    large, small = steps.step_rows("vilt", False, asked(tmp_path))
     assert sizes == [2, 1]
     same = {"model": "vilt", "dtype": "float32", "mode": "eager"}
     assert large == {**same, "batch": 2, "note": "out of memory"}
@@ -235,10 +239,10 @@ def test_a_batch_that_does_not_fit_leaves_the_others_alone(tmp_path: Path, monke
 
 
 def test_bfloat16_is_measured_where_there_are_products_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_steps_of_dtype", lambda model, compiled, asked, dtype: iter([{"dtype": dtype}]))
+    monkeypatch.setattr(steps, "_steps_of_dtype", lambda model, compiled, asked, dtype: iter([{"dtype": dtype}]))
     for products, dtypes in ((True, [torch.bfloat16, torch.float32]), (False, [torch.float32])):
-        monkeypatch.setattr(gpu, "bfloat16_products", lambda products=products: products)
-        assert [row["dtype"] for row in gpu.step_rows("flava", True, asked(tmp_path))] == dtypes
+        monkeypatch.setattr(steps, "bfloat16_products", lambda products=products: products)
+        assert [row["dtype"] for row in steps.step_rows("flava", True, asked(tmp_path))] == dtypes
 
 
 def run_gpu(
@@ -254,7 +258,7 @@ def run_gpu(
         text=True,
         check=False,
     )
-    return done, {part["part"]: part for part in json.loads(file.read_text())["parts"]}
+    return done, {found["part"]: found for found in json.loads(file.read_text())["parts"]}
 
 
 HIDING = """
@@ -271,7 +275,7 @@ def without(folder: Path, names: Sequence[str]) -> dict[str, str]:
     return {"PYTHONPATH": str(folder)}
 
 
-EAGER = [name for name in gpu.PARTS if not name.endswith("-compiled")]
+EAGER = [name for name in command.PARTS if not name.endswith("-compiled")]
 """The parts that need no compiler, which takes minutes for the smallest model on a CPU."""
 
 
@@ -286,12 +290,12 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comple
 @pytest.mark.slow
 def test_the_check_passes_on_a_cpu(checked: Any) -> None:
     done, parts = checked
-    assert {name: part["state"] for name, part in parts.items()} == dict.fromkeys(EAGER, "done"), done.stdout
+    assert {name: found["state"] for name, found in parts.items()} == dict.fromkeys(EAGER, "done"), done.stdout
     assert done.returncode == 0
     assert done.stdout.endswith(f"passed: {len(EAGER)} of {len(EAGER)} parts done\n")
-    assert all(0 < part["seconds"] < part["limit"] for part in parts.values())
-    for part in parts.values():
-        assert measure.markdown(part["rows"]) in done.stdout
+    assert all(0 < found["seconds"] < found["limit"] for found in parts.values())
+    for found in parts.values():
+        assert measure.markdown(found["rows"]) in done.stdout
 
 
 @pytest.mark.slow
@@ -334,13 +338,13 @@ def test_a_compiled_step_is_compiled_once_for_all_batches(tmp_path: Path, monkey
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda part, dynamic: compile_(part, dynamic=dynamic, backend="eager"))
     monkeypatch.setattr(step, "matmul_speed", lambda dtype, device: 1e12)
-    monkeypatch.setattr(gpu, "bfloat16_products", lambda: False)
+    monkeypatch.setattr(steps, "bfloat16_products", lambda: False)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     backbone._compiled.cache_clear()
     graphs = []
     rows = []
-    for row in gpu.step_rows("vilt", True, asked(tmp_path)):
+    for row in steps.step_rows("vilt", True, asked(tmp_path)):
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         rows.append(row)
     backbone._compiled.cache_clear()
@@ -370,6 +374,77 @@ def test_the_demo_has_a_round_of_two_clients(checked: Any) -> None:
     assert all(0 < row["loss"] < 10 and row["replaced"] == 1 for row in clients)  # there is no personal model yet
     assert (whole["client"], whole["task"]) == ("all", "all")
     assert min(whole[name] for name in ("seconds", "peak GB", "MB down", "MB up")) > 0
+
+
+@pytest.mark.slow
+def test_a_graphs_stand_in_has_the_steps_operations(checked: Any) -> None:
+    rows = checked[1]["graph"]["rows"]
+    modes = [("flava", "eager"), ("flava", "graph: stand-in"), ("vilt", "eager"), ("vilt", "graph: stand-in")]
+    assert [(row["model"], row["mode"]) for row in rows] == modes
+    for eager, graph in zip(rows[::2], rows[1::2], strict=True):
+        assert eager["GFLOP"] == graph["GFLOP"] > 0
+        assert min(graph["share"], graph["first s"], graph["peak GB"]) > 0
+
+
+@pytest.mark.slow
+def test_clients_work_one_two_and_four_at_once(checked: Any) -> None:
+    rows = checked[1]["at-once"]["rows"]
+    assert [row["at once"] for row in rows] == [1, 2, 4]
+    assert all(row["a second"] == pytest.approx(4 / row["seconds"]) for row in rows)
+
+
+@pytest.mark.slow
+def test_the_loader_tells_images_a_second(checked: Any) -> None:
+    rows = checked[1]["loader"]["rows"]
+    assert {row["side"] for row in rows} == {64}
+    assert rows[0]["workers"] == 0
+    assert all(min(row["images/s"], row["later images/s"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_one_seed_gives_one_participation(checked: Any) -> None:
+    rows = checked[1]["deterministic"]["rows"]
+    found = [(row["pattern"], row["deterministic"], row["apart"]) for row in rows]
+    assert found == [(7, "true", 0), (7, "false", 0), (8, "true", 0), (8, "false", 0)]  # on a processor, always
+
+
+def test_participations_that_differ_with_the_option_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([0.0, 1.0, 1.25])
+    monkeypatch.setattr(clients, "client", lambda *_, **__: SimpleNamespace(settings=HyperParameters()))
+    monkeypatch.setattr(clients, "_trained", lambda local: {"w": torch.tensor([next(values)])})
+    rows = clients.deterministic_rows(asked(tmp_path))
+    assert next(rows)["apart"] == 0.25
+    with pytest.raises(ArithmeticError, match=r"two participations of pattern 7 with one seed are 0.25 apart"):
+        next(rows)
+
+
+def test_what_a_graph_cannot_hold_is_told_and_the_next_model_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def captured(step: steps.StaticStep, device: torch.device) -> steps.StaticStep:
+        raise RuntimeError("operation not permitted when stream is capturing\nlong advice")
+
+    monkeypatch.setattr(steps, "captured", captured)
+    monkeypatch.setattr(steps, "count_flop", lambda run: 1000)
+    monkeypatch.setattr(steps, "measured", lambda step, dtype, device, repeats, flop: {"GFLOP": flop / 1e9})
+    rows = list(steps.graph_rows(asked(tmp_path)))
+    assert [row.get("note") for row in rows] == [None, "operation not permitted when stream is capturing"] * 2
+    assert [row["model"] for row in rows] == ["flava", "flava", "vilt", "vilt"]
+
+
+def test_a_static_step_is_a_step_of_the_training_loop() -> None:
+    """Its tensors move as `core.training.train` moves them, whose optimiser is as new."""
+    states = []
+    for static in (True, False):
+        torch.manual_seed(0)
+        local = workload.client("vilt", "tiny", 0, 2, 8)
+        net, batches = local.model(), step.batches_of(local, 2)
+        torch.manual_seed(1)
+        run = steps.StaticStep(local, net, batches) if static else partial(step.steps, local, net, batches)
+        run()
+        states.append([p.detach() for p in net.parameters() if p.requires_grad])
+    for one, other in zip(*states, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.fixture
@@ -408,7 +483,7 @@ def test_a_part_that_takes_too_long_leaves_the_others_alone(tmp_path: Path) -> N
     """Each of the two rows of `flava` has two seconds of matrix products alone."""
     parts_asked = ["--parts", "flava", "vilt", "participation"]
     done, parts = run_gpu(tmp_path / "c.json", "--limit", "flava=4", "--limit", "vilt=0", *parts_asked)
-    assert {name: part["state"] for name, part in parts.items()} == {
+    assert {name: found["state"] for name, found in parts.items()} == {
         "flava": "cut short",
         "vilt": "cut short",
         "participation": "done",

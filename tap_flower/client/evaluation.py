@@ -127,7 +127,9 @@ def gradient_cosines(session: Session, model: ComponentModel) -> list[dict[str, 
             continue
         size = session.data.splits["train"][pair.task][0].batch_size or session.settings.train.batch_size
         batch = session.data.first("train", pair.task, size, session.device)
-        loss = session.kinds[pair.task].losses(model(pair.task, batch.inputs), batch.target).mean()
+        with torch.backends.cudnn.flags(enabled=False):  # its recurrent layers have no backward pass in evaluation mode
+            output = model(pair.task, batch.inputs)
+        loss = session.kinds[pair.task].losses(output, batch.target).mean()
         found = torch.autograd.grad(loss, [parameters[n] for n in names], allow_unused=True, materialize_grads=True)
         gradients[pair.task] = {name: value.double() for name, value in zip(names, found, strict=True)}
     cosines = []

@@ -95,7 +95,7 @@ class Model:
 
 @dataclass
 class Compute:
-    """How clients compute; beyond the precision, no result depends on it."""
+    """How clients compute; beyond the precision, no result depends on it but in its last bits."""
 
     precision: Precision = option(
         Precision.float32,
@@ -104,6 +104,11 @@ class Compute:
     recompute: bool = option(
         False,
         "gradient checkpointing: compute the inside of each layer again in the backward pass; less memory, more time",
+    )
+    deterministic: bool = option(
+        False,
+        "torch.use_deterministic_algorithms in training and evaluation: one seed, one result on a GPU too; slower, and an "
+        "error where an operation of the model has no such algorithm",
     )
 
 

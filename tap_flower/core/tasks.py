@@ -141,16 +141,21 @@ def _classification_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
     }
 
 
+def _tokens(target: Tensor) -> tuple[Tensor, ...]:
+    """The positions that are not padding; found once, since a processor waits for a GPU to tell how many they are."""
+    return (target != IGNORE).nonzero(as_tuple=True)
+
+
 def _text_losses(output: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of each token: output [B, S, V], target [B, S] with `IGNORE` at padding -> [tokens]."""
-    kept = target != IGNORE
+    kept = _tokens(target)
     return F.cross_entropy(output[kept], target[kept], reduction="none")
 
 
 def _text_divergences(student: Tensor, teacher: Tensor, target: Tensor | None, temperature: float) -> Tensor:
     if target is None:  # a loop of the project's own does not say what is padding: all positions count
         return _kl_divergences(student, teacher, temperature).flatten()
-    kept = target != IGNORE
+    kept = _tokens(target)
     return _kl_divergences(student[kept], teacher[kept], temperature)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tap_flower.core.tasks import Statistics, TaskKind
-from tap_flower.errors import DivergedError
+from tap_flower.errors import ClientError, DivergedError, users_line
 
 CALL = "call"
 """Name of the only input where a loop of the project's own trains: (args, kwargs) of its call of the module."""
@@ -126,6 +130,47 @@ def adamw(
     return optimizer, [parameter for group in groups.values() for parameter in group]
 
 
+@contextmanager
+def torch_algorithms(deterministic: bool) -> Iterator[None]:
+    """Chooses the algorithms that torch computes with inside the context, and names what they refuse.
+
+    Args:
+        deterministic: whether to call `torch.use_deterministic_algorithms(True)`, choose cuDNN's algorithms without trying
+            them, and give cuBLAS the workspace that it needs for it, unless `CUBLAS_WORKSPACE_CONFIG` is set. All but that
+            variable is put back afterwards. False leaves torch's settings as they are.
+
+    Raises:
+        ClientError: an operation has no deterministic implementation, or the backward pass goes through a recurrent layer
+            in evaluation mode, which cuDNN has no kernel for.
+    """
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        place = f" ({line})" if (line := users_line(error)) else ""
+        if deterministic and (found := re.search(r"(\S+) does not have a deterministic implementation", str(error))):
+            raise ClientError(
+                f"compute.deterministic = true, and torch's {found[1]}{place} has no deterministic implementation on this "
+                f"machine: use another operation, or set compute.deterministic=false"
+            ) from error
+        if "RNN backward can only be called in training mode" in str(error):
+            raise ClientError(
+                f"a recurrent layer of the model{place} is in evaluation mode while it, or what is below it, is trained, "
+                f"and cuDNN has no backward pass for that: leave it in training mode with dropout=0, or call it inside "
+                f"`torch.backends.cudnn.flags(enabled=False)`"
+            ) from error
+        raise
+    finally:
+        if deterministic:
+            torch.use_deterministic_algorithms(enabled, warn_only=warns)
+            torch.backends.cudnn.benchmark = benchmark
+
+
 def train(
     model: PairModel,
     kinds: Mapping[str, TaskKind],
@@ -134,7 +179,7 @@ def train(
     objective: Objective | None = None,
     update: Update | None = None,
 ) -> dict[str, float]:
-    """Trains `model` in place.
+    """Trains `model` in place. Losses stay on its device until the last step: no step waits for a GPU to tell a number.
 
     Args:
         model: its parameters with `requires_grad` are trained.
@@ -176,7 +221,7 @@ def train(
             update(number, optimizer)
     means = {task: float(loss_sum[task]) / units[task] for task in loss_sum}
     for task, mean in means.items():
-        if not torch.isfinite(torch.tensor(mean)):
+        if not math.isfinite(mean):
             raise DivergedError(
                 f"the training loss of task {task!r} is {mean} within {optimisation.steps} steps at learning rate "
                 f"{optimisation.learning_rate:g}: lower the learning rate, or look for broken examples"

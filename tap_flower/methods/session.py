@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite
@@ -18,7 +19,7 @@ from tap_flower.core.objectives import Proximal
 from tap_flower.core.own_loop import counted_steps, further_loss, lent
 from tap_flower.core.seeds import named_seed, seed_torch
 from tap_flower.core.tasks import TaskKind
-from tap_flower.core.training import Batch, Objective, Observer, Optimisation, Update, evaluate, train
+from tap_flower.core.training import Batch, Objective, Observer, Optimisation, Update, evaluate, torch_algorithms, train
 from tap_flower.data.batching import ClientData
 from tap_flower.data.examples import OwnLoader, beginning
 from tap_flower.errors import ClientError, DivergedError
@@ -140,7 +141,8 @@ class Session:
         seed_torch(named_seed(self.settings.seed, self.name, "noise", *noise))
         if any(task.fit is not None for task in self.tasks):
             assert update is None, "methods with an update of their own say so in `Method.own_loop`"
-            return self._fit(model, objective, times)
+            with self._algorithms():
+                return self._fit(model, objective, times)
         batches = self.data.training_batches(
             self.settings.train.batch_size,
             named_seed(self.settings.seed, self.name, "order", *order),
@@ -149,7 +151,11 @@ class Session:
             optimisation.steps * optimisation.accumulation,
         )
         self.steps += optimisation.steps
-        return train(model, self.kinds, batches, self.with_head_factor(model, optimisation), objective, update)
+        with self._algorithms():
+            return train(model, self.kinds, batches, self.with_head_factor(model, optimisation), objective, update)
+
+    def _algorithms(self) -> AbstractContextManager[None]:
+        return torch_algorithms(self.settings.compute.deterministic)
 
     def with_head_factor(self, model: ComponentModel, optimisation: Optimisation) -> Optimisation:
         """The optimisation with the heads' own learning rate."""
@@ -278,12 +284,13 @@ class Session:
         Returns:
             Task name -> metric -> value; a task without examples in the split is missing.
         """
-        found = evaluate(model, self.kinds, self.batches(split), observe)
-        sizes = self.data.sizes(split)
-        for task in self.tasks:
-            name = task.pair.task
-            if task.score is not None and sizes.get(name):
-                found[name] = self._score(task, model, self.data.loader(split, name))
+        with self._algorithms():
+            found = evaluate(model, self.kinds, self.batches(split), observe)
+            sizes = self.data.sizes(split)
+            for task in self.tasks:
+                name = task.pair.task
+                if task.score is not None and sizes.get(name):
+                    found[name] = self._score(task, model, self.data.loader(split, name))
         return found
 
     def _score(self, task: SessionTask, model: ComponentModel, loader: DataLoader[Any]) -> dict[str, float]:

@@ -78,6 +78,16 @@ def test_the_gradients_of_a_clients_pairs() -> None:
     assert all(parameter.grad is None and not parameter.any() for parameter in model.parameters())
 
 
+def test_recurrent_layers_do_without_cudnn_where_gradients_are_taken_in_evaluation_mode() -> None:
+    """cuDNN has no such backward pass."""
+    seen: list[tuple[bool, bool]] = []
+    model = Sum("dcba")
+    model.dropout.register_forward_hook(lambda *_: seen.append((model.training, torch.backends.cudnn.enabled)))
+    gradient_cosines(client("dcba"), model)
+    assert seen == [(False, False)] * 3
+    assert torch.backends.cudnn.enabled
+
+
 @pytest.mark.parametrize("tasks", ["a", "ad"])
 def test_pairs_that_share_nothing_have_no_cosines(tasks: str) -> None:
     assert gradient_cosines(client(tasks), Sum(tasks)) == []

@@ -2,17 +2,26 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tap_flower.core.objectives import Distillation
-from tap_flower.core.tasks import IMAGE_GENERATION, TEXT_CLASSIFICATION
-from tap_flower.core.training import Batch, Optimisation, evaluate, train
-from tap_flower.errors import DivergedError
+from tap_flower.core.tasks import (
+    IMAGE_CLASSIFICATION,
+    IMAGE_GENERATION,
+    TASK_KINDS,
+    TEXT_CLASSIFICATION,
+    TEXT_GENERATION,
+)
+from tap_flower.core.training import Batch, Optimisation, evaluate, torch_algorithms, train
+from tap_flower.errors import ClientError, DivergedError
 
 KINDS = {"a": IMAGE_GENERATION, "b": IMAGE_GENERATION}
 
@@ -228,3 +237,149 @@ def test_distillation_pulls_the_student_to_the_teacher() -> None:
 def test_a_task_without_weight_is_not_distilled() -> None:
     objective = Distillation(Logits([1.0, 0.0]), {"t": TEXT_CLASSIFICATION}, {"other": 1.0})
     assert objective(Batch("t", {"x": [0]}, torch.tensor([0])), torch.zeros(1, 2)).item() == 0.0
+
+
+# --- What a GPU would wait for --------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for whose result a processor waits for its GPU: numbers, and shapes that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func.overloadpacket)
+        masks = "index" in name and isinstance(args[1], list | tuple) and any(i.dtype == torch.bool for i in args[1])
+        if masks or name in ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.bincount"):
+            self.seen["mask" if masks else name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def waits_of(kind: str, steps: int, asks: bool = False) -> Counter[str]:
+    """What a training of `steps` steps of two batches waits for, with distillation; `asks`: of a loss that asks itself."""
+    shape, target = {
+        "image_generation": ((3, 2, 2), torch.rand(2, 3, 2, 2)),
+        "text_generation": ((2, 3), torch.tensor([[0, 1], [2, -100]])),
+    }.get(kind, ((3,), torch.tensor([0, 2])))
+
+    class Shaped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.values = nn.Parameter(torch.rand(*shape))
+
+        def forward(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
+            return self.values.expand(2, *shape)
+
+    kinds = {"t": TASK_KINDS[kind]}
+    distil = Distillation(Shaped(), kinds, {kind: 1.0})
+
+    def objective(batch: Batch, output: Tensor) -> Tensor:
+        term = distil(batch, output)
+        return term * (1 if term.item() >= 0 else 0) if asks else term
+
+    with Waits() as waits:
+        train(
+            Shaped(),
+            kinds,
+            itertools.repeat(Batch("t", {}, target)),
+            Optimisation(steps, 0.1, accumulation=2),
+            objective,
+        )
+    return waits.seen
+
+
+@pytest.mark.parametrize("kind", [IMAGE_CLASSIFICATION.name, TEXT_CLASSIFICATION.name, IMAGE_GENERATION.name])
+def test_a_step_waits_for_nothing_and_a_participation_for_its_losses(kind: str) -> None:
+    assert waits_of(kind, 1) == waits_of(kind, 5) == {"aten._local_scalar_dense": 1}
+    assert waits_of(kind, 5, asks=True) == {"aten._local_scalar_dense": 1 + 10}  # so it would be seen
+
+
+def test_a_batch_of_generated_texts_waits_for_where_its_padding_is() -> None:
+    """Once for the loss and once for distillation, and not again in the backward pass."""
+    assert waits_of(TEXT_GENERATION.name, 3) == {"aten._local_scalar_dense": 1, "aten.nonzero": 3 * 2 * 2}
+
+
+# --- Algorithms -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def algorithms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Puts torch's settings back, whatever a test has done to them."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = False
+
+
+@pytest.mark.usefixtures("algorithms")
+@pytest.mark.parametrize("mine", [False, True])
+def test_algorithms_are_deterministic_inside_and_as_they_were_afterwards(mine: bool) -> None:
+    torch.use_deterministic_algorithms(mine, warn_only=mine)
+    torch.backends.cudnn.benchmark = True
+
+    def settings() -> tuple[bool, bool, bool]:
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        return torch.are_deterministic_algorithms_enabled(), warns, torch.backends.cudnn.benchmark
+
+    with torch_algorithms(deterministic=False):
+        assert settings() == (mine, mine, True)
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with torch_algorithms(deterministic=True):
+        assert settings() == (True, False, False)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert settings() == (mine, mine, True)
+    with pytest.raises(RuntimeError, match="^no$"), torch_algorithms(deterministic=True):
+        raise RuntimeError("no")
+    assert settings() == (mine, mine, True)
+
+
+@pytest.mark.usefixtures("algorithms")
+def test_an_operation_without_a_deterministic_algorithm_is_an_error_that_names_it_and_the_option() -> None:
+    def put() -> None:
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+
+    with torch_algorithms(deterministic=False):
+        put()
+    problem = r"^compute.deterministic = true, and torch's put_ \(test_training.py:\d+\) has no .* set compute.determ.*=false$"
+    with pytest.raises(ClientError, match=problem), torch_algorithms(deterministic=True):
+        put()
+    torch.use_deterministic_algorithms(True)  # somebody else's choice has torch's own words
+    with pytest.raises(RuntimeError, match="^put_ does not have"), torch_algorithms(deterministic=False):
+        put()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.usefixtures("algorithms")
+def test_a_recurrent_layer_that_is_trained_in_evaluation_mode_is_refused_with_a_remedy(deterministic: bool) -> None:
+    """As cuDNN does: the words are torch's."""
+    remedy = pytest.raises(ClientError, match="recurrent layer .* leave it in training mode with dropout=0")
+    with remedy, torch_algorithms(deterministic):
+        raise RuntimeError("cudnn RNN backward can only be called in training mode")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="of a GPU: torch sees none")
+def test_one_seed_gives_one_result_on_a_gpu() -> None:
+    def trained() -> list[Tensor]:
+        torch.manual_seed(1)
+        table = nn.Embedding(7, 64)
+        net = nn.Sequential(table, nn.LSTM(64, 32, batch_first=True)).cuda()
+
+        class Reads(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net = net
+
+            def forward(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
+                return self.net(inputs["ids"])[0].mean(1)
+
+        ids = torch.randint(7, (64, 50), generator=torch.Generator().manual_seed(2)).cuda()
+        batches = itertools.repeat(Batch("t", {"ids": ids}, ids[:, 0]))
+        model = Reads()
+        with torch_algorithms(deterministic=True):
+            train(model, {"t": TEXT_CLASSIFICATION}, batches, Optimisation(5, 0.1))
+        return [parameter.detach().cpu() for parameter in model.parameters()]
+
+    for one, other in zip(trained(), trained(), strict=True):
+        assert torch.equal(one, other)
