@@ -45,8 +45,8 @@ def sweep_command(
     console, out = Console(), out or Path("runs") / file.stem
     sweep = read_sweep(file, out)
     failed = _execute(console, sweep.runs, (ray, cpus_per_run, gpus_per_run))
-    found = compare(sweep)
-    tables = comparison_tables(found)
+    found = [compare(sweep, budget) for budget in sweep.budgets]
+    tables = [table for one in found for table in comparison_tables(one)]
     for table in tables:
         console.print(terminal(table))
     for name, text in (("md", markdown(tables)), ("csv", to_csv(found)), ("tex", latex(tables))):

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from tap_flower.report.results import headline, metric_with_arrow, read_results, scores
-from tap_flower.study.plan import Sweep
+from tap_flower.study.plan import ROUNDS, STEPS, Sweep
 from tap_flower.study.statistics import Estimate, estimate, mean_ranks, paired
 
 OVERALL = "mean of scores"
 """Name of the row over all tasks."""
+TITLES = {ROUNDS: "Equal rounds", STEPS: "Equal optimiser steps"}
+"""Budget -> what the methods have in common."""
 
 
 @dataclass(frozen=True)
@@ -39,36 +41,40 @@ class Comparison:
     """The comparison of a sweep's methods.
 
     Attributes:
+        budget: name of the budget that the methods have in common.
         labels: labels of the methods, as the sweep lists them.
         seeds: seeds of the finished runs.
         reference: the label that the others' differences are to.
         quality: a row for each task, and the mean of their scores.
         ranks: label -> mean rank over tasks and seeds.
-        costs: rows of megabytes, optimiser steps and seconds of a run.
+        costs: rows of megabytes, rounds, optimiser steps and seconds of a run.
+        note: what a reader of the tables must know.
     """
 
+    budget: str
     labels: Sequence[str]
     seeds: Sequence[int]
     reference: str
     quality: Sequence[Row]
     ranks: Mapping[str, float]
     costs: Sequence[Row]
+    note: str = ""
 
 
 Values = dict[str, dict[int, float]]
 """Label -> seed -> value."""
 
 
-def compare(sweep: Sweep) -> Comparison:
-    """Compares the finished runs of a sweep.
+def compare(sweep: Sweep, budget: str = ROUNDS) -> Comparison:
+    """Compares the finished runs of a sweep that have one budget.
 
     Methods are ranked for each task and seed by their score: the headline metric, or 1 minus it where lower is better.
 
     Raises:
         StorageError: the results of a run are damaged.
     """
-    found = {(run.label, run.seed): read_results(run.folder) for run in sweep.runs if run.done}
-    labels = list(dict.fromkeys(run.label for run in sweep.runs if (run.label, run.seed) in found))
+    found = {at: read_results(run.folder) for at, run in sweep.budgets[budget].items() if run.done}
+    labels = list(dict.fromkeys(label for label, _ in found))
     seeds = sorted({seed for _, seed in found})
     kinds = {task: kind for results in found.values() for task, kind in results["kinds"].items()}
     measured, scored, costs = _by_name(), _by_name(), _by_name()
@@ -80,6 +86,7 @@ def compare(sweep: Sweep) -> Comparison:
         measured[OVERALL][label][seed] = scored[OVERALL][label][seed] = fmean(of_run.values())
         costs["MB to clients"][label][seed] = results["bytes"]["down"] / 1e6
         costs["MB back"][label][seed] = results["bytes"]["up"] / 1e6
+        costs["rounds"][label][seed] = results["rounds"]
         costs["optimiser steps"][label][seed] = sum(results["steps"].values())
         costs["seconds"][label][seed] = results["seconds"]["total"]
     units = {
@@ -91,13 +98,16 @@ def compare(sweep: Sweep) -> Comparison:
         for task in kinds
         for seed in seeds
     ]
+    one_stage = [label for label in labels if budget == STEPS and sweep.result[label] == "server"]
     return Comparison(
+        budget,
         labels,
         seeds,
         sweep.reference,
         [_row(name, unit, measured[name], scored[name], sweep.reference) for name, unit in units.items()],
         mean_ranks(ranked),
         [Row(name, "a run", _estimates(values), {}) for name, values in costs.items()],
+        f"Without a stage 2, with equal steps in stage 1 alone: {', '.join(one_stage)}." if one_stage else "",
     )
 
 

@@ -49,11 +49,40 @@ def test_a_config_file_lies_beside_the_sweep(plan: Any, tmp_path: Path) -> None:
     assert plan(config="more.yaml").runs[0].resolved.rounds == 3
 
 
+def steps_of(run: Any) -> tuple[int, int]:
+    found = run.resolved
+    return found.train.steps, found.distill.iterations
+
+
+def test_equal_steps_give_a_method_with_one_model_twice_the_steps_of_tap(plan: Any, tmp_path: Path) -> None:
+    methods = {
+        "tap": None,
+        "local": None,
+        "fedavg": None,
+        "ditto": {"baselines.ditto_lambda": 0.01},
+        "one": {"method": "tap", "distill.stage": "finetuning"},
+    }
+    common = {"train.steps": 10, "distill.iterations": 7}
+    sweep = plan(methods=methods, seeds=[1, 2], budgets=["rounds", "steps"], set=common)
+    rounds, steps = sweep.budgets["rounds"], sweep.budgets["steps"]
+    assert {label: steps_of(steps[label, 1]) for label in methods} == {
+        "tap": (10, 7), "local": (20, 14), "fedavg": (20, 7), "ditto": (10, 14), "one": (10, 14),
+    }  # fmt: skip
+    assert {steps_of(run) for run in rounds.values()} == {(10, 7)}
+    assert steps["tap", 2] == rounds["tap", 2]  # is run once
+    assert steps["ditto", 2].folder == tmp_path / "out" / "ditto+steps" / "seed-2"
+    assert steps["ditto", 2].resolved.baselines.ditto_lambda == 0.01
+    first = ["tap", "local", "fedavg", "ditto", "one", "local+steps", "fedavg+steps", "ditto+steps", "one+steps"]
+    assert [(run.label, run.seed) for run in sweep.runs] == [(label, seed) for seed in (1, 2) for label in first]
+    assert plan(methods=methods, budgets=["steps"], set=common).budgets.keys() == {"steps"}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"seeds": []}, r"seeds is \[\]: list different whole numbers"),
         ({"seeds": [1, 1]}, r"seeds is \[1, 1\]"),
+        ({"seeds": [-1]}, r"seeds is \[-1\]"),
         ({"seeds": ["a"]}, r"seeds is \['a'\]"),
         ({"methods": []}, r"methods is \[\]: list names of methods"),
         ({"methods": ["tapp"]}, r"tapp: unknown method 'tapp' \(did you mean 'tap'\?\)"),
@@ -64,7 +93,18 @@ def test_a_config_file_lies_beside_the_sweep(plan: Any, tmp_path: Path) -> None:
         ({"set": {"data.root": "a b"}}, r"a value with spaces goes into the `config` file"),
         ({"set": {"train.stepps": 3}}, r"tap: .*train.stepps"),
         ({"preset": "demoo"}, r"tap: unknown preset 'demoo'"),
-        ({"sedes": [1]}, r"unknown 'sedes': use preset, config, seeds, set, methods"),
+        ({"sedes": [1]}, r"unknown 'sedes': use preset, config, seeds, set, methods, budgets"),
+        ({"budgets": []}, r"budgets is \[\]: list rounds, steps or both"),
+        ({"budgets": ["hours"]}, r"budgets is \['hours'\]"),
+        ({"budgets": "steps"}, r"budgets is 'steps'"),
+        (
+            {"budgets": ["steps"], "methods": {"long": {"method": "tap", "train.steps": 9}}},
+            r"long sets train.steps=9, on which the budget `steps` counts: put it under `set`",
+        ),
+        (
+            {"budgets": ["steps"], "methods": {"local": None, "local+steps": {"method": "local"}}},
+            r"methods has 'local\+steps', the folder of 'local' with equal steps: rename it",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(plan: Any, values: dict[str, Any], message: str) -> None:

@@ -41,7 +41,7 @@ def found(tmp_path: Path) -> Comparison:
         if (run.label, run.seed) != ("local", 2):  # not finished yet
             accuracy, error = (value + 0.01 * (run.seed - 1) for value in VALUES[run.label])
             write_json(run.folder / "results.json", results(run.label, model[run.label], accuracy, error, run.seed))
-    return compare(Sweep(tuple(runs), model, "tap"))
+    return compare(Sweep({"rounds": {(run.label, run.seed): run for run in runs}}, model, "tap"))
 
 
 def test_means_ranks_and_differences(found: Comparison) -> None:
@@ -57,14 +57,16 @@ def test_means_ranks_and_differences(found: Comparison) -> None:
     # Only seed 1 has all three: ranks 1, 3, 2 and 1.5, 3, 1.5.
     assert found.ranks == {"tap": 1.25, "fedavg": 3.0, "local": 1.75}
     assert {row.name: row.values["tap"].mean for row in found.costs} == {
-        "MB to clients": 2.0, "MB back": 1.0, "optimiser steps": 10, "seconds": 3.0,
+        "MB to clients": 2.0, "MB back": 1.0, "rounds": 2, "optimiser steps": 10, "seconds": 3.0,
     }  # fmt: skip
 
 
 def test_nothing_has_finished(tmp_path: Path) -> None:
-    none = compare(Sweep((PlannedRun("tap", 1, "demo", "", (), tmp_path / "tap"),), {"tap": "tap"}, "tap"))
+    none = compare(
+        Sweep({"rounds": {("tap", 1): PlannedRun("tap", 1, "demo", "", (), tmp_path / "tap")}}, {"tap": "tap"}, "tap")
+    )
     assert comparison_tables(none) == []
-    assert to_csv(none).splitlines() == ["what,name,unit,method,mean,half_interval_95,seeds"]
+    assert to_csv([none]).splitlines() == ["budget,what,name,unit,method,mean,half_interval_95,seeds"]
 
 
 def test_terminal_and_markdown(found: Comparison) -> None:
@@ -82,7 +84,7 @@ def test_terminal_and_markdown(found: Comparison) -> None:
 
 
 def test_csv_has_all_digits(found: Comparison) -> None:
-    rows = list(csv.DictReader(io.StringIO(to_csv(found))))
+    rows = list(csv.DictReader(io.StringIO(to_csv([found]))))
     (row,) = [r for r in rows if (r["what"], r["name"], r["method"]) == ("quality", "digits_1", "tap")]
     assert float(row["mean"]) == found.quality[0].values["tap"].mean
     assert float(row["half_interval_95"]) == found.quality[0].values["tap"].half
@@ -92,7 +94,7 @@ def test_csv_has_all_digits(found: Comparison) -> None:
 def test_latex_escapes_and_compiles(found: Comparison, tmp_path: Path) -> None:
     text = latex(comparison_tables(found))
     assert r"digits\_1 & accuracy $\uparrow$ & \textbf{0.805 $\pm$ 0.064} & 0.605 $\pm$ 0.064 & 0.700 \\" in text
-    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 3
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
     if (pdflatex := shutil.which("pdflatex")) is None:
         pytest.skip("there is no pdflatex")
     document = rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{text}\end{{document}}"
