@@ -35,8 +35,10 @@ def sweep_command(
     gpus_per_run: GpusPerRun = None,
     ray: RayAddress = "local",
 ) -> None:
-    """Run methods by seeds, whatever is missing, and compare them in table.md, .csv and .tex."""
+    """Run methods by seeds, whatever is missing, and compare them in table.md, .csv, .tex and .html."""
     from tap_flower.files import write_atomically
+    from tap_flower.report.figures import Figure
+    from tap_flower.report.html_report import write_study
     from tap_flower.report.terminal_tables import terminal
     from tap_flower.study.comparison import compare
     from tap_flower.study.plan import read_sweep
@@ -51,7 +53,10 @@ def sweep_command(
         console.print(terminal(table))
     for name, text in (("md", markdown(tables)), ("csv", to_csv(found)), ("tex", latex(tables))):
         write_atomically(out / f"table.{name}", text.encode())
-    say(console, f"tables in {out / 'table.md'}, .csv and .tex")
+    lead = f"Preset {sweep.runs[0].preset}; the sweep file is {file.name}."
+    shown = [Figure(table.caption, table, None) for table in tables]
+    write_study(f"Sweep {file.stem}", lead, shown, out / "table.html")
+    say(console, f"tables in {out / 'table.md'}, .csv, .tex and .html")
     _exit_if(failed)
 
 

@@ -7,7 +7,7 @@ from dataclasses import astuple
 
 from tap_flower.report.result_tables import Table
 from tap_flower.study.comparison import TITLES, Comparison
-from tap_flower.study.statistics import ESTIMATE_COLUMNS, Estimate, csv_text
+from tap_flower.study.statistics import ESTIMATE_COLUMNS, LEVEL, Estimate, csv_text
 
 _ESCAPES = str.maketrans(
     {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
@@ -15,7 +15,7 @@ _ESCAPES = str.maketrans(
 
 
 def comparison_tables(found: Comparison) -> list[Table]:
-    """The tables of a comparison: quality with mean ranks and costs below it, and paired differences to the reference."""
+    """The tables of a comparison: quality with mean ranks and costs below it, paired differences, the clients."""
     labels = list(found.labels)
     others = [label for label in labels if label != found.reference]
     seeds = f"{len(found.seeds)} seed{'s' if len(found.seeds) > 1 else ''} ({', '.join(map(str, found.seeds))})"
@@ -26,10 +26,19 @@ def comparison_tables(found: Comparison) -> list[Table]:
         strong |= {(len(quality), 2 + labels.index(label)) for label, rank in found.ranks.items() if rank == lowest}
         quality.append(["mean rank", "↓", *(f"{found.ranks[label]:.2f}" for label in labels)])
     differences = [
-        [row.name, row.unit[:-2], *(_signed(row.differences.get(label)) for label in others)] for row in found.quality
+        [
+            row.name,
+            row.unit[:-2],
+            *(_signed(row.differences.get(label), row.p_values.get(label)) for label in others),
+        ]
+        for row in found.quality
     ]
+    clients = [[row.name, row.unit, *(_cell(row.values.get(label)) for label in labels)] for row in found.clients]
     quality += [[row.name, row.unit, *(_cell(row.values.get(label)) for label in labels)] for row in found.costs]
-    title, star = TITLES[found.budget], "positive is better, * where the interval leaves out 0"
+    title, star = (
+        TITLES[found.budget],
+        "positive is better, * where p < .05 after Holm's correction for a row's methods",
+    )
     tables = [
         Table(
             f"{title}: test data, mean ± 95 % interval over {seeds}",
@@ -39,6 +48,12 @@ def comparison_tables(found: Comparison) -> list[Table]:
             found.note,
         ),
         Table(f"{title}: paired difference to {found.reference}, {star}", ["task", "metric", *others], differences),
+        Table(
+            f"{title}: over clients, mean ± 95 % interval over {seeds}",
+            ["clients", "metric", *labels],
+            clients,
+            note="Not worse: the interval over seeds of a client's mean score minus that of `local` is not wholly below 0.",
+        ),
     ]
     return [part for part in tables if part.rows and len(part.header) > 2]
 
@@ -76,16 +91,25 @@ def to_csv(comparisons: Sequence[Comparison]) -> str:
     lines: list[Sequence[object]] = []
     for found in comparisons:
         parts = [("quality", row, row.values) for row in found.quality]
+        parts += [("clients", row, row.values) for row in found.clients]
         parts += [("cost", row, row.values) for row in found.costs]
-        parts += [(f"difference to {found.reference}", row, row.differences) for row in found.quality]
         lines += [
-            (found.budget, what, row.name, row.unit, label, *astuple(one))
+            (found.budget, what, row.name, row.unit, label, *astuple(one), None, None)
             for what, row, values in parts
             for label, one in values.items()
         ]
+        to = f"difference to {found.reference}"
+        lines += [
+            (found.budget, to, row.name, row.unit, label, *astuple(one), one.p, row.p_values.get(label))
+            for row in found.quality
+            for label, one in row.differences.items()
+        ]
         ranks = found.ranks.items()
-        lines += [(found.budget, "mean rank", "", "", label, rank, None, len(found.seeds)) for label, rank in ranks]
-    return csv_text(("budget", "what", "name", "unit", "method", *ESTIMATE_COLUMNS), lines)
+        lines += [
+            (found.budget, "mean rank", "", "", label, rank, None, len(found.seeds), None, None)
+            for label, rank in ranks
+        ]
+    return csv_text(("budget", "what", "name", "unit", "method", *ESTIMATE_COLUMNS, "p", "p_holm"), lines)
 
 
 def _cell(one: Estimate | None) -> str:
@@ -95,10 +119,11 @@ def _cell(one: Estimate | None) -> str:
     return f"{one.mean:.{digits}f}" + ("" if one.half is None else f" ± {one.half:.{digits}f}")
 
 
-def _signed(one: Estimate | None) -> str:
+def _signed(one: Estimate | None, p: float | None) -> str:
     if one is None:
         return "–"
-    return f"{one.mean:+.3f}" + ("" if one.half is None else f" ± {one.half:.3f}") + ("*" if one.significant else "")
+    star = "*" if p is not None and p < 1 - LEVEL else ""
+    return f"{one.mean:+.3f}" + ("" if one.half is None else f" ± {one.half:.3f}") + star
 
 
 def _latex(text: str) -> str:
