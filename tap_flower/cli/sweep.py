@@ -31,6 +31,9 @@ StudyFolder = Annotated[Path, typer.Option(help="The study's folder.")]
 def sweep_command(
     file: Annotated[Path, typer.Argument(help="YAML file of methods, seeds and settings.")],
     out: Annotated[Path | None, typer.Option(help="The sweep's folder.", show_default="runs/NAME-OF-FILE")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder for small copies of finished runs; as --out it gives the tables again.")
+    ] = None,
     cpus_per_run: CpusPerRun = None,
     gpus_per_run: GpusPerRun = None,
     ray: RayAddress = "local",
@@ -40,6 +43,7 @@ def sweep_command(
     from tap_flower.report.figures import Figure
     from tap_flower.report.html_report import write_study
     from tap_flower.report.terminal_tables import terminal
+    from tap_flower.study import kept
     from tap_flower.study.comparison import compare
     from tap_flower.study.plan import read_sweep
     from tap_flower.study.sweep_tables import comparison_tables, latex, markdown, to_csv
@@ -57,6 +61,9 @@ def sweep_command(
     shown = [Figure(table.caption, table, None) for table in tables]
     write_study(f"Sweep {file.stem}", lead, shown, out / "table.html")
     say(console, f"tables in {out / 'table.md'}, .csv, .tex and .html")
+    if keep is not None:
+        kept.keep(finished := [run.folder for run in sweep.runs if run.done], keep)
+        say(console, f"{len(finished)} runs kept in {keep}")
     _exit_if(failed)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from tap_flower.config import Config, client_specs, load_config, plain, read_yam
 from tap_flower.errors import ConfigError
 from tap_flower.methods.registry import find_method
 from tap_flower.report.results import RESULTS
+from tap_flower.study.kept import different, portable, recorded
 
 _KEYS = ("preset", "config", "seeds", "set", "methods", "budgets")
 ROUNDS, STEPS = "rounds", "steps"
@@ -203,12 +204,11 @@ def _checked(runs: Sequence[PlannedRun]) -> Config:
     resolved = runs[0].resolved
     if not client_specs(resolved):
         raise ConfigError(f"preset {runs[0].preset!r} has no clients: name a `config` file with client specs")
+    new = portable(plain(resolved))
     for run in runs:
-        if run.done:
-            old, new = read_yaml(run.folder / "config.yaml"), plain(replace(resolved, seed=run.seed))
-            if different := sorted(key for key in new if old.get(key) != new[key]):
-                raise ConfigError(
-                    f"{run.folder} holds a run with another configuration ({', '.join(different)} differ): give another "
-                    f"folder with --out, or remove this one"
-                )
+        if run.done and (keys := different(recorded(run.folder), new)):
+            raise ConfigError(
+                f"{run.folder} holds a run with another configuration ({', '.join(keys)} differ): give another folder with "
+                f"--out, or remove this one"
+            )
     return resolved

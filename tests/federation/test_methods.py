@@ -215,3 +215,13 @@ def test_the_documentations_own_method_runs(kind: str, tmp_path: Path, monkeypat
     assert not [component for component in exchanged if component.startswith("encoder/")]
     if kind == "toys":
         assert exchanged == {"fusion/mix", "fusion/norm", "head/languages", "head/shape_images"}
+
+
+@each_kind
+def test_a_run_of_tap_has_the_models_of_fedavg(run_of: RunOf, kind: str) -> None:
+    """The training of the server's copy does not look at the personal model: three runs in one, digit for digit."""
+    tap, fedavg, finetuned = (run_of(kind, method)[1]["clients"] for method in ("tap", "fedavg", "fedavg+finetune"))
+    for client, by_task in tap.items():
+        for task, by_model in by_task.items():
+            assert by_model["server"] == fedavg[client][task]["server"] == finetuned[client][task]["server"]
+            assert by_model["server+finetune"] == finetuned[client][task]["server+finetune"]

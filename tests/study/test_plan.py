@@ -107,5 +107,5 @@ def test_a_finished_run_of_another_configuration_is_not_taken_for_this_one(plan:
     write_json(run.folder / "results.json", {})
     (run.folder / "config.yaml").write_text(to_yaml(load_config(run.preset, "", run.settings)))
     assert plan().runs[0].done
-    with pytest.raises(ConfigError, match=r"seed-1 holds a run with another configuration \(train differ\)"):
+    with pytest.raises(ConfigError, match=r"seed-1 holds a run with another configuration \(train.steps differ\)"):
         plan(set={"train.steps": 3})
