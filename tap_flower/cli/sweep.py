@@ -31,13 +31,19 @@ StudyFolder = Annotated[Path, typer.Option(help="The study's folder.")]
 def sweep_command(
     file: Annotated[Path, typer.Argument(help="YAML file of methods, seeds and settings.")],
     out: Annotated[Path | None, typer.Option(help="The sweep's folder.", show_default="runs/NAME-OF-FILE")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder for small copies of finished runs; as --out it gives the tables again.")
+    ] = None,
     cpus_per_run: CpusPerRun = None,
     gpus_per_run: GpusPerRun = None,
     ray: RayAddress = "local",
 ) -> None:
-    """Run methods by seeds, whatever is missing, and compare them in table.md, .csv and .tex."""
+    """Run methods by seeds, whatever is missing, and compare them in table.md, .csv, .tex and .html."""
     from tap_flower.files import write_atomically
+    from tap_flower.report.figures import Figure
+    from tap_flower.report.html_report import write_study
     from tap_flower.report.terminal_tables import terminal
+    from tap_flower.study import kept
     from tap_flower.study.comparison import compare
     from tap_flower.study.plan import read_sweep
     from tap_flower.study.sweep_tables import comparison_tables, latex, markdown, to_csv
@@ -45,13 +51,19 @@ def sweep_command(
     console, out = Console(), out or Path("runs") / file.stem
     sweep = read_sweep(file, out)
     failed = _execute(console, sweep.runs, (ray, cpus_per_run, gpus_per_run))
-    found = compare(sweep)
-    tables = comparison_tables(found)
+    found = [compare(sweep, budget) for budget in sweep.budgets]
+    tables = [table for one in found for table in comparison_tables(one)]
     for table in tables:
         console.print(terminal(table))
     for name, text in (("md", markdown(tables)), ("csv", to_csv(found)), ("tex", latex(tables))):
         write_atomically(out / f"table.{name}", text.encode())
-    say(console, f"tables in {out / 'table.md'}, .csv and .tex")
+    lead = f"Preset {sweep.runs[0].preset}; the sweep file is {file.name}."
+    shown = [Figure(table.caption, table, None) for table in tables]
+    write_study(f"Sweep {file.stem}", lead, shown, out / "table.html")
+    say(console, f"tables in {out / 'table.md'}, .csv, .tex and .html")
+    if keep is not None:
+        kept.keep(finished := [run.folder for run in sweep.runs if run.done], keep)
+        say(console, f"{len(finished)} runs kept in {keep}")
     _exit_if(failed)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tap_flower.core.components import State
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage
+from tap_flower.methods.method import Memory, Method, Participation, SecondStage, two_models_in_a_round
 from tap_flower.methods.session import Session
 
 NAME, PERSONAL = "ditto", "personal"
@@ -36,4 +36,4 @@ def models(received: State, memory: Memory, first: Callable[[], State]) -> dict[
     return {"server": received, PERSONAL: memory.models.get(PERSONAL)}
 
 
-METHOD = Method(NAME, participate, second_stage, (NAME,), models)
+METHOD = Method(NAME, participate, second_stage, (NAME,), models, trained=two_models_in_a_round)

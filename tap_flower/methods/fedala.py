@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch.optim import Optimizer
 
+from tap_flower.config import Config
 from tap_flower.core.components import State
 from tap_flower.core.training import Optimisation
 from tap_flower.methods.fedper import check_heads
@@ -84,5 +85,24 @@ def models(received: State, memory: Memory, first: Callable[[], State]) -> dict[
     return {"server": received, "personal": aggregated(received, memory)}
 
 
+def trained(config: Config) -> tuple[float, float]:
+    """The model, and W as often as a client that is sampled as often as the others learns it: not before it has heads."""
+    clients = len(config.clients) or config.clients_per_round
+    rounds = max(config.rounds * min(config.clients_per_round / clients, 1.0), 1.0)  # in which it takes part
+    share, first = config.baselines.fedala_share, config.baselines.fedala_start
+    began = min(rounds - 1.0, 1.0)  # in stage 1; who has not by then, in stage 2
+    passes = began * first + max(rounds - 2.0, 0.0)
+    return 1.0 + share * passes / rounds, 1.0 + share * (began + (1.0 - began) * first)
+
+
 OWN_LOOP = "learns the weights of its heads between optimiser steps, which are the loop's own"
-METHOD = Method(NAME, participate, second_stage, (NAME,), models, suits=partial(check_heads, NAME), own_loop=OWN_LOOP)
+METHOD = Method(
+    NAME,
+    participate,
+    second_stage,
+    (NAME,),
+    models,
+    suits=partial(check_heads, NAME),
+    own_loop=OWN_LOOP,
+    trained=trained,
+)

@@ -28,5 +28,5 @@ def second_stage(session: Session, received: State, memory: Memory) -> SecondSta
     return SecondStage({FINETUNED: finetuned}, losses)
 
 
-FEDAVG = Method("fedavg", participate, nothing, ())
+FEDAVG = Method("fedavg", participate, nothing, (), trained=lambda _: (1, 0))
 METHOD = Method("fedavg+finetune", participate, second_stage, (FINETUNED,))

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from tap_flower.core.components import State, cpu_state
 from tap_flower.core.training import Batch
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage
+from tap_flower.methods.method import Memory, Method, Participation, SecondStage, two_models_in_a_round
 from tap_flower.methods.mixture import LOCAL, Mixture, mixed_models, mixture
 from tap_flower.methods.session import Session
 
@@ -62,4 +62,6 @@ def second_stage(session: Session, received: State, memory: Memory) -> SecondSta
 
 
 OWN_LOOP = "trains two models step by step on the same batches, which are the loop's own"
-METHOD = Method(NAME, participate, second_stage, (NAME,), mixed_models, own_loop=OWN_LOOP)
+METHOD = Method(
+    NAME, participate, second_stage, (NAME,), mixed_models, own_loop=OWN_LOOP, trained=two_models_in_a_round
+)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tap_flower.config import Config
 from tap_flower.core.components import ComponentModel, State
 from tap_flower.core.replacement import Decision
 from tap_flower.methods.session import Session
@@ -79,6 +80,18 @@ def any_model(model: ComponentModel) -> None:
     del model
 
 
+def one_model(config: Config) -> tuple[float, float]:
+    """The `trained` of a method that trains one model in a round, and one in stage 2."""
+    del config
+    return 1, 1
+
+
+def two_models_in_a_round(config: Config) -> tuple[float, float]:
+    """The `trained` of a method that trains two models in a round, and one in stage 2."""
+    del config
+    return 2, 1
+
+
 Combine = Callable[[Tensor, Tensor], Tensor]
 """(differences of a tensor [clients, …], float64; weights of the clients [clients], which sum to 1) -> [...]."""
 Step = Callable[[State, Mapping[str, Any], int], tuple[State, State]]
@@ -118,6 +131,8 @@ class Method:
         suits: raises a ConfigError where the method cannot work with a client's model.
         own_loop: why a project's own loop (`Task.fit`) cannot train for the method, after its name; empty where it can.
         server: what the server does with the differences; None is the weighted mean.
+        trained: (configuration of a run) -> how many models a client trains, for `train.steps` optimiser steps each in a
+            round, and for `distill.iterations` each in stage 2. A sweep with equal steps shares them out by it.
     """
 
     name: str
@@ -129,6 +144,7 @@ class Method:
     suits: Callable[[ComponentModel], None] = any_model
     own_loop: str = ""
     server: ServerHalf | None = None
+    trained: Callable[[Config], tuple[float, float]] = one_model
 
     @property
     def result(self) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import inf
 
-from tap_flower.config import ReplacementEvidence, ReplacementMode, ReplacementSource, StageTwo
+from tap_flower.config import Config, ReplacementEvidence, ReplacementMode, ReplacementSource, StageTwo
 from tap_flower.core.components import ComponentModel, State, cpu_state
 from tap_flower.core.objectives import Distillation
 from tap_flower.core.replacement import PARTS, Decision, decide, mixture, replace
@@ -143,4 +143,9 @@ def models(received: State, memory: Memory, first: Callable[[], State]) -> dict[
     return {"server": received, "personal": memory.models.get(PERSONAL)}
 
 
-METHOD = Method("tap", participate, second_stage, ("server+finetune", "tap"), models)
+def trained(config: Config) -> tuple[float, float]:
+    """Two models in a round, and in stage 2 teacher and student, or what the ablation says."""
+    return 2, 1 if config.distill.stage is StageTwo.finetuning else 2
+
+
+METHOD = Method("tap", participate, second_stage, ("server+finetune", "tap"), models, trained=trained)

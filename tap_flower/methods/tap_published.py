@@ -6,15 +6,19 @@ Components are replaced wholly or not at all, nothing is decided between the two
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
-from tap_flower.config import HyperParameters, ReplacementMode, StageTwo
+from tap_flower.config import Config, HyperParameters, ReplacementMode, StageTwo
 from tap_flower.core.components import State
 from tap_flower.methods import tap
 from tap_flower.methods.method import Memory, Participation, SecondStage
 from tap_flower.methods.session import Session
 
 
-def as_published(settings: HyperParameters) -> HyperParameters:
+_Settings = TypeVar("_Settings", bound=HyperParameters)
+
+
+def as_published(settings: _Settings) -> _Settings:
     """A run's hyper-parameters with the paper's choices where TAP has others."""
     return replace(
         settings,
@@ -35,4 +39,11 @@ def second_stage(session: Session, received: State, memory: Memory) -> SecondSta
     return tap.second_stage(session, received, memory)
 
 
-METHOD = replace(tap.METHOD, name="tap-published", participate=participate, second_stage=second_stage)
+def trained(config: Config) -> tuple[float, float]:
+    """Two models in a round, and in stage 2."""
+    return tap.trained(as_published(config))
+
+
+METHOD = replace(
+    tap.METHOD, name="tap-published", participate=participate, second_stage=second_stage, trained=trained
+)

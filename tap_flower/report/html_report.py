@@ -39,6 +39,7 @@ def page(runs: Sequence[RunRecord]) -> str:
     return _template("report.html").render(
         runs=[_run_page(run) for run in runs],
         headlines=[(group, result_tables.headline_table([run.results for run in group])) for group in grouped],
+        over_clients=[result_tables.clients_table([run.results for run in group]) for group in grouped],
         side_by_side=result_tables.side_by_side(grouped) if len(runs) > 1 else None,
         differences=result_tables.differences(runs),
         items=ITEMS if max(len(run.clients) for run in runs) <= MANY_CLIENTS else FEWER_ITEMS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -9,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tap_flower.report.results import best, headline, metric_with_arrow, models_in
+from tap_flower.report.results import SPREAD, best, headline, metric_with_arrow, models_in
 from tap_flower.report.run_record import RunRecord
 from tap_flower.report.svg import number
 
@@ -67,7 +68,7 @@ def headline_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     models = models_in({f"{n} {task}": m for n, run in enumerate(runs) for task, m in run["tasks"].items()})
     rows, stand_out = [], set()
     for place, task in enumerate(sorted({task for run in runs for task in run["tasks"]})):
-        found = [_values(runs, task, model, kinds[task]) for model in models]
+        found = [_values(runs, task, model, headline(kinds[task])[0]) for model in models]
         means = [fmean(values) if values else None for values in found]
         winner = best(kinds[task], means)
         stand_out |= {(place, 2 + n) for n, mean in enumerate(means) if mean is not None and mean == winner}
@@ -84,6 +85,27 @@ def headline_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     return Table(caption, header, rows, frozenset(stand_out), f"means over clients, on test data; {note}")
 
 
+def clients_table(runs: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Task × model: how the headline metric differs between clients; None where no task has several.
+
+    Args:
+        runs: the results of one run, or of several, whose mean and standard deviation the cells then hold.
+    """
+    held = Counter((n, task) for n, run in enumerate(runs) for by_task in run["clients"].values() for task in by_task)
+    kinds = {task: run["kinds"][task] for n, run in enumerate(runs) for task in run["tasks"] if held[n, task] > 1}
+    if not kinds:
+        return None
+    models = models_in({f"{n} {task}": run["tasks"].get(task, {}) for n, run in enumerate(runs) for task in kinds})
+    rows = []
+    for task, kind in sorted(kinds.items()):
+        for key, what in SPREAD.items():
+            found = [_values(runs, task, model, key) for model in models]
+            rows.append([task, f"{what}, {metric_with_arrow(kind) if key != 'std' else '↓'}", *map(spread, found)])
+    return Table(
+        "Over clients", ["task", "over clients", *models], rows, note="tenth percentile: counted from the worst"
+    )
+
+
 def side_by_side(grouped: Sequence[Sequence[RunRecord]]) -> Table:
     """Task and model × run, and behind the runs that differ in nothing but their seed their mean and spread."""
     runs = [run.results for group in grouped for run in group]
@@ -96,7 +118,7 @@ def side_by_side(grouped: Sequence[Sequence[RunRecord]]) -> Table:
         for model in models_in({str(n): run["tasks"].get(task, {}) for n, run in enumerate(runs)}):
             row = [task, model, metric_with_arrow(kind)]
             for group in grouped:
-                found = [_values([run.results], task, model, kind) for run in group]
+                found = [_values([run.results], task, model, headline(kind)[0]) for run in group]
                 row += map(spread, found)
                 row += [spread([value for values in found for value in values])] if len(group) > 1 else []
             rows.append(row)
@@ -110,7 +132,7 @@ def spread(values: Sequence[float]) -> str:
     return number(fmean(values)) + (f" ± {number(stdev(values))}" if len(values) > 1 else "")
 
 
-def _values(runs: Sequence[Mapping[str, Any]], task: str, model: str, kind: str) -> list[float]:
-    """The headline metric of a task and a model in each run that has it."""
-    by_run = (run["tasks"].get(task, {}).get(model, {}).get(headline(kind)[0]) for run in runs)
+def _values(runs: Sequence[Mapping[str, Any]], task: str, model: str, key: str) -> list[float]:
+    """A metric, or a key of `SPREAD`, of a task and a model in each run that has it."""
+    by_run = (run["tasks"].get(task, {}).get(model, {}).get(key) for run in runs)
     return [value for value in by_run if value is not None]

@@ -18,6 +18,8 @@ SCHEMA = 2
 RESULTS = "results.json"
 MODELS = ("server", "server+finetune", "personal", "tap")
 """Names of models in the order in which they are shown; others follow."""
+SPREAD = {"worst": "worst client", "p10": "tenth percentile", "std": "standard deviation"}
+"""Key in the results of a task and a model -> what it says of the headline metric over clients; see `spread`."""
 _REQUIRED = {"preset", "method", "seed", "rounds", "clients", "tasks", "kinds", "replacements", "bytes"}
 Metrics = Mapping[str, Mapping[str, Mapping[str, float]]]
 

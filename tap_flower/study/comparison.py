@@ -1,18 +1,24 @@
-"""Compares the finished runs of a sweep: tasks by methods, ranks, differences to a reference, costs."""
+"""Compares the finished runs of a sweep: tasks by methods, ranks, differences to a reference, clients, costs."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
-from tap_flower.report.results import headline, metric_with_arrow, read_results, scores
-from tap_flower.study.plan import Sweep
-from tap_flower.study.statistics import Estimate, estimate, mean_ranks, paired
+import numpy as np
+
+from tap_flower.core.tasks import TASK_KINDS
+from tap_flower.report.results import SPREAD, headline, metric_with_arrow, read_results, scores
+from tap_flower.study.plan import ROUNDS, STEPS, Sweep
+from tap_flower.study.statistics import Estimate, estimate, holm, mean_ranks, paired
 
 OVERALL = "mean of scores"
 """Name of the row over all tasks."""
+TITLES = {ROUNDS: "Equal rounds", STEPS: "Equal optimiser steps"}
+"""Budget -> what the methods have in common."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,9 @@ class Row:
         name: name of the task, or of the cost.
         unit: the metric, with an arrow to the better side.
         values: label -> mean and interval over seeds.
-        differences: label -> paired difference to the reference, positive where the label is better; empty for costs.
+        differences: label -> paired difference to the reference, positive where the label is better; in rows of quality.
         best: the labels with the best mean.
+        p_values: label -> p-value of its difference, corrected for the number of labels that the row compares.
     """
 
     name: str
@@ -32,6 +39,7 @@ class Row:
     values: Mapping[str, Estimate]
     differences: Mapping[str, Estimate]
     best: frozenset[str] = frozenset()
+    p_values: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,36 +47,44 @@ class Comparison:
     """The comparison of a sweep's methods.
 
     Attributes:
+        budget: name of the budget that the methods have in common.
         labels: labels of the methods, as the sweep lists them.
         seeds: seeds of the finished runs.
         reference: the label that the others' differences are to.
         quality: a row for each task, and the mean of their scores.
         ranks: label -> mean rank over tasks and seeds.
-        costs: rows of megabytes, optimiser steps and seconds of a run.
+        clients: rows on the spread over clients, and on how many of them a method serves better than training alone.
+        costs: rows of megabytes, rounds, optimiser steps and seconds of a run.
+        note: what a reader of the tables must know.
     """
 
+    budget: str
     labels: Sequence[str]
     seeds: Sequence[int]
     reference: str
     quality: Sequence[Row]
     ranks: Mapping[str, float]
+    clients: Sequence[Row]
     costs: Sequence[Row]
+    note: str = ""
 
 
 Values = dict[str, dict[int, float]]
 """Label -> seed -> value."""
+ALONE = "local"
+"""Name of the model, and of the method, of clients that train alone."""
 
 
-def compare(sweep: Sweep) -> Comparison:
-    """Compares the finished runs of a sweep.
+def compare(sweep: Sweep, budget: str = ROUNDS) -> Comparison:
+    """Compares the finished runs of a sweep that have one budget.
 
     Methods are ranked for each task and seed by their score: the headline metric, or 1 minus it where lower is better.
 
     Raises:
         StorageError: the results of a run are damaged.
     """
-    found = {(run.label, run.seed): read_results(run.folder) for run in sweep.runs if run.done}
-    labels = list(dict.fromkeys(run.label for run in sweep.runs if (run.label, run.seed) in found))
+    found = {at: read_results(run.folder) for at, run in sweep.budgets[budget].items() if run.done}
+    labels = list(dict.fromkeys(label for label, _ in found))
     seeds = sorted({seed for _, seed in found})
     kinds = {task: kind for results in found.values() for task, kind in results["kinds"].items()}
     measured, scored, costs = _by_name(), _by_name(), _by_name()
@@ -80,6 +96,7 @@ def compare(sweep: Sweep) -> Comparison:
         measured[OVERALL][label][seed] = scored[OVERALL][label][seed] = fmean(of_run.values())
         costs["MB to clients"][label][seed] = results["bytes"]["down"] / 1e6
         costs["MB back"][label][seed] = results["bytes"]["up"] / 1e6
+        costs["rounds"][label][seed] = results["rounds"]
         costs["optimiser steps"][label][seed] = sum(results["steps"].values())
         costs["seconds"][label][seed] = results["seconds"]["total"]
     units = {
@@ -91,13 +108,17 @@ def compare(sweep: Sweep) -> Comparison:
         for task in kinds
         for seed in seeds
     ]
+    one_stage = [label for label in labels if budget == STEPS and sweep.result[label] == "server"]
     return Comparison(
+        budget,
         labels,
         seeds,
         sweep.reference,
         [_row(name, unit, measured[name], scored[name], sweep.reference) for name, unit in units.items()],
         mean_ranks(ranked),
+        [*_spread(found, sweep.result, units), *_served(found, sweep.result)],
         [Row(name, "a run", _estimates(values), {}) for name, values in costs.items()],
+        f"Without a stage 2, with equal steps in stage 1 alone: {', '.join(one_stage)}." if one_stage else "",
     )
 
 
@@ -113,8 +134,74 @@ def _row(name: str, unit: str, values: Values, scored: Values, reference: str) -
         for label, by_seed in scored.items()
         if label != reference and (difference := paired(by_seed, scored.get(reference, {}))) is not None
     }
+    p_values = holm({label: one.p for label, one in differences.items() if one.p is not None})
     # Where all are equal, none stands out.
-    return Row(name, unit, _estimates(values), differences, best if len(best) < len(means) else frozenset())
+    best = best if len(best) < len(means) else frozenset()
+    return Row(name, unit, _estimates(values), differences, best, p_values)
+
+
+Found = Mapping[tuple[str, int], Mapping[str, Any]]
+"""(label, seed) -> results of the run."""
+
+
+def _spread(found: Found, result: Mapping[str, str], units: Mapping[str, str]) -> list[Row]:
+    """Of each task, and of the clients' scores: the worst client, the tenth percentile, the standard deviation."""
+    rows = {(task, key): Values() for task in units for key in SPREAD}
+    for (label, seed), results in found.items():
+        for task, by_model in results["tasks"].items():
+            for key in SPREAD.keys() & by_model[result[label]].keys():
+                rows[task, key].setdefault(label, {})[seed] = by_model[result[label]][key]
+        if of_clients := list(_client_scores(results, result[label]).values()):
+            over = (
+                min(of_clients),
+                float(np.quantile(of_clients, 0.1)),
+                float(np.std(of_clients, ddof=len(of_clients) > 1)),
+            )
+            for key, value in zip(SPREAD, over, strict=True):
+                rows[OVERALL, key].setdefault(label, {})[seed] = value
+    return [
+        Row(f"{task}: {SPREAD[key]}", units[task] if key != "std" else "↓", _estimates(values), {})
+        for (task, key), values in rows.items()
+        if values
+    ]
+
+
+def _served(found: Found, result: Mapping[str, str]) -> list[Row]:
+    """The shares of clients that a method serves better than training alone does, and no worse beyond noise.
+
+    A client's score is the mean over its tasks. It is worse beyond noise where the difference of its score to that of
+    `local`, paired by seed, has an interval over seeds that is wholly below 0.
+    """
+    better, no_worse = dict[str, Estimate](), dict[str, Estimate]()
+    by_client: dict[str, dict[str, dict[int, float]]] = {}
+    for (label, seed), results in found.items():
+        for client, score in _client_scores(results, result[label]).items():
+            by_client.setdefault(label, {}).setdefault(client, {})[seed] = score
+    alone = next((by_client[label] for label in by_client if result[label] == ALONE), {})
+    for label, scores_of in by_client.items():
+        pairs = [paired(scores_of[client], alone[client]) for client in scores_of.keys() & alone.keys()]
+        differences = [one for one in pairs if one is not None]
+        if result[label] == ALONE or not differences:
+            continue
+        seeds = min(one.count for one in differences)
+        better[label] = Estimate(fmean(one.mean > 0 for one in differences), None, seeds)
+        if seeds > 1:
+            worse = fmean(one.significant and one.mean < 0 for one in differences)
+            no_worse[label] = Estimate(1.0 - worse, None, seeds)
+    rows = [Row(f"better than {ALONE}", "share ↑", better, {}), Row(f"not worse than {ALONE}", "share ↑", no_worse, {})]
+    return [row for row in rows if row.values]
+
+
+def _client_scores(results: Mapping[str, Any], model: str) -> dict[str, float]:
+    """Client -> mean over its tasks of its score: the headline metric, or 1 minus it where lower is better."""
+    kinds = results["kinds"]
+    of_tasks = {
+        client: [
+            TASK_KINDS[kinds[task]].score(by_model[model]) for task, by_model in by_task.items() if model in by_model
+        ]
+        for client, by_task in results["clients"].items()
+    }
+    return {client: fmean(found) for client, found in of_tasks.items() if found}
 
 
 def _estimates(values: Values) -> dict[str, Estimate]:

@@ -11,8 +11,13 @@ from tap_flower.config import Config, client_specs, load_config, plain, read_yam
 from tap_flower.errors import ConfigError
 from tap_flower.methods.registry import find_method
 from tap_flower.report.results import RESULTS
+from tap_flower.study.kept import different, portable, recorded
 
-_KEYS = ("preset", "config", "seeds", "set", "methods")
+_KEYS = ("preset", "config", "seeds", "set", "methods", "budgets")
+ROUNDS, STEPS = "rounds", "steps"
+"""Budgets: every method with the steps that the configuration says, or each with as many optimiser steps as TAP."""
+_COUNTED = "train.steps", "distill.iterations", "rounds", "clients_per_round"
+"""Settings that the budget `steps` decides, or counts on."""
 
 
 @dataclass(frozen=True)
@@ -65,26 +70,35 @@ class Sweep:
     """A checked sweep.
 
     Attributes:
-        runs: the runs in the order of seeds, then of methods: after some seeds there is something to compare already.
+        budgets: budget -> (label of a method, seed) -> its run, which may stand under both budgets.
         result: label -> name of the model that the method is judged by.
         reference: the label that the others are compared with.
     """
 
-    runs: tuple[PlannedRun, ...]
+    budgets: Mapping[str, Mapping[tuple[str, int], PlannedRun]]
     result: Mapping[str, str]
     reference: str
+
+    @property
+    def runs(self) -> tuple[PlannedRun, ...]:
+        """The different runs, in the order of seeds: after some seeds there is something to compare already."""
+        different = dict.fromkeys(run for runs in self.budgets.values() for run in runs.values())
+        seeds = list(dict.fromkeys(run.seed for run in different))
+        return tuple(sorted(different, key=lambda run: seeds.index(run.seed)))
 
 
 def read_sweep(file: Path, out: Path) -> Sweep:
     """Reads a sweep and checks every run of it before the first one starts.
 
     The file has `seeds`, a list; `methods`, a list of names, or a mapping of labels to settings (`method` among them where
-    it is not the label); and where they are needed `preset` (demo), `config` (a YAML file, as `simulate --config`) and
-    `set`, settings of all runs (`train.steps: 10`).
+    it is not the label); and where they are needed `preset` (demo), `config` (a YAML file, as `simulate --config`),
+    `set`, settings of all runs (`train.steps: 10`), and `budgets`, of `rounds` (every method with the steps that the
+    configuration says; without `budgets`, this alone) and `steps` (each with as many optimiser steps as TAP has).
 
     Args:
         file: the YAML file.
-        out: folder of the sweep; that of a run is OUT/LABEL/seed-N.
+        out: folder of the sweep; that of a run is OUT/LABEL/seed-N, or OUT/LABEL+steps/seed-N where the budget `steps`
+            gives it other steps.
 
     Raises:
         ConfigError: something in the file is wrong, or a folder holds a finished run of another configuration.
@@ -93,28 +107,62 @@ def read_sweep(file: Path, out: Path) -> Sweep:
     if unknown := values.keys() - set(_KEYS):
         raise ConfigError(f"{file}: unknown {', '.join(sorted(map(repr, unknown)))}: use {', '.join(_KEYS)}")
     seeds = values.get("seeds", [])
-    if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds) or len({*seeds}) < len(seeds):
+    if not isinstance(seeds, list) or not seeds or not all(map(_is_seed, seeds)) or len({*seeds}) < len(seeds):
         raise ConfigError(f"{file}: seeds is {seeds!r}: list different whole numbers, such as [41, 42, 43]")
     methods = _labelled(file, values.get("methods", []))
     common = _settings(file, "set", values.get("set", {}))
     config = str(file.resolve().parent / values["config"]) if "config" in values else ""
     preset = str(values.get("preset", "demo"))
-    runs = tuple(
-        PlannedRun(
-            label,
-            seed,
-            preset,
-            config,
-            (*common, f"method={method}", *own, f"seed={seed}"),
-            out / label / f"seed-{seed}",
+    budgets = values.get("budgets", [ROUNDS])
+    if not isinstance(budgets, list) or not budgets or not {*map(str, budgets)} <= {ROUNDS, STEPS}:
+        raise ConfigError(
+            f"{file}: budgets is {budgets!r}: list {ROUNDS}, {STEPS} or both, such as [{ROUNDS}, {STEPS}]"
         )
-        for seed in seeds
-        for label, (method, own) in methods.items()
-    )
-    for run in runs:
-        _check(run)
+
+    def planned(label: str, own: Sequence[str]) -> list[PlannedRun]:
+        return [
+            PlannedRun(label, seed, preset, config, (*common, *own, f"seed={seed}"), out / label / f"seed-{seed}")
+            for seed in seeds
+        ]
+
+    tap = planned("tap", ("method=tap",))[0].resolved if STEPS in budgets else None
+    found: dict[str, dict[tuple[str, int], PlannedRun]] = {budget: {} for budget in budgets}
+    for label, (method, own) in methods.items():
+        runs = planned(label, own := (f"method={method}", *own))
+        resolved = _checked(runs)
+        for budget in budgets:
+            of_budget = runs
+            if budget == STEPS and tap is not None:
+                _check_own_steps(file, label, own)
+                if more := _steps_as_tap(resolved, tap):
+                    if (name := f"{label}+{STEPS}") in methods:
+                        raise ConfigError(
+                            f"{file}: methods has {name!r}, the folder of {label!r} with equal steps: rename it"
+                        )
+                    _checked(of_budget := planned(name, (*own, *more)))
+            found[budget] |= {(label, run.seed): run for run in of_budget}
     result = {label: find_method(method).result for label, (method, _) in methods.items()}
-    return Sweep(runs, result, "tap" if "tap" in methods else next(iter(methods)))
+    return Sweep(found, result, "tap" if "tap" in methods else next(iter(methods)))
+
+
+def _is_seed(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= 2**62
+
+
+def _check_own_steps(file: Path, label: str, own: Sequence[str]) -> None:
+    for setting in own:
+        if setting.partition("=")[0] in _COUNTED:
+            raise ConfigError(
+                f"{file}: {label} sets {setting}, on which the budget `{STEPS}` counts: put it under `set`"
+            )
+
+
+def _steps_as_tap(own: Config, tap: Config) -> tuple[str, ...]:
+    """The settings by which a method makes as many optimiser steps as TAP, stage by stage; none where it does already."""
+    steps = tap.train.steps, tap.distill.iterations
+    models, of_tap = (find_method(config.method).trained(config) for config in (own, tap))
+    equal = [max(round(n * of / m), 1) if m else n for n, of, m in zip(steps, of_tap, models, strict=True)]
+    return () if (*equal,) == steps else (f"train.steps={equal[0]}", f"distill.iterations={equal[1]}")
 
 
 def _labelled(file: Path, methods: Any) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -151,14 +199,16 @@ def _plain(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _check(run: PlannedRun) -> None:
-    resolved = run.resolved
+def _checked(runs: Sequence[PlannedRun]) -> Config:
+    """The configuration of runs that differ in their seed alone; to read it anew for each would take seconds."""
+    resolved = runs[0].resolved
     if not client_specs(resolved):
-        raise ConfigError(f"preset {run.preset!r} has no clients: name a `config` file with client specs")
-    if run.done:
-        old, new = read_yaml(run.folder / "config.yaml"), plain(resolved)
-        if different := sorted(key for key in new if old.get(key) != new[key]):
+        raise ConfigError(f"preset {runs[0].preset!r} has no clients: name a `config` file with client specs")
+    new = portable(plain(resolved))
+    for run in runs:
+        if run.done and (keys := different(recorded(run.folder), new)):
             raise ConfigError(
-                f"{run.folder} holds a run with another configuration ({', '.join(different)} differ): give another "
-                f"folder with --out, or remove this one"
+                f"{run.folder} holds a run with another configuration ({', '.join(keys)} differ): give another folder with "
+                f"--out, or remove this one"
             )
+    return resolved

@@ -1,4 +1,4 @@
-"""Means over seeds with their intervals, paired differences, ranks; and these as CSV."""
+"""Means over seeds with their intervals, paired differences, corrected p-values, ranks; and these as CSV."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ class Estimate:
         """Whether the interval leaves out zero."""
         return self.half is not None and abs(self.mean) > self.half
 
+    @property
+    def p(self) -> float | None:
+        """The two-sided p-value of Student's t-test that the mean is zero; None where there is one value only."""
+        if self.half is None:
+            return None
+        if self.half == 0.0:
+            return float(self.mean == 0.0)
+        quantile = float(t.ppf((1 + LEVEL) / 2, self.count - 1))
+        return 2 * float(t.sf(abs(self.mean) / self.half * quantile, self.count - 1))
+
 
 def estimate(values: Sequence[float]) -> Estimate:
     """The mean of one value or more, with its 95 % interval."""
@@ -48,6 +58,22 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Estim
     """The mean of `value - reference` over the seeds that both have; None where there is no such seed."""
     differences = [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
     return estimate(differences) if differences else None
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """P-values corrected for their number, which reject a true hypothesis at all with the level's probability at most.
+
+    The step-down procedure of Holm (Scandinavian Journal of Statistics 6, 1979): the i-th smallest of m, counted from 1, is
+    multiplied by m + 1 − i, and is at least as large as those before it, and at most 1.
+
+    Args:
+        p_values: name of a comparison -> its p-value.
+    """
+    corrected, largest = dict[str, float](), 0.0
+    for place, (name, p) in enumerate(sorted(p_values.items(), key=lambda one: one[1])):
+        largest = max(largest, min((len(p_values) - place) * p, 1.0))
+        corrected[name] = largest
+    return corrected
 
 
 def mean_ranks(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import astuple
 
 from tap_flower.report.result_tables import Table
-from tap_flower.study.comparison import Comparison
-from tap_flower.study.statistics import ESTIMATE_COLUMNS, Estimate, csv_text
+from tap_flower.study.comparison import TITLES, Comparison
+from tap_flower.study.statistics import ESTIMATE_COLUMNS, LEVEL, Estimate, csv_text
 
 _ESCAPES = str.maketrans(
     {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
@@ -15,7 +15,7 @@ _ESCAPES = str.maketrans(
 
 
 def comparison_tables(found: Comparison) -> list[Table]:
-    """The tables of a comparison: quality with mean ranks, paired differences to the reference, and costs."""
+    """The tables of a comparison: quality with mean ranks and costs below it, paired differences, the clients."""
     labels = list(found.labels)
     others = [label for label in labels if label != found.reference]
     seeds = f"{len(found.seeds)} seed{'s' if len(found.seeds) > 1 else ''} ({', '.join(map(str, found.seeds))})"
@@ -26,17 +26,34 @@ def comparison_tables(found: Comparison) -> list[Table]:
         strong |= {(len(quality), 2 + labels.index(label)) for label, rank in found.ranks.items() if rank == lowest}
         quality.append(["mean rank", "↓", *(f"{found.ranks[label]:.2f}" for label in labels)])
     differences = [
-        [row.name, row.unit[:-2], *(_signed(row.differences.get(label)) for label in others)] for row in found.quality
+        [
+            row.name,
+            row.unit[:-2],
+            *(_signed(row.differences.get(label), row.p_values.get(label)) for label in others),
+        ]
+        for row in found.quality
     ]
-    costs = [[row.name, row.unit, *(_cell(row.values.get(label)) for label in labels)] for row in found.costs]
+    clients = [[row.name, row.unit, *(_cell(row.values.get(label)) for label in labels)] for row in found.clients]
+    quality += [[row.name, row.unit, *(_cell(row.values.get(label)) for label in labels)] for row in found.costs]
+    title, star = (
+        TITLES[found.budget],
+        "positive is better, * where p < .05 after Holm's correction for a row's methods",
+    )
     tables = [
-        Table(f"Test data, mean ± 95 % interval over {seeds}", ["task", "metric", *labels], quality, frozenset(strong)),
         Table(
-            f"Paired difference to {found.reference}: positive is better, * where the interval leaves out 0",
-            ["task", "metric", *others],
-            differences,
+            f"{title}: test data, mean ± 95 % interval over {seeds}",
+            ["task", "metric", *labels],
+            quality,
+            frozenset(strong),
+            found.note,
         ),
-        Table("Cost of a run", ["cost", "", *labels], costs),
+        Table(f"{title}: paired difference to {found.reference}, {star}", ["task", "metric", *others], differences),
+        Table(
+            f"{title}: over clients, mean ± 95 % interval over {seeds}",
+            ["clients", "metric", *labels],
+            clients,
+            note="Not worse: the interval over seeds of a client's mean score minus that of `local` is not wholly below 0.",
+        ),
     ]
     return [part for part in tables if part.rows and len(part.header) > 2]
 
@@ -49,6 +66,7 @@ def markdown(found: Sequence[Table]) -> str:
         for i, row in enumerate(part.rows):
             cells = (f"**{cell}**" if (i, j) in part.best else cell for j, cell in enumerate(row))
             lines.append("| " + " | ".join(cells) + " |")
+        lines += ["", part.note] if part.note else []
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
 
@@ -63,19 +81,35 @@ def latex(found: Sequence[Table]) -> str:
         for i, row in enumerate(part.rows):
             cells = (rf"\textbf{{{_latex(c)}}}" if (i, j) in part.best else _latex(c) for j, c in enumerate(row))
             lines.append(" & ".join(cells) + r" \\")
-        blocks.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]))
+        lines += [r"\bottomrule", r"\end{tabular}", *([r"\\", _latex(part.note)] if part.note else []), r"\end{table}"]
+        blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
 
 
-def to_csv(found: Comparison) -> str:
-    """A comparison as CSV: a line for each mean over seeds, with all its digits."""
-    parts = [("quality", row, row.values) for row in found.quality] + [("cost", row, row.values) for row in found.costs]
-    parts += [(f"difference to {found.reference}", row, row.differences) for row in found.quality]
-    lines: list[Sequence[object]] = [
-        (what, row.name, row.unit, label, *astuple(one)) for what, row, values in parts for label, one in values.items()
-    ]
-    lines += [("mean rank", "", "", label, rank, None, len(found.seeds)) for label, rank in found.ranks.items()]
-    return csv_text(("what", "name", "unit", "method", *ESTIMATE_COLUMNS), lines)
+def to_csv(comparisons: Sequence[Comparison]) -> str:
+    """Comparisons as CSV: a line for each mean over seeds, with all its digits."""
+    lines: list[Sequence[object]] = []
+    for found in comparisons:
+        parts = [("quality", row, row.values) for row in found.quality]
+        parts += [("clients", row, row.values) for row in found.clients]
+        parts += [("cost", row, row.values) for row in found.costs]
+        lines += [
+            (found.budget, what, row.name, row.unit, label, *astuple(one), None, None)
+            for what, row, values in parts
+            for label, one in values.items()
+        ]
+        to = f"difference to {found.reference}"
+        lines += [
+            (found.budget, to, row.name, row.unit, label, *astuple(one), one.p, row.p_values.get(label))
+            for row in found.quality
+            for label, one in row.differences.items()
+        ]
+        ranks = found.ranks.items()
+        lines += [
+            (found.budget, "mean rank", "", "", label, rank, None, len(found.seeds), None, None)
+            for label, rank in ranks
+        ]
+    return csv_text(("budget", "what", "name", "unit", "method", *ESTIMATE_COLUMNS, "p", "p_holm"), lines)
 
 
 def _cell(one: Estimate | None) -> str:
@@ -85,10 +119,11 @@ def _cell(one: Estimate | None) -> str:
     return f"{one.mean:.{digits}f}" + ("" if one.half is None else f" ± {one.half:.{digits}f}")
 
 
-def _signed(one: Estimate | None) -> str:
+def _signed(one: Estimate | None, p: float | None) -> str:
     if one is None:
         return "–"
-    return f"{one.mean:+.3f}" + ("" if one.half is None else f" ± {one.half:.3f}") + ("*" if one.significant else "")
+    star = "*" if p is not None and p < 1 - LEVEL else ""
+    return f"{one.mean:+.3f}" + ("" if one.half is None else f" ± {one.half:.3f}") + star
 
 
 def _latex(text: str) -> str:

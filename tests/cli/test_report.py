@@ -30,7 +30,10 @@ def test_report_shows_the_headline_metric_of_each_task(command: Any, tmp_path: P
     paint = next(line for line in out.splitlines() if "paint" in line)
     assert [cell.strip() for cell in re.split(r"\s{2,}", paint.strip())] == ["paint", "mse ↓", "0.125", "0.500", "0"]
     assert "3.0 MB sent to clients, 1.0 MB back" in " ".join(out.split())
-    assert "paint" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "paint" in page
+    assert '<tr><th scope="row">read<td>worst client, accuracy ↑<td>0.250<td>0.500' in page
+    assert "<td>worst client, mse" not in page  # one client has the task
 
 
 def test_report_writes_where_it_is_told(command: Any, tmp_path: Path) -> None:

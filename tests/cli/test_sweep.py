@@ -54,7 +54,9 @@ def test_a_sweep_runs_what_is_missing_and_says_what_failed(command: Any, tmp_pat
     assert "1/2 tap, seed 41: 3 s" in out
     assert "2/2 local, seed 41: failed: it diverged" in out
     assert "1 runs failed, see above" in err
-    assert {"table.md", "table.csv", "table.tex"} <= {path.name for path in (tmp_path / "runs" / "sweep").iterdir()}
+    assert {"table.md", "table.csv", "table.tex", "table.html"} <= {
+        path.name for path in (tmp_path / "runs" / "sweep").iterdir()
+    }
 
 
 @pytest.mark.parametrize(

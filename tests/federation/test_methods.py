@@ -15,7 +15,7 @@ from tap_flower.files import read_tensors
 from tap_flower.methods.registry import METHODS, find_method
 from tap_flower.report.events import read_events
 from tap_flower.wire.messages import Epoch
-from tests.federations import Federation, ToyFederation, each_kind, federation_of
+from tests.federations import SETTINGS, Federation, ToyFederation, each_kind, federation_of, plug_in_config
 
 MODELS = {
     "tap": {"server", "server+finetune", "personal", "tap"},
@@ -35,16 +35,6 @@ MODELS = {
     "feddat": {"server", "personal", "feddat"},
 }
 """Method -> models in its results."""
-STEPS = {
-    "tap": (4, 4),
-    "local": (2, 2),
-    "fedavg": (2, 0),
-    "ditto": (4, 2),
-    "apfl": (4, 2),
-    "feddat": (4, 2),
-    "fedala": (12, 4),  # W: none in the first round, ten passes of 2 steps in the second, one in stage 2
-}
-"""Method -> optimiser steps of a participation and of stage 2, where the settings say 2 and 2; (2, 2) for the others."""
 KINDS = {"disentafl": "specs", "fedsa-lora": "low-rank"}
 """Method -> kind of the clients that show it; toys for the others.
 
@@ -112,8 +102,10 @@ def test_training_changes_the_model_that_the_method_is_judged_by(run_of: RunOf, 
 @each_method
 def test_optimiser_steps_and_bytes_are_charged(run_of: RunOf, kind: str, method: str) -> None:
     federation, results = run_of(kind, method)
-    a_round, second_stage = STEPS.get(method, (2, 2))
-    assert results["steps"] == dict.fromkeys(("ann", "bob"), 2 * a_round + second_stage)
+    # Of two steps, FedALA's .8 are two.
+    config = plug_in_config(*SETTINGS, "clients_per_round=2", "baselines.fedala_share=1", f"method={method}")
+    a_round, second_stage = find_method(method).trained(config)
+    assert results["steps"] == dict.fromkeys(("ann", "bob"), 2 * 2 * a_round + 2 * second_stage)
     exchanged = read_tensors(federation.out / "server" / "server.safetensors")[0]
     total = results["bytes"]
     rounds = {way: total[way] - total["first_values"][way] for way in ("down", "up")}
@@ -200,6 +192,8 @@ def test_a_run_that_crashed_before_stage_2_ends_the_same(run_of: RunOf, kind: st
 def test_ablations_of_tap(kind: str, tmp_path: Path, setting: str, steps: tuple[int, int]) -> None:
     _, results = finished(kind, tmp_path, setting)
     assert results["steps"]["bob"] == 2 * steps[0] + steps[1]
+    trained = find_method("tap").trained(plug_in_config(setting))
+    assert steps == (2 * trained[0], 2 * trained[1])
     replaced = sum(sum(by_task.values()) for by_task in results["replacements"].values())
     assert (replaced == 0) == (setting == "replacement.enabled=false")
     assert ("server+finetune" in results["tasks"]["languages"]) == (setting == "replacement.enabled=false")
@@ -221,3 +215,13 @@ def test_the_documentations_own_method_runs(kind: str, tmp_path: Path, monkeypat
     assert not [component for component in exchanged if component.startswith("encoder/")]
     if kind == "toys":
         assert exchanged == {"fusion/mix", "fusion/norm", "head/languages", "head/shape_images"}
+
+
+@each_kind
+def test_a_run_of_tap_has_the_models_of_fedavg(run_of: RunOf, kind: str) -> None:
+    """The training of the server's copy does not look at the personal model: three runs in one, digit for digit."""
+    tap, fedavg, finetuned = (run_of(kind, method)[1]["clients"] for method in ("tap", "fedavg", "fedavg+finetune"))
+    for client, by_task in tap.items():
+        for task, by_model in by_task.items():
+            assert by_model["server"] == fedavg[client][task]["server"] == finetuned[client][task]["server"]
+            assert by_model["server+finetune"] == finetuned[client][task]["server+finetune"]

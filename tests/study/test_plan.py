@@ -49,11 +49,29 @@ def test_a_config_file_lies_beside_the_sweep(plan: Any, tmp_path: Path) -> None:
     assert plan(config="more.yaml").runs[0].resolved.rounds == 3
 
 
+def test_equal_steps_give_a_method_with_one_model_twice_the_steps_of_tap(plan: Any, tmp_path: Path) -> None:
+    methods = {"tap": None, "local": None, "fedavg": None, "ditto": {"baselines.ditto_lambda": 0.01}}
+    sweep = plan(methods=methods, budgets=["rounds", "steps"], set={"train.steps": 10, "distill.iterations": 7})
+    rounds, steps = sweep.budgets["rounds"], sweep.budgets["steps"]
+    assert {label: run.settings[-3:-1] for (label, seed), run in steps.items() if seed == 1 and label != "tap"} == {
+        "local": ("train.steps=20", "distill.iterations=14"),
+        "fedavg": ("train.steps=20", "distill.iterations=7"),  # it has no stage 2
+        "ditto": ("train.steps=10", "distill.iterations=14"),
+    }
+    assert all(run.settings[:2] == ("train.steps=10", "distill.iterations=7") for run in rounds.values())
+    assert steps["tap", 2] == rounds["tap", 2]  # is run once
+    assert steps["ditto", 2].folder == tmp_path / "out" / "ditto+steps" / "seed-2"
+    assert "baselines.ditto_lambda=0.01" in steps["ditto", 2].settings
+    first = ["tap", "local", "fedavg", "ditto", "local+steps", "fedavg+steps", "ditto+steps"]
+    assert [(run.label, run.seed) for run in sweep.runs] == [(label, seed) for seed in (1, 2) for label in first]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"seeds": []}, r"seeds is \[\]: list different whole numbers"),
         ({"seeds": [1, 1]}, r"seeds is \[1, 1\]"),
+        ({"seeds": [-1]}, r"seeds is \[-1\]"),
         ({"seeds": ["a"]}, r"seeds is \['a'\]"),
         ({"methods": []}, r"methods is \[\]: list names of methods"),
         ({"methods": ["tapp"]}, r"tapp: unknown method 'tapp' \(did you mean 'tap'\?\)"),
@@ -64,7 +82,18 @@ def test_a_config_file_lies_beside_the_sweep(plan: Any, tmp_path: Path) -> None:
         ({"set": {"data.root": "a b"}}, r"a value with spaces goes into the `config` file"),
         ({"set": {"train.stepps": 3}}, r"tap: .*train.stepps"),
         ({"preset": "demoo"}, r"tap: unknown preset 'demoo'"),
-        ({"sedes": [1]}, r"unknown 'sedes': use preset, config, seeds, set, methods"),
+        ({"sedes": [1]}, r"unknown 'sedes': use preset, config, seeds, set, methods, budgets"),
+        ({"budgets": []}, r"budgets is \[\]: list rounds, steps or both"),
+        ({"budgets": ["hours"]}, r"budgets is \['hours'\]"),
+        ({"budgets": "steps"}, r"budgets is 'steps'"),
+        (
+            {"budgets": ["steps"], "methods": {"long": {"method": "tap", "train.steps": 9}}},
+            r"long sets train.steps=9, on which the budget `steps` counts: put it under `set`",
+        ),
+        (
+            {"budgets": ["steps"], "methods": {"local": None, "local+steps": {"method": "local"}}},
+            r"methods has 'local\+steps', the folder of 'local' with equal steps: rename it",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(plan: Any, values: dict[str, Any], message: str) -> None:
@@ -78,5 +107,5 @@ def test_a_finished_run_of_another_configuration_is_not_taken_for_this_one(plan:
     write_json(run.folder / "results.json", {})
     (run.folder / "config.yaml").write_text(to_yaml(load_config(run.preset, "", run.settings)))
     assert plan().runs[0].done
-    with pytest.raises(ConfigError, match=r"seed-1 holds a run with another configuration \(train differ\)"):
+    with pytest.raises(ConfigError, match=r"seed-1 holds a run with another configuration \(train.steps differ\)"):
         plan(set={"train.steps": 3})

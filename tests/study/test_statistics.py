@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tap_flower.study.statistics import estimate, mean_ranks, paired
+from tap_flower.study.statistics import estimate, holm, mean_ranks, paired
 
 
 def test_the_interval_is_students() -> None:
@@ -29,6 +29,21 @@ def test_differences_are_of_the_seeds_that_both_have() -> None:
     assert found.mean == pytest.approx(0.15)
     assert found.half == pytest.approx(12.7062 * (0.05 * 2**0.5) / 2**0.5, rel=1e-4)
     assert paired({1: 0.5}, {2: 0.5}) is None
+
+
+def test_the_p_value_is_students() -> None:
+    """Of 1, 2, 3: t = 2 · √3; with two degrees of freedom p = 1 − t / √(t² + 2)."""
+    assert estimate([1.0, 2.0, 3.0]).p == pytest.approx(1 - 12**0.5 / 14**0.5, rel=1e-6)
+    assert estimate([-2.0, -2.1, -1.9]).p == pytest.approx(estimate([2.0, 2.1, 1.9]).p)
+    assert (estimate([0.5]).p, estimate([0.5, 0.5]).p, estimate([0.0, 0.0]).p) == (None, 0.0, 1.0)
+
+
+def test_holms_correction() -> None:
+    """Of .01, .03, .04: 3 · .01, 2 · .03, and .04, which is not smaller than the one before."""
+    assert holm({"a": 0.04, "b": 0.01, "c": 0.03}) == pytest.approx({"b": 0.03, "c": 0.06, "a": 0.06})
+    assert holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+    assert holm({"a": 0.02}) == {"a": 0.02}
+    assert holm({}) == {}
 
 
 def test_ranks() -> None:

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from tap_flower.files import write_json
+from tap_flower.report.results import results as collected_results
 from tap_flower.report.terminal_tables import terminal
 from tap_flower.study.comparison import OVERALL, Comparison, compare
 from tap_flower.study.plan import PlannedRun, Sweep
@@ -41,7 +42,7 @@ def found(tmp_path: Path) -> Comparison:
         if (run.label, run.seed) != ("local", 2):  # not finished yet
             accuracy, error = (value + 0.01 * (run.seed - 1) for value in VALUES[run.label])
             write_json(run.folder / "results.json", results(run.label, model[run.label], accuracy, error, run.seed))
-    return compare(Sweep(tuple(runs), model, "tap"))
+    return compare(Sweep({"rounds": {(run.label, run.seed): run for run in runs}}, model, "tap"))
 
 
 def test_means_ranks_and_differences(found: Comparison) -> None:
@@ -57,14 +58,71 @@ def test_means_ranks_and_differences(found: Comparison) -> None:
     # Only seed 1 has all three: ranks 1, 3, 2 and 1.5, 3, 1.5.
     assert found.ranks == {"tap": 1.25, "fedavg": 3.0, "local": 1.75}
     assert {row.name: row.values["tap"].mean for row in found.costs} == {
-        "MB to clients": 2.0, "MB back": 1.0, "optimiser steps": 10, "seconds": 3.0,
+        "MB to clients": 2.0, "MB back": 1.0, "rounds": 2, "optimiser steps": 10, "seconds": 3.0,
     }  # fmt: skip
 
 
 def test_nothing_has_finished(tmp_path: Path) -> None:
-    none = compare(Sweep((PlannedRun("tap", 1, "demo", "", (), tmp_path / "tap"),), {"tap": "tap"}, "tap"))
+    none = compare(
+        Sweep({"rounds": {("tap", 1): PlannedRun("tap", 1, "demo", "", (), tmp_path / "tap")}}, {"tap": "tap"}, "tap")
+    )
     assert comparison_tables(none) == []
-    assert to_csv(none).splitlines() == ["what,name,unit,method,mean,half_interval_95,seeds"]
+    assert to_csv([none]).splitlines() == ["budget,what,name,unit,method,mean,half_interval_95,seeds,p,p_holm"]
+
+
+SCORES = {
+    "tap": {"ann": (0.9, 0.8, 0.7), "bob": (0.4, 0.5, 0.6), "cleo": (0.2, 0.6, 0.6)},
+    "alone": {"ann": (0.8, 0.7, 0.6), "bob": (0.5, 0.6, 0.7), "cleo": (0.5, 0.5, 0.5)},
+}
+"""Label -> client -> accuracy with three seeds: ann is served better, bob worse, cleo a little worse within the noise."""
+
+
+def test_clients_beside_the_mean(tmp_path: Path) -> None:
+    model, runs = {"tap": "tap", "alone": "local"}, {}
+    for label, of_clients in SCORES.items():
+        for seed in (1, 2, 3):
+            found = {c: {"t": {model[label]: {"accuracy": values[seed - 1]}}} for c, values in of_clients.items()}
+            written = collected_results(
+                preset="demo", method=label, seed=seed, rounds=2, clients=found, kinds={"t": "text_classification"},
+                replacements={}, bytes_={"down": 0, "up": 0}, steps={}, missing={}, marks={}, dropped={},
+                seconds={"total": 1.0},
+            )  # fmt: skip
+            runs[label, seed] = PlannedRun(label, seed, "demo", "", (), tmp_path / label / str(seed))
+            write_json(runs[label, seed].folder / "results.json", written)
+    found = compare(Sweep({"rounds": runs}, model, "tap"))
+    rows = {row.name: row.values for row in found.clients}
+    assert rows["t: worst client"]["tap"].mean == pytest.approx((0.2 + 0.5 + 0.6) / 3)
+    assert rows["t: tenth percentile"]["alone"].mean == pytest.approx((0.5 + 0.52 + 0.52) / 3)
+    assert rows["t: standard deviation"]["alone"].mean == pytest.approx((0.03**0.5 + 0.01**0.5 + 0.01**0.5) / 3)
+    assert rows[f"{OVERALL}: worst client"]["tap"] == rows["t: worst client"]["tap"]
+    assert {name: one["tap"].mean for name, one in rows.items() if name.endswith("than local")} == {
+        "better than local": pytest.approx(1 / 3), "not worse than local": pytest.approx(2 / 3),
+    }  # fmt: skip
+    assert "alone" not in rows["better than local"]
+    text = markdown(comparison_tables(found))
+    assert "| not worse than local | share ↑ | 0.667 | – |" in text
+    assert "| t: worst client | accuracy ↑ | 0.433 ± 0.517 | 0.500 ± 0.000 |" in text
+    assert "clients,not worse than local,share ↑,tap," in to_csv([found])
+
+
+def test_stars_are_of_corrected_p_values(tmp_path: Path) -> None:
+    """Alone, b's difference of -1, -2, -3 hundredths would have p = .074, and that of a is a constant."""
+    values = {"tap": (0.5, 0.5, 0.5), "a": (0.4, 0.4, 0.4), "b": (0.49, 0.48, 0.47), "c": (0.49, 0.4801, 0.4799)}
+    runs = {}
+    for label, of_seeds in values.items():
+        for seed, accuracy in enumerate(of_seeds):
+            runs[label, seed] = PlannedRun(label, seed, "demo", "", (), tmp_path / label / str(seed))
+            write_json(runs[label, seed].folder / "results.json", results(label, label, accuracy, 0.5, seed))
+    found = compare(Sweep({"rounds": runs}, {label: label for label in values}, "tap"))
+    row = found.quality[0]
+    ps = {label: one.p for label, one in row.differences.items()}
+    assert ps["b"] == pytest.approx(1 - 12**0.5 / 14**0.5, rel=1e-4)
+    assert ps["c"] is not None
+    assert ps["c"] < 0.05 < 2 * ps["c"]
+    assert row.p_values["c"] == pytest.approx(2 * ps["c"])
+    assert row.p_values["a"] == pytest.approx(0.0, abs=1e-9)
+    (cells,) = [c for c in markdown(comparison_tables(found)).splitlines() if c.startswith("| digits_1 | accuracy |")]
+    assert cells.endswith("| -0.100 ± 0.000* | -0.020 ± 0.025 | -0.017 ± 0.014 |")
 
 
 def test_terminal_and_markdown(found: Comparison) -> None:
@@ -82,7 +140,7 @@ def test_terminal_and_markdown(found: Comparison) -> None:
 
 
 def test_csv_has_all_digits(found: Comparison) -> None:
-    rows = list(csv.DictReader(io.StringIO(to_csv(found))))
+    rows = list(csv.DictReader(io.StringIO(to_csv([found]))))
     (row,) = [r for r in rows if (r["what"], r["name"], r["method"]) == ("quality", "digits_1", "tap")]
     assert float(row["mean"]) == found.quality[0].values["tap"].mean
     assert float(row["half_interval_95"]) == found.quality[0].values["tap"].half
@@ -92,7 +150,7 @@ def test_csv_has_all_digits(found: Comparison) -> None:
 def test_latex_escapes_and_compiles(found: Comparison, tmp_path: Path) -> None:
     text = latex(comparison_tables(found))
     assert r"digits\_1 & accuracy $\uparrow$ & \textbf{0.805 $\pm$ 0.064} & 0.605 $\pm$ 0.064 & 0.700 \\" in text
-    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 3
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
     if (pdflatex := shutil.which("pdflatex")) is None:
         pytest.skip("there is no pdflatex")
     document = rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{text}\end{{document}}"

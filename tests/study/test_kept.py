@@ -1,0 +1,79 @@
+"""What is kept of a sweep: small files, from which its tables are made again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tap_flower.config import Config, plain, to_yaml
+from tap_flower.errors import ConfigError
+from tap_flower.report.results import results
+from tap_flower.study.comparison import compare
+from tap_flower.study.kept import different, keep, portable, recorded
+from tap_flower.study.plan import read_sweep
+from tap_flower.study.sweep_tables import comparison_tables, markdown
+
+SWEEP = "seeds: [1, 2]\nmethods: [tap]\nset: {train.steps: 3}\n"
+
+
+def write_run(run: Path, config: Config, clients: int) -> None:
+    """Results of a run as they are written, of clients with two tasks each and four models."""
+    metrics = {"loss": 1 / 3, "accuracy": 2 / 3, "f1": 1 / 7}
+    models = dict.fromkeys(("server", "server+finetune", "personal", "tap"), metrics)
+    tasks = dict.fromkeys(("digits", "languages"), models)
+    found = results(
+        preset="demo", method="tap", seed=config.seed, rounds=2, kinds=dict.fromkeys(tasks, "image_classification"),
+        clients={f"client-{n}": tasks for n in range(clients)}, replacements={}, missing={}, marks={}, dropped={},
+        bytes_={"down": 7, "up": 7, "per_component": {f"mote/{n}": {"down": n, "up": n} for n in range(160)}},
+        steps={f"client-{n}": 1000 for n in range(clients)}, seconds={"total": 1 / 3},
+    )  # fmt: skip
+    run.mkdir(parents=True)
+    (run / "results.json").write_text(json.dumps(found, indent=2))
+    (run / "config.yaml").write_text(to_yaml(config))
+
+
+def test_tables_are_made_again_from_small_files(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    sweep = read_sweep(tmp_path / "sweep.yaml", tmp_path / "out")
+    config = sweep.runs[0].resolved
+    config.data.root = str(tmp_path / "data")
+    for run in sweep.runs:
+        config.seed = run.seed
+        write_run(run.folder, config, clients=30)
+    keep([run.folder for run in sweep.runs], tmp_path / "kept")
+    again = read_sweep(tmp_path / "sweep.yaml", tmp_path / "kept")
+    assert all(run.done for run in again.runs)
+    assert markdown(comparison_tables(compare(again))) == markdown(comparison_tables(compare(sweep)))
+    files = sorted(path for path in (tmp_path / "kept").rglob("*") if path.is_file())
+    names = ["tap/config.yaml", "tap/seed-1/results.json", "tap/seed-2/results.json"]
+    assert [str(path.relative_to(tmp_path / "kept")) for path in files] == names
+    assert all(path.stat().st_size < 20_000 for path in files)
+    assert not [path for path in files if str(tmp_path) in path.read_text()]
+    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("3", "4"))
+    with pytest.raises(ConfigError, match=r"seed-1 holds a run with another configuration \(train.steps differ\)"):
+        read_sweep(tmp_path / "sweep.yaml", tmp_path / "kept")
+    (tmp_path / "kept" / "tap" / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match="seed-1 holds results without config.yaml"):
+        recorded(tmp_path / "kept" / "tap" / "seed-1")
+
+
+def test_clients_are_compared_wherever_their_files_lie() -> None:
+    def config(folder: str, rows: int) -> Config:
+        source = {"format": "csv", "path": f"{folder}/names.csv", "rows": [0, rows]}
+        return Config(clients=[{"name": "ann", "tasks": [{"name": "t", "train": source}]}], seed=rows)
+
+    here, there, other = (portable(plain(config(*of))) for of in (("/home/ann", 8), ("/data", 8), ("/data", 9)))
+    assert different(here, there) == []
+    assert different(here, other) == ["clients"]
+    assert portable(here) == here
+
+
+def test_an_option_that_a_kept_run_did_not_know_is_the_default() -> None:
+    new = portable(plain(Config()))
+    old = {**new, "replacement": {key: value for key, value in new["replacement"].items() if key != "evidence"}}
+    assert different(old, new) == []
+    assert different(old, {**new, "replacement": {**new["replacement"], "evidence": "training"}}) == [
+        "replacement.evidence"
+    ]
