@@ -27,6 +27,7 @@ _NOT_ENGLISH = [
     re.compile(r"<!--.*?-->", re.DOTALL),
     re.compile(r"^ *\|.*$", re.MULTILINE),  # tables
     re.compile(r"^---\n.*?^---$", re.DOTALL | re.MULTILINE),  # front matter
+    re.compile(r"^(#|=== ).*$", re.MULTILINE),  # headings, titles of tabs
     re.compile(r"^:::.*$(\n {4}.*$)*", re.MULTILINE),  # the reference, which is docstrings
 ]
 
@@ -34,12 +35,12 @@ _LONG = re.compile(r"^ *```.*?^ *```|!\[[^\]]*\]|^ *\|[^\n]*", re.DOTALL | re.MU
 """What may have long lines: code, texts of images, tables."""
 
 
-def english(markdown: str) -> str:
-    """The sentences of a page: no code, tables or addresses. What stands in `code` within a sentence becomes a letter."""
+def english(markdown: str, code: str = "") -> str:
+    """The sentences of a page: no blocks of code, tables, headings or addresses, and `code` for code within a sentence."""
     for pattern in _NOT_ENGLISH:
         markdown = pattern.sub("", markdown)
     markdown = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", markdown)
-    return re.sub(r"`[^`]+`", "x", markdown)
+    return re.sub(r"`[^`]+`", code, markdown)
 
 
 def documents() -> list[Path]:
@@ -146,17 +147,24 @@ def test_the_glossary_has_the_terms() -> None:
 
 @pytest.mark.slow
 def test_proselint_finds_nothing(tmp_path: Path) -> None:
-    """Without its rule on résumé, which takes the verb for the noun."""
-    (tmp_path / "config.json").write_text(json.dumps({"checks": {"typography.diacritical_marks": False}}))
+    """Without its rules on résumé, which take the verb for the noun, and on dates, which we have none of.
+
+    RESULTS.md is left out, which is tables and their captions, and the card of the demo's backbone, which is generated.
+    """
+    off = dict.fromkeys(("typography.diacritical_marks", "dates_times"), False)
+    (tmp_path / "config.json").write_text(json.dumps({"checks": off}))
     for page in documents():
+        if {"benchmarks", "assets"} & set(page.relative_to(ROOT).parts):
+            continue
         file = tmp_path / "pages" / page.relative_to(ROOT)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(english(page.read_text()))
+        file.write_text(english(page.read_text(), "CODE"))
     done = subprocess.run(
         [
             str(Path(sys.executable).with_name("proselint")),
+            "check",
             "--config", str(tmp_path / "config.json"),
-            "check", str(tmp_path / "pages"),
+            str(tmp_path / "pages"),
         ],
         capture_output=True,
         text=True,
