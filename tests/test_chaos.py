@@ -1,4 +1,4 @@
-"""Processes are killed at random moments; a longer one by hand is in docs/reliability.md."""
+"""Processes are killed at random moments; a longer one by hand is in docs/deploy.md."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tap_flower.cli import check, fetch, init, predict, restore, simulate, sweep
 from tap_flower.errors import TapFlowerError
 
 app = typer.Typer(
-    help="TAP: two-stage adaptive personalization for multi-task, multi-modal federated learning.",
+    help="Train personal models by federated learning over clients with different tasks and modalities (TAP).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,21 +25,21 @@ app = typer.Typer(
 _PANELS: Mapping[str, Mapping[str, Callable[..., None]]] = {
     "Simulate": {
         "presets": simulate.presets_command,
+        "fetch": fetch.fetch_command,
         "simulate": simulate.simulate_command,
         "report": simulate.report_command,
-    },
-    "Compare": {"sweep": sweep.sweep_command},
-    "Deploy": {
-        "init": init.init_command,
-        "fetch": fetch.fetch_command,
-        "check": check.check_command,
-        "node": check.node_command,
-        "restore": restore.restore_command,
     },
     "Use the models": {
         "predict": predict.predict_command,
         "export": predict.export_command,
         "demo": predict.demo_command,
+    },
+    "Compare": {"sweep": sweep.sweep_command},
+    "Deploy": {
+        "init": init.init_command,
+        "check": check.check_command,
+        "node": check.node_command,
+        "restore": restore.restore_command,
     },
 }
 for panel, commands in _PANELS.items():

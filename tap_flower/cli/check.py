@@ -17,16 +17,16 @@ from tap_flower.run.supernode import start as start_node
 
 
 def check_command(
-    spec: Annotated[Path, typer.Argument(help="The client spec, as a node is given it.")],
+    spec: Annotated[Path, typer.Argument(help="The client spec that a node will be given.")],
     preset: Preset = "demo",
     config: ConfigFile = "",
     set_: Settings = None,
     data_root: DataRoot = None,
     json_: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write what was found here, too.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write what was found to this file.")
     ] = None,
 ) -> None:
-    """Check a client spec for a run: read all its data, and list every problem."""
+    """Check a client spec: read all its data, list every problem, and show what the model gets."""
     from tap_flower.client.client_model import exchanged
     from tap_flower.config import load_config, read_yaml
     from tap_flower.data.check import Problem, check_data, check_spec
@@ -70,22 +70,22 @@ def check_command(
 
 def node_command(
     spec: Annotated[Path, typer.Argument(help="The client spec.")],
-    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Address of the server's SuperLink.")],
-    state_dir: Annotated[Path, typer.Option(help="Folder for the client's models; they never leave it.")],
+    superlink: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Connect to the server's SuperLink at this address.")
+    ],
+    state_dir: Annotated[Path, typer.Option(help="Keep the client's models in this folder, which they never leave.")],
     root_certificates: Annotated[
         Path | None,
-        typer.Option(
-            help="PEM file of the SuperLink's certificate authority.", show_default="the system's authorities"
-        ),
+        typer.Option(help="Trust this certificate authority (PEM file).", show_default="the system's authorities"),
     ] = None,
     key: Annotated[
-        Path | None, typer.Option(help="Private key of this node, where the SuperLink asks for one.")
+        Path | None, typer.Option(help="Identify this node by its private key, where the SuperLink asks for one.")
     ] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Connect without TLS, to try it on one machine.")
+        bool, typer.Option("--insecure", help="Connect without TLS, for a trial on one machine.")
     ] = False,
     port: Annotated[
-        int | None, typer.Option(help="Port of the node's own processes.", show_default="a free one")
+        int | None, typer.Option(help="Use this port for the node's own processes.", show_default="a free one")
     ] = None,
     data_root: DataRoot = None,
     meteor: Annotated[bool, typer.Option("--meteor", help="Compute METEOR of generated texts.")] = False,
@@ -95,23 +95,25 @@ def node_command(
     ] = False,
     loader_workers: Annotated[
         int | None,
-        typer.Option(min=0, help="Threads that read data ahead of training.", show_default="4 with a GPU, else 0"),
+        typer.Option(
+            min=0, help="Read data ahead of training with this many threads.", show_default="4 with a GPU, else 0"
+        ),
     ] = None,
     keep_best: Annotated[
         bool,
         typer.Option(
-            "--keep-best", help="Keep the state with the best validation scores too; `restore --best` takes it."
+            "--keep-best", help="Keep also the state with the best validation scores; `restore --best` goes back to it."
         ),
     ] = False,
     limit: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY=N",
-            help="Refuse what asks for more: steps, batch_size, text_length, rounds, seconds; may be repeated.",
+            help="Refuse more than N steps, batch_size, text_length, rounds or seconds; may be repeated.",
         ),
     ] = None,
 ) -> None:
-    """Check a client spec with all its data, then become a Flower SuperNode for it."""
+    """Run a client on this machine: check its spec and data, then join the server as a Flower SuperNode."""
     from tap_flower.client.text_metrics import missing
     from tap_flower.config import Model, read_yaml
     from tap_flower.data.check import check_data, check_spec

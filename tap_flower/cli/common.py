@@ -13,17 +13,18 @@ from tap_flower.run.resources import CLUSTER
 DEMO = "demo"
 """The backbone that the package holds."""
 
-Preset = Annotated[str, typer.Option(help="Name of a preset; `tap-flower presets` lists them.")]
-ConfigFile = Annotated[str, typer.Option(metavar="FILE", help="YAML file that overrides the preset.")]
+Preset = Annotated[str, typer.Option(help="Start from this preset; `tap-flower presets` lists them.")]
+ConfigFile = Annotated[str, typer.Option(metavar="FILE", help="Override the preset by this YAML file.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override an option; may be repeated.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one option; may be repeated.")
 ]
 DataRoot = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Read hub data sets from this mirror.")]
 CpusPerRun = Annotated[
-    int | None, typer.Option(min=1, help="Cores of a run.", show_default="all cores, shared by the runs")
+    int | None, typer.Option(min=1, help="Give each run this many cores.", show_default="all cores, shared by the runs")
 ]
 GpusPerRun = Annotated[
-    float | None, typer.Option(min=0.0, help="GPUs of a run, such as 0.5.", show_default="1 where there are any")
+    float | None,
+    typer.Option(min=0.0, help="Give each run this many GPUs, such as 0.5.", show_default="1 where there are any"),
 ]
 RayAddress = Annotated[
     str,

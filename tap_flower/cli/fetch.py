@@ -24,11 +24,12 @@ Needed = Mapping[tuple[str, str | None], str]
 def fetch_command(
     name: Annotated[str, typer.Argument(help="A preset, a checkpoint's hub id, or a folder with pytorch_model.bin.")],
     to: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Put a checkpoint here.", show_default="the hub's cache")
+        Path | None,
+        typer.Option(metavar="DIR", help="Put the checkpoint into this folder.", show_default="the hub's cache"),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Take this commit, tag or branch.")] = None,
 ) -> None:
-    """Download a preset's checkpoint and data sets, or one checkpoint; convert pytorch_model.bin to safetensors."""
+    """Download what a preset needs, or one checkpoint; convert pytorch_model.bin to safetensors."""
     from tap_flower.config import client_specs, load_config, presets
 
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"  # before the hub's library is imported

@@ -40,11 +40,11 @@ _SPLITS = {
 
 def init_command(
     data: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder, or a CSV, JSON or Parquet file.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The client spec to write.")] = Path("client.yaml"),
-    name: Annotated[str, typer.Option(help="Name of the client.")] = "client-1",
-    backbone: Annotated[str, typer.Option(help="demo, a local folder, or a hub id.")] = "demo",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write the client spec to this file.")] = Path("client.yaml"),
+    name: Annotated[str, typer.Option(help="Name the client.")] = "client-1",
+    backbone: Annotated[str, typer.Option(help="Use this backbone: demo, a local folder, or a hub id.")] = "demo",
 ) -> None:
-    """Write a client spec for your own data, with comments; then `tap-flower check` reads them all."""
+    """Write a client spec for your own data, with comments; run `tap-flower check` next."""
     if out.exists():
         raise SpecError(f"{out} is there already: give another file with --out, or remove it")
     task = guessed_task(data.resolve())

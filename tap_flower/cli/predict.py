@@ -17,29 +17,33 @@ if TYPE_CHECKING:
 
 _PLACE = "A run folder, or one client's: RUN/clients/NAME, on a node STATE-DIR/NAME/RUN."
 Place = Annotated[Path, typer.Argument(metavar="RUN_OR_STATE", help=_PLACE)]
-Client = Annotated[str | None, typer.Option(help="The client, where the run has several.")]
-Task = Annotated[str | None, typer.Option(help="The task, where the client has several.")]
-Model = Annotated[str | None, typer.Option(help="server, personal, tap, …", show_default="the method's result")]
+Client = Annotated[str | None, typer.Option(help="Choose the client, where the run has several.")]
+Task = Annotated[str | None, typer.Option(help="Choose the task, where the client has several.")]
+Model = Annotated[
+    str | None, typer.Option(help="Choose the model: server, personal, tap, …", show_default="the method's result")
+]
 
 
 def predict_command(
     place: Place,
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="INPUT...", help="Image files, or texts, for a task with one input."),
+        typer.Argument(metavar="INPUT...", help="Image files or texts, for a task with one input."),
     ] = None,
     client: Client = None,
     task: Task = None,
     model: Model = None,
-    image: Annotated[list[Path] | None, typer.Option(help="An image file; may be repeated.")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="A text; as many as images.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Give an image file; may be repeated.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Give a text; may be repeated, as often as --image.")] = None,
     domain: Annotated[
-        str | None, typer.Option(help="Domain of the inputs, where the task's data have several.")
+        str | None, typer.Option(help="Name the domain of the inputs, where the task has several.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for generated images, as 0.png, 1.png, …")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write generated images into this folder, as 0.png, 1.png, …")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
-    """Print what a client's model answers to images or texts."""
+    """Ask a client's model: print its answers to images or texts."""
     from tap_flower.client.description import read_description
     from tap_flower.personal.folders import chosen_task, client_folder
 
@@ -65,7 +69,7 @@ def predict_command(
 
 def export_command(
     place: Place,
-    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
     client: Client = None,
     task: Task = None,
     model: Model = None,
@@ -86,9 +90,11 @@ def export_command(
 
 def demo_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or one client's.")],
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page, on this machine alone.")] = 7860,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Serve the page at this port, on this machine alone.")
+    ] = 7860,
 ) -> None:
-    """Serve a page on this machine to try the models of a run's clients side by side."""
+    """Compare the models of a run's clients side by side, on a page in the browser."""
     from tap_flower.personal.demo_page import serve
 
     say(Console(), f"to look at: http://127.0.0.1:{port}; Ctrl+C ends it")

@@ -20,15 +20,15 @@ def restore_command(
     place: Annotated[
         Path,
         typer.Argument(
-            metavar="STATE", help="The client's folder of a run: STATE-DIR/NAME/RUN on a node, RUN/clients/NAME."
+            metavar="STATE", help="A client's folder: STATE-DIR/NAME/RUN on a node, RUN/clients/NAME in a simulation."
         ),
     ],
-    client: Annotated[str | None, typer.Option(help="The client, where STATE is a run folder.")] = None,
+    client: Annotated[str | None, typer.Option(help="Choose the client, where STATE is a run folder.")] = None,
     best: Annotated[
         bool, typer.Option("--best", help="Go back to the state with the best validation scores (`node --keep-best`).")
     ] = False,
 ) -> None:
-    """Put a client's earlier state in place of its latest, for example after a round that has spoiled its model."""
+    """Go back to a client's earlier state, for example after a round that has spoiled its model."""
     from tap_flower.client.state import PERSONAL
     from tap_flower.personal.folders import client_folder
 

@@ -40,20 +40,30 @@ def simulate_command(
     preset: Preset = "demo",
     config: ConfigFile = "",
     set_: Settings = None,
-    rounds: Annotated[int | None, typer.Option(help="Short for --set rounds=N.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Short for --set seed=S.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Run this many rounds; short for --set rounds=N.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Set the seed; short for --set seed=S.")] = None,
     cpus_per_client: Annotated[
         int | None,
-        typer.Option(min=1, help="Cores of a client.", show_default="share all among the clients of a round"),
+        typer.Option(
+            min=1, help="Give each client this many cores.", show_default="share all among the clients of a round"
+        ),
     ] = None,
     gpus_per_client: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Part of a GPU.", show_default="share all among the clients of a round"),
+        typer.Option(
+            min=0.0,
+            help="Give each client this share of a GPU; 0 uses the processor.",
+            show_default="share all among the clients of a round",
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder.", show_default="runs/PRESET-seedS")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the run to this folder.", show_default="runs/PRESET-seedS")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out after its last complete round.")
+    ] = False,
 ) -> None:
-    """Run a whole federation on this machine."""
+    """Run a whole federation on this machine: both stages, evaluation and report."""
     from tap_flower.client.text_metrics import missing
     from tap_flower.config import client_specs, load_config
     from tap_flower.files import read_tensors
@@ -124,11 +134,14 @@ def report_command(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="The HTML file.", show_default="report.html in the run folder, or here for several"
+            "--out",
+            "-o",
+            help="Write the page to this file.",
+            show_default="report.html in the run folder, or here for several",
         ),
     ] = None,
 ) -> None:
-    """Show the results of finished runs: as tables, and as one HTML file with plots that needs no network."""
+    """Show the results of finished runs, in tables and on one HTML page."""
     from tap_flower.report.html_report import REPORT, write_report
     from tap_flower.report.result_tables import headline_table
     from tap_flower.report.results import read_results

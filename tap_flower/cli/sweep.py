@@ -22,23 +22,27 @@ if TYPE_CHECKING:
 
 study_app = typer.Typer(help="Study how results change with one quantity.", no_args_is_help=True)
 _SEEDS, _MARGINS = (41, 42, 43), (0.0, 0.01, 0.05, 0.2)
-Seeds = Annotated[list[int] | None, typer.Option(help="Seed of runs; may be repeated.", show_default="41, 42, 43")]
+Seeds = Annotated[
+    list[int] | None, typer.Option(help="Run with this seed; may be repeated.", show_default="41, 42, 43")
+]
 Where = tuple[str, int | None, float | None]
 """Address of a Ray cluster; cores and GPUs of a run."""
-StudyFolder = Annotated[Path, typer.Option(help="The study's folder.")]
+StudyFolder = Annotated[Path, typer.Option(help="Write the study to this folder.")]
 
 
 def sweep_command(
-    file: Annotated[Path, typer.Argument(help="YAML file of methods, seeds and settings.")],
-    out: Annotated[Path | None, typer.Option(help="The sweep's folder.", show_default="runs/NAME-OF-FILE")] = None,
+    file: Annotated[Path, typer.Argument(help="A YAML file with methods, seeds and settings.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Write the sweep to this folder.", show_default="runs/NAME-OF-FILE")
+    ] = None,
     keep: Annotated[
-        Path | None, typer.Option(help="Folder for small copies of finished runs; as --out it gives the tables again.")
+        Path | None, typer.Option(help="Copy the small files of finished runs here; as --out it gives the tables again.")
     ] = None,
     cpus_per_run: CpusPerRun = None,
     gpus_per_run: GpusPerRun = None,
     ray: RayAddress = "local",
 ) -> None:
-    """Run methods by seeds, whatever is missing, and compare them in table.md, .csv, .tex and .html."""
+    """Run methods by seeds, those that are missing, and compare them in table.md, .csv, .tex and .html."""
     from tap_flower.files import write_atomically
     from tap_flower.report.figures import Figure
     from tap_flower.report.html_report import write_study
@@ -78,7 +82,7 @@ def pairs_command(
     gpus_per_run: GpusPerRun = None,
     ray: RayAddress = "local",
 ) -> None:
-    """Measure the losses of the server's model and of personal ones as the number of pairs grows."""
+    """Measure how the server's loss, and personal ones, change as the number of pairs grows."""
     from tap_flower.study.studies import pairs_study
 
     _study(pairs_study(preset, config, set_ or [], seed or _SEEDS, out), out, (ray, cpus_per_run, gpus_per_run))
@@ -91,14 +95,15 @@ def margin_command(
     set_: Settings = None,
     seed: Seeds = None,
     margin: Annotated[
-        list[float] | None, typer.Option(help="Margin; may be repeated.", show_default="0, 0.01, 0.05, 0.2")
+        list[float] | None,
+        typer.Option(help="Run with this margin; may be repeated.", show_default="0, 0.01, 0.05, 0.2"),
     ] = None,
     out: StudyFolder = Path("runs/study-margin"),
     cpus_per_run: CpusPerRun = None,
     gpus_per_run: GpusPerRun = None,
     ray: RayAddress = "local",
 ) -> None:
-    """Measure results and numbers of replacements by the margin of the replacement."""
+    """Measure how results and replacements change with the margin."""
     from tap_flower.study.studies import margin_study
 
     _study(

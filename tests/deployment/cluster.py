@@ -218,7 +218,7 @@ class Cluster:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Prints how long something took, for docs/reliability.md: `pytest -m slow -rP tests/deployment`."""
+        """Prints how long something took, for docs/deploy.md: `pytest -m slow -rP tests/deployment`."""
         began = time.monotonic()
         yield
         print(f"{what}: {time.monotonic() - began:.0f} s")
