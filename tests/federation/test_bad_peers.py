@@ -19,10 +19,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from rich.console import Console
 from torch import Tensor
 
+from tap_flower.cli.progress import RunProgress
 from tap_flower.config import Config, Encoding
 from tap_flower.errors import RunError
 from tap_flower.report.events import read_events
-from tap_flower.cli.progress import RunProgress
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
 from tap_flower.wire.messages import ARRAYS, EVALUATE, FIELDS, MANIFEST, PERSONALISE, TRAIN
