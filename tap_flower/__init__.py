@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tap_flower.server.result import TapResult as TapResult
     from tap_flower.server.strategy import TapStrategy as TapStrategy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "tap_flower.config": ("Config", "load_config"),

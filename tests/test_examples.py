@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from flwr.app import Context, Message, RecordDict
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -31,6 +32,7 @@ from tap_flower.run.in_process import InProcessGrid
 from tap_flower.run.simulation import CONNECTION, flwr, status_of, superlink
 from tap_flower.wire import messages
 from tests.docs_blocks import blocks
+from tests.hub_checks import check_for_the_hub
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -173,6 +175,8 @@ STOCK = {
     "modalities": ("digits", "languages"),
 }
 """Stock project -> the task of its first client, and of its second."""
+HUB = "backbones"
+"""The example that can be published on Flower's hub as it is."""
 RUN = {"num-server-rounds", "batch-size", "learning-rate", "local-epochs"}
 """Keys of the run configuration that each of them has."""
 
@@ -226,12 +230,23 @@ def test_a_stock_project_becomes_tap_by_a_diff_of_less_than_30_lines(name: str) 
     assert project["tool"]["flwr"]["app"]["config"].keys() >= RUN
 
 
-@pytest.mark.parametrize("project", sorted(EXAMPLES.iterdir()), ids=lambda project: project.name)
+@pytest.mark.parametrize(
+    "project", sorted(path.parent for path in EXAMPLES.glob("*/pyproject.toml")), ids=lambda project: project.name
+)
 def test_an_example_says_what_it_is(project: Path) -> None:
     assert project.name in {*STOCK, "backbones"}
     assert len(re.findall("^## ", (project / "README.md").read_text(), re.MULTILINE)) == 5
-    assert tomllib.loads((project / "pyproject.toml").read_text())["project"]["license"] == "Apache-2.0"
+    licence = {"file": "LICENSE"} if project.name == HUB else "Apache-2.0"
+    assert tomllib.loads((project / "pyproject.toml").read_text())["project"]["license"] == licence
     assert f"`examples/{project.name}`" in (EXAMPLES.parent / "docs" / "plug-in.md").read_text()
+
+
+def test_the_app_for_flowers_hub_passes_its_checks(tmp_path: Path) -> None:
+    folder = shutil.copytree(EXAMPLES / HUB, tmp_path / HUB, ignore=shutil.ignore_patterns("__pycache__", "runs"))
+    check_for_the_hub(folder)
+    assert (folder / "LICENSE").read_bytes() == (EXAMPLES.parent / "LICENSE").read_bytes()
+    _, front, _ = (folder / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front).keys() == {"tags", "dataset", "framework"}
 
 
 def rows(batches: Iterable[Any]) -> set[tuple[float, ...]]:

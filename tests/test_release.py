@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -14,12 +16,20 @@ from pathlib import Path
 
 import pytest
 import yaml
+from flwr.cli.build import build_fab_from_disk
 
 import tap_flower
 from tests.federations import CLIENTS
+from tests.hub_checks import check_for_the_hub
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
+APP = (
+    "pyproject.toml",
+    "LICENSE",
+    *(f"{side}/{file}.py" for side in ("client_app", "server_app") for file in ("__init__", "app")),
+)
+"""What is in the Flower app."""
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
@@ -55,7 +65,8 @@ def wheel(release: Path) -> Path:
 def test_the_version_is_one(release: Path) -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {tap_flower.__version__, citation["version"]} == {VERSION}
-    assert VERSION in (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## \[(.*?)\](?: - \d{4}-\d\d-\d\d)?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[:2] == ["Unreleased", VERSION]
     assert {path.name for path in release.iterdir()} == {
         f"tap_flower-{VERSION}.tar.gz",
         f"tap_flower-{VERSION}-py3-none-any.whl",
@@ -67,6 +78,15 @@ def test_the_package_index_can_show_it(release: Path) -> None:
     assert said.count("PASSED") == 2
 
 
+def test_flowers_hub_takes_it(release: Path) -> None:
+    with tarfile.open(release / f"tap_flower-{VERSION}.tar.gz") as archive:
+        archive.extractall(release.parent, filter="data")
+    folder = (release.parent / f"tap_flower-{VERSION}").rename(release.parent / "tap-flower")
+    check_for_the_hub(folder)
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(folder))) as bundle:
+        assert set(bundle.namelist()) == {*APP, ".info/CONTENT"}
+
+
 def test_the_wheel_holds_the_package_and_the_app_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
@@ -75,13 +95,7 @@ def test_the_wheel_holds_the_package_and_the_app_and_nothing_else(wheel: Path) -
         for path in (ROOT / "tap_flower").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    app = {
-        f"tap_flower/flower_app/{name}"
-        for name in (
-            "pyproject.toml",
-            *(f"{side}/{file}.py" for side in ("client_app", "server_app") for file in ("__init__", "app")),
-        )
-    }
+    app = {f"tap_flower/flower_app/{name}" for name in APP}
     information = {name for name in names if name.startswith(f"tap_flower-{VERSION}.dist-info/")}
     assert names - information == package | app
     assert f"tap_flower-{VERSION}.dist-info/licenses/LICENSE" in information

@@ -13,8 +13,8 @@ from rich.markup import escape
 
 from tap_flower.cli.common import ConfigFile, Preset, Settings, say
 from tap_flower.cli.fetch import check_fetched
+from tap_flower.cli.progress import RunProgress
 from tap_flower.errors import ConfigError
-from tap_flower.report.progress import RunProgress
 
 
 def presets_command() -> None:

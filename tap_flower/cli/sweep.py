@@ -36,7 +36,8 @@ def sweep_command(
         Path | None, typer.Option(help="Write the sweep to this folder.", show_default="runs/NAME-OF-FILE")
     ] = None,
     keep: Annotated[
-        Path | None, typer.Option(help="Copy the small files of finished runs here; as --out it gives the tables again.")
+        Path | None,
+        typer.Option(help="Copy the small files of finished runs here; as --out it gives the tables again."),
     ] = None,
     cpus_per_run: CpusPerRun = None,
     gpus_per_run: GpusPerRun = None,

@@ -14,7 +14,6 @@ from tap_flower.methods import tap
 from tap_flower.methods.method import Memory, Participation, SecondStage
 from tap_flower.methods.session import Session
 
-
 _Settings = TypeVar("_Settings", bound=HyperParameters)
 
 
@@ -44,6 +43,4 @@ def trained(config: Config) -> tuple[float, float]:
     return tap.trained(as_published(config))
 
 
-METHOD = replace(
-    tap.METHOD, name="tap-published", participate=participate, second_stage=second_stage, trained=trained
-)
+METHOD = replace(tap.METHOD, name="tap-published", participate=participate, second_stage=second_stage, trained=trained)

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from tap_flower.files import write_atomically
-from tap_flower.report import figures, result_tables
+from tap_flower.report import figures, result_tables, verdict
 from tap_flower.report.results import remarks
 from tap_flower.report.run_record import RunRecord, read_run
 from tap_flower.report.svg import SERIES, number
@@ -38,8 +38,13 @@ def page(runs: Sequence[RunRecord]) -> str:
     grouped = result_tables.groups(runs)
     return _template("report.html").render(
         runs=[_run_page(run) for run in runs],
-        headlines=[(group, result_tables.headline_table([run.results for run in group])) for group in grouped],
-        over_clients=[result_tables.clients_table([run.results for run in group]) for group in grouped],
+        verdict=verdict.verdict(grouped),
+        methods=verdict.method_table(grouped) if len(grouped) > 1 else None,
+        headlines=[
+            (group, result_tables.headline_table(results), result_tables.clients_table(results))
+            for group in grouped
+            for results in [[run.results for run in group]]
+        ],
         side_by_side=result_tables.side_by_side(grouped) if len(runs) > 1 else None,
         differences=result_tables.differences(runs),
         items=ITEMS if max(len(run.clients) for run in runs) <= MANY_CLIENTS else FEWER_ITEMS,
@@ -65,6 +70,8 @@ def _run_page(run: RunRecord) -> dict[str, Any]:
     gradients = [figures.gradient_figure(run, client) for client in run.clients]
     return {
         "run": run,
+        "attendance": verdict.attendance(run.results),
+        "privacy": verdict.privacy(run.results),
         "remarks": remarks(run.results),
         "clients": list(figures.client_figures(run)),
         "losses": list(figures.loss_figures(run)),

@@ -34,6 +34,8 @@ from tap_flower.wire.fields import Component, Count, Digest, Epoch, Examples, Na
 from tap_flower.wire.tensors import decode_tensors
 
 PROTOCOL = 6
+"""Counts up with every change of what travels, the keys of the hyper-parameters included; it alone decides who is refused.
+Within a minor version of tap-flower it stays, so that a server and nodes of different patches work together."""
 MANIFEST, VALUES = "query.manifest", "query.values"
 TRAIN, PERSONALISE, EVALUATE = "train", "train.personalise", "evaluate"
 FIELDS, ARRAYS, CONFIG, METRICS = "tap", "arrays", "config", "metrics"
@@ -61,8 +63,8 @@ class Instruction(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         wanted: in a query for values, the tensors whose first values the client is to send.
         best: where the run may stop early, its best round so far: the client keeps its state as of then, and goes on from it
             in stage 2. 0 before there is one, None where the run does not stop early.
-        protocol: version of the protocol.
-        version: version of tap-flower.
+        protocol: version of the protocol; another one is refused.
+        version: version of tap-flower, for messages to people.
     """
 
     run: Name
@@ -137,8 +139,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, di
         unread: keys of Flower's run configuration that the project has not read while it made the client.
         built: tensor name -> digest of the value that the client's module was built with, frozen tensors and buffers
             included; nothing where values come from the run's seed.
-        protocol: version of the protocol.
-        version: version of tap-flower.
+        protocol: version of the protocol; another one is refused.
+        version: version of tap-flower, for messages to people.
     """
 
     client: Name
@@ -296,7 +298,7 @@ def decode(content: RecordDict, kind: type[_Fields], sender: str) -> _Fields:
         )
     try:
         if kind in (Instruction, Manifest):
-            _check_version(text, sender)
+            _check_protocol(text, sender)
         return msgspec.json.decode(text, type=kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise MessageError(f"{sender}: the message cannot be read: {with_value(str(error), text)}") from error
@@ -334,11 +336,11 @@ class _Version(Struct):
     version: Any = None
 
 
-def _check_version(text: str, sender: str) -> None:
-    """Refuses another protocol or another version of tap-flower before any other field is looked at."""
+def _check_protocol(text: str, sender: str) -> None:
+    """Refuses another protocol before any other field is looked at."""
     theirs = msgspec.json.decode(text, type=_Version)
-    if (theirs.protocol, theirs.version) != (PROTOCOL, tap_flower.__version__):
+    if theirs.protocol != PROTOCOL:
         raise MessageError(
             f"{sender} speaks protocol {shown(theirs.protocol)} of tap-flower {shown(theirs.version)}, here is protocol "
-            f"{PROTOCOL} of tap-flower {tap_flower.__version__}: install one version on the server and on every node"
+            f"{PROTOCOL} of tap-flower {tap_flower.__version__}: install one minor version on the server and on every node"
         )

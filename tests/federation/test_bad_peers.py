@@ -19,10 +19,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from rich.console import Console
 from torch import Tensor
 
+from tap_flower.cli.progress import RunProgress
 from tap_flower.config import Config, Encoding
 from tap_flower.errors import RunError
 from tap_flower.report.events import read_events
-from tap_flower.report.progress import RunProgress
 from tap_flower.server.strategy import TapStrategy
 from tap_flower.wire import messages
 from tap_flower.wire.messages import ARRAYS, EVALUATE, FIELDS, MANIFEST, PERSONALISE, TRAIN
@@ -327,7 +327,7 @@ def tensor(
 
 BAD_MANIFESTS: list[Any] = [
     (put("protocol", value=3), "node 101 speaks protocol 3 of tap-flower"),
-    (put("version", value="9.9"), "of tap-flower '9.9', here is protocol 6"),
+    (put("version", value=2), "version is 2: Expected `str`"),
     (put("fingerprint", value="0123456789abcdef"), "client 'bob' has a backbone with fingerprint 0123456789abcdef"),
     (put("client", value="ann"), "client 'ann' is already there on node 100: node 101 is refused"),
     (put("client", value="../bob"), "client is '../bob': Expected `str` matching regex"),

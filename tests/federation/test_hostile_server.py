@@ -73,7 +73,7 @@ def pickled(content: RecordDict) -> None:
 H = "hyper_parameters"
 WRONG: list[Any] = [
     (put("protocol", value=2), "the server speaks protocol 2"),
-    (put("version", value="0.0"), "of tap-flower '0.0', here is"),
+    (put("version", value=2), "version is 2: Expected `str`"),
     (put("run", value="../../x"), "run is '../../x': Expected `str` matching regex"),
     (put("run", value="r" * 65), "Expected `str` matching regex"),
     (put("round", value=-1), "round is -1: Expected `int` >= 0"),

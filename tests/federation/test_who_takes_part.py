@@ -14,6 +14,7 @@ import torch
 import yaml
 from flwr.app import Message
 
+import tap_flower
 from tap_flower.errors import RunError
 from tap_flower.report.events import read_events
 from tap_flower.server.server_run import ServerRun
@@ -91,13 +92,28 @@ def test_tasks_of_one_name_with_other_classes_are_refused(make_spec_federation: 
         federation.strategy().start(federation.grid())
 
 
-def test_another_version_is_refused(federation: ToyFederation, monkeypatch: pytest.MonkeyPatch) -> None:
-    grid, strategy = federation.grid(), federation.strategy()
+def of_version(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """The server says that it is of another version."""
     instruction = ServerRun._instruction
-    other = partial(msgspec.structs.replace, version="9.9")
+    other = partial(msgspec.structs.replace, **changes)
     monkeypatch.setattr(ServerRun, "_instruction", lambda self, number: other(instruction(self, number)))
-    with pytest.raises(RunError, match=r"the server speaks protocol 6 of tap-flower.*install one version"):
+
+
+def test_another_protocol_is_refused(federation: ToyFederation, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, strategy = federation.grid(), federation.strategy()
+    of_version(monkeypatch, protocol=messages.PROTOCOL + 1, version="9.9.0")
+    with pytest.raises(
+        RunError, match=r"the server speaks protocol 7 of tap-flower '9.9.0'.*install one minor version"
+    ):
         strategy.start(grid)
+
+
+def test_another_patch_version_works(federation: ToyFederation, monkeypatch: pytest.MonkeyPatch) -> None:
+    minor, _, patch = tap_flower.__version__.rpartition(".")
+    of_version(monkeypatch, version=f"{minor}.{int(patch) + 1}")
+    result = federation.strategy().start(federation.grid())
+    assert set(result.clients) == EVERYBODY
+    assert result.missing == {}
 
 
 def test_sampling_goes_by_names_not_by_node_ids(federation: ToyFederation, replies: Replies) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tap_flower.report.progress import RunProgress
+from tap_flower.cli.progress import RunProgress
 
 
 def shown(*events: dict[str, Any]) -> str:
