@@ -107,8 +107,7 @@ class Compute:
     )
     deterministic: bool = option(
         False,
-        "torch.use_deterministic_algorithms in training and evaluation: one seed, one result on a GPU too; slower, and an "
-        "error where an operation of the model has no such algorithm",
+        "torch.use_deterministic_algorithms: one seed, one result on a GPU too; slower, and not for all operations",
     )
 
 
@@ -267,10 +266,7 @@ class Stopping:
     """Early stopping by the mean validation score of the clients' own models."""
 
     patience: int = option(
-        0,
-        "stop stage 1 after this many rounds without improvement, and continue from the best round; 0 disables",
-        0,
-        1_000_000,
+        0, "rounds without improvement after which stage 1 ends and the best round counts; 0 disables", 0, 1_000_000
     )
 
 
