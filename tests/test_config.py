@@ -219,6 +219,14 @@ TASK = {"name": "t", "train": {"data": "d", "split": "train", "share": [0, 1]}}
         ({"patterns": [{"tasks": [{**TASK, "train": {"data": "d", "share": [0, 1e308]}}]}]}, "has share"),
         ({"datasets": {"d": 3}}, "data set 'd' is 3: write"),
         ({"datasets": {"d": {"name": "o/n", "rows": [1]}}}, r"data set 'd' has rows \[1\]: give their number"),
+        (
+            {"datasets": {"d": {"name": "o/n", "rows": 9, "format": "csv"}}},
+            "data set 'd' has format 'csv': use hub or packaged",
+        ),
+        (
+            {"patterns": [{"tasks": [{**TASK, "train": {"data": "d", "format": "packaged"}}]}]},
+            "train has data 'd' and format 'packaged': give one of the two",
+        ),
     ],
 )
 def test_wrong_patterns_are_refused_by_name(tmp_path: Path, values: dict[str, Any], problem: str) -> None:
@@ -226,6 +234,21 @@ def test_wrong_patterns_are_refused_by_name(tmp_path: Path, values: dict[str, An
     file.write_text(yaml.safe_dump({"datasets": {"d": {"name": "o/n", "rows": 20}}, **values}))
     with pytest.raises(ConfigError, match=problem):
         load_config("flava", str(file), ["clients=[]"])
+
+
+def test_patterns_take_packaged_data_and_sources_as_they_are(tmp_path: Path) -> None:
+    file, csv = tmp_path / "mine.yaml", {"format": "csv", "path": "/data/test.csv"}
+    task = {**TASK, "kind": "text_classification", "modalities": ["text"], "domain": "d", "classes": ["a", "b"]}
+    task |= {"columns": {"text": "text", "label": "label"}, "test": csv}
+    data = {"d": {"format": "packaged", "name": "names", "rows": 21}}
+    file.write_text(yaml.safe_dump({"datasets": data, "patterns": [{"tasks": [task]}], "groups": 2}))
+    specs = client_specs(load_config("plug-in", str(file)))
+    found = [spec.tasks[0].train[0] for spec in specs]
+    assert [(source.format, source.name, source.rows) for source in found] == [
+        ("packaged", "names", (0, 10)),
+        ("packaged", "names", (10, 21)),
+    ]
+    assert {spec.tasks[0].test[0].path for spec in specs} == {"/data/test.csv"}
 
 
 def test_a_path_that_cannot_be_is_named() -> None:

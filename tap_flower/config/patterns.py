@@ -91,7 +91,11 @@ def _listed(sources: Any, where: str) -> Sequence[Mapping[str, Any]]:
 def _source(
     values: Mapping[str, Any], sets: Mapping[str, SharedSet], group: int, groups: int, where: str
 ) -> dict[str, Any]:
-    if "data" not in values and "format" in values:
+    if "format" in values:
+        if "data" in values:
+            raise SpecError(
+                f"{where} has data {shown(values['data'])} and format {shown(values['format'])}: give one of the two"
+            )
         return dict(values)
     if values.get("data") not in list(sets):
         raise SpecError(f"{where} has data {shown(values.get('data'))}: use one of {', '.join(map(str, sets))}")

@@ -54,10 +54,10 @@ def test_forward_pass(backbone: Any, tokenizer: Any) -> None:
         output = backbone(
             input_ids=given["input_ids"],
             attention_mask=given["attention_mask"],
-            pixel_values=torch.zeros(2, 3, 64, 64),
+            pixel_values=torch.zeros(2, 3, pretrain.IMAGE_SIZE, pretrain.IMAGE_SIZE),
         )
     tokens = given["input_ids"].shape[1]
-    patches = (64 // backbone.config.image_config.patch_size) ** 2
+    patches = (pretrain.IMAGE_SIZE // backbone.config.image_config.patch_size) ** 2
     assert output.image_embeddings.shape == (2, 1 + patches, 64)
     assert output.text_embeddings.shape == (2, tokens, 64)
     assert output.multimodal_embeddings.shape == (2, 2 + patches + tokens, 64)
