@@ -82,7 +82,7 @@ def copies(count: int) -> list[dict[str, Any]]:
     for number in range(count):
         (task,) = client["tasks"]
         own = {
-            split: {**task[split], "rows": [number, number + rows]}
+            split: {**task[split][0], "rows": [number, number + rows]}
             for split, rows in (("train", TRAIN), ("validation", VALIDATION))
         }
         made.append({**client, "name": f"client-{number}", "tasks": [{**task, **own}]})

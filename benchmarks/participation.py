@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from tap_flower.client.state import StateFolder
 
 CLIENT = 7
+"""Pattern of the preset `flava`."""
+TWO_TASKS = 3
+"""Client of the demo that has two tasks."""
 
 
 @dataclass
@@ -130,7 +133,7 @@ def timed_client(given: argparse.Namespace, clock: Clock) -> TimedClient:
         from tap_flower.data.text import load_tokenizer
 
         settings = load_config(given.model, settings=[f"train.batch_size={given.batch}"])
-        spec = client_specs(load_config("demo"))[CLIENT]
+        spec = client_specs(load_config("demo"))[TWO_TASKS]
         spec = replace(spec, tasks=tuple(replace(task, batch_size=None) for task in spec.tasks))
         architecture = configuration(given.model, given.size)
         backbone = from_config(architecture, settings.model.layers, settings.model.image_size)
