@@ -100,7 +100,7 @@ def row_of(way: Way, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
     """The rows, with ratios to the first way where it ran."""
-    rows = {name: row_of(WAYS[name], told) for name, told in found.items()}
+    rows = {name: row_of(WAYS[name], told) for name, told in found.items() if told}
     base = rows.get(next(iter(WAYS)), {}).get("s a round")
     for row in rows.values():
         if base and "s a round" in row:

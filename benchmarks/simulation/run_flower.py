@@ -32,6 +32,7 @@ def federate(app: ClientApp, serve: Callable[[Grid], None], given: Asked) -> Non
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
+        del context
         serve(grid)
 
     resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": given.cores}}
@@ -57,7 +58,7 @@ def main() -> None:
     """Runs what is asked for."""
     given, rounds, net = asked(), Rounds(), SmallCnn()
 
-    def evaluated(server_round: int, arrays: ArrayRecord) -> None:
+    def evaluated(_: int, arrays: ArrayRecord) -> None:
         rounds.end()
         net.load_state_dict(arrays.to_torch_state_dict())
 

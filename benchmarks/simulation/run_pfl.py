@@ -42,11 +42,13 @@ class Watch(TrainingProcessCallback):  # type: ignore[misc]
 
     def on_train_begin(self, *, model: Any) -> Metrics:
         """Called before the first round."""
+        del model
         self.rounds.end()
         return Metrics()
 
     def after_central_iteration(self, aggregate_metrics: Metrics, model: Any, *, central_iteration: int) -> Any:
         """Called after each round."""
+        del aggregate_metrics, model, central_iteration
         self.rounds.end()
         return False, Metrics()
 

@@ -34,7 +34,7 @@ def app_of(given: Asked, folder: Path) -> TapClientApp:
             [],
             forward=lambda net, batch: net(batch[0]),
             target=lambda batch: batch[1],
-            fit=lambda net, batches, config: train(net, batches),
+            fit=lambda net, batches, _: train(net, batches),
         )
         return Client(f"client-{number}", SmallCnn, [task], state_dir=folder / "state")
 
