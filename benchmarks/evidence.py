@@ -1,8 +1,8 @@
 """`python -m benchmarks.evidence RUN...`: how far a decision on few held-out rows is to be trusted.
 
-For every client and pair of finished simulations of `tap` it compares the server's model with the personal one after stage 1,
-on the client's validation rows, as a replacement is decided, and on its test rows, which are more and are not used for
-anything here but this measurement. Given are, by kind of task and over all:
+For every client and pair of finished simulations of `tap` it compares the server's model with the personal one after
+stage 1, on the client's validation rows, as a replacement is decided, and on its test rows, which are more, and are used
+here for this measurement alone. Given are, by kind of task and over all:
 
 * `agree`: share of pairs for which both sets of rows prefer the same model;
 * `sure`: share of pairs for which the difference on validation rows is more than one standard error from 0;
