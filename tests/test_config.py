@@ -233,7 +233,7 @@ def test_wrong_patterns_are_refused_by_name(tmp_path: Path, values: dict[str, An
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"datasets": {"d": {"name": "o/n", "rows": 20}}, **values}))
     with pytest.raises(ConfigError, match=problem):
-        load_config("flava", str(file), ["clients=[]"])
+        load_config("flava", str(file))
 
 
 def test_patterns_take_packaged_data_and_sources_as_they_are(tmp_path: Path) -> None:

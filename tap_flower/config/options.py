@@ -325,12 +325,12 @@ class Config(HyperParameters):
     )
     backbone_revision: str | None = option(None, "commit, tag or branch of `backbone` on the hub")
     clients: list[Any] = collection(
-        list, "the client specs of a simulation; without any, they are made from `patterns`"
+        list, "the client specs of a simulation; where none are given, `patterns` make them"
     )
-    patterns: list[Any] = collection(list, "clients that every group has, as in the presets flava and vilt")
+    patterns: list[Any] = collection(list, "clients that every group has, as in the presets")
     groups: int = option(1, "groups that share the rows of `datasets`; each has all `patterns`", 1, 100_000)
     datasets: dict[str, Any] = collection(
-        dict, "the data sets that `patterns` name: name, config, revision, rows to share"
+        dict, "the data sets that `patterns` name: name, format, config, revision, rows to share"
     )
 
 

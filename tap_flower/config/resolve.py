@@ -64,10 +64,11 @@ def load_config(preset: str = "demo", config: str = "", settings: Sequence[str] 
         raise ConfigError(f"data.root = {resolved.data.root!r} is relative: give an absolute path in a setting")
     _check_replacement(resolved)
     _check_privacy(resolved)
-    try:
-        resolved.clients = resolved.clients or list(expand(resolved.patterns, resolved.groups, resolved.datasets))
-    except SpecError as error:
-        raise ConfigError(str(error)) from error
+    if not any("clients" in values for _, values in layers):  # else they are given, and be it that there are none
+        try:
+            resolved.clients = list(expand(resolved.patterns, resolved.groups, resolved.datasets))
+        except SpecError as error:
+            raise ConfigError(str(error)) from error
     return resolved
 
 

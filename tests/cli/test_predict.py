@@ -46,7 +46,7 @@ def test_predict_writes_images(command: Any, run: Path, tmp_path: Path) -> None:
     code, out, _ = command("predict", str(run), *asked, "--out", "made", "--json")
     assert code == 0
     assert json.loads(out).keys() == {"mse", "image"}
-    assert Image.open(tmp_path / "made" / "0.png").size == (64, 64)
+    assert Image.open(tmp_path / "made" / "0.png").size == (40, 40)
     code, out, _ = command("predict", str(run), *asked)
     assert out.startswith("mse ")
 

@@ -189,13 +189,25 @@ def test_same_text_same_tokens_in_another_process() -> None:
 
 def test_same_seed_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     data = pretrain.PublicData(
-        images=torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+        images=torch.randint(
+            0,
+            256,
+            (8, 3, pretrain.IMAGE_SIZE, pretrain.IMAGE_SIZE),
+            dtype=torch.uint8,
+            generator=torch.Generator().manual_seed(0),
+        ),
         first_digit=4,
         captioned=torch.arange(8),
         caption=torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]),
         captions=["a red circle", "a teal circle", "digit one", "digit two"],
         names=[["red apple", "mushroom", "dog", "cat"], ["perro", "seta", "gato", "manzana"]],
         questions=[("is there a circle?", "yes", 0), ("what color is the shape?", "teal", 2)],
+        days=[
+            ["01-02", "2 Jan", "January 2"],
+            ["03-04", "4 Mar", "March 4"],
+            ["05-06", "6 May", "6 mai"],
+            ["07-08", "8 Jul", "8 juil."],
+        ],
     )
     tokenizer = pretrain.train_tokenizer(data.lines())
     monkeypatch.setattr(pretrain, "BATCH", dict.fromkeys(pretrain.BATCH, 4))

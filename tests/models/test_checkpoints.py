@@ -90,11 +90,11 @@ def test_what_a_backbone_copies_counts_as_used(tmp_path: Path) -> None:
 
 
 def test_a_square_size_may_be_a_list(tmp_path: Path) -> None:
-    name = changed(tmp_path, config=lambda values: values["image_config"].update(image_size=[64, 64]))
+    name = changed(tmp_path, config=lambda values: values["image_config"].update(image_size=[40, 40]))
     assert load_backbone(name, 1).fingerprint == load_backbone("demo", 1).fingerprint
     (tmp_path / "wide").mkdir()
-    wide = changed(tmp_path / "wide", config=lambda values: values["image_config"].update(image_size=[64, 32]))
-    with pytest.raises(BackboneError, match=re.escape("image_size = [64, 32] in config.json: use one that is square")):
+    wide = changed(tmp_path / "wide", config=lambda values: values["image_config"].update(image_size=[40, 20]))
+    with pytest.raises(BackboneError, match=re.escape("image_size = [40, 20] in config.json: use one that is square")):
         outline(wide, 1)
 
 

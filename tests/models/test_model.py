@@ -15,6 +15,7 @@ from tap_flower.client.client_model import client_model
 from tap_flower.config import Config, client_specs, load_config
 from tap_flower.core.components import Pair, trainable_state
 from tap_flower.core.tasks import TASK_KINDS
+from tap_flower.data.images import with_image_forms
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec
 from tap_flower.data.text import load_tokenizer
@@ -37,6 +38,7 @@ def randomise(model: TapModel) -> TapModel:
 
 
 def assert_reach_is_what_autograd_finds(config: Config, spec: ClientSpec) -> None:
+    spec = with_image_forms(spec)
     data = load_client_data(
         spec, load_tokenizer(locate(spec.backbone)), config.model.text_length, config.seed, config.data.root
     )

@@ -43,7 +43,7 @@ def test_the_pages_python(
 ) -> None:
     clients = run / "clients"
     (tmp_path / "runs" / "demo-seed41" / "clients").mkdir(parents=True)
-    (tmp_path / "runs" / "demo-seed41" / "clients" / "client-4").symlink_to(clients / "bob")
+    (tmp_path / "runs" / "demo-seed41" / "clients" / "client-2").symlink_to(clients / "bob")
     export(clients / "ann", tmp_path / "exported", "shapes")
     first, second = (row["image"] for row in rows("questions")[:2])
     first.save(tmp_path / "shape.png")

@@ -49,7 +49,7 @@ def test_images_are_classified_and_reconstructed_as_in_the_evaluation(run: Path,
     assert np.mean([answer.mse for answer in pictures]) == pytest.approx(
         figures(run, "ann", "shape_images", which)["mse"], rel=1e-4
     )
-    assert pictures[0].image.size == (64, 64)
+    assert pictures[0].image.size == (40, 40)
 
 
 @pytest.mark.parametrize("which", MODELS)
