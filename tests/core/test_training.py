@@ -342,7 +342,7 @@ def test_an_operation_without_a_deterministic_algorithm_is_an_error_that_names_i
 
     with torch_algorithms(deterministic=False):
         put()
-    problem = r"^compute.deterministic = true, and torch's put_ \(test_training.py:\d+\) has no .* set .*deterministic=false$"
+    problem = r"^compute.deterministic = true, and torch's put_ \(test_training.py:\d+\) has no .* set .*istic=false$"
     with pytest.raises(ClientError, match=problem), torch_algorithms(deterministic=True):
         put()
     torch.use_deterministic_algorithms(True)  # somebody else's choice has torch's own words
