@@ -319,9 +319,10 @@ def test_deterministic_algorithms_are_for_training_and_evaluation_alone(option: 
         made = session(of, compute=Compute(deterministic=option), train=Train(steps=1, accumulation=1))
         seen.clear()
         made.train_round(1, None, "server")
-        assert seen == [option]
+        trained = len(seen)
         made.losses(made.model(), "validation")
-        assert seen == [option] * 2
+        assert len(seen) > trained > 0
+        assert set(seen) == {option}
         assert not torch.are_deterministic_algorithms_enabled()
 
 
