@@ -46,7 +46,7 @@ def test_clients_have_images_of_their_own_that_can_be_learned() -> None:
     before = small_cnn.held_out_loss(net)
     for client in range(5):
         small_cnn.train(net, small_cnn.loader(client, 200, 20))
-    assert small_cnn.held_out_loss(net) < before - 0.3
+    assert small_cnn.held_out_loss(net) < before - 0.05
 
 
 def test_a_framework_that_fails_is_a_note_with_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
