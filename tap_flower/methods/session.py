@@ -304,8 +304,16 @@ class Session:
         """Tries what is the project's own, so that what it lacks is told before the first round.
 
         Raises:
-            ClientError: an evaluation returns what cannot be used, or the model refuses a batch of a loader.
+            ClientError: an evaluation returns what cannot be used, the model refuses a batch of a loader, or it has an
+                operation that cannot be deterministic.
         """
+        if self.settings.compute.deterministic and all(task.fit is None for task in self.tasks):
+            before, once = (
+                self.steps,
+                replace(self.settings.train.optimisation(1), steps=1, accumulation=len(self.tasks)),
+            )
+            self.train(self.model(), once, order=("trial",), noise=("trial",))
+            self.steps = before
         for task in self.tasks:
             for own in self.data.splits["train"][task.pair.task]:
                 if task.fit is None and isinstance(own, OwnLoader) and (lone := own.lone(self.device)) is not None:

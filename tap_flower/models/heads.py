@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2Model
@@ -70,5 +71,18 @@ class TextHead(nn.Module):
         """Logits of the first `length` positions: [B, D] -> [B, length, V]. Causal, so they do not depend on `length`."""
         condition = self.output(self.value(features))  # [B, D]
         states = self.positions.weight[:length] + condition[:, None]  # [B, length, D]
-        hidden = self.gpt2(inputs_embeds=states, use_cache=False).last_hidden_state  # [B, length, D]
+        mask = _causal(length, features.device)
+        hidden = self.gpt2(
+            inputs_embeds=states, attention_mask=mask, use_cache=False
+        ).last_hidden_state  # [B, length, D]
         return cast(Tensor, self.vocabulary(hidden))  # [B, length, V]
+
+
+def _causal(length: int, device: torch.device) -> Tensor | None:
+    """The causal mask [1, 1, length, length] bool; on a CPU None, with which transformers finds it itself.
+
+    For that it asks whether several texts are packed into one, and a processor waits for a GPU to tell.
+    """
+    if device.type == "cpu":
+        return None
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]

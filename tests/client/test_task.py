@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from tap_flower import IMAGE_CLASSIFICATION, Client, TapClientApp, TapResult, TapStrategy, Task, load_config
 from tap_flower.config import HyperParameters
+from tap_flower.config.options import Compute, Train
 from tap_flower.errors import ClientError, RunError
 from tap_flower.run.in_process import InProcessGrid
 from tap_flower.server.result import mean_metrics
@@ -294,6 +295,49 @@ def test_a_module_whose_frozen_weights_an_evaluation_has_changed_is_built_anew(t
         Client("c0", frozen, [Loop().task(score=merging)]).session(HyperParameters())
     other = Client("c1", frozen, [task()]).session(HyperParameters())
     assert dict(other.model().named_parameters())["trunk.weight"].equal(torch.ones(6, 4))
+
+
+@pytest.mark.parametrize("option", [False, True])
+def test_deterministic_algorithms_are_for_training_and_evaluation_alone(option: bool) -> None:
+    seen: list[bool] = []
+
+    def noted(net: Any, batch: Any) -> torch.Tensor:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        output: torch.Tensor = net(batch[0])
+        return output
+
+    def fit(net: Any, data: Any, config: Any) -> float:
+        return F.cross_entropy(noted(net, next(iter(data))), next(iter(data))[1]).item()
+
+    def score(net: Any, data: Any) -> dict[str, float]:
+        return {"loss": fit(net, data, {}), "accuracy": 0.0}
+
+    for of in (
+        task(forward=noted, validation=loader(5, 3)),
+        Loop().task(fit=fit, score=score, validation=loader(5, 3)),
+    ):
+        made = session(of, compute=Compute(deterministic=option), train=Train(steps=1, accumulation=1))
+        seen.clear()
+        made.train_round(1, None, "server")
+        trained = len(seen)
+        made.losses(made.model(), "validation")
+        assert len(seen) > trained > 0
+        assert set(seen) == {option}
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_operation_that_cannot_be_deterministic_is_refused_at_the_start() -> None:
+    def puts(net: Any, batch: Any) -> torch.Tensor:
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+        output: torch.Tensor = net(batch[0])
+        return output
+
+    assert session(task(forward=puts)).steps == 0
+    with pytest.raises(
+        ClientError, match=r"compute.deterministic = true, and torch's put_ \(test_task.py:\d+\) has no"
+    ):
+        session(task(forward=puts), compute=Compute(deterministic=True))
+    assert session(task(), compute=Compute(deterministic=True)).steps == 0
 
 
 @pytest.mark.parametrize(

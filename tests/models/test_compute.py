@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from tap_flower.core.components import Pair
-from tap_flower.models import backbone, load
+from tap_flower.models import backbone, cpu, heads, load
 from tap_flower.models.load import load_backbone
 from tap_flower.models.model import ModelTask, TapModel
 from tests.checkpoints import tiny_flava, tiny_vilt
+from tests.core.test_training import Waits
 
 TASKS = [
     ModelTask(Pair("see", ("image",)), "image_classification", ("shapes",), classes=5),
@@ -61,6 +62,20 @@ def test_recomputing_gives_the_same_gradients(task: str) -> None:
     assert kept[1].keys() == again[1].keys()
     for name, gradient in kept[1].items():
         torch.testing.assert_close(again[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("task", INPUTS)
+def test_a_pass_asks_no_number_of_a_gpu(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model()
+    expected = made.eval()(task, INPUTS[task])
+    monkeypatch.setattr(cpu, "lora_linears", lambda *_: None)  # as on a GPU, by the definition,
+    monkeypatch.setattr(
+        heads, "_causal", lambda length, _: torch.ones(1, 1, length, length).tril().bool()
+    )  # and a mask
+    torch.testing.assert_close(made(task, INPUTS[task]), expected)
+    with Waits() as waits:
+        outputs_and_gradients(made, task)
+    assert not waits.seen
 
 
 @pytest.fixture
