@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tap_flower.cli import check, fetch, init, predict, restore, simulate, sweep
+from tap_flower.cli import check, fetch, init, predict, restore, simulate, study_commands, sweep
 from tap_flower.errors import TapFlowerError
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ _PANELS: Mapping[str, Mapping[str, Callable[..., None]]] = {
 for panel, commands in _PANELS.items():
     for name, command in commands.items():
         app.command(name, rich_help_panel=panel)(command)
-app.add_typer(sweep.study_app, name="study", rich_help_panel="Compare")
+app.add_typer(study_commands.study_app, name="study", rich_help_panel="Compare")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The commands that compare runs: `sweep`, `study pairs`, `study margin`."""
+"""The command `sweep`, and how runs are executed and compared."""
 
 from __future__ import annotations
 
@@ -11,23 +11,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tap_flower.cli.common import ConfigFile, CpusPerRun, GpusPerRun, Preset, RayAddress, Settings, say
+from tap_flower.cli.common import CpusPerRun, GpusPerRun, RayAddress, say
 from tap_flower.cli.fetch import check_fetched
 from tap_flower.errors import SimulationError
 
 if TYPE_CHECKING:
     from tap_flower.study.execute import Outcome
-    from tap_flower.study.plan import PlannedRun
-    from tap_flower.study.studies import Study
+    from tap_flower.study.plan import PlannedRun, Sweep
 
-study_app = typer.Typer(help="Study how results change with one quantity.", no_args_is_help=True)
-_SEEDS, _MARGINS = (41, 42, 43), (0.0, 0.01, 0.05, 0.2)
-Seeds = Annotated[
-    list[int] | None, typer.Option(help="Run with this seed; may be repeated.", show_default="41, 42, 43")
-]
 Where = tuple[str, int | None, float | None]
 """Address of a Ray cluster; cores and GPUs of a run."""
-StudyFolder = Annotated[Path, typer.Option(help="Write the study to this folder.")]
 
 
 def sweep_command(
@@ -44,83 +37,39 @@ def sweep_command(
     ray: RayAddress = "local",
 ) -> None:
     """Run methods by seeds, those that are missing, and compare them in table.md, .csv, .tex and .html."""
+    from tap_flower.study import kept
+    from tap_flower.study.plan import read_sweep
+
+    console, out = Console(), out or Path("runs") / file.stem
+    sweep = read_sweep(file, out)
+    failed = execute_missing(console, sweep.runs, (ray, cpus_per_run, gpus_per_run))
+    write_tables(console, sweep, f"Sweep {file.stem}", f"Preset {sweep.runs[0].preset}; the file is {file.name}.", out)
+    if keep is not None:
+        kept.keep(finished := [run.folder for run in sweep.runs if run.done], keep)
+        say(console, f"{len(finished)} runs kept in {keep}")
+    exit_if(failed)
+
+
+def write_tables(console: Console, sweep: Sweep, title: str, lead: str, out: Path) -> None:
+    """Compares the finished runs of a sweep, prints the tables and writes them into a folder."""
     from tap_flower.files import write_atomically
     from tap_flower.report.figures import Figure
     from tap_flower.report.html_report import write_study
     from tap_flower.report.terminal_tables import terminal
-    from tap_flower.study import kept
     from tap_flower.study.comparison import compare
-    from tap_flower.study.plan import read_sweep
     from tap_flower.study.sweep_tables import comparison_tables, latex, markdown, to_csv
 
-    console, out = Console(), out or Path("runs") / file.stem
-    sweep = read_sweep(file, out)
-    failed = _execute(console, sweep.runs, (ray, cpus_per_run, gpus_per_run))
     found = [compare(sweep, budget) for budget in sweep.budgets]
     tables = [table for one in found for table in comparison_tables(one)]
     for table in tables:
         console.print(terminal(table))
     for name, text in (("md", markdown(tables)), ("csv", to_csv(found)), ("tex", latex(tables))):
         write_atomically(out / f"table.{name}", text.encode())
-    lead = f"Preset {sweep.runs[0].preset}; the sweep file is {file.name}."
-    shown = [Figure(table.caption, table, None) for table in tables]
-    write_study(f"Sweep {file.stem}", lead, shown, out / "table.html")
+    write_study(title, lead, [Figure(table.caption, table, None) for table in tables], out / "table.html")
     say(console, f"tables in {out / 'table.md'}, .csv, .tex and .html")
-    if keep is not None:
-        kept.keep(finished := [run.folder for run in sweep.runs if run.done], keep)
-        say(console, f"{len(finished)} runs kept in {keep}")
-    _exit_if(failed)
 
 
-@study_app.command("pairs")
-def pairs_command(
-    preset: Preset = "demo",
-    config: ConfigFile = "",
-    set_: Settings = None,
-    seed: Seeds = None,
-    out: StudyFolder = Path("runs/study-pairs"),
-    cpus_per_run: CpusPerRun = None,
-    gpus_per_run: GpusPerRun = None,
-    ray: RayAddress = "local",
-) -> None:
-    """Measure how the server's loss, and personal ones, change as the number of pairs grows."""
-    from tap_flower.study.studies import pairs_study
-
-    _study(pairs_study(preset, config, set_ or [], seed or _SEEDS, out), out, (ray, cpus_per_run, gpus_per_run))
-
-
-@study_app.command("margin")
-def margin_command(
-    preset: Preset = "demo",
-    config: ConfigFile = "",
-    set_: Settings = None,
-    seed: Seeds = None,
-    margin: Annotated[
-        list[float] | None,
-        typer.Option(help="Run with this margin; may be repeated.", show_default="0, 0.01, 0.05, 0.2"),
-    ] = None,
-    out: StudyFolder = Path("runs/study-margin"),
-    cpus_per_run: CpusPerRun = None,
-    gpus_per_run: GpusPerRun = None,
-    ray: RayAddress = "local",
-) -> None:
-    """Measure how results and replacements change with the margin."""
-    from tap_flower.study.studies import margin_study
-
-    _study(
-        margin_study(preset, config, set_ or [], seed or _SEEDS, margin or _MARGINS, out),
-        out,
-        (ray, cpus_per_run, gpus_per_run),
-    )
-
-
-def _study(study: Study, out: Path, where: Where) -> None:
-    console = Console()
-    _exit_if(_execute(console, study.runs, where))
-    say(console, f"to look at: {study.write(out)}; numbers in {study.name}.csv")
-
-
-def _execute(console: Console, runs: Sequence[PlannedRun], where: Where) -> list[Outcome]:
+def execute_missing(console: Console, runs: Sequence[PlannedRun], where: Where) -> list[Outcome]:
     """Executes the missing runs, with a line for each, and returns those that failed."""
     from tap_flower.config import client_specs
     from tap_flower.study.execute import cluster, execute, share_of
@@ -148,6 +97,7 @@ def _execute(console: Console, runs: Sequence[PlannedRun], where: Where) -> list
     return failed
 
 
-def _exit_if(failed: Sequence[Outcome]) -> None:
+def exit_if(failed: Sequence[Outcome]) -> None:
+    """Ends the command where runs have failed."""
     if failed:
         raise SimulationError(f"{len(failed)} runs failed, see above: the same command runs them again, and no others")

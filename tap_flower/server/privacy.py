@@ -91,7 +91,7 @@ def budget_of(config: Config, most: int | None = None) -> Budget | None:
         ConfigError: the package is not installed, or no round can ever have enough clients.
     """
     wanted = config.privacy
-    if wanted.epsilon is None:
+    if wanted.epsilon is None or not config.rounds:  # without a round nothing is released
         return None
     noise_multiplier = calibrate(wanted.epsilon, wanted.delta, config.rounds)
     needed = holders_needed(noise_multiplier, wanted.max_noise)

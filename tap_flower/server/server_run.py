@@ -19,7 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from torch import Tensor
 
-from tap_flower.config import Config, sent_hyper_parameters
+from tap_flower.config import Config, Encoding, sent_hyper_parameters
 from tap_flower.errors import ConfigError, MessageError, RunError
 from tap_flower.files import write_json
 from tap_flower.methods.registry import find_method
@@ -39,6 +39,7 @@ from tap_flower.server.roster import Roster
 from tap_flower.server.rounds import MethodAverage, WeightedAverage
 from tap_flower.wire import messages
 from tap_flower.wire.messages import Instruction, Report
+from tap_flower.wire.tensors import encode_tensors
 
 warnings = logging.getLogger("tap_flower")
 _MEMORY = "method:"
@@ -310,6 +311,21 @@ class ServerRun:
             missing=self.result.missing,
             **private,
         )
+
+
+def final_values(run: Path) -> ArrayRecord:
+    """The server's values with which stage 1 of a run has ended, as `initial_arrays` of another run.
+
+    Args:
+        run: the run folder.
+
+    Raises:
+        StorageError: there are none, or they are damaged.
+    """
+    found = checkpoint.load(run / "server")
+    _taken_out(found.tensors)
+    _taken_out(found.best)
+    return encode_tensors({**found.tensors, **found.best}, Encoding.float32)
 
 
 def _taken_out(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

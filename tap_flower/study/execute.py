@@ -149,7 +149,8 @@ def _task(run: PlannedRun, threads: int) -> Task:
     with run.log.open("a") as file:
         file.write(mark)
     folder, log, here = (str(path.resolve()) for path in (run.folder, run.log, Path()))
-    return Task(run.preset, to_yaml(run.resolved), folder, log, mark, here, threads)
+    start = "" if run.start is None else str(run.start.resolve())
+    return Task(run.preset, to_yaml(run.resolved), folder, log, mark, here, threads, start)
 
 
 def _outcome(run: PlannedRun, ended: Any) -> Outcome:

@@ -31,6 +31,7 @@ class PlannedRun:
         config: path of a YAML file, or nothing.
         settings: `key=value` strings, method and seed among them.
         folder: the run folder.
+        start: folder of a finished run whose last values of the server are the first ones of this run, or None.
     """
 
     label: str
@@ -39,6 +40,7 @@ class PlannedRun:
     config: str
     settings: tuple[str, ...]
     folder: Path
+    start: Path | None = None
 
     @property
     def resolved(self) -> Config:
@@ -134,7 +136,7 @@ def read_sweep(file: Path, out: Path) -> Sweep:
             of_budget = runs
             if budget == STEPS and tap is not None:
                 _check_own_steps(file, label, own)
-                if more := _steps_as_tap(resolved, tap):
+                if more := steps_as_tap(resolved, tap):
                     if (name := f"{label}+{STEPS}") in methods:
                         raise ConfigError(
                             f"{file}: methods has {name!r}, the folder of {label!r} with equal steps: rename it"
@@ -157,8 +159,13 @@ def _check_own_steps(file: Path, label: str, own: Sequence[str]) -> None:
             )
 
 
-def _steps_as_tap(own: Config, tap: Config) -> tuple[str, ...]:
-    """The settings by which a method makes as many optimiser steps as TAP, stage by stage; none where it does already."""
+def steps_as_tap(own: Config, tap: Config) -> tuple[str, ...]:
+    """The settings by which a method makes as many optimiser steps as TAP, stage by stage; none where it does already.
+
+    Args:
+        own: configuration of a run of the method.
+        tap: the same of a run of TAP.
+    """
     steps = tap.train.steps, tap.distill.iterations
     models, of_tap = (find_method(config.method).trained(config) for config in (own, tap))
     equal = [max(round(n * of / m), 1) if m else n for n, of, m in zip(steps, of_tap, models, strict=True)]

@@ -6,10 +6,10 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import log2, sqrt
 from statistics import fmean, stdev
 
-from scipy.stats import rankdata, t
+from scipy.stats import linregress, rankdata, t
 
 LEVEL = 0.95
 """Level of the intervals."""
@@ -74,6 +74,15 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         largest = max(largest, min((len(p_values) - place) * p, 1.0))
         corrected[name] = largest
     return corrected
+
+
+def slope_by_doubling(values: Mapping[float, float]) -> float:
+    """The least-squares slope of values over log₂ x: what each doubling of x adds.
+
+    Args:
+        values: x > 0 -> value, for two x or more.
+    """
+    return float(linregress([log2(x) for x in values], list(values.values())).slope)
 
 
 def mean_ranks(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

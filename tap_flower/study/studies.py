@@ -24,7 +24,7 @@ from tap_flower.report.results import headline, metric_in_words, read_results, s
 from tap_flower.report.svg import number
 from tap_flower.study.comparison import OVERALL
 from tap_flower.study.plan import PlannedRun
-from tap_flower.study.statistics import ESTIMATE_COLUMNS, Estimate, csv_text, estimate
+from tap_flower.study.statistics import ESTIMATE_COLUMNS, Estimate, csv_text, estimate, slope_by_doubling
 
 Values = Mapping[tuple[str, str], Mapping[str, float]]
 """(title, unit) of a figure -> name of a line -> value, with one seed."""
@@ -32,7 +32,7 @@ Curves = Mapping[str, Mapping[float, Estimate]]
 """Name of a line -> x -> mean and interval over seeds."""
 Losses = Mapping[str, Mapping[str, float]]
 """Task -> model -> test loss."""
-_COMPARED = ("server", "personal", "tap")
+COMPARED = ("server", "personal", "tap")
 """The models of the study of pairs."""
 
 
@@ -47,6 +47,7 @@ class Study:
         axis: name of the quantity that changes.
         runs: all its runs.
         measure: called after the runs; gives (x, values) for every x and seed.
+        by_doubling: whether the slope of each line over log₂ x is shown, with its interval over seeds.
     """
 
     name: str
@@ -55,19 +56,25 @@ class Study:
     axis: str
     runs: tuple[PlannedRun, ...]
     measure: Callable[[], Iterable[tuple[float, Values]]]
+    by_doubling: bool = False
 
     def write(self, out: Path) -> Path:
         """Writes the page, and the numbers as CSV, into a folder; returns the page's file."""
-        found = _curves(self.measure())
-        lines = [
+        collected = _collected(self.measure())
+        found, slopes = _curves(collected), _slopes(collected) if self.by_doubling else {}
+        lines: list[Sequence[object]] = [
             (title, line, x, *astuple(one))
             for (title, _), curves in found.items()
             for line, by_x in curves.items()
             for x, one in by_x.items()
         ]
+        lines += [
+            (title, line, "slope", *astuple(one)) for (title, _), each in slopes.items() for line, one in each.items()
+        ]
         text = csv_text(("figure", "line", self.axis, *ESTIMATE_COLUMNS), lines)
         write_atomically(out / f"{self.name}.csv", text.encode())
-        shown = [_figure(title, unit, self.axis, curves) for (title, unit), curves in found.items()]
+        shown = [_slope_figure(slopes)] if slopes else []
+        shown += [_figure(title, unit, self.axis, curves) for (title, unit), curves in found.items()]
         write_study(self.title, self.lead, shown, out / f"{self.name}.html")
         return out / f"{self.name}.html"
 
@@ -75,10 +82,10 @@ class Study:
 def pairs_study(preset: str, config: str, settings: Sequence[str], seeds: Sequence[int], out: Path) -> Study:
     """Plans the study of how well one server model serves a pair as the number of pairs grows, at equal data and budget.
 
-    Every client is split into clients of one pair. For each seed the pairs are put into an order of its own, and as many as
-    the largest power of two are trained alone, in groups of 2, of 4 and so on, each group a federation in which all clients
-    take part in every round. A pair has the same clients, examples and optimiser steps in each; what differs is who else is
-    averaged into the components that it shares.
+    Every client is split into clients of one pair. For each seed the pairs are put into an order of its own, and trained
+    alone, all together, and in groups of each size that divides their number (one pair is left out where that gives more
+    sizes: six of seven), each group a federation in which all clients take part in every round. A pair has the same clients,
+    examples and optimiser steps in each; what differs is who else is averaged into the components that it shares.
 
     Args:
         preset: name of a preset.
@@ -97,7 +104,7 @@ def pairs_study(preset: str, config: str, settings: Sequence[str], seeds: Sequen
             by_task.setdefault(task["name"], []).append(one)
     if len(by_task) < 2:
         raise ConfigError(f"the study of pairs needs clients with two tasks at least; {preset!r} has {len(by_task)}")
-    sizes = [2**n for n in range(len(by_task).bit_length()) if 2**n <= len(by_task)]
+    sizes = max((_divisors(count) for count in (len(by_task), len(by_task) - 1)), key=len)
     runs: dict[tuple[int, int], list[tuple[PlannedRun, list[str]]]] = {}
     for seed in seeds:
         order = sorted(by_task)
@@ -124,11 +131,11 @@ def pairs_study(preset: str, config: str, settings: Sequence[str], seeds: Sequen
             alone.setdefault(seed, losses)  # groups of one come first
             relative = {
                 model: fmean(by_model[model] / alone[seed][task][model] for task, by_model in losses.items())
-                for model in _COMPARED
+                for model in COMPARED
             }
             yield size, {("Test loss, relative to the pair alone", "loss / loss alone (lower is better)"): relative}
             for task, by_model in sorted(losses.items()):
-                yield size, {(task, "test loss (lower is better)"): {model: by_model[model] for model in _COMPARED}}
+                yield size, {(task, "test loss (lower is better)"): {model: by_model[model] for model in COMPARED}}
 
     return Study(
         "pairs",
@@ -140,7 +147,12 @@ def pairs_study(preset: str, config: str, settings: Sequence[str], seeds: Sequen
         "pairs in the federation",
         tuple(run for of_size in runs.values() for run, _ in of_size),
         measure,
+        by_doubling=True,
     )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def margin_study(
@@ -192,17 +204,47 @@ def margin_study(
     )
 
 
-def _curves(measured: Iterable[tuple[float, Values]]) -> dict[tuple[str, str], Curves]:
-    """(title, unit) of each figure -> its curves."""
+Collected = Mapping[tuple[str, str], Mapping[str, Mapping[float, Sequence[float]]]]
+"""(title, unit) of a figure -> name of a line -> x -> its values, in the order of seeds."""
+
+
+def _collected(measured: Iterable[tuple[float, Values]]) -> Collected:
     found: dict[tuple[str, str], dict[str, dict[float, list[float]]]] = {}
     for x, values in measured:
         for figure, by_line in values.items():
             for line, value in by_line.items():
                 found.setdefault(figure, {}).setdefault(line, {}).setdefault(x, []).append(value)
+    return found
+
+
+def _curves(collected: Collected) -> dict[tuple[str, str], Curves]:
+    """(title, unit) of each figure -> its curves."""
     return {
-        figure: {line: {x: estimate(each) for x, each in by_x.items()} for line, by_x in curves.items()}
-        for figure, curves in found.items()
+        figure: {line: {x: estimate(each) for x, each in by_x.items()} for line, by_x in by_line.items()}
+        for figure, by_line in collected.items()
     }
+
+
+def _slopes(collected: Collected) -> dict[tuple[str, str], dict[str, Estimate]]:
+    """(title, unit) of each figure -> line -> its slope over log₂ x, of each seed by itself."""
+    return {
+        figure: {
+            line: estimate(
+                [slope_by_doubling(dict(zip(by_x, one, strict=True))) for one in zip(*by_x.values(), strict=True)]
+            )
+            for line, by_x in by_line.items()
+        }
+        for figure, by_line in collected.items()
+    }
+
+
+def _slope_figure(slopes: Mapping[tuple[str, str], Mapping[str, Estimate]]) -> Figure:
+    lines = list(dict.fromkeys(line for each in slopes.values() for line in each))
+    rows = [
+        [title, *(_said(each[line]) if line in each else "" for line in lines)] for (title, _), each in slopes.items()
+    ]
+    table = Table("What each doubling adds: slope over log₂, 95 % interval over seeds", ["", *lines], rows)
+    return Figure("Slopes", table, None)
 
 
 def _figure(title: str, unit: str, axis: str, curves: Curves) -> Figure:

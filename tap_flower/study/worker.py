@@ -29,6 +29,7 @@ class Task(NamedTuple):
         mark: a text that the log has where this machine has the sweep's folder, too.
         here: the working directory, from which relative paths count.
         threads: that PyTorch uses.
+        start: folder of a finished run whose last values of the server are the first ones of this run, or nothing.
     """
 
     preset: str
@@ -38,6 +39,7 @@ class Task(NamedTuple):
     mark: str
     here: str
     threads: int
+    start: str = ""
 
 
 def run_task(task: Task) -> tuple[float, str, dict[str, bytes]]:
@@ -79,6 +81,7 @@ def _run(task: Task, folder: Path) -> str:
     from tap_flower.client.app import spec_client_app
     from tap_flower.config import load_config
     from tap_flower.run.in_process import InProcessGrid
+    from tap_flower.server.server_run import final_values
     from tap_flower.server.strategy import TapStrategy
 
     torch.set_num_threads(task.threads)
@@ -94,7 +97,8 @@ def _run(task: Task, folder: Path) -> str:
             config = load_config(task.preset, str(file))
             nodes = [{"partition-id": number} for number in range(len(config.clients))]
             grid = InProcessGrid(spec_client_app(), nodes, run_config)
-            TapStrategy(config=config, run_folder=folder, resume=resume).start(grid)
+            first = final_values(Path(task.start)) if task.start else None
+            TapStrategy(config=config, run_folder=folder, resume=resume).start(grid, first)
         except Exception as error:
             traceback.print_exc()
             return f"{type(error).__name__}: {error}"

@@ -63,7 +63,8 @@ def test_a_sweep_runs_what_is_missing_and_says_what_failed(command: Any, tmp_pat
     ("arguments", "page", "runs"),
     [
         (["margin", "--margin", "0", "--margin", "0.1", "--seed", "1"], "runs/study-margin", 2),
-        (["pairs", "--seed", "1", "--out", "pairs"], "pairs", 7),
+        (["pairs", "--preset", "demo", "--seed", "1", "--out", "pairs"], "pairs", 12),
+        (["heterogeneity", "--seed", "1", "--alpha", "1", "--out", "skew"], "skew", 3),
     ],
 )
 def test_a_study_writes_its_page(

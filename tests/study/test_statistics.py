@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tap_flower.study.statistics import estimate, holm, mean_ranks, paired
+from tap_flower.study.statistics import estimate, holm, mean_ranks, paired, slope_by_doubling
 
 
 def test_the_interval_is_students() -> None:
@@ -44,6 +44,11 @@ def test_holms_correction() -> None:
     assert holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
     assert holm({"a": 0.02}) == {"a": 0.02}
     assert holm({}) == {}
+
+
+def test_the_slope_is_of_doublings() -> None:
+    """Of (0, 1), (1, 3), (2, 2) over the number of doublings: Σ (x − 1) (y − 2) / Σ (x − 1)² = (1 + 0 + 0) / 2."""
+    assert slope_by_doubling({1: 1.0, 2: 3.0, 4: 2.0}) == pytest.approx(0.5)
 
 
 def test_ranks() -> None:

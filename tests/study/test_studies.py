@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def test_a_pair_has_the_same_clients_and_examples_whatever_the_number_of_pairs(p
     for run in pairs.runs:
         clients = clients_of(run.config)
         assert all(len(client["tasks"]) == 1 for client in clients)
-        assert run.resolved.clients_per_round == len(clients)
+        assert yaml.safe_load(Path(run.config).read_text())["clients_per_round"] == len(clients)
         for task in {client["tasks"][0]["name"] for client in clients}:
             by_task.setdefault(task, []).append([c for c in clients if c["tasks"][0]["name"] == task])
     assert len(by_task) >= 4
@@ -44,8 +45,8 @@ def test_every_pair_is_once_in_a_group_of_each_size(pairs: Study) -> None:
             if run.seed == seed:
                 tasks = {client["tasks"][0]["name"] for client in clients_of(run.config)}
                 sizes.setdefault(len(tasks), Counter()).update(tasks)
-        assert sorted(sizes) == [1, 2, 4]
-        assert sizes[1] == sizes[2] == sizes[4]
+        assert sorted(sizes) == [1, 2, 3, 6]
+        assert sizes[1] == sizes[2] == sizes[3] == sizes[6]
         assert set(sizes[1].values()) == {1}
 
 
@@ -53,8 +54,7 @@ def test_losses_are_relative_to_the_pair_alone(pairs: Study, tmp_path: Path) -> 
     """Made-up losses: the server's grow by a tenth with each doubling, the personal ones stay."""
     for run in pairs.runs:
         tasks = sorted({client["tasks"][0]["name"] for client in clients_of(run.config)})
-        doublings = len(tasks).bit_length() - 1
-        losses = {"server": 2.0 + 0.2 * doublings, "personal": 1.0, "tap": 0.5}
+        losses = {"server": 2.0 + 0.2 * log2(len(tasks)), "personal": 1.0, "tap": 0.5}
         found = {task: {model: {"loss": loss} for model, loss in losses.items()} for task in tasks}
         keys = ("preset", "method", "seed", "rounds", "clients", "kinds", "replacements", "bytes")
         write_json(run.folder / "results.json", {"schema": 2, **{key: {} for key in keys}, "tasks": found})
@@ -66,14 +66,20 @@ def test_losses_are_relative_to_the_pair_alone(pairs: Study, tmp_path: Path) -> 
         found = list(csv.DictReader(file))
     whole = [row for row in found if row["figure"] == "Test loss, relative to the pair alone"]
     rows = {(row["line"], row["pairs in the federation"]): row for row in whole}
-    assert [float(rows["server", n]["mean"]) for n in "124"] == pytest.approx([1.0, 1.1, 1.2])
-    assert [float(rows["tap", n]["mean"]) for n in "124"] == [1.0, 1.0, 1.0]
-    assert rows["server", "4"]["seeds"] == "2"
+    assert [float(rows["server", n]["mean"]) for n in "1236"] == pytest.approx(
+        [1 + 0.1 * log2(n) for n in (1, 2, 3, 6)]
+    )
+    assert [float(rows["tap", n]["mean"]) for n in "1236"] == [1.0] * 4
+    assert rows["server", "6"]["seeds"] == "2"
+    slopes = {line: float(rows[line, "slope"]["mean"]) for line in ("server", "personal", "tap")}
+    assert slopes == pytest.approx({"server": 0.1, "personal": 0.0, "tap": 0.0}, abs=1e-9)
+    assert rows["server", "slope"]["seeds"] == "2"
+    assert "What each doubling adds" in html
     of_pairs = [
-        row for row in found if (row["line"], row["pairs in the federation"]) == ("server", "4") and row not in whole
+        row for row in found if (row["line"], row["pairs in the federation"]) == ("server", "6") and row not in whole
     ]
-    assert sum(int(row["seeds"]) for row in of_pairs) == 2 * 4  # four pairs a seed
-    assert {float(row["mean"]) for row in of_pairs} == {2.4}
+    assert sum(int(row["seeds"]) for row in of_pairs) == 2 * 6  # six pairs a seed
+    assert {float(row["mean"]) for row in of_pairs} == {2.0 + 0.2 * log2(6)}
 
 
 def test_one_task_is_no_study(tmp_path: Path) -> None:
