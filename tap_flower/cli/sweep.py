@@ -26,7 +26,7 @@ Seeds = Annotated[
     list[int] | None, typer.Option(help="Run with this seed; may be repeated.", show_default="41, 42, 43")
 ]
 Where = tuple[str, int | None, float | None]
-"""Address of a Ray cluster; cores and GPUs of a run."""
+"""(address of a Ray cluster, cores of a run, GPUs of a run)."""
 StudyFolder = Annotated[Path, typer.Option(help="Write the study to this folder.")]
 
 
@@ -108,7 +108,7 @@ def _study(study: Study, out: Path, where: Where) -> None:
 
 
 def _execute(console: Console, runs: Sequence[PlannedRun], where: Where) -> list[Outcome]:
-    """Executes the missing runs, with a line for each, and returns those that failed."""
+    """Executes the missing runs, prints a line for each, and returns those that failed."""
     from tap_flower.config import client_specs
     from tap_flower.study.execute import cluster, execute, share_of
 
