@@ -49,7 +49,7 @@ app.add_typer(study_commands.study_app, name="study", rich_help_panel="Compare")
 
 
 def main() -> None:
-    """Runs the command: an expected error is told in one line on standard error, and the exit code is 1."""
+    """Runs the command; prints an expected error as one line on standard error and exits with 1."""
     for library in ("HUB", "DATASETS"):
         os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     try:

@@ -1,4 +1,4 @@
-"""Options that several commands have, and how they print."""
+"""Options shared by several commands, and how commands print."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from tap_flower.run.resources import CLUSTER
 
 DEMO = "demo"
-"""The backbone that the package holds."""
+"""Name of the backbone inside the package."""
 
 Preset = Annotated[str, typer.Option(help="Start from this preset; `tap-flower presets` lists them.")]
 ConfigFile = Annotated[str, typer.Option(metavar="FILE", help="Override the preset by this YAML file.")]
@@ -38,5 +38,5 @@ RayAddress = Annotated[
 
 
 def say(console: Console, text: str) -> None:
-    """Prints a line that is neither coloured nor broken where it is long."""
+    """Prints a line without highlighting and without breaking it."""
     console.print(text, highlight=False, soft_wrap=True)

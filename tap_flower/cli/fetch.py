@@ -1,4 +1,4 @@
-"""The command `fetch`: what runs and nodes need from the hub, brought and made readable once, by the operator's hand."""
+"""The command `fetch`: downloads what runs and nodes need from the hub, and converts old checkpoints."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def fetch_command(
 
 
 def hub_names(specs: Iterable[ClientSpec]) -> Needed:
-    """What clients read from the hub."""
+    """Lists the checkpoints and data sets that clients read from the hub."""
     needed: dict[tuple[str, str | None], str] = {}
     for spec in specs:
         if spec.backbone != "demo" and not Path(spec.backbone).exists():
@@ -67,7 +67,7 @@ def hub_names(specs: Iterable[ClientSpec]) -> Needed:
 
 
 def check_fetched(specs: Iterable[ClientSpec], mirror: str, remedy: str) -> None:
-    """Checks, before a run starts, that what its clients read from the hub is here or can be had.
+    """Checks, before a run starts, that what its clients read from the hub is here or can be downloaded.
 
     Args:
         specs: of the clients.

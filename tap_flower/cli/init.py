@@ -1,4 +1,4 @@
-"""The command `init`: a client spec to start from, made by a look at a folder or a file."""
+"""The command `init`: writes a first client spec for a folder or a file."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _LABELS = ("label", "class", "category", "diagnosis", "finding", "sentiment", "r
 _TARGETS = ("target", "answer", "summary", "translation", "reply", "output", "response")
 _TEXTS = ("text", "note", "question", "prompt", "input", "sentence", "report", "body")
 _GROUPS = ("patient", "patient_id", "subject", "subject_id", "person", "user", "user_id", "case", "case_id")
-"""Columns whose rows belong into one split."""
+"""Columns such as a patient's number: rows that share a value belong into one split."""
 _MOST_CLASSES = 100
 _LOOKED_AT = 2000
-"""Rows that decide what a column holds; the classes are those of all rows."""
+"""Number of rows looked at to tell what a column holds; classes are collected from all rows."""
 _PARTS = {"train": [0, 0.7], "validation": [0.7, 0.8], "test": [0.8, 1]}
 _SPLITS = {
     "train": ("train", "training"),
@@ -59,7 +59,7 @@ def init_command(
 
 
 def guessed_task(data: Path) -> dict[str, Any]:
-    """A task over a folder or a file, as a client spec has it.
+    """Guesses a task from a folder or a file, in the form of a client spec.
 
     Raises:
         SpecError: nothing there can be read.
@@ -79,7 +79,7 @@ def guessed_task(data: Path) -> dict[str, Any]:
 
 
 def _tables(data: Path) -> tuple[list[Path], list[Path]]:
-    """(the tables of a folder that have its most frequent format, its other tables)."""
+    """Finds the tables of a folder: (those of its most frequent format, all others)."""
     found = sorted(path for path in data.iterdir() if path.suffix.lower() in _FORMATS) if data.is_dir() else []
     found = [path for path in found if path.stem != "metadata"]
     most = Counter(path.suffix for path in found).most_common(1)
@@ -90,7 +90,7 @@ def _tables(data: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _by_split(paths: Sequence[Path]) -> dict[str, Path]:
-    """Split -> the path whose name says it; nothing unless some are for training and some for testing."""
+    """Assigns paths to splits by their names; empty unless there are some for training and some for testing."""
     found = {
         split: path
         for split, words in _SPLITS.items()
@@ -161,7 +161,7 @@ def _of_files(splits: Mapping[str, Path], name: str) -> dict[str, Any]:
 
 
 def _split(given: dict[str, dict[str, Any]], rows: Dataset, by: str) -> dict[str, dict[str, Any]]:
-    """The sources of each split: the given ones, or parts by hash; of few rows, all but the last one for training."""
+    """Makes the sources of each split: the given ones, or parts by hash; of few rows, the last one is for testing."""
     if "all" not in given:
         return given
     from tap_flower.data.sources import rows_of
@@ -202,14 +202,14 @@ def _opened(source: Mapping[str, Any]) -> Dataset:
 
 
 def _delimiter(path: Path) -> str:
-    """The most frequent of the usual delimiters in a file's first line."""
+    """Finds the usual delimiter that is most frequent in a file's first line."""
     line = path.open("rb").readline().decode("latin-1")
     counts = Counter({delimiter: line.count(delimiter) for delimiter in ",;\t|"})
     return counts.most_common(1)[0][0] if any(counts.values()) else ","
 
 
 def _encoding(path: Path) -> str:
-    """UTF-8 where a CSV file is in it, UTF-16 where it begins so; else a guess, which a comment names as one."""
+    """Finds a CSV file's encoding: UTF-8, UTF-16 by its first bytes, or a guess that a comment marks as one."""
     with path.open("rb") as file:
         if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             return "utf-16"
@@ -222,7 +222,7 @@ def _encoding(path: Path) -> str:
 
 
 def _undecoded(rows: Dataset) -> Dataset:
-    """Rows whose images stay the bytes of their files."""
+    """Reads rows and leaves images as the bytes of their files."""
     import datasets
 
     for name, feature in rows.features.items():
@@ -253,7 +253,7 @@ def _first(names: Sequence[str], columns: Sequence[str], fits: Any) -> str | Non
 
 
 def _flow(value: Any) -> str:
-    """A value as YAML in one line."""
+    """Writes a value as YAML in one line."""
     written = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=float("inf"))
     return str(written).removesuffix("...\n").rstrip("\n")
 
@@ -269,7 +269,7 @@ _COMMENTS = {
 
 
 def spec_text(client: str, backbone: str, task: Mapping[str, Any]) -> str:
-    """A client spec as YAML, with comments."""
+    """Writes a client spec as YAML, with comments."""
     lines = [
         "# A client spec, made by `tap-flower init`. Read it, change what is wrong, then run `tap-flower check`.",
         f"name: {client}",

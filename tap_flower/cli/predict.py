@@ -108,7 +108,7 @@ def _without_progress_bars() -> None:
 
 
 def _plain(answer: Answer, number: int, out: Path | None) -> dict[str, Any]:
-    """An answer as plain values; an image is written to a file, where a folder is given."""
+    """Makes an answer plain values, and writes its image to a file where a folder is given."""
     values = dict(vars(answer))
     if "image" in values:
         picture = values.pop("image")
@@ -123,7 +123,7 @@ def _plain(answer: Answer, number: int, out: Path | None) -> dict[str, Any]:
 
 
 def _line(values: dict[str, Any]) -> str:
-    """An answer as a line of text."""
+    """Makes an answer a line of text."""
     if "label" in values:
         return f"{values['label']} ({values['probability']:.3f})"
     if "text" in values:

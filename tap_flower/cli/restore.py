@@ -1,4 +1,4 @@
-"""The command `restore`: goes back to a client's earlier state."""
+"""The command `restore`: goes back to an earlier state of a client."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tap_flower.cli.common import say
 from tap_flower.errors import StorageError
 
 UNDONE = "personal.undone.safetensors"
-"""The state that was taken away."""
+"""Name of the file that keeps the replaced state."""
 
 
 def restore_command(

@@ -110,7 +110,7 @@ def simulate_command(
 
 
 def _free_folder(parent: Path, name: str, resume: bool) -> Path:
-    """`parent/name`, or with a number behind it where that is taken by another run."""
+    """Returns `parent/name`, with a number appended where another run has that folder."""
     folder, number = parent / name, 1
     while not resume and folder.exists():
         number += 1
@@ -119,7 +119,7 @@ def _free_folder(parent: Path, name: str, resume: bool) -> Path:
 
 
 def _show(console: Console, found: Mapping[str, Any]) -> None:
-    """Prints the results of a run, and what must be known of them."""
+    """Prints the results of a run, and remarks on them such as missing clients."""
     from tap_flower.report.result_tables import headline_table
     from tap_flower.report.results import remarks
     from tap_flower.report.terminal_tables import terminal

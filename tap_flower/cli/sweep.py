@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tap_flower.study.plan import PlannedRun, Sweep
 
 Where = tuple[str, int | None, float | None]
-"""Address of a Ray cluster; cores and GPUs of a run."""
+"""(address of a Ray cluster, cores of a run, GPUs of a run)."""
 
 
 def sweep_command(
@@ -70,7 +70,7 @@ def write_tables(console: Console, sweep: Sweep, title: str, lead: str, out: Pat
 
 
 def execute_missing(console: Console, runs: Sequence[PlannedRun], where: Where) -> list[Outcome]:
-    """Executes the missing runs, with a line for each, and returns those that failed."""
+    """Executes the missing runs, prints a line for each, and returns those that failed."""
     from tap_flower.config import client_specs
     from tap_flower.study.execute import cluster, execute, share_of
 
