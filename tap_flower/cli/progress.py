@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from statistics import fmean
 from types import TracebackType
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn
+
+from tap_flower.report.client_records import read_steps
+
+_WATCH_SECONDS, _LINE_SECONDS = 1.0, 60.0
+"""Seconds between two looks at the clients' steps, and between two lines about them where the output is no terminal."""
+_CLIENTS = 4
+"""Clients at work whose steps are shown; the others are counted."""
 
 
 class RunProgress(AbstractContextManager["RunProgress"]):
-    """Shows rounds, clients, losses and replacements; one line a round where the output is no terminal.
+    """Shows rounds, clients, their steps, losses, replacements, the time left and memory.
+
+    Where the output is no terminal, it writes a line for each round, and one a minute within a round.
 
     Args:
         console: the terminal or file to write to.
+        run: the run folder, in which the clients of a simulation say how far they are; None where they do not.
     """
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, run: Path | None = None) -> None:
+        self._console, self._run = console, run
+        self._watched = self._told = time.monotonic()
+        self._began, self._first = time.monotonic(), 0
+        self._made: dict[str, int] = {}
         self._bars = Progress(
             TextColumn("{task.description:<13}"),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
             TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("[dim]{task.fields[work]}"),
             console=console,
             disable=not console.is_terminal,
         )
@@ -54,6 +72,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
                 self._line(f"{clients}, {event['rounds']} rounds")
             case "round_start" if self._bar is not None:
                 self._bars.update(self._bar, note=f"round {event['round']}: {', '.join(event['clients'])}")
+                self._made = {}
             case "round":
                 self._round(event)
             case "dropped":
@@ -92,7 +111,36 @@ class RunProgress(AbstractContextManager["RunProgress"]):
                 losses.setdefault(task, []).append(loss)
         note = _losses({task: fmean(values) for task, values in sorted(losses.items())})
         self._advance(f"{self._replaced} replacements; loss {note}")
-        self._line(f"round {event['round']}: {', '.join(event['clients'])}; {replaced} replacements; loss {note}")
+        said = f"round {event['round']}: {', '.join(event['clients'])}; {replaced} replacements; loss {note}"
+        self._line("; ".join([said, *filter(None, [self._left()]), memory_in_use()]))
+
+    def watch(self) -> None:
+        """Shows how far the clients are that are at work; called as often as one likes, it looks once a second."""
+        now = time.monotonic()
+        if self._run is None or self._bar is None or now - self._watched < _WATCH_SECONDS:
+            return
+        self._watched, self._made = now, {**self._made, **read_steps(self._run)}
+        steps = [f"{client} {count}" for client, count in sorted(self._made.items())]
+        more = [f"{len(steps) - _CLIENTS} more"] if len(steps) > _CLIENTS else []
+        work = [f"steps: {', '.join([*steps[:_CLIENTS], *more])}"] if steps else []
+        work.append(memory_in_use())
+        self._bars.update(self._bar, left=self._left(), work="; ".join(work))
+        if steps and now - self._told >= _LINE_SECONDS:
+            self._told = now
+            self._line("; ".join([f"{self._task.description}: {work[0]}", *filter(None, [self._left()]), work[-1]]))
+
+    @property
+    def _task(self) -> Task:
+        return next(task for task in self._bars.tasks if task.id == self._bar)
+
+    def _left(self) -> str:
+        """The time that is left for the bar's rounds or clients, at the pace so far; nothing before the first is done."""
+        task = self._task
+        done = task.completed - self._first
+        if task.total is None or not done or task.finished:
+            return ""
+        seconds = (time.monotonic() - self._began) / done * (task.total - task.completed)
+        return f"about {duration(seconds)} left for {task.description}"
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False)
@@ -102,17 +150,33 @@ class RunProgress(AbstractContextManager["RunProgress"]):
             self._bars.stop_task(self._bar)
             if name == "rounds":  # there is nothing to say of the start any more
                 self._bars.remove_task(self._bar)
-        self._bar = self._bars.add_task(name, total=total, completed=done, note="")
+        self._bar = self._bars.add_task(name, total=total, completed=done, note="", left="", work="")
+        self._began, self._first, self._made = time.monotonic(), done, {}
         if name not in ("starting", "rounds"):
             self._line(f"{name} {total} clients")
 
     def _advance(self, note: str) -> None:
         if self._bar is not None:
             self._bars.update(self._bar, advance=1, note=note)
+            self._bars.update(self._bar, left=self._left(), work="")
 
     def _line(self, text: str) -> None:
         if not self._console.is_terminal:
             self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """A time to look forward to, such as `40 s`, `12 min` or `3 h 20 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def memory_in_use() -> str:
+    """Memory of this machine that is in use, by whatever process."""
+    memory = psutil.virtual_memory()
+    return f"memory {(memory.total - memory.available) / 1e9:.1f} of {memory.total / 1e9:.1f} GB in use"
 
 
 def _losses(losses: Mapping[str, float]) -> str:

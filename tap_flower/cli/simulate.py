@@ -102,8 +102,8 @@ def simulate_command(
         resources = shared(this_machine(), len(specs), resolved.clients_per_round, cpus_per_client, gpus_per_client)
     say(console, f"{len(specs)} clients: {resources}")
     launch = Launch(preset, config, settings, out, resume, len(specs), resources)
-    with RunProgress(console) as progress:
-        found = simulate(launch, progress.show)
+    with RunProgress(console, out) as progress:
+        found = simulate(launch, progress.show, progress.watch)
     _show(console, found)
     write_report([out], out / REPORT)
     say(console, f"{found['seconds']['total']:.0f} s; results in {out}, to look at: {out / REPORT}")

@@ -31,7 +31,7 @@ from tap_flower.methods.method import Memory, Method
 from tap_flower.methods.registry import find_method
 from tap_flower.methods.session import Session
 from tap_flower.plain import printable
-from tap_flower.report.client_records import record_decisions, record_evaluation
+from tap_flower.report.client_records import record_decisions, record_evaluation, recorded_steps
 from tap_flower.wire import messages
 from tap_flower.wire.messages import LOST, REFUSED, Evaluation, Instruction, Manifest, Report, TaskInfo, TensorInfo
 from tap_flower.wire.tensors import encode_tensors, make_update, moved_to
@@ -176,7 +176,7 @@ class Handlers:
                 keeps_best = bool(context.node_config.get("keep-best"))
                 participant = Participant(client, session, folder, instruction, keeps_best)
                 session.config, session.metrics = dict(message.content.config_records.get(messages.CONFIG, {})), {}
-                with folder.locked():
+                with folder.locked(), recorded_steps(client.folder):
                     participant.take_first_values(folder.load_first(), message.metadata.message_type)
                     content = handler(participant, message)
                     if client.describe is not None:  # not before: a message that is refused leaves nothing behind

@@ -228,12 +228,18 @@ def _bits(tensor: Tensor) -> int:
 
 
 @contextmanager
-def counted_steps() -> Iterator[list[int]]:
-    """Counts the steps of every optimiser inside the context, in a list of one number."""
+def counted_steps(tell: Callable[[int], None] | None = None) -> Iterator[list[int]]:
+    """Counts the steps of every optimiser inside the context, in a list of one number.
+
+    Args:
+        tell: is called with the count after each step.
+    """
     count = [0]
 
     def step(*_: Any) -> None:
         count[0] += 1
+        if tell is not None:
+            tell(count[0])
 
     handle = register_optimizer_step_post_hook(step)
     try:

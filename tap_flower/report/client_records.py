@@ -5,12 +5,15 @@ None of it is ever sent. In a simulation the report reads it from `RUN/clients/N
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
+from tap_flower.core.own_loop import counted_steps
 from tap_flower.core.replacement import Decision
 from tap_flower.errors import StorageError
 from tap_flower.files import read_json, write_atomically, write_json
@@ -18,6 +21,8 @@ from tap_flower.plain import parse_json
 
 SCHEMA = 1
 DECISIONS, EXAMPLES, GRADIENTS = "decisions.jsonl", "examples.json", "gradients.json"
+STEPS = "steps.txt"
+"""The number of optimiser steps that the client has made on the message that it works on; not there between messages."""
 _T = TypeVar("_T")
 
 
@@ -119,6 +124,51 @@ def read_examples(folder: Path) -> dict[str, Any]:
 def read_gradients(folder: Path) -> list[dict[str, Any]]:
     """Reads the cosines between the gradients of each two pairs of a client; none where there is no record."""
     return _read(folder / GRADIENTS, "pairs", list[dict[str, Any]])
+
+
+@contextmanager
+def recorded_steps(folder: Path | None, every: float = 1.0) -> Iterator[None]:
+    """Keeps the number of optimiser steps made inside the context in `steps.txt`, for whoever watches the run.
+
+    A step costs a look at the clock; the file is written once in a while, and removed at the end.
+
+    Args:
+        folder: the client's state folder; None writes nothing.
+        every: seconds between two writes, and before the first one.
+    """
+    if folder is None:
+        yield
+        return
+    file, last = folder / STEPS, time.monotonic()
+
+    def tell(count: int) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= every:
+            last = now
+            with suppress(OSError):  # a run does not end because its progress cannot be shown
+                file.write_text(str(count))
+
+    with suppress(OSError):
+        file.unlink(missing_ok=True)  # of a process that was killed
+    try:
+        with counted_steps(tell):
+            yield
+    finally:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
+def read_steps(run: Path) -> dict[str, int]:
+    """Reads how many optimiser steps the clients of a run have made on what they are working on: client -> steps.
+
+    Args:
+        run: the run folder of a simulation.
+    """
+    found = {}
+    for file in sorted((run / "clients").glob(f"*/{STEPS}")):
+        with suppress(OSError, ValueError):  # it has just been removed, or is being written
+            found[file.parent.name] = int(file.read_text())
+    return found
 
 
 def _read(path: Path, key: str, kind: type[_T]) -> _T:

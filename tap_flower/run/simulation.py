@@ -76,12 +76,15 @@ def app_folder() -> Path:
     raise SimulationError(f"the Flower app (client_app, server_app) is not beside {package}: install tap-flower again")
 
 
-def simulate(launch: Launch, on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def simulate(
+    launch: Launch, on_event: Callable[[dict[str, Any]], None], between: Callable[[], None] | None = None
+) -> dict[str, Any]:
     """Runs a simulation to the end.
 
     Args:
         launch: the simulation.
         on_event: called with each event of `metrics.jsonl` as it is written.
+        between: called several times a second while the run goes on.
 
     Returns:
         The content of `results.json`.
@@ -113,6 +116,8 @@ def simulate(launch: Launch, on_event: Callable[[dict[str, Any]], None]) -> dict
             seen, last = seen + len(new), time.monotonic() if new else last
             if time.monotonic() - last > (_STATUS_SECONDS if seen else _FIRST_STATUS_SECONDS):
                 status, last = status_of(flower, run_id), time.monotonic()
+            if between is not None:
+                between()
             time.sleep(0.2)
 
 

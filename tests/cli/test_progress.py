@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import re
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
-from tap_flower.cli.progress import RunProgress
+from tap_flower.cli.progress import RunProgress, duration
+from tap_flower.report.client_records import STEPS, read_steps, recorded_steps
 
 
 def shown(*events: dict[str, Any]) -> str:
@@ -17,6 +22,76 @@ def shown(*events: dict[str, Any]) -> str:
         for event in events:
             progress.show(event)
     return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+class Clock:
+    """A clock that stands still until it is put on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("tap_flower.cli.progress.time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_steps_of_clients_time_left_and_memory_are_shown(
+    terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    console = Console(force_terminal=terminal, record=True, width=300, file=io.StringIO())
+    reports = {"ann": {"losses": {"read": 1.0}, "replacements": {"read": 1}}}
+    with RunProgress(console, tmp_path) as progress:
+        progress.show({"event": "start", "round": 2, "rounds": 5, "clients": {"ann": ["read"]}})
+        progress.show({"event": "round_start", "round": 3, "clients": ["ann"]})
+        clock.now = 30.0
+        progress.show({"event": "round", "round": 3, "clients": reports, "dropped": [], "seconds": 30.0})
+        progress.show({"event": "round_start", "round": 4, "clients": ["ann"]})
+        for name, steps in (("ann", "12"), ("bob", "7"), ("cleo", "")):  # one that is being written
+            (tmp_path / "clients" / name).mkdir(parents=True)
+            (tmp_path / "clients" / name / STEPS).write_text(steps)
+        clock.now = 95.0
+        progress.watch()
+        progress.watch()
+    text = console.export_text()
+    assert "steps: ann 12, bob 7" in text
+    assert "cleo" not in text
+    assert re.search(r"memory \d+\.\d of \d+\.\d GB in use", text)
+    # A round of 30 s, then one of more than 65: two are left.
+    assert "about 3 min left for rounds" in text
+    if not terminal:
+        lines = text.splitlines()
+        first = "round 3: ann; 1 replacements; loss read 1.000; about 60 s left for rounds; memory "
+        assert lines[1].startswith(first)
+        assert lines[2].startswith("rounds: steps: ann 12, bob 7; about 3 min left for rounds; memory ")
+        assert len(lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0, "0 s"), (89, "89 s"), (90, "2 min"), (5300, "88 min"), (12000, "3 h 20 min")]
+)
+def test_a_duration_in_words(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_steps_are_kept_while_they_are_made(tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    folder = tmp_path / "clients" / "ann"
+    folder.mkdir(parents=True)
+    (folder / STEPS).write_text("99")  # of a process that was killed
+    with recorded_steps(folder, every=0.0):
+        assert read_steps(tmp_path) == {}
+        for _ in range(3):
+            parameter.grad = torch.ones(1)
+            optimizer.step()
+        assert read_steps(tmp_path) == {"ann": 3}
+    assert list(folder.iterdir()) == []
+    with recorded_steps(folder, every=3600.0):
+        optimizer.step()
+        assert read_steps(tmp_path) == {}
+    with recorded_steps(tmp_path / "nowhere", every=0.0):
+        optimizer.step()
+    with recorded_steps(None):
+        optimizer.step()
 
 
 def test_a_private_run_says_what_it_plans_leaves_out_and_has_spent() -> None:
