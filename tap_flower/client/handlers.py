@@ -26,12 +26,13 @@ from tap_flower.config import Encoding, HyperParameters, NotedConfig, hyper_para
 from tap_flower.core.averaging import check_form
 from tap_flower.core.components import State, trainable_state
 from tap_flower.core.module_tensors import digest
+from tap_flower.core.own_loop import recorded_steps
 from tap_flower.errors import MessageError, SpecError, StateLostError, TapFlowerError, users_line
 from tap_flower.methods.method import Memory, Method
 from tap_flower.methods.registry import find_method
 from tap_flower.methods.session import Session
 from tap_flower.plain import printable
-from tap_flower.report.client_records import record_decisions, record_evaluation, recorded_steps
+from tap_flower.report.client_records import STEPS, record_decisions, record_evaluation
 from tap_flower.wire import messages
 from tap_flower.wire.messages import LOST, REFUSED, Evaluation, Instruction, Manifest, Report, TaskInfo, TensorInfo
 from tap_flower.wire.tensors import encode_tensors, make_update, moved_to
@@ -170,13 +171,12 @@ class Handlers:
             with limits.time(message.metadata.ttl):
                 instruction = messages.decode(message.content, Instruction, "the server")
                 client, session = self._open(context, instruction, limits)
-                folder = StateFolder(
-                    state_folder(client, context, instruction.run), instruction.run, instruction.epochs
-                )
+                place = state_folder(client, context, instruction.run)
+                folder = StateFolder(place, instruction.run, instruction.epochs)
                 keeps_best = bool(context.node_config.get("keep-best"))
                 participant = Participant(client, session, folder, instruction, keeps_best)
                 session.config, session.metrics = dict(message.content.config_records.get(messages.CONFIG, {})), {}
-                with folder.locked(), recorded_steps(client.folder):
+                with folder.locked(), recorded_steps(client.folder and client.folder / STEPS):
                     participant.take_first_values(folder.load_first(), message.metadata.message_type)
                     content = handler(participant, message)
                     if client.describe is not None:  # not before: a message that is refused leaves nothing behind

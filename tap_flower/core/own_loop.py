@@ -7,10 +7,12 @@ gradients are those of `loss + term`.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -246,6 +248,38 @@ def counted_steps(tell: Callable[[int], None] | None = None) -> Iterator[list[in
         yield count
     finally:
         handle.remove()
+
+
+@contextmanager
+def recorded_steps(file: Path | None, every: float = 1.0) -> Iterator[None]:
+    """Keeps the number of optimiser steps made inside the context in a file, for whoever watches the run.
+
+    A step costs a look at the clock; the file is written once in a while, and removed at the end.
+
+    Args:
+        file: where the number goes; None writes nothing.
+        every: seconds between two writes, and before the first one.
+    """
+    if file is None:
+        yield
+        return
+    last = time.monotonic()
+
+    def tell(count: int) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= every:
+            last = now
+            with suppress(OSError):  # a run does not end because its progress cannot be shown
+                file.write_text(str(count))
+
+    with suppress(OSError):
+        file.unlink(missing_ok=True)  # of a process that was killed
+    try:
+        with counted_steps(tell):
+            yield
+    finally:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -290,7 +290,7 @@ def _names(split: str) -> list[Row]:
 def _dates(split: str) -> list[Row]:
     """Returns the days of the year, each written with the month's name in full and short, in all languages."""
     dates = _import("babel.dates", "babel")
-    rows = {}
+    rows: dict[str, Row] = {}
     for day in (datetime.date(2024, 1, 1) + datetime.timedelta(days) for days in range(366)):  # a leap year
         item = f"days/{day:%m-%d}"
         if split_of(item) == split:

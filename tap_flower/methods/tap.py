@@ -127,6 +127,7 @@ def second_stage(session: Session, received: State, memory: Memory) -> SecondSta
         models["tap"], losses = session.finetune(personal, "personal", times=times)
         return SecondStage(models, losses, decisions)
     # Algorithm 2, student: K steps of φ_i on task loss + w · divergence(teacher -> student).
+    assert teacher is not None
     weights = session.distillation_weights
     if settings.only_better:
         own = session.losses(session.model(personal), "validation")

@@ -5,19 +5,19 @@ None of it is ever sent. In a simulation the report reads it from `RUN/clients/N
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from tap_flower.core.own_loop import counted_steps
-from tap_flower.core.replacement import Decision
 from tap_flower.errors import StorageError
 from tap_flower.files import read_json, write_atomically, write_json
 from tap_flower.plain import parse_json
+
+if TYPE_CHECKING:
+    from tap_flower.core.replacement import Decision
 
 SCHEMA = 1
 DECISIONS, EXAMPLES, GRADIENTS = "decisions.jsonl", "examples.json", "gradients.json"
@@ -124,38 +124,6 @@ def read_examples(folder: Path) -> dict[str, Any]:
 def read_gradients(folder: Path) -> list[dict[str, Any]]:
     """Reads the cosines between the gradients of each two pairs of a client; none where there is no record."""
     return _read(folder / GRADIENTS, "pairs", list[dict[str, Any]])
-
-
-@contextmanager
-def recorded_steps(folder: Path | None, every: float = 1.0) -> Iterator[None]:
-    """Keeps the number of optimiser steps made inside the context in `steps.txt`, for whoever watches the run.
-
-    A step costs a look at the clock; the file is written once in a while, and removed at the end.
-
-    Args:
-        folder: the client's state folder; None writes nothing.
-        every: seconds between two writes, and before the first one.
-    """
-    if folder is None:
-        yield
-        return
-    file, last = folder / STEPS, time.monotonic()
-
-    def tell(count: int) -> None:
-        nonlocal last
-        if (now := time.monotonic()) - last >= every:
-            last = now
-            with suppress(OSError):  # a run does not end because its progress cannot be shown
-                file.write_text(str(count))
-
-    with suppress(OSError):
-        file.unlink(missing_ok=True)  # of a process that was killed
-    try:
-        with counted_steps(tell):
-            yield
-    finally:
-        with suppress(OSError):
-            file.unlink(missing_ok=True)
 
 
 def read_steps(run: Path) -> dict[str, int]:

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 
 from tap_flower.cli.progress import RunProgress, duration
-from tap_flower.report.client_records import STEPS, read_steps, recorded_steps
+from tap_flower.core.own_loop import recorded_steps
+from tap_flower.report.client_records import STEPS, read_steps
 
 
 def shown(*events: dict[str, Any]) -> str:
@@ -78,17 +79,17 @@ def test_steps_are_kept_while_they_are_made(tmp_path: Path) -> None:
     folder = tmp_path / "clients" / "ann"
     folder.mkdir(parents=True)
     (folder / STEPS).write_text("99")  # of a process that was killed
-    with recorded_steps(folder, every=0.0):
+    with recorded_steps(folder / STEPS, every=0.0):
         assert read_steps(tmp_path) == {}
         for _ in range(3):
             parameter.grad = torch.ones(1)
             optimizer.step()
         assert read_steps(tmp_path) == {"ann": 3}
     assert list(folder.iterdir()) == []
-    with recorded_steps(folder, every=3600.0):
+    with recorded_steps(folder / STEPS, every=3600.0):
         optimizer.step()
         assert read_steps(tmp_path) == {}
-    with recorded_steps(tmp_path / "nowhere", every=0.0):
+    with recorded_steps(tmp_path / "nowhere" / STEPS, every=0.0):
         optimizer.step()
     with recorded_steps(None):
         optimizer.step()
