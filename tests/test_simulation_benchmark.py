@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.simulation import __main__ as command
-from benchmarks.simulation import small_cnn
+from benchmarks.simulation import command, small_cnn
 
 ROOT = Path(__file__).parent.parent
 

@@ -23,3 +23,10 @@ With `--device cpu` the same parts run on the processor, where a step that is ca
 
 The exit status is 1 where a part failed or parity was not shown.
 """
+
+
+def main() -> None:
+    """Runs the check."""
+    from benchmarks.gpu.command import main as run
+
+    run()

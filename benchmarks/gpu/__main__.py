@@ -1,5 +1,5 @@
 """`python -m benchmarks.gpu`."""
 
-from benchmarks.gpu.command import main
+from benchmarks.gpu import main
 
 main()

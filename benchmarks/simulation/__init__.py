@@ -12,3 +12,10 @@ the processor. Each way to run it is a process of its own:
 `s a round` is the median over the rounds after the first, `ratio` that to Flower's own simulation, `loss` the final model's
 on images that no client has: they show that all do the same work, and are not equal, since each samples clients in its way.
 """
+
+
+def main() -> None:
+    """Runs the comparison."""
+    from benchmarks.simulation.command import main as run
+
+    run()
