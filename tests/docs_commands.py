@@ -77,7 +77,7 @@ def tap_flower(arguments: list[str]) -> None:
     seed = values.get("seed")
     short = {"rounds": values.get("rounds"), "seed": seed if isinstance(seed, int) else None}
     check_config(
-        values.get("preset", "demo"),
+        values.get("preset") or "demo",  # `study pairs` needs none
         [*(values.get("set_") or ()), *(f"{key}={value}" for key, value in short.items() if value is not None)],
     )
 

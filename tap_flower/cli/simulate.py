@@ -13,7 +13,6 @@ from rich.markup import escape
 
 from tap_flower.cli.common import ConfigFile, Preset, Settings, say
 from tap_flower.cli.fetch import check_fetched
-from tap_flower.cli.progress import RunProgress
 from tap_flower.errors import ConfigError
 
 
@@ -64,6 +63,7 @@ def simulate_command(
     ] = False,
 ) -> None:
     """Run a whole federation on this machine: both stages, evaluation and report."""
+    from tap_flower.cli.progress import RunProgress
     from tap_flower.client.text_metrics import missing
     from tap_flower.config import client_specs, load_config
     from tap_flower.files import read_tensors

@@ -306,7 +306,7 @@ class Config(HyperParameters):
 
     compute: SimulationCompute = field(default_factory=SimulationCompute)
     preset: str = option("demo", "name of the preset that this configuration came from")
-    rounds: int = option(200, "rounds of stage 1; 0: stage 2 alone", 0, MOST_ROUNDS)
+    rounds: int = option(200, "rounds of stage 1", 1, MOST_ROUNDS)
     clients_per_round: int = option(2, "clients that are sampled in a round", 1, 1_000_000)
     round_timeout: float = option(
         3600.0, "seconds without an answer until the clients that are still silent are left out", 1.0, 1e7

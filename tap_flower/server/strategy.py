@@ -127,7 +127,7 @@ class TapStrategy(Strategy):
             initial_arrays: first values of tensors by name (float32, finite); those of other tensors come from the run's
                 seed. Names that no client exchanges are kept in `TapResult.arrays` as they are. A resumed run goes on with
                 its own values.
-            num_rounds: rounds of stage 1; by default `config.rounds`.
+            num_rounds: rounds of stage 1; by default `config.rounds`. With 0 all clients begin with stage 2.
             timeout: seconds that a client may take to answer; by default `config.round_timeout`.
             train_config: sent to clients with every round, with stage 2, and with the queries before the first round, whose
                 `server-round` is 0.

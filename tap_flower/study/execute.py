@@ -150,7 +150,7 @@ def _task(run: PlannedRun, threads: int) -> Task:
         file.write(mark)
     folder, log, here = (str(path.resolve()) for path in (run.folder, run.log, Path()))
     start = "" if run.start is None else str(run.start.resolve())
-    return Task(run.preset, to_yaml(run.resolved), folder, log, mark, here, threads, start)
+    return Task(run.preset, to_yaml(run.resolved), folder, log, mark, here, threads, start, run.rounds)
 
 
 def _outcome(run: PlannedRun, ended: Any) -> Outcome:

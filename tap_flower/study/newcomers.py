@@ -70,9 +70,8 @@ def newcomers_study(
             if start is not None:
                 label = f"{method}, federation"
                 federations.append(PlannedRun(label, seed, preset, str(files["members"].resolve()), own, start))
-            alone = (*own, *steps[method], "rounds=0")
-            file = str(files["newcomers"].resolve())
-            runs[method, seed] = PlannedRun(method, seed, preset, file, alone, out / method / name, start)
+            file, alone = str(files["newcomers"].resolve()), (*own, *steps[method])
+            runs[method, seed] = PlannedRun(method, seed, preset, file, alone, out / method / name, start, rounds=0)
     result = {method: find_method(method).result for method in (*methods, ALONE)}
     return federations, Sweep({STEPS: runs}, result, ALONE)
 

@@ -32,6 +32,7 @@ class PlannedRun:
         settings: `key=value` strings, method and seed among them.
         folder: the run folder.
         start: folder of a finished run whose last values of the server are the first ones of this run, or None.
+        rounds: of stage 1, in place of the configuration's; 0 is stage 2 alone.
     """
 
     label: str
@@ -41,6 +42,7 @@ class PlannedRun:
     settings: tuple[str, ...]
     folder: Path
     start: Path | None = None
+    rounds: int | None = None
 
     @property
     def resolved(self) -> Config:

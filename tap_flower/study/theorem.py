@@ -46,7 +46,7 @@ def _losses(output: Tensor, target: Tensor) -> Tensor:
 
 
 def _statistics(output: Tensor, target: Tensor) -> dict[str, Tensor]:
-    y, best, x = (part.double() for part in torch.split(target, [OUTPUTS, OUTPUTS, INPUTS], -1))
+    y, best, x = target[:, :OUTPUTS].double(), target[:, OUTPUTS:-INPUTS].double(), target[:, -INPUTS:].double()
     error = output.double() - y
     return {
         "loss": error.square().mean(-1).sum(),

@@ -30,6 +30,7 @@ class Task(NamedTuple):
         here: the working directory, from which relative paths count.
         threads: that PyTorch uses.
         start: folder of a finished run whose last values of the server are the first ones of this run, or nothing.
+        rounds: of stage 1; None are the configuration's.
     """
 
     preset: str
@@ -40,6 +41,7 @@ class Task(NamedTuple):
     here: str
     threads: int
     start: str = ""
+    rounds: int | None = None
 
 
 def run_task(task: Task) -> tuple[float, str, dict[str, bytes]]:
@@ -98,7 +100,7 @@ def _run(task: Task, folder: Path) -> str:
             nodes = [{"partition-id": number} for number in range(len(config.clients))]
             grid = InProcessGrid(spec_client_app(), nodes, run_config)
             first = final_values(Path(task.start)) if task.start else None
-            TapStrategy(config=config, run_folder=folder, resume=resume).start(grid, first)
+            TapStrategy(config=config, run_folder=folder, resume=resume).start(grid, first, task.rounds)
         except Exception as error:
             traceback.print_exc()
             return f"{type(error).__name__}: {error}"

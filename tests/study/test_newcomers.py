@@ -55,7 +55,8 @@ def test_members_train_and_newcomers_run_stage_2_from_their_last_values(tmp_path
     assert sorted(names[0] + names[1]) == ["ann", "bob"]
     assert runs["tap", 1].start == federation.folder
     assert runs["local", 1].start is None
-    assert (runs["tap", 1].resolved.rounds, runs["tap", 1].resolved.distill.iterations) == (0, 7)
+    assert (federation.rounds, runs["tap", 1].rounds, runs["local", 1].rounds) == (None, 0, 0)
+    assert runs["tap", 1].resolved.distill.iterations == 7
     assert "distill.iterations=14" in runs["local", 1].settings  # TAP's teacher and student take as many
     assert sweep.reference == "local"
 
@@ -63,9 +64,9 @@ def test_members_train_and_newcomers_run_stage_2_from_their_last_values(tmp_path
 def test_a_run_without_rounds_begins_with_the_servers_last_values(make_federation: Make) -> None:
     first = make_federation(TOYS[:2])
     first.strategy().start(first.grid())
-    alone, newcomer = (make_federation([Toy("eve", {"languages": 12})], "rounds=0") for _ in range(2))
-    expected = alone.strategy().start(alone.grid()).summary
-    found = newcomer.strategy().start(newcomer.grid(), final_values(first.out)).summary
+    alone, newcomer = (make_federation([Toy("eve", {"languages": 12})]) for _ in range(2))
+    expected = alone.strategy().start(alone.grid(), num_rounds=0).summary
+    found = newcomer.strategy().start(newcomer.grid(), final_values(first.out), num_rounds=0).summary
     models, others = (each["clients"]["eve"]["languages"] for each in (found, expected))
     assert models["personal"] == models["server"]
     assert others["personal"] == others["server"] != models["server"]
@@ -81,13 +82,14 @@ def test_the_worker_starts_from_the_run_that_it_is_given(
 ) -> None:
     first = make_federation(TOYS[:1])
     first.strategy().start(first.grid())
-    given: list[ArrayRecord | None] = []
-    monkeypatch.setattr(TapStrategy, "start", lambda _, grid, arrays: given.append(arrays))
+    given: list[tuple[ArrayRecord | None, int | None]] = []
+    monkeypatch.setattr(TapStrategy, "start", lambda _, grid, arrays, rounds: given.append((arrays, rounds)))
     for start in ("", str(first.out)):
-        task = Task("plug-in", to_yaml(plug_in_config()), str(tmp_path / "run"), "", "", "", 1, start)
+        task = Task("plug-in", to_yaml(plug_in_config()), str(tmp_path / "run"), "", "", "", 1, start, 0)
         assert _run(task, tmp_path / "run") == ""
-    none, arrays = given
-    assert none is None
+    assert given[0] == (None, 0)
+    arrays, rounds = given[1]
+    assert rounds == 0
     assert arrays is not None
     assert arrays.keys() == final_values(first.out).keys()
     gone = Task("plug-in", to_yaml(plug_in_config()), str(tmp_path / "run"), "", "", "", 1, str(tmp_path / "gone"))
