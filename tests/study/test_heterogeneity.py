@@ -12,7 +12,7 @@ import yaml
 
 from tap_flower.errors import ConfigError
 from tap_flower.study.heterogeneity import dealt, heterogeneity_study
-from tests.federations import LANGUAGES, TRANSLATION, source, sources
+from tests.federations import DATES, LANGUAGES, source, sources
 
 
 def test_clients_draw_by_their_own_distribution_and_no_row_twice() -> None:
@@ -35,7 +35,7 @@ def client(name: str, first: int) -> dict[str, Any]:
 
 
 def test_the_clients_of_a_task_share_out_its_rows_anew(tmp_path: Path) -> None:
-    other = {"name": "dan", "backbone": "demo", "tasks": [{**TRANSLATION, **sources("translation", 0, 10)}]}
+    other = {"name": "dan", "backbone": "demo", "tasks": [{**DATES, **sources("dates", 0, 10)}]}
     clients = [*(client(name, 120 * n) for n, name in enumerate(("ann", "bob", "cleo"))), other]
     (tmp_path / "clients.yaml").write_text(yaml.safe_dump({"clients": clients}))
     study = heterogeneity_study(
