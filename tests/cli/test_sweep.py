@@ -11,10 +11,10 @@ import pytest
 
 from tap_flower.config import load_config, to_yaml
 from tap_flower.run.resources import Machine
-from tap_flower.study import execute
+from tap_flower.study import execute, theorem
 from tap_flower.study.execute import Outcome, Share
 from tap_flower.study.plan import PlannedRun
-from tap_flower.study.studies import Study
+from tap_flower.study.studies import Study, Values
 
 from .conftest import finished_run
 
@@ -97,3 +97,47 @@ def test_what_is_finished_is_not_run_again(command: Any, tmp_path: Path, execute
     assert status == 0
     assert executed == []
     assert "1 runs, 1 of them finished" in out
+    status, out, _ = command("sweep", "sweep.yaml", "--keep", "kept")
+    assert status == 0
+    assert "1 runs kept in kept" in out
+    assert (tmp_path / "kept" / "tap" / "seed-41" / "results.json").exists()
+
+
+def test_newcomers_are_run_after_the_federations(command: Any, tmp_path: Path, executed: Executed) -> None:
+    status, out, err = command("study", "newcomers", "--method", "tap", "--seed", "1", "--out", "new")
+    assert [labels for _, _, labels in executed] == [["tap, federation"], ["tap", "local"]]
+    assert status == 1  # of `local`
+    assert "1 runs failed" in err
+    assert "tables in new/table.md" in out
+    assert "What is a federation worth to newcomers?" in (tmp_path / "new" / "table.html").read_text()
+
+
+def test_pairs_without_a_preset_are_linear_maps(
+    command: Any, tmp_path: Path, executed: Executed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int, float]] = []
+
+    def measured(pairs: int, seed: int, disagreement: float) -> Values:
+        asked.append((pairs, seed, disagreement))
+        return {theorem.GAP: {"server": float(pairs)}}
+
+    monkeypatch.setattr(theorem, "measured", measured)
+    status, out, _ = command("study", "pairs", "--seed", "7", "--disagreement", "0.5", "--out", "pairs")
+    assert status == 0
+    assert asked == [(pairs, 7, 0.5) for pairs in (1, 2, 4, 8, 16)]
+    assert executed == []
+    assert "to look at: pairs/pairs.html" in out
+    assert (tmp_path / "pairs" / "pairs.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "rounds=3"], "--config and --set are of a preset's clients: name it"),
+        (["--preset", "demo", "--disagreement", "1"], "--disagreement is of the linear maps: leave it out"),
+    ],
+)
+def test_options_of_the_other_study_of_pairs_are_refused(command: Any, arguments: list[str], message: str) -> None:
+    status, _, err = command("study", "pairs", *arguments)
+    assert status == 1
+    assert message in err

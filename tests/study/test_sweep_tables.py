@@ -70,6 +70,18 @@ def test_nothing_has_finished(tmp_path: Path) -> None:
     assert to_csv([none]).splitlines() == ["budget,what,name,unit,method,mean,half_interval_95,seeds,p,p_holm"]
 
 
+def test_a_method_without_a_second_stage_is_named_where_steps_are_equal(tmp_path: Path) -> None:
+    model, runs = {"tap": "tap", "fedavg": "server"}, {}
+    for label, name in model.items():
+        runs[label, 1] = PlannedRun(f"{label}+steps", 1, "demo", "", (), tmp_path / label)
+        write_json(runs[label, 1].folder / "results.json", results(label, name, 0.5, 0.5, 1))
+    sweep = Sweep({"rounds": runs, "steps": runs}, model, "tap")
+    text = markdown(comparison_tables(compare(sweep, "steps")))
+    assert text.startswith("**Equal optimiser steps: test data")
+    assert "\nWithout a stage 2, with equal steps in stage 1 alone: fedavg.\n" in text
+    assert "Without a stage 2" not in markdown(comparison_tables(compare(sweep, "rounds")))
+
+
 SCORES = {
     "tap": {"ann": (0.9, 0.8, 0.7), "bob": (0.4, 0.5, 0.6), "cleo": (0.2, 0.6, 0.6)},
     "alone": {"ann": (0.8, 0.7, 0.6), "bob": (0.5, 0.6, 0.7), "cleo": (0.5, 0.5, 0.5)},
