@@ -55,7 +55,7 @@ def test_an_unknown_option_is_an_error(command: Any) -> None:
 
 
 def test_a_failed_run_exits_with_an_error(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(launch: Launch, on_event: object) -> None:
+    def fail(launch: Launch, *_: object) -> None:
         raise SimulationError(f"{launch.clients} clients failed")
 
     monkeypatch.setattr(simulation, "simulate", fail)
@@ -68,7 +68,7 @@ def test_options_reach_the_run(command: Any, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     launched: list[Launch] = []
 
-    def fake(launch: Launch, on_event: object) -> dict[str, Any]:
+    def fake(launch: Launch, *_: object) -> dict[str, Any]:
         launched.append(launch)
         return finished_run(launch.out)
 
@@ -94,7 +94,7 @@ def test_a_ray_cluster_is_shared_by_what_the_options_say(
 ) -> None:
     launched: list[Launch] = []
 
-    def fake(launch: Launch, on_event: object) -> dict[str, Any]:
+    def fake(launch: Launch, *_: object) -> dict[str, Any]:
         launched.append(launch)
         return finished_run(launch.out)
 
@@ -111,7 +111,7 @@ def test_a_ray_cluster_is_shared_by_what_the_options_say(
 def test_a_metric_that_will_be_missing_is_said_before_the_run(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(simulation, "simulate", lambda launch, _: finished_run(launch.out))
+    monkeypatch.setattr(simulation, "simulate", lambda launch, *_: finished_run(launch.out))
     chosen = ("--set", "metrics.bertscore=none/such", "--out", str(tmp_path / "run"))
     code, out, _ = command("simulate", *chosen)
     assert code == 0
