@@ -35,6 +35,8 @@ class RunProgress(AbstractContextManager["RunProgress"]):
 
     def __init__(self, console: Console, run: Path | None = None) -> None:
         self._console, self._run = console, run
+        # A notebook asks for colours, and has no terminal in which a line could be written over.
+        self._live = console.is_terminal and console.file.isatty()
         self._watched = self._told = time.monotonic()
         self._began, self._first = time.monotonic(), 0
         self._made: dict[str, int] = {}
@@ -47,7 +49,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
             TextColumn("[dim]{task.fields[note]}"),
             TextColumn("[dim]{task.fields[work]}"),
             console=console,
-            disable=not console.is_terminal,
+            disable=not self._live,
         )
         self._bar: TaskID | None = None
         self._replaced = 0
@@ -161,7 +163,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
             self._bars.update(self._bar, left=self._left(), work="")
 
     def _line(self, text: str) -> None:
-        if not self._console.is_terminal:
+        if not self._live:
             self._console.print(text, highlight=False, soft_wrap=True)
 
 

@@ -20,6 +20,8 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Environment variables of Flower's processes: no telemetry, no progress bars in logs."""
+_COLOURS = ("FORCE_COLOR", "TTY_COMPATIBLE")
+"""Environment variables, set in notebooks and in CI, that put colours into what Flower prints, its JSON included."""
 _LONGEST_FOLDER, _SHORT = 30, "/tmp"
 """Longest temporary folder in which the paths of Ray's sockets are short enough, and a shorter one."""
 log = logging.getLogger("tap_flower")
@@ -46,12 +48,14 @@ def path_of_programs() -> dict[str, str]:
 def environment() -> dict[str, str]:
     """The environment of Flower's processes: this one's, but none of them asks a proxy for this machine.
 
-    Proxies that the HTTP client cannot use at all, such as SOCKS without its package, are left out, with a warning. Ray's
-    sockets get a short folder, since their paths have 107 bytes at most.
+    Colours are not forced upon their output, which is read here. Proxies that the HTTP client cannot use at all, such as
+    SOCKS without its package, are left out, with a warning. Ray's sockets get a short folder, since their paths have 107
+    bytes at most.
     """
     import httpx
 
-    found = {**os.environ, **QUIET, **path_of_programs()}
+    kept = {name: value for name, value in os.environ.items() if name not in _COLOURS}
+    found = {**kept, **QUIET, **path_of_programs()}
     told = [found.get("no_proxy") or found.get("NO_PROXY", ""), "127.0.0.1", "localhost", "::1"]
     found["no_proxy"] = found["NO_PROXY"] = ",".join(filter(None, told))
     for name in [name for name in found if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]:

@@ -25,6 +25,18 @@ def shown(*events: dict[str, Any]) -> str:
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colours_without_a_terminal_give_lines() -> None:
+    console = Console(force_terminal=True, color_system=None, file=io.StringIO())
+    with RunProgress(console) as progress:
+        progress.show({"event": "start", "round": 0, "rounds": 2, "clients": {"ann": ["read"]}})
+    assert console.file.getvalue() == "1 clients with 1 modality-task pairs, 2 rounds\n"  # type: ignore[attr-defined]
+
+
 class Clock:
     """A clock that stands still until it is put on."""
 
@@ -38,7 +50,7 @@ def test_steps_of_clients_time_left_and_memory_are_shown(
     terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
-    console = Console(force_terminal=terminal, record=True, width=300, file=io.StringIO())
+    console = Console(force_terminal=terminal, record=True, width=300, file=Terminal())
     reports = {"ann": {"losses": {"read": 1.0}, "replacements": {"read": 1}}}
     with RunProgress(console, tmp_path) as progress:
         progress.show({"event": "start", "round": 2, "rounds": 5, "clients": {"ann": ["read"]}})
@@ -116,7 +128,7 @@ def test_a_run_without_privacy_says_nothing_of_it() -> None:
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_shows_rounds_losses_and_replacements(terminal: bool) -> None:
-    console = Console(force_terminal=terminal, record=True, width=200, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(force_terminal=terminal, record=True, width=200, file=Terminal())
     with RunProgress(console) as progress:
         progress.show({"event": "start", "round": 0, "rounds": 2, "clients": {"ann": ["read"], "bob": ["read"]}})
         progress.show({"event": "round_start", "round": 1, "clients": ["ann", "bob"]})

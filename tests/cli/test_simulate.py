@@ -55,7 +55,7 @@ def test_an_unknown_option_is_an_error(command: Any) -> None:
 
 
 def test_a_failed_run_exits_with_an_error(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(launch: Launch, on_event: object, between: object) -> None:
+    def fail(launch: Launch, *_: object) -> None:
         raise SimulationError(f"{launch.clients} clients failed")
 
     monkeypatch.setattr(simulation, "simulate", fail)
@@ -68,7 +68,7 @@ def test_options_reach_the_run(command: Any, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     launched: list[Launch] = []
 
-    def fake(launch: Launch, on_event: object, between: object) -> dict[str, Any]:
+    def fake(launch: Launch, *_: object) -> dict[str, Any]:
         launched.append(launch)
         return finished_run(launch.out)
 
@@ -94,7 +94,7 @@ def test_a_ray_cluster_is_shared_by_what_the_options_say(
 ) -> None:
     launched: list[Launch] = []
 
-    def fake(launch: Launch, on_event: object, between: object) -> dict[str, Any]:
+    def fake(launch: Launch, *_: object) -> dict[str, Any]:
         launched.append(launch)
         return finished_run(launch.out)
 

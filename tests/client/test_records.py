@@ -93,7 +93,7 @@ def test_a_run_leaves_examples_with_the_clients_of_client_specs(whole_specs: Who
             for item in found["items"]:
                 assert item["answers"].keys() == {"server", "personal", "tap"}
     image = read_examples(state("bob"))["shape_images"]["items"][0]
-    assert Image.open(BytesIO(b64decode(image["image"]))).size == (64, 64)
+    assert Image.open(BytesIO(b64decode(image["image"]))).size == (40, 40)
     assert image["answers"]["tap"]["mse"] > 0
     text = read_examples(state("cleo"))["answers"]["items"][0]
     assert text["text"].endswith("?")

@@ -273,7 +273,7 @@ def waits_of(kind: str, steps: int, asks: bool = False) -> Counter[str]:
             return self.values.expand(2, *shape)
 
     kinds = {"t": TASK_KINDS[kind]}
-    distil = Distillation(Shaped(), kinds, {kind: 1.0})
+    distil = Distillation(Shaped(), kinds, {"t": 1.0})
 
     def objective(batch: Batch, output: Tensor) -> Tensor:
         term = distil(batch, output)

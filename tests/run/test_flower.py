@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 import tempfile
@@ -55,6 +56,16 @@ def test_nobody_asks_a_proxy_for_this_machine(server: int, monkeypatch: pytest.M
             if spelled in found:
                 monkeypatch.setenv(spelled, found[spelled])
     assert httpx.get(f"http://127.0.0.1:{server}/health").is_success  # as Flower's processes ask
+
+
+@pytest.mark.parametrize("name", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_colours_are_not_forced_upon_what_is_read(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1")
+    code = "from rich.console import Console; Console().print_json('{\"a\": 1}')"
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    ).stdout
+    assert json.loads(said) == {"a": 1}
 
 
 def test_what_was_not_to_be_asked_a_proxy_for_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
