@@ -150,5 +150,6 @@ def test_what_the_server_may_set_are_numbers_and_choices_within_bounds() -> None
         "distill.stage",
         "replacement.source",
         "replacement.evidence",
+        "replacement.mode",
         "wire.encoding",
     }

@@ -19,6 +19,7 @@ from tests.federations import SETTINGS, Federation, ToyFederation, each_kind, fe
 
 MODELS = {
     "tap": {"server", "server+finetune", "personal", "tap"},
+    "tap-published": {"server", "server+finetune", "personal", "tap"},
     "local": {"personal", "local"},
     "fedavg": {"server"},
     "fedavg+finetune": {"server", "server+finetune"},
