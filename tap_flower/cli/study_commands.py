@@ -133,9 +133,13 @@ def newcomers_command(
 ) -> None:
     """Hold clients out of federations, and compare their stage 2 alone with training from scratch."""
     from tap_flower.study.newcomers import newcomers_study
+    from tap_flower.study.plan import checked
 
     console, where = Console(), (ray, cpus_per_run, gpus_per_run)
     federations, newcomers = newcomers_study(preset, config, set_ or [], seed or _SEEDS, method or _METHODS, share, out)
+    for run in (*federations, *newcomers.runs):
+        if run.done:
+            checked([run])
     exit_if(execute_missing(console, federations, where))
     failed = execute_missing(console, newcomers.runs, where)
     lead = f"Preset {preset}. Clients that were held out run stage 2 alone, from the last values of the server."
@@ -144,6 +148,11 @@ def newcomers_command(
 
 
 def _study(study: Study, out: Path, where: Where) -> None:
+    from tap_flower.study.plan import checked
+
     console = Console()
+    for run in study.runs:
+        if run.done:
+            checked([run])
     exit_if(execute_missing(console, study.runs, where))
     say(console, f"to look at: {study.write(out)}; numbers in {study.name}.csv")

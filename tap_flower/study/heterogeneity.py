@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -174,14 +176,23 @@ def _skewed(config: Config, alpha: float, seed: int, folder: Path) -> tuple[list
             of_clients = [weights[number] for number in pool.counts]
             deal = dealt(pool.labels, list(pool.counts.values()), of_clients, named_seed(seed, "deal", name, split))
             for number, places in zip(pool.counts, deal, strict=True):
-                source, place = pool.sources[number], folder / name / f"{specs[number].name}-{split}"
-                if not place.exists():
-                    chosen = open_source(source, root).select([pool.rows[at] for at in places])
-                    chosen.save_to_disk(str(place))
+                source, rows = pool.sources[number], [pool.rows[at] for at in places]
+                place = _written(source, rows, root, folder / name, f"{specs[number].name}-{split}")
                 kept = {"domain": source.domain, "columns": source.columns, "templates": source.templates}
                 (entry,) = (task for task in clients[number]["tasks"] if task["name"] == name)
                 entry[split] = {"format": "disk", "path": str(place.resolve()), **{k: v for k, v in kept.items() if v}}
     return clients, set(held)
+
+
+def _written(source: Source, rows: Sequence[int], root: str, folder: Path, name: str) -> Path:
+    """The folder that holds these rows, which other rows of that name do not have."""
+    digest = hashlib.sha256(repr((source.place, rows)).encode()).hexdigest()[:12]
+    place, part = folder / f"{name}-{digest}", folder / f"{name}.part"
+    if not place.exists():
+        shutil.rmtree(part, ignore_errors=True)  # of a study that was killed
+        open_source(source, root).select(rows).save_to_disk(str(part))
+        part.rename(place)
+    return place
 
 
 def _drawn(alpha: float, classes: int, seed: int) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def read_sweep(file: Path, out: Path) -> Sweep:
     found: dict[str, dict[tuple[str, int], PlannedRun]] = {budget: {} for budget in budgets}
     for label, (method, own) in methods.items():
         runs = planned(label, own := (f"method={method}", *own))
-        resolved = _checked(runs)
+        resolved = checked(runs)
         for budget in budgets:
             of_budget = runs
             if budget == STEPS and tap is not None:
@@ -143,7 +143,7 @@ def read_sweep(file: Path, out: Path) -> Sweep:
                         raise ConfigError(
                             f"{file}: methods has {name!r}, the folder of {label!r} with equal steps: rename it"
                         )
-                    _checked(of_budget := planned(name, (*own, *more)))
+                    checked(of_budget := planned(name, (*own, *more)))
             found[budget] |= {(label, run.seed): run for run in of_budget}
     result = {label: find_method(method).result for label, (method, _) in methods.items()}
     return Sweep(found, result, "tap" if "tap" in methods else next(iter(methods)))
@@ -208,12 +208,17 @@ def _plain(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _checked(runs: Sequence[PlannedRun]) -> Config:
-    """The configuration of runs that differ in their seed alone; to read it anew for each would take seconds."""
+def checked(runs: Sequence[PlannedRun]) -> Config:
+    """The configuration of runs that differ in their seed alone; to read it anew for each would take seconds.
+
+    Raises:
+        ConfigError: it is wrong, or names no clients, or one of the runs has finished with another.
+    """
     resolved = runs[0].resolved
     if not client_specs(resolved):
         raise ConfigError(f"preset {runs[0].preset!r} has no clients: name a `config` file with client specs")
-    new = portable(plain(resolved))
+    rounds = resolved.rounds if runs[0].rounds is None else runs[0].rounds
+    new = portable(plain(replace(resolved, rounds=rounds)))
     for run in runs:
         if run.done and (keys := different(recorded(run.folder), new)):
             raise ConfigError(

@@ -11,7 +11,7 @@ import pytest
 
 from tap_flower.config import load_config, to_yaml
 from tap_flower.run.resources import Machine
-from tap_flower.study import execute, theorem
+from tap_flower.study import execute, heterogeneity, theorem
 from tap_flower.study.execute import Outcome, Share
 from tap_flower.study.plan import PlannedRun
 from tap_flower.study.studies import Study, Values
@@ -64,7 +64,6 @@ def test_a_sweep_runs_what_is_missing_and_says_what_failed(command: Any, tmp_pat
     [
         (["margin", "--margin", "0", "--margin", "0.1", "--seed", "1"], "runs/study-margin", 2),
         (["pairs", "--preset", "demo", "--seed", "1", "--out", "pairs"], "pairs", 12),
-        (["heterogeneity", "--seed", "1", "--alpha", "1", "--out", "skew"], "skew", 3),
     ],
 )
 def test_a_study_writes_its_page(
@@ -103,6 +102,19 @@ def test_what_is_finished_is_not_run_again(command: Any, tmp_path: Path, execute
     assert (tmp_path / "kept" / "tap" / "seed-41" / "results.json").exists()
 
 
+def test_a_study_does_not_take_over_runs_of_another_configuration(
+    command: Any, tmp_path: Path, executed: Executed
+) -> None:
+    folder = tmp_path / "runs" / "study-margin" / "margin-0" / "seed-1"
+    finished_run(folder)
+    (folder / "config.yaml").write_text(to_yaml(load_config("demo", settings=["method=tap", "train.steps=3"])))
+    status, _, err = command("study", "margin", "--margin", "0", "--seed", "1")
+    assert status == 1
+    assert "seed-1 holds a run with another configuration (" in err
+    assert "train.steps" in err
+    assert executed == []
+
+
 def test_newcomers_are_run_after_the_federations(command: Any, tmp_path: Path, executed: Executed) -> None:
     status, out, err = command("study", "newcomers", "--method", "tap", "--seed", "1", "--out", "new")
     assert [labels for _, _, labels in executed] == [["tap, federation"], ["tap", "local"]]
@@ -110,6 +122,26 @@ def test_newcomers_are_run_after_the_federations(command: Any, tmp_path: Path, e
     assert "1 runs failed" in err
     assert "tables in new/table.md" in out
     assert "What is a federation worth to newcomers?" in (tmp_path / "new" / "table.html").read_text()
+
+
+def test_label_skew_is_planned_by_its_options(
+    command: Any, tmp_path: Path, executed: Executed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def planned(*options: Any) -> Study:
+        asked.append(options)
+        return Study("heterogeneity", "What?", "", "alpha", (), lambda: [(0.0, {("t", "score"): {"tap": 0.5}})])
+
+    monkeypatch.setattr(heterogeneity, "heterogeneity_study", planned)
+    status, out, _ = command(
+        "study", "heterogeneity", "--alpha", "0.5", "--seed", "7", "--set", "rounds=2", "--out", "a"
+    )
+    assert status == 0
+    assert asked == [("demo", "", ["rounds=2"], [7], ("tap", "fedavg+finetune"), [0.5], Path("a"))]
+    assert executed == []
+    assert "to look at: a/heterogeneity.html" in out
+    assert (tmp_path / "a" / "heterogeneity.csv").exists()
 
 
 def test_pairs_without_a_preset_are_linear_maps(
