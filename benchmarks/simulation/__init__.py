@@ -6,8 +6,8 @@ the processor. Each way to run it is a process of its own:
 
 * Flower's own simulation, and tap-flower's `fedavg`, through Ray: `flwr.simulation.run_simulation`, a core for each client;
 * the same two in one process, where messages are calls of functions and torch has all cores;
-* pfl-research and FL4Health in one process, with the interpreter of an environment of their own, `--pfl-python PATH`,
-  `--fl4health-python PATH`; without one they are left out, which the table says.
+* pfl-research in one process, with the interpreter of an environment of its own, `--pfl-python PATH`; without one it is left
+  out, which the table says.
 
 `s a round` is the median over the rounds after the first, `ratio` that to Flower's own simulation, `loss` the final model's
 on images that no client has: they show that all do the same work, and are not equal, since each samples clients in its way.

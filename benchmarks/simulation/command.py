@@ -54,7 +54,6 @@ WAYS = {
     "flower": Way("Flower", "run_flower.py"),
     "tap": Way("tap-flower", "run_tap.py"),
     "pfl": Way("pfl-research", "run_pfl.py", interpreter="pfl_python"),
-    "fl4health": Way("FL4Health", "run_fl4health.py", interpreter="fl4health_python"),
 }
 """The first is what the others are compared with."""
 
@@ -71,7 +70,6 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--repeats", type=int, default=3, help="of everything, in turn (default: %(default)s)")
     made.add_argument("--limit", type=float, default=900, help="seconds of one run, at most (default: %(default)s)")
     made.add_argument("--pfl-python", metavar="PATH", help="an interpreter that has pfl-research")
-    made.add_argument("--fl4health-python", metavar="PATH", help="an interpreter that has FL4Health")
     return made
 
 
