@@ -15,8 +15,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn
 
-from tap_flower.report.client_records import read_steps
-
 _WATCH_SECONDS, _LINE_SECONDS = 1.0, 60.0
 """Seconds between two looks at the clients' steps, and between two lines about them where the output is no terminal."""
 _CLIENTS = 4
@@ -118,6 +116,8 @@ class RunProgress(AbstractContextManager["RunProgress"]):
 
     def watch(self) -> None:
         """Shows how far the clients are that are at work; called as often as one likes, it looks once a second."""
+        from tap_flower.report.client_records import read_steps  # it brings torch, which no command needs for its help
+
         now = time.monotonic()
         if self._run is None or self._bar is None or now - self._watched < _WATCH_SECONDS:
             return
