@@ -121,11 +121,11 @@ def main() -> None:
             interpreter = sys.executable if not way.interpreter else getattr(given, way.interpreter)
             if interpreter is None:
                 told.append({"note": f"left out: no --{way.interpreter.replace('_', '-')}"})
-                continue
-            say(f"{name}, {number + 1} of {given.repeats}")
-            asked = Asked(given.clients, given.sample, given.rounds, given.steps, given.batch, cores, way.ray)
-            told.append(run(way, interpreter, asked, given.limit))
-            failed |= "note" in told[-1]
+            else:
+                say(f"{name}, {number + 1} of {given.repeats}")
+                asked = Asked(given.clients, given.sample, given.rounds, given.steps, given.batch, cores, way.ray)
+                told.append(run(way, interpreter, asked, given.limit))
+                failed |= "note" in told[-1]
             if given.json is not None:
                 write_json(given.json, {**origin(), "machine": machine(), "rows": table(found), "runs": found})
     say(markdown(table(found)))

@@ -166,7 +166,7 @@ def test_script_makes_a_loadable_folder_from_public_data_alone(
     monkeypatch.setattr(packaged, "load", recorded)
     pretrain.main(["--out", str(tmp_path), "--steps", "2", "--seed", "3"])
     assert {split for _, split in asked} == {"public"}
-    assert {name for name, _ in asked} == {"shapes", "questions", "digits", "names"}
+    assert {name for name, _ in asked} == {"shapes", "questions", "digits", "names", "dates"}
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("image", "text", "fusion", "contrast", "saved"))
     made = transformers.FlavaModel.from_pretrained(tmp_path, local_files_only=True)

@@ -76,7 +76,7 @@ def test_nodes_that_are_late_or_gone(tmp_path: Path) -> None:
         cluster.wait_for(lambda: faults.answers("dora") == 3, "dora's answers: who she is, round 1, and who she is")
         faults.let_go("ann", "cleo")
         third = cluster.wait_for_event("round", round=3)
-        assert set(third["clients"]) >= {"dora"}
+        assert set(third["clients"]) & {"bob", "dora"}  # three of those that are there by then are drawn
         assert third["dropped"] == []
         results = cluster.results()
 

@@ -155,7 +155,8 @@ def test_all_methods_start_from_the_same_values_and_see_the_same_batches(
         assert found != reference
         assert found == pytest.approx(reference, rel=0.2)
     else:
-        assert found == pytest.approx(reference, rel=1e-3)
+        # FedRep's first steps leave the base as it was, so that its second batch is seen by another model.
+        assert found == pytest.approx(reference, rel=1e-2 if method == "fedrep" else 1e-3)
 
 
 class Crash(Exception):

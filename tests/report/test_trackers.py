@@ -161,7 +161,7 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (begun.project, begun.display_name, begun.run_id) == ("tap-flower", "demo-seed7", "0123abcd")
     config = {u.key: u.value_json for u in begun.config.update}
     assert config["seed"] == "7"
-    assert config["train.batch_size"] == "8"
+    assert config["train.batch_size"] == "16"
     assert not any("packaged" in value for value in config.values())  # clients and their data stay here
     history = [
         {item.nested_key[0]: json.loads(item.value_json) for item in r.history.item}
