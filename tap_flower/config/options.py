@@ -30,7 +30,7 @@ class ReplacementEvidence(Enum):
 
 
 class ReplacementMode(Enum):
-    """What a replacement puts in the place of a pair's components."""
+    """How a replacement changes a pair's components."""
 
     hard = "hard"
     mix = "mix"

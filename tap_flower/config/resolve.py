@@ -64,7 +64,7 @@ def load_config(preset: str = "demo", config: str = "", settings: Sequence[str] 
         raise ConfigError(f"data.root = {resolved.data.root!r} is relative: give an absolute path in a setting")
     _check_replacement(resolved)
     _check_privacy(resolved)
-    if not any("clients" in values for _, values in layers):  # else they are given, and be it that there are none
+    if not any("clients" in values for _, values in layers):  # an explicit empty list means no clients
         try:
             resolved.clients = list(expand(resolved.patterns, resolved.groups, resolved.datasets))
         except SpecError as error:

@@ -104,10 +104,12 @@ def second_stage(session: Session, received: State, memory: Memory) -> SecondSta
     Args:
         session: the client at work.
         received: the server's tensors for this client after the last round.
-        memory: the personal model; a client that was never sampled starts from its first values.
+        memory: the personal model; a client that was never sampled starts from its first values, or where it is decided
+            once more, from the server copy.
     """
     settings, personal = session.settings.distill, memory.models.get(PERSONAL)
-    again, distils = session.settings.replacement.before_stage_two, settings.stage is StageTwo.distillation
+    replacement, distils = session.settings.replacement, settings.stage is StageTwo.distillation
+    again = replacement.enabled and replacement.before_stage_two
     models, losses = dict[str, State](), dict[str, float]()
     # Algorithm 2, teacher: θ_i fine-tuned for K steps. By itself this is the baseline "FedAvg + fine-tuning".
     if distils:

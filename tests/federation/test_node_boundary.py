@@ -92,7 +92,7 @@ def test_hostile_messages_start_no_process_and_no_connection(watched: tuple[Path
 
 def test_every_hostile_message_is_refused_in_plain_words(watched: tuple[Path, dict[str, Any]]) -> None:
     _, found = watched
-    # 8 words for each of 7 keys that are none, beside two trackers that there are, at two places; for the run; for 7 texts.
+    # 8 words for each of 7 keys that are none, and two trackers that exist, at two places; for the run; for 7 texts.
     each = 2 * (7 * 8 + 2) + 8 + 7 * 8
     assert len(found["answers"]) in (each, 4 * each)  # of one type, of all
     told = ("the server:", "unknown method")

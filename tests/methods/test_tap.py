@@ -263,6 +263,15 @@ def test_the_decision_before_stage_2(
     assert ([d.share for d in done.decisions], one(done.models["tap"])) == ([share], expected)
 
 
+def test_without_replacement_nothing_is_taken_over_before_stage_2(client: TapClient) -> None:
+    settings, client.held_out = client.settings.replacement, 0.75
+    settings.enabled, settings.mode, settings.before_stage_two = False, ReplacementMode.mix, True
+    client.settings.distill.stage = StageTwo.finetuning
+    done = tap.second_stage(client.local, state(one=1.0), remembered(0.5))
+    assert (list(done.decisions), one(done.models["tap"])) == ([], 0.4)
+    assert client.did == [("train", 1, LAST, ("stage 2", "personal"))]
+
+
 @pytest.mark.parametrize(("held_out", "expected"), [(0.8, 0.46), (0.5, 0.4)])
 def test_only_a_better_teacher_distils(client: TapClient, held_out: float, expected: float) -> None:
     client.settings.distill.only_better, client.held_out = True, held_out
