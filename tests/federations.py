@@ -81,7 +81,8 @@ CLIENTS = [
 SETTINGS = [
     "rounds=2", "clients_per_round=4", "train.steps=2", "train.batch_size=4", "train.accumulation=1",
     "distill.iterations=2", "start_timeout=1", "round_timeout=60",
-    "replacement.mode=hard", "replacement.before_stage_two=false", "distill.stage=distillation",
+    "replacement.mode=hard", "replacement.before_stage_two=false", "replacement.after_stage_two=false",
+    "distill.stage=distillation",
 ]  # fmt: skip
 
 

@@ -166,6 +166,7 @@ def test_losses_of_unlike_weights_are_not_compared() -> None:
     [
         ("replacement.mode=mix", "replacement.mode=hard"),
         ("replacement.before_stage_two=true", "replacement.before_stage_two=false"),
+        ("replacement.after_stage_two=true", "replacement.after_stage_two=false"),
         ("distill.only_better=true", "distill.only_better=false"),
     ],
 )

@@ -304,7 +304,8 @@ def _personalise(participant: Participant, message: Message) -> RecordDict:
     session, folder, instruction = participant.session, participant.folder, participant.instruction
     state, steps = participant.state_after_stage_1(), session.steps
     result = participant.method.second_stage(session, participant.receive(message, state), _memory(state))
-    record_decisions(folder.folder, instruction.run, instruction.round + 1, result.decisions)
+    for after, decisions in enumerate(result.decisions, 1):
+        record_decisions(folder.folder, instruction.run, instruction.round + after, decisions)
     folder.save_models(result.models, instruction.round)
     report = Report(
         round=instruction.round,

@@ -199,6 +199,9 @@ class Replacement:
         "loss of held-out examples",
     )
     before_stage_two: bool = option(False, "true: decide once more at the start of stage 2, on held-out examples")
+    after_stage_two: bool = option(
+        False, "true: decide once more at the end of stage 2 on the server's model as received, on held-out examples"
+    )
     margin: Margins = field(default_factory=Margins)
 
 

@@ -98,6 +98,7 @@ def _check_replacement(settings: HyperParameters) -> None:
     held_out = [
         ("replacement.mode = mix", "replacement.mode=hard", chosen.mode is ReplacementMode.mix),
         ("replacement.before_stage_two = true", "replacement.before_stage_two=false", chosen.before_stage_two),
+        ("replacement.after_stage_two = true", "replacement.after_stage_two=false", chosen.after_stage_two),
         ("distill.only_better = true", "distill.only_better=false", settings.distill.only_better),
     ]
     if chosen.evidence is ReplacementEvidence.training and (needing := [each for each in held_out if each[2]]):

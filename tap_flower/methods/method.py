@@ -51,12 +51,13 @@ class SecondStage:
     Attributes:
         models: name -> tensors, of some or all of `Method.results`.
         losses: task name -> mean training loss of the fine-tuning.
-        decisions: on the replacement of each pair's components as stage 2 begins (TAP); they stay on the client.
+        decisions: on the replacement of each pair's components as stage 2 begins, and as it ends (TAP); they stay on the
+            client.
     """
 
     models: dict[str, State] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
-    decisions: Sequence[Decision] = ()
+    decisions: tuple[Sequence[Decision], Sequence[Decision]] = ((), ())
 
 
 Models = Callable[[State, Memory, Callable[[], State]], dict[str, State | None]]

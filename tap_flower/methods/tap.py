@@ -3,8 +3,9 @@
 `participate` is the client's part of the paper's Algorithm 1, federated rounds with adaptive replacement; `second_stage` is
 Algorithm 2, what happens after the last round. The server's part, sampling and averaging, is `server.strategy`.
 
-Options go beyond the paper: `replacement.mode=mix` takes components over in part, `replacement.before_stage_two` decides
-once more as stage 2 begins, and `distill` has stages without a teacher. docs/concepts.md says why.
+Options go beyond the paper: `replacement.mode=mix` takes components over in part, `replacement.before_stage_two` and
+`replacement.after_stage_two` decide once more as stage 2 begins and ends, and `distill` has stages without a teacher.
+docs/concepts.md says why.
 """
 
 from __future__ import annotations
@@ -109,35 +110,45 @@ def second_stage(session: Session, received: State, memory: Memory) -> SecondSta
     """
     settings, personal = session.settings.distill, memory.models.get(PERSONAL)
     replacement, distils = session.settings.replacement, settings.stage is StageTwo.distillation
-    again = replacement.enabled and replacement.before_stage_two
+    before, after = (replacement.enabled and on for on in (replacement.before_stage_two, replacement.after_stage_two))
     models, losses = dict[str, State](), dict[str, float]()
     # Algorithm 2, teacher: θ_i fine-tuned for K steps. By itself this is the baseline "FedAvg + fine-tuning".
     if distils:
         models["server+finetune"], losses = session.finetune(received, "server")
     source = models.get("server+finetune", received)
-    teacher = session.model(source) if distils or again else None
+    teacher = session.model(source) if distils or before else None
     teacher_losses: Mapping[str, float] = {}
-    if teacher is not None and (again or settings.only_better):
+    if teacher is not None and (before or settings.only_better):
         teacher_losses = session.losses(teacher, "validation")
     # The decision of stage 1 once more: since a client's last round the server's model has gone on.
-    decisions = list[Decision]()
-    if again:
-        student, decisions, _ = _replaced(session, personal, source, teacher_losses)
-        personal = cpu_state(student)
+    first, last = list[Decision](), list[Decision]()
+    if before:
+        personal, first = decided(session, personal, source, teacher_losses)
     if not distils:
         times = 2 if settings.stage is StageTwo.finetuning_twice else 1
-        models["tap"], losses = session.finetune(personal, "personal", times=times)
-        return SecondStage(models, losses, decisions)
-    # Algorithm 2, student: K steps of φ_i on task loss + w · divergence(teacher -> student).
-    assert teacher is not None
-    weights = session.distillation_weights
-    if settings.only_better:
-        own = session.losses(session.model(personal), "validation")
-        weights = {task: w for task, w in weights.items() if teacher_losses.get(task, inf) < own.get(task, inf)}
-    models["tap"], _ = session.finetune(
-        personal, "personal", lambda _: Distillation(teacher, session.kinds, weights, settings.temperature)
-    )
-    return SecondStage(models, losses, decisions)
+        tuned, losses = session.finetune(personal, "personal", times=times)
+    else:
+        # Algorithm 2, student: K steps of φ_i on task loss + w · divergence(teacher -> student).
+        assert teacher is not None
+        weights = session.distillation_weights
+        if settings.only_better:
+            own = session.losses(session.model(personal), "validation")
+            weights = {task: w for task, w in weights.items() if teacher_losses.get(task, inf) < own.get(task, inf)}
+        tuned, _ = session.finetune(
+            personal, "personal", lambda _: Distillation(teacher, session.kinds, weights, settings.temperature)
+        )
+    # And once more on the result: few examples overfit, and the server's weights as they came take some of that back.
+    if after:
+        tuned, last = decided(session, tuned, received, session.losses(session.model(received), "validation"))
+    return SecondStage({**models, "tap": tuned}, losses, (first, last))
+
+
+def decided(
+    session: Session, personal: State | None, source: State, source_losses: Mapping[str, float]
+) -> tuple[State, list[Decision]]:
+    """The personal model after the decision on each pair, and the decisions; see `_replaced`."""
+    student, decisions, _ = _replaced(session, personal, source, source_losses)
+    return cpu_state(student), decisions
 
 
 def models(received: State, memory: Memory, first: Callable[[], State]) -> dict[str, State | None]:

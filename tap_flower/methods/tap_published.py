@@ -1,6 +1,6 @@
 """TAP as published (Lee et al., arXiv 2509.26524), whatever a preset has chosen for `tap`.
 
-Components are replaced wholly or not at all, nothing is decided between the two stages, and stage 2 distils every pair.
+Components are replaced wholly or not at all, nothing is decided before or after stage 2, and stage 2 distils every pair.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def as_published(settings: _Settings) -> _Settings:
     """A run's hyper-parameters with the paper's choices where TAP has others."""
     return replace(
         settings,
-        replacement=replace(settings.replacement, mode=ReplacementMode.hard, before_stage_two=False),
+        replacement=replace(settings.replacement, mode=ReplacementMode.hard, before_stage_two=False, after_stage_two=False),
         distill=replace(settings.distill, stage=StageTwo.distillation, only_better=False),
     )
 

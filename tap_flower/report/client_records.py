@@ -56,7 +56,8 @@ def record_decisions(folder: Path, run: str, server_round: int, decisions: Itera
     Args:
         folder: the client's state folder.
         run: identity of the run.
-        server_round: the round, counted from 1; a resumed run may repeat it. Stage 2 is one more.
+        server_round: the round, counted from 1; a resumed run may repeat it. The beginning of stage 2
+            is one more, its end two.
         decisions: the decision on every pair. An infinite loss (the personal model's before its first participation) is
             written as null.
 

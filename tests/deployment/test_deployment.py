@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 SETTINGS = (
     "clients=[] rounds=1 clients_per_round=2 train.steps=1 train.batch_size=4 train.accumulation=1 "
     "distill.iterations=1 model.text_length=40 start_timeout=600 round_timeout=600 "
-    "replacement.mode=hard replacement.before_stage_two=false distill.stage=distillation"
+    "replacement.mode=hard replacement.before_stage_two=false replacement.after_stage_two=false distill.stage=distillation"
 )
 TASKS = {"ann": "languages", "bob": "shapes"}
 
