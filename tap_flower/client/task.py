@@ -252,8 +252,8 @@ class Client:
             ClientError: a data set cannot be used, or the model does not fit the tasks.
         """
         with _told(f"client {self.name!r}"):
-            own = {task.name: task.fit is not None for task in self.tasks}
-            check_own_loops(own, settings.method, find_method(settings.method).own_loop)
+            own, method = {task.name: task.fit is not None for task in self.tasks}, find_method(settings.method)
+            check_own_loops(own, method.name, method.own_loop)
         data = self.data(settings.seed, settings.needs_validation)
         build, outline = self._models(data, settings.seed)
         session = Session(
@@ -271,7 +271,7 @@ class Client:
             fingerprint=self.fingerprint,
         )
         with _told(f"client {self.name!r}"):
-            session.try_own()
+            session.try_own(method.compares(settings))
         return session
 
     def data(self, seed: int, hold_out: bool) -> ClientData:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tap_flower.config import Config
+from tap_flower.config import Config, HyperParameters
 from tap_flower.core.components import ComponentModel, State
 from tap_flower.core.replacement import Decision
 from tap_flower.methods.session import Session
@@ -81,6 +81,12 @@ def any_model(model: ComponentModel) -> None:
     del model
 
 
+def nothing_compared(settings: HyperParameters) -> bool:
+    """The `compares` of a method that decides nothing by held-out examples."""
+    del settings
+    return False
+
+
 def one_model(config: Config) -> tuple[float, float]:
     """The `trained` of a method that trains one model in a round, and one in stage 2."""
     del config
@@ -134,6 +140,7 @@ class Method:
         server: what the server does with the differences; None is the weighted mean.
         trained: (configuration of a run) -> how many models a client trains, for `train.steps` optimiser steps each in a
             round, and for `distill.iterations` each in stage 2. A sweep with equal steps shares them out by it.
+        compares: whether a client compares losses of held-out examples, which a project's own `score` must then return.
     """
 
     name: str
@@ -146,6 +153,7 @@ class Method:
     own_loop: str = ""
     server: ServerHalf | None = None
     trained: Callable[[Config], tuple[float, float]] = one_model
+    compares: Callable[[HyperParameters], bool] = nothing_compared
 
     @property
     def result(self) -> str:

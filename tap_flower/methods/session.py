@@ -300,18 +300,19 @@ class Session:
         model.to(self.device)  # the evaluation may have moved it
         return scores_of(task.pair.task, task.kind, returned)
 
-    def try_own(self) -> None:
+    def try_own(self, compares: bool) -> None:
         """Tries what is the project's own, so that what it lacks is told before the first round.
+
+        Args:
+            compares: whether the run's method compares losses of held-out examples.
 
         Raises:
             ClientError: an evaluation returns what cannot be used, the model refuses a batch of a loader, or it has an
                 operation that cannot be deterministic.
         """
         if self.settings.compute.deterministic and all(task.fit is None for task in self.tasks):
-            before, once = (
-                self.steps,
-                replace(self.settings.train.optimisation(1), steps=1, accumulation=len(self.tasks)),
-            )
+            once = replace(self.settings.train.optimisation(1), steps=1, accumulation=len(self.tasks))
+            before = self.steps
             self.train(self.model(), once, order=("trial",), noise=("trial",))
             self.steps = before
         for task in self.tasks:
@@ -322,7 +323,6 @@ class Session:
             if task.score is not None and splits:
                 loader = beginning(self.data.loader(splits[0], task.pair.task), _TRIED)
                 found = {task.pair.task: self._score(task, self.model(), loader)}
-                compares = self.settings.method in ("tap", "tap-published") and self.settings.replacement.enabled
                 if compares and splits[0] == "validation":
                     _check_losses(found)
 

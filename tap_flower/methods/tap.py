@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import inf
 
-from tap_flower.config import Config, ReplacementEvidence, ReplacementMode, ReplacementSource, StageTwo
+from tap_flower.config import Config, HyperParameters, ReplacementEvidence, ReplacementMode, ReplacementSource, StageTwo
 from tap_flower.core.components import ComponentModel, State, cpu_state
 from tap_flower.core.objectives import Distillation
 from tap_flower.core.replacement import PARTS, Decision, decide, mixture, replace
@@ -162,4 +162,11 @@ def trained(config: Config) -> tuple[float, float]:
     return 2, 1 if config.distill.stage is StageTwo.finetuning else 2
 
 
-METHOD = Method("tap", participate, second_stage, ("server+finetune", "tap"), models, trained=trained)
+def compares(settings: HyperParameters) -> bool:
+    """Whether components are replaced at all."""
+    return settings.replacement.enabled
+
+
+METHOD = Method(
+    "tap", participate, second_stage, ("server+finetune", "tap"), models, trained=trained, compares=compares
+)

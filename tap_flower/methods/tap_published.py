@@ -21,7 +21,9 @@ def as_published(settings: _Settings) -> _Settings:
     """A run's hyper-parameters with the paper's choices where TAP has others."""
     return replace(
         settings,
-        replacement=replace(settings.replacement, mode=ReplacementMode.hard, before_stage_two=False, after_stage_two=False),
+        replacement=replace(
+            settings.replacement, mode=ReplacementMode.hard, before_stage_two=False, after_stage_two=False
+        ),
         distill=replace(settings.distill, stage=StageTwo.distillation, only_better=False),
     )
 
