@@ -136,17 +136,20 @@ def decision_figures(run: RunRecord, client: str) -> Iterator[Figure]:
     by_task: dict[str, list[DecisionRecord]] = {}
     for decision in run.clients[client].decisions:
         by_task.setdefault(decision.task, []).append(decision)
+    last = run.results["rounds"]
+    stages = {last + 1: ", before stage 2", last + 2: ", after stage 2"}
     for task, decisions in by_task.items():
         teacher, personal, rows = [], [], []
         for d in decisions:
             done = "kept" if not d.replaced else "replaced" if d.share in (None, 1) else f"mixed, α = {d.share:g}"
             cells = (number(d.teacher_loss), number(d.personal_loss), f"{d.margin:g}")
-            tip = "{}: {} against {}, margin {}: {}".format(d.round, *cells, done)
+            when = f"{d.round}{stages.get(d.round, '')}"
+            tip = "{}: {} against {}, margin {}: {}".format(when, *cells, done)
             if d.teacher_loss is not None:
                 teacher.append(Point(d.round, d.teacher_loss, tip, filled=d.replaced))
             if d.personal_loss is not None:
                 personal.append(Point(d.round, d.personal_loss, tip, filled=False))
-            rows.append([str(d.round), *cells, done])
+            rows.append([when, *cells, done])
         few = len(decisions) <= _FEW  # with more, the values are in the tips of the decisions alone
         series = [Series("server's copy", teacher, "round "), Series("personal model", personal, "round ", few)]
         unit = loss_of(run.results["kinds"].get(task, ""))
@@ -156,7 +159,8 @@ def decision_figures(run: RunRecord, client: str) -> Iterator[Figure]:
             rows,
         )
         label = f"{client}, {task}: losses at {len(decisions)} decisions, {sum(d.replaced for d in decisions)} replaced"
-        chart = charts.line_chart(series, charts.rounds_axis(run.results["rounds"]), unit, label)
+        axis = charts.rounds_axis(max(last, *(d.round for d in decisions)))
+        chart = charts.line_chart(series, axis, unit, label)
         yield Figure(task, chart, table, [one.name for one in series])
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,11 +12,12 @@ from tap_flower.core.components import Pair
 from tap_flower.core.replacement import Decision
 from tap_flower.errors import StorageError
 from tap_flower.report.client_records import DECISIONS, GRADIENTS, read_decisions, record_decisions
+from tap_flower.report.figures import decision_figures
 from tap_flower.report.html_report import page, write_report
 from tap_flower.report.run_record import read_run
 from tap_flower.report.svg import number, scale, ticks
 
-from .conftest import HOSTILE
+from .conftest import HOSTILE, write_run
 
 
 class Elements(HTMLParser):
@@ -140,6 +142,18 @@ def test_a_repeated_round_replaces_its_decisions(tmp_path: Path) -> None:
         record_decisions(tmp_path, run, server_round, [Decision(pair, teacher, float("inf"), 0.01, 1.0)])
     found = [(d.run, d.round, d.teacher_loss, d.personal_loss, d.replaced) for d in read_decisions(tmp_path)]
     assert found == [("b", 1, 1.0, None, True), ("b", 3, 4.0, None, True)]
+
+
+def test_the_decisions_of_stage_2_are_in_the_picture(tmp_path: Path) -> None:
+    run = write_run(tmp_path, 1, 3)
+    for after in (1, 2):
+        decision = Decision(Pair("languages", ("text",)), 0.5, 0.75, 0.01, 0.25)
+        record_decisions(run / "clients" / "client-0", "run", 3 + after, [decision])
+    figure = next(f for f in decision_figures(read_run(run), "client-0") if f.title == "languages")
+    assert [row[0] for row in figure.table.rows[-2:]] == ["4, before stage 2", "5, after stage 2"]
+    assert "5, after stage 2: 0.500 against 0.750, margin 0.01: mixed, α = 0.25" in figure.chart
+    width = int(re.search(r'viewBox="0 0 (\d+)', figure.chart)[1])  # type: ignore[index]
+    assert max(float(x) for x in re.findall(r'cx="([0-9.]+)"', figure.chart)) < width
 
 
 def test_hostile_names_reach_the_page_whole(small_run: Path) -> None:
