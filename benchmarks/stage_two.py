@@ -35,7 +35,6 @@ WAYS: dict[str, tuple[StageTwo, bool, bool, bool]] = {
     # way of stage 2, decided before it, decided after it, distillation only where the teacher is better
     "finetuning twice, before and after": (TWICE, True, True, False),
     "finetuning twice, before": (TWICE, True, False, False),
-    "finetuning twice, after": (TWICE, False, True, False),
     "distillation where better, before and after": (DISTILLATION, True, True, True),
     "distillation, after": (DISTILLATION, False, True, False),
     "distillation": (DISTILLATION, False, False, False),
@@ -46,16 +45,15 @@ def main() -> None:
     """Prints a row for each way."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder with its clients' states")
-    options.add_argument(
-        "--rate", type=float, nargs="*", default=[], help="learning rates of stage 2, besides the run's"
-    )
+    options.add_argument("--rate", type=float, help="learning rate of stage 2, in place of the run's")
+    options.add_argument("--steps", type=int, help="optimiser steps K of stage 2, in place of the run's")
     options.add_argument("--threads", type=int, default=1, help="of PyTorch")
     options.add_argument("--json", type=Path, help="write the rows to this file")
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     scores: dict[str, dict[int, float]] = defaultdict(dict)
     for run in given.runs:
-        seed, found = measured(run, given.rate)
+        seed, found = measured(run, given.rate, given.steps)
         for way, score in found.items():
             scores[way][seed] = score
         print(f"{run}: done", flush=True)
@@ -67,22 +65,26 @@ def main() -> None:
     show(rows, given.json)
 
 
-def measured(run: Path, rates: list[float]) -> tuple[int, dict[str, float]]:
+def measured(run: Path, rate: float | None, steps: int | None) -> tuple[int, dict[str, float]]:
     """The seed of a run, and way -> mean over tasks of the mean score over clients."""
     config = load_config("plug-in", str(run / "config.yaml"))
+    if rate is not None:
+        config.distill.learning_rate = rate
+    if steps is not None:
+        config.distill.iterations = steps
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for spec in client_specs(config):
         session = client_from_spec(Node(spec, None, None, "", config.metrics), config).session(config)
         folder = run / "clients" / spec.name
         server, kept = (read_tensors(folder / file)[0] for file in (SERVER, PERSONAL))
         personal = {name: value for name, value in kept.items() if name in server}
-        for way, state in results(session, server, personal, rates).items():
+        for way, state in results(session, server, personal).items():
             for task, score in session.scores(session.model(state), "test").items():
                 found[way][task].append(score)
     return config.seed, {way: fmean(map(fmean, by_task.values())) for way, by_task in found.items()}
 
 
-def results(session: Session, server: State, personal: State, rates: list[float]) -> Mapping[str, State]:
+def results(session: Session, server: State, personal: State) -> Mapping[str, State]:
     """Way -> the model that a client has in the end."""
     made, settings = dict[str, State](), session.settings
     memory = Memory({tap.PERSONAL: personal})
@@ -92,23 +94,14 @@ def results(session: Session, server: State, personal: State, rates: list[float]
     held_out = session.losses(session.model(server), "validation")
     session.settings = _with(settings, ONCE, False, False, False)
     made["the server's model"], made["the personal model"] = server, personal
-    made["the personal model, mixed"], _ = tap.decided(session, personal, server, held_out)
     for times, name in ((1, "FedAvg + fine-tuning"), (2, "FedAvg + fine-tuning twice")):
         made[name], _ = session.finetune(server, "server", times=times)
         made[f"{name}, mixed"], _ = tap.decided(session, made[name], server, held_out)
-    for rate in rates:
-        session.settings = _with(
-            replace(settings, distill=replace(settings.distill, learning_rate=rate)), TWICE, True, True
-        )
-        name = f"{next(iter(WAYS))}, learning rate {rate:g}"
-        made[name] = tap.second_stage(session, server, memory).models["tap"]
     session.settings = settings
     return made
 
 
-def _with(
-    settings: HyperParameters, stage: StageTwo, before: bool, after: bool, only_better: bool = False
-) -> HyperParameters:
+def _with(settings: HyperParameters, stage: StageTwo, before: bool, after: bool, only_better: bool) -> HyperParameters:
     return replace(
         settings,
         distill=replace(settings.distill, stage=stage, only_better=only_better),

@@ -23,11 +23,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Federation:
 
 def test_stage_two_is_made_again_in_every_way(run: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "rows.json"
-    monkeypatch.setattr("sys.argv", ["stage_two", str(run.out), "--rate", "5e-4", "--json", str(file)])
+    monkeypatch.setattr("sys.argv", ["stage_two", str(run.out), "--steps", "2", "--json", str(file)])
     stage_two.main()
     rows = {row["way"]: row for row in json.loads(file.read_text())["rows"]}
     assert rows.keys() >= {*stage_two.WAYS, "the server's model", "FedAvg + fine-tuning, mixed"}
-    assert any("learning rate 0.0005" in way for way in rows)
     # What the run itself has made and tested.
     tasks = json.loads((run.out / "results.json").read_text())["tasks"]
     for way, model in (("the server's model", "server"), ("distillation", "tap")):
@@ -39,7 +38,7 @@ def test_decisions_on_few_rows_are_compared_with_those_on_many(
     run: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "rows.json"
-    monkeypatch.setattr("sys.argv", ["evidence", str(run.out), "--json", str(file)])
+    monkeypatch.setattr("sys.argv", ["evidence", str(run.out), "--steps", "2", "--json", str(file)])
     evidence.main()
     rows = {row["kind"]: row for row in json.loads(file.read_text())["rows"]}
     assert {kind: row["pairs"] for kind, row in rows.items()} == {
