@@ -115,14 +115,14 @@ def gradient_cosines(session: Session, model: ComponentModel) -> list[dict[str, 
     """
     component_map = model.component_map
     held = Counter(component for reached in component_map.reach.values() for component in reached)
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients: dict[str, dict[str, Tensor]] = {}
     model.eval()
     own = {task.pair.task for task in session.tasks if task.fit is not None}
     for pair in component_map.reach:
         if pair.task in own:  # its loss is in the project's own loop
             continue
-        names = [n for n in component_map.tensors_of(pair) if held[component_map.component_of[n]] > 1]
+        names = [n for n in component_map.tensors_of(pair) if n in parameters and held[component_map.component_of[n]] > 1]
         if not names:
             continue
         size = session.data.splits["train"][pair.task][0].batch_size or session.settings.train.batch_size

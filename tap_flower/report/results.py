@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -135,10 +135,27 @@ def read_results(run: Path) -> dict[str, Any]:
 
 
 def remarks(found: Mapping[str, Any]) -> list[str]:
-    """What a reader of the results of a run must know: who is missing and why, and what was lost; a sentence each."""
+    """What a reader of the results of a run must know, a sentence each: who is missing and why, and what was lost.
+
+    Means over different clients are told, too: those of a task for which a client has no test rows, or not every model.
+    """
     missing = [f"client {name!r} was not evaluated: {reason}" for name, reason in found.get("missing", {}).items()]
     marks = [f"client {name!r}: {mark}" for name, marks in found.get("marks", {}).items() for mark in marks]
-    return missing + marks
+    untested = [
+        f"client {name!r} has no test rows of task {task!r}: the means of the task are without it"
+        for name, by_task in found["clients"].items()
+        for task, by_model in by_task.items()
+        if not by_model
+    ]
+    return missing + marks + untested + [sentence for task in found["tasks"] for sentence in _uneven(found, task)]
+
+
+def _uneven(found: Mapping[str, Any], task: str) -> list[str]:
+    counts = Counter(model for by_task in found["clients"].values() for model in by_task.get(task, {}))
+    if len(set(counts.values())) < 2:
+        return []
+    parts = [f"{model} over {counts[model]}" for model in models_in({task: found["tasks"][task]})]
+    return [f"task {task!r}: its means are over different numbers of clients, and not to be compared: {', '.join(parts)}"]
 
 
 def headline(kind: str) -> tuple[str, bool]:

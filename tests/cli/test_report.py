@@ -98,3 +98,17 @@ def test_a_report_says_who_is_missing_and_what_was_lost(command: Any, tmp_path: 
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<li>client &#39;cleo&#39; was not evaluated: its node has &lt;gone&gt;</li>" in page
     assert "<li>client &#39;ann&#39;: it had no state of this run</li>" in page
+
+
+def test_means_over_different_clients_are_told(command: Any, tmp_path: Path) -> None:
+    found = finished_run(tmp_path / "run")
+    found["clients"]["bob"]["paint"] = {}  # as a task without test rows
+    (tmp_path / "run" / "results.json").write_text(json.dumps(found))
+    _, out, _ = command("report", str(tmp_path / "run"))
+    said, page = " ".join(out.split()), (tmp_path / "run" / "report.html").read_text()
+    for text in (
+        "client 'bob' has no test rows of task 'paint': the means of the task are without it",
+        "task 'read': its means are over different numbers of clients, and not to be compared: server over 1, tap over 2",
+    ):
+        assert text in said
+        assert text in page.replace("&#39;", "'")

@@ -39,8 +39,9 @@ class Sum(ComponentModel):
         self.u, self.w = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
         self.heads = nn.ParameterDict({task: nn.Parameter(torch.zeros(1)) for task in "ad"})
         self.dropout = nn.Dropout(0.999)
+        self.register_buffer("seen", torch.tensor(0))  # as BatchNorm counts its batches; it has no gradient
         reach = {Pair(task, ("x",)): frozenset(REACHED[task]) for task in tasks}
-        names = {"u": "u", "w": "w", "heads.a": "head/a", "heads.d": "head/d"}
+        names = {"u": "u", "seen": "u", "w": "w", "heads.a": "head/a", "heads.d": "head/d"}
         held = frozenset[str]().union(*reach.values())
         self.component_map = ComponentMap({name: c for name, c in names.items() if c in held}, reach)
 
