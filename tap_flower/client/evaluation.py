@@ -122,7 +122,9 @@ def gradient_cosines(session: Session, model: ComponentModel) -> list[dict[str, 
     for pair in component_map.reach:
         if pair.task in own:  # its loss is in the project's own loop
             continue
-        names = [n for n in component_map.tensors_of(pair) if n in parameters and held[component_map.component_of[n]] > 1]
+        names = [
+            n for n in component_map.tensors_of(pair) if n in parameters and held[component_map.component_of[n]] > 1
+        ]
         if not names:
             continue
         size = session.data.splits["train"][pair.task][0].batch_size or session.settings.train.batch_size

@@ -139,7 +139,11 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
 
     Means over different clients are told, too: those of a task for which a client has no test rows, or not every model.
     """
-    missing = [f"client {name!r} was not evaluated: {reason}" for name, reason in found.get("missing", {}).items()]
+    missing = [
+        # Names of clients have no blanks: a node was refused before its client had a name.
+        f"{name if ' ' in name else f'client {name!r}'} was not evaluated: {reason}"
+        for name, reason in found.get("missing", {}).items()
+    ]
     marks = [f"client {name!r}: {mark}" for name, marks in found.get("marks", {}).items() for mark in marks]
     untested = [
         f"client {name!r} has no test rows of task {task!r}: the means of the task are without it"
@@ -155,7 +159,9 @@ def _uneven(found: Mapping[str, Any], task: str) -> list[str]:
     if len(set(counts.values())) < 2:
         return []
     parts = [f"{model} over {counts[model]}" for model in models_in({task: found["tasks"][task]})]
-    return [f"task {task!r}: its means are over different numbers of clients, and not to be compared: {', '.join(parts)}"]
+    return [
+        f"task {task!r}: its means are over different numbers of clients, and not to be compared: {', '.join(parts)}"
+    ]
 
 
 def headline(kind: str) -> tuple[str, bool]:

@@ -318,9 +318,13 @@ class Attendance:
             self.events.write("mark", round=self.progress.round, client=name, problem=problem)
 
     def missing(self, evaluated: Collection[str]) -> dict[str, str]:
-        """Client -> why it was not evaluated, of all clients that the run has known."""
+        """Client -> why it was not evaluated, of all clients that the run has known.
+
+        A node that was refused, whose client's name nobody knows, is "node NUMBER".
+        """
         names = sorted(self.roster.manifests.keys() - set(evaluated))
-        return {name: self.problems.get(name) or self._absent.get(name, "its node has gone") for name in names}
+        missing = {name: self.problems.get(name) or self._absent.get(name, "its node has gone") for name in names}
+        return missing | {f"node {node}": problem for node, problem in sorted(self.gathering.refused.items())}
 
 
 def _tell_unread(roster: Roster) -> None:

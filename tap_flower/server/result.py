@@ -32,7 +32,7 @@ class TapResult(Result):
         tasks: task -> model -> metric -> mean over the clients that have the task.
         bytes: `down` and `up`, bytes of all tensors that were sent and received; `first_values`, those of them that gave
             clients the run's first values, before their first round; `per_component`, the others by component.
-        missing: client -> why it was not evaluated, of all clients that the run has known.
+        missing: client, or "node NUMBER" of one that was refused -> why it was not evaluated, of all that the run has known.
         marks: client -> what a reader of its metrics must know, such as that its state was lost.
         summary: the content of `results.json`.
     """
