@@ -23,7 +23,7 @@ def load_personal(
     which: str | None = None,
     state_dir: str | Path | None = None,
 ) -> _M:
-    """A client's module with the tensors of its personal model; returns the module itself.
+    """A client's module with the tensors of its personal model, in evaluation mode; returns the module itself.
 
     Args:
         module: as the client's `model` builds it; changed in place.
@@ -50,7 +50,7 @@ def load_personal(
 
 
 def load_module(module: _M, folder: str | Path, which: str = "tap") -> _M:
-    """A client's own module with the tensors of one of its models; returns the module itself.
+    """A client's own module with the tensors of one of its models, in evaluation mode; returns the module itself.
 
     Args:
         module: as the client's `model` builds it; changed in place.
@@ -85,7 +85,7 @@ def load_module(module: _M, folder: str | Path, which: str = "tap") -> _M:
     with torch.no_grad():
         for name, value in values.items():
             own[name].copy_(value)
-    return module
+    return module.eval()
 
 
 def _models(folder: Path) -> list[str]:

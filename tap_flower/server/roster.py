@@ -71,8 +71,8 @@ class Roster:
         name = manifest.client
         if name in self.nodes and self.nodes[name] != node:
             raise MessageError(
-                f"client {name!r} is already there on node {self.nodes[name]}: node {node} is refused; give every node "
-                f"a client spec with a name of its own"
+                f"client {name!r} is already there on node {self.nodes[name]}: node {node} is refused; give every client "
+                f"a name of its own"
             )
         check_admission(manifest, self.manifests.values(), self.tensors, self.admission)
         before = self.manifests.get(name)

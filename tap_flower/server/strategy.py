@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
 from tap_flower.config import Config, load_config
-from tap_flower.errors import RunError
+from tap_flower.errors import ConfigError, RunError
 from tap_flower.methods.registry import find_method
 from tap_flower.report.results import RESULTS
 from tap_flower.server.checkpoint import Progress
@@ -79,6 +79,8 @@ class TapStrategy(Strategy):
         if method is not None:
             self.config.method = method
         find_method(self.config.method)
+        if fraction_train is not None and not 0 <= fraction_train <= 1:
+            raise ConfigError(f"fraction_train is {fraction_train}: give a share of the clients, from 0 to 1")
         named = time.strftime("%Y%m%d-%H%M%S")
         self.run_folder = Path.home() / "tap-flower-runs" / named if run_folder is None else Path(run_folder)
         self.resume = resume

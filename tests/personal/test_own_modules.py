@@ -39,6 +39,7 @@ def kept(place: Path, client: str, which: str) -> State:
 
 def test_what_stage_2_has_made_is_loaded_by_name(place: Path) -> None:
     net = load_personal(Net("digits"), "ann", state_dir=place / "state")
+    assert not net.training
     assert all(value.equal(net.state_dict()[name]) for name, value in kept(place, "ann", "tap").items())
     earlier = load_personal(Net("digits"), "ann", which="personal", state_dir=place / "state")
     assert earlier.image is not None

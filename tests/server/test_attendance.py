@@ -15,6 +15,7 @@ from tap_flower.client.state import PERSONAL
 from tap_flower.errors import RunError
 from tap_flower.files import read_tensors
 from tap_flower.report.events import read_events
+from tap_flower.report.results import remarks
 from tap_flower.server import attendance
 from tap_flower.server import grid as grids
 from tap_flower.server.grid import StreamingGrid
@@ -335,8 +336,11 @@ def test_one_problem_of_many_nodes_is_said_once(make_federation: Make) -> None:
 def test_a_refused_node_is_asked_once(make_federation: Make) -> None:
     federation = make_federation([*TOYS, TOYS[0]], "rounds=5", "clients_per_round=4")
     grid = federation.grid()
-    federation.strategy().start(grid)
+    result = federation.strategy().start(grid)
     assert asked(grid, MANIFEST, 104) == 1
+    # Whoever reads the results learns that a node's client is not in them.
+    (reason,) = (problem for who, problem in result.missing.items() if who == "node 104")
+    assert remarks(summary(federation)) == [f"node 104 was not evaluated: {reason}"]
     assert [e["who"] for e in events(federation, "dropped")] == ["node 104"]
 
 

@@ -17,7 +17,7 @@ from flwr.common.logger import FLOWER_LOGGER
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
 from tap_flower.config import Encoding
-from tap_flower.errors import RunError
+from tap_flower.errors import ConfigError, RunError
 from tap_flower.report.events import read_events
 from tap_flower.server.result import TapResult
 from tap_flower.server.strategy import TapStrategy
@@ -45,6 +45,12 @@ def lines() -> Iterator[list[str]]:
     FLOWER_LOGGER.addHandler(handler)
     yield found
     FLOWER_LOGGER.removeHandler(handler)
+
+
+@pytest.mark.parametrize("share", [5.0, -0.5])
+def test_a_fraction_is_a_share_of_the_clients(share: float) -> None:
+    with pytest.raises(ConfigError, match=f"fraction_train is {share}: give a share of the clients, from 0 to 1"):
+        TapStrategy(fraction_train=share)
 
 
 def test_it_is_a_strategy_with_flowers_names() -> None:
