@@ -38,7 +38,7 @@ def test_decisions_on_few_rows_are_compared_with_those_on_many(
     run: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "rows.json"
-    monkeypatch.setattr("sys.argv", ["evidence", str(run.out), "--steps", "2", "--json", str(file)])
+    monkeypatch.setattr("sys.argv", ["evidence", str(run.out), "--json", str(file)])
     evidence.main()
     rows = {row["kind"]: row for row in json.loads(file.read_text())["rows"]}
     assert {kind: row["pairs"] for kind, row in rows.items()} == {
