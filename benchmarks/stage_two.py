@@ -4,7 +4,7 @@ The runs are finished simulations of `tap` whose folders still have their client
 different seeds are compared with each other. From every client's personal model and its server copy after the last round,
 each way runs stage 2 anew; its score is that of the sweeps, on test rows: choose with a configuration whose test rows are
 no result's (`python -m benchmarks.tuning_clients`). `mixed` stands for what `replacement.after_stage_two` with
-`replacement.mode=mix` does. Given are the mean over seeds, and the paired difference to the first way with 95 % interval.
+`replacement.mode=mix` does. Given are the mean over seeds, and the paired difference to the first way (95 % interval).
 """
 
 from __future__ import annotations
