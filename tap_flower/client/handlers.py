@@ -232,6 +232,7 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
                     task.head_size,
                     examples[task.pair.task],
                     hash_of_classes(participant.instruction.run, task.pair.task, classes[task.pair.task]),
+                    *task.kind.judged_by,
                 )
                 for task in session.tasks
             ),
@@ -326,7 +327,9 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
     observer = None if participant.client.observe is None else participant.client.observe(session, method)
     found = evaluate_models(session, models, observer)
     record_evaluation(folder.folder, participant.instruction.run, found.samples, found.cosines, found.skipped)
-    judged = [session.kinds[task].score(models[found.last]) for task, models in found.metrics.items() if models]
+    judged = [
+        session.kinds[task].judged_by.score(models[found.last]) for task, models in found.metrics.items() if models
+    ]
     metrics: dict[str, int | float] = {"num-examples": sum(session.data.sizes("test").values())}
     metrics |= {"score": fmean(judged)} if judged else {}  # a client may have nothing to test on
     return messages.encode(Evaluation(found.metrics, folder.round), metrics=MetricRecord(dict(metrics)))

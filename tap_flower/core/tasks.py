@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tap_flower.core.headline import Headline
+
 IGNORE = -100
 """Target value of a padded text position: it is in no loss, no distillation and no metric."""
 
@@ -88,13 +90,10 @@ class TaskKind:
         said = {"statistics": statistics, "metrics": metrics, "headline": "loss", "higher_is_better": False, **own}
         return cls(name, losses, divergences, **said)
 
-    def score(self, metrics: Mapping[str, float]) -> float:
-        """The headline metric, or 1 minus it where lower is better: higher is always better.
-
-        Normalised pixels have a variance of about 1, so that 1 - squared error reads as the share of it that is explained.
-        """
-        value = metrics[self.headline]
-        return value if self.higher_is_better else 1 - value
+    @property
+    def judged_by(self) -> Headline:
+        """The headline metric and its direction."""
+        return Headline(self.headline, self.higher_is_better)
 
 
 def _kl_divergences(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

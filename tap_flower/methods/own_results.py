@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tap_flower.core.components import ComponentModel
-from tap_flower.core.tasks import TaskKind
+from tap_flower.core.tasks import TASK_KINDS, TaskKind
 from tap_flower.core.training import Batch
 from tap_flower.errors import ClientError
 
@@ -87,6 +87,12 @@ def scores_of(task: str, kind: TaskKind, returned: Any) -> dict[str, float]:
         raise ClientError(
             f"{what} returned {', '.join(found) or 'nothing'}, and the kind {kind.name!r} is judged by {kind.headline!r}: "
             f"return it, too, or take a kind with another `headline`"
+        )
+    value = found[kind.headline]
+    if kind.name in TASK_KINDS and kind.higher_is_better and not 0 <= value <= 1:
+        raise ClientError(
+            f"{what} returned {kind.headline} = {value:g}, and the kind {kind.name!r} has it between 0 and 1: return the "
+            f"share, not a percentage, so that clients can be compared"
         )
     return found
 

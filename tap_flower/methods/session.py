@@ -329,7 +329,7 @@ class Session:
     def scores(self, model: ComponentModel, split: str) -> dict[str, float]:
         """Task name -> score over all examples of a split: the headline metric, or 1 minus it where lower is better."""
         found = self.evaluate(model, split)
-        return {task: self.kinds[task].score(metrics) for task, metrics in found.items()}
+        return {task: self.kinds[task].judged_by.score(metrics) for task, metrics in found.items()}
 
     def losses(self, model: ComponentModel, split: str) -> dict[str, float]:
         """Task name -> mean loss over all examples of a split."""

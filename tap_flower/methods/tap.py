@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from math import inf
 
 from tap_flower.config import Config, HyperParameters, ReplacementEvidence, ReplacementMode, ReplacementSource, StageTwo
-from tap_flower.core.components import ComponentModel, State, cpu_state
+from tap_flower.core.components import ComponentModel, State, cpu_state, load_trainable_state
 from tap_flower.core.objectives import Distillation
 from tap_flower.core.replacement import PARTS, Decision, decide, mixture, replace
 from tap_flower.methods.method import Memory, Method, Participation, SecondStage
@@ -92,9 +92,10 @@ def _replaced(
     elif personal_losses is None:
         personal_losses = session.losses(student, "validation")
         if session.settings.replacement.mode is ReplacementMode.mix:
-            mixed = {
-                share: session.losses(session.model(mixture(personal, source, share)), "validation") for share in PARTS
-            }
+            for share in PARTS:
+                load_trainable_state(student, mixture(personal, source, share))
+                mixed[share] = session.losses(student, "validation")
+            load_trainable_state(student, personal)
     decisions = decide(student.component_map, source_losses, personal_losses, session.margins, mixed)
     return student, decisions, replace(student, source, student.component_map, decisions)
 

@@ -11,7 +11,7 @@ from tap_flower.report import charts
 from tap_flower.report.charts import Point, Series
 from tap_flower.report.client_records import DecisionRecord
 from tap_flower.report.result_tables import Table
-from tap_flower.report.results import headline, metric_in_words, models_in
+from tap_flower.report.results import headlines, models_in
 from tap_flower.report.run_record import RunRecord
 from tap_flower.report.svg import number
 
@@ -54,9 +54,9 @@ def loss_of(kind: str) -> str:
 
 def client_figures(run: RunRecord) -> Iterator[Figure]:
     """A figure for each task: every client's headline metric with every model."""
-    results = run.results
+    results, judged_by = run.results, headlines(run.results)
     for task, by_model in results["tasks"].items():
-        metric, kind = headline(results["kinds"][task])[0], results["kinds"][task]
+        metric, in_words = judged_by[task].metric, judged_by[task].in_words
         models = [model for model in models_in({task: by_model}) if metric in by_model[model]]
         values = {
             model: {
@@ -69,12 +69,12 @@ def client_figures(run: RunRecord) -> Iterator[Figure]:
         means = {model: by_model[model][metric] for model in models}
         clients = sorted({name for of_model in values.values() for name in of_model})
         table = Table(
-            f"{task}: {metric_in_words(kind)}, each client",
+            f"{task}: {in_words}, each client",
             ["client", *models],
             [[name, *(number(values[model].get(name)) for model in models)] for name in clients],
         )
         label = f"{task}: {metric} of each client and the mean, by model"
-        yield Figure(task, charts.dot_rows(values, means, metric_in_words(kind), label), table)
+        yield Figure(task, charts.dot_rows(values, means, in_words, label), table)
 
 
 def loss_figures(run: RunRecord) -> Iterator[Figure]:

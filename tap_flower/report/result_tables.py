@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tap_flower.report.results import SPREAD, best, headline, metric_with_arrow, models_in
+from tap_flower.report.results import SPREAD, headlines, models_in
 from tap_flower.report.run_record import RunRecord
 from tap_flower.report.svg import number
 
@@ -64,16 +64,16 @@ def headline_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     Args:
         runs: the results of one run, or of several, whose mean and standard deviation the cells then hold.
     """
-    kinds: dict[str, str] = {task: kind for run in runs for task, kind in run["kinds"].items()}
+    judged_by = headlines(*runs)
     models = models_in({f"{n} {task}": m for n, run in enumerate(runs) for task, m in run["tasks"].items()})
     rows, stand_out = [], set()
     for place, task in enumerate(sorted({task for run in runs for task in run["tasks"]})):
-        found = [_values(runs, task, model, headline(kinds[task])[0]) for model in models]
+        found = [_values(runs, task, model, judged_by[task].metric) for model in models]
         means = [fmean(values) if values else None for values in found]
-        winner = best(kinds[task], means)
+        winner = judged_by[task].best(means)
         stand_out |= {(place, 2 + n) for n, mean in enumerate(means) if mean is not None and mean == winner}
         replaced = fmean(sum(counts.get(task, 0) for counts in run["replacements"].values()) for run in runs)
-        rows.append([task, metric_with_arrow(kinds[task]), *map(spread, found), f"{replaced:g}"])
+        rows.append([task, str(judged_by[task]), *map(spread, found), f"{replaced:g}"])
     first, seeds = runs[0], ", ".join(str(run["seed"]) for run in runs)
     if len(runs) > 1:
         caption, note = f"mean of {len(runs)} runs, seeds {seeds}", "mean ± standard deviation over runs"
@@ -92,15 +92,15 @@ def clients_table(runs: Sequence[Mapping[str, Any]]) -> Table | None:
         runs: the results of one run, or of several, whose mean and standard deviation the cells then hold.
     """
     held = Counter((n, task) for n, run in enumerate(runs) for by_task in run["clients"].values() for task in by_task)
-    kinds = {task: run["kinds"][task] for n, run in enumerate(runs) for task in run["tasks"] if held[n, task] > 1}
-    if not kinds:
+    several = {task for (n, task), count in held.items() if count > 1 and task in runs[n]["tasks"]}
+    if not several:
         return None
-    models = models_in({f"{n} {task}": run["tasks"].get(task, {}) for n, run in enumerate(runs) for task in kinds})
-    rows = []
-    for task, kind in sorted(kinds.items()):
+    models = models_in({f"{n} {task}": run["tasks"].get(task, {}) for n, run in enumerate(runs) for task in several})
+    rows, judged_by = [], headlines(*runs)
+    for task in sorted(several):
         for key, what in SPREAD.items():
             found = [_values(runs, task, model, key) for model in models]
-            rows.append([task, f"{what}, {metric_with_arrow(kind) if key != 'std' else '↓'}", *map(spread, found)])
+            rows.append([task, f"{what}, {judged_by[task] if key != 'std' else '↓'}", *map(spread, found)])
     return Table(
         "Over clients", ["task", "over clients", *models], rows, note="tenth percentile: counted from the worst"
     )
@@ -109,16 +109,15 @@ def clients_table(runs: Sequence[Mapping[str, Any]]) -> Table | None:
 def side_by_side(grouped: Sequence[Sequence[RunRecord]]) -> Table:
     """Task and model × run, and behind the runs that differ in nothing but their seed their mean and spread."""
     runs = [run.results for group in grouped for run in group]
-    kinds = {task: kind for run in runs for task, kind in run["kinds"].items()}
     header = ["task", "model", "metric"]
     for group in grouped:
         header += [run.title for run in group] + (["mean ± deviation"] if len(group) > 1 else [])
     rows = []
-    for task, kind in sorted(kinds.items()):
+    for task, judged_by in sorted(headlines(*runs).items()):
         for model in models_in({str(n): run["tasks"].get(task, {}) for n, run in enumerate(runs)}):
-            row = [task, model, metric_with_arrow(kind)]
+            row = [task, model, str(judged_by)]
             for group in grouped:
-                found = [_values([run.results], task, model, headline(kind)[0]) for run in group]
+                found = [_values([run.results], task, model, judged_by.metric) for run in group]
                 row += map(spread, found)
                 row += [spread([value for values in found for value in values])] if len(group) > 1 else []
             rows.append(row)

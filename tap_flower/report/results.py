@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tap_flower.core.headline import Headline
 from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.errors import StorageError
 from tap_flower.files import read_json
@@ -32,6 +33,7 @@ def results(
     rounds: int,
     clients: Mapping[str, Metrics],
     kinds: Mapping[str, str],
+    headlines: Mapping[str, Headline],
     replacements: Mapping[str, Mapping[str, int]],
     bytes_: Mapping[str, Any],
     steps: Mapping[str, int],
@@ -50,6 +52,7 @@ def results(
         rounds: rounds of stage 1.
         clients: client -> task -> model -> metric -> value on the client's test data.
         kinds: task name -> name of its kind.
+        headlines: task name -> the metric that it is judged by.
         replacements: client -> task -> number of rounds in which its components were replaced.
         bytes_: `down`, `up`, `first_values` and `per_component`; see `TapResult.bytes`.
         steps: client -> optimiser steps that it made, both stages.
@@ -76,12 +79,13 @@ def results(
         "clients": {name: clients[name] for name in sorted(clients)},
         "tasks": {
             task: {
-                model: {metric: fmean(v) for metric, v in m.items()} | spread(kinds[task], m)
+                model: {metric: fmean(v) for metric, v in m.items()} | spread(headlines[task], m)
                 for model, m in by_model.items()
             }
             for task, by_model in sorted(collected.items())
         },
         "kinds": dict(sorted(kinds.items())),
+        "headlines": {task: headline._asdict() for task, headline in sorted(headlines.items())},
         "replacements": {name: dict(replacements[name]) for name in sorted(replacements)},
         "bytes": dict(bytes_),
         "steps": {name: steps[name] for name in sorted(steps)},
@@ -93,17 +97,17 @@ def results(
     }
 
 
-def spread(kind: str, values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def spread(headline: Headline, values: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """How a model's headline metric differs between clients.
 
     `worst` is that of the worst client, `p10` the tenth percentile counted from the worst, `std` the sample standard
     deviation (0 for one client). Empty where the clients do not have the metric.
 
     Args:
-        kind: name of the kind of task.
+        headline: the metric that the task is judged by.
         values: metric -> its values, one for each client.
     """
-    name, higher = headline(kind)
+    name, higher = headline
     if name not in values:
         return {}
     found = values[name]
@@ -164,22 +168,20 @@ def _uneven(found: Mapping[str, Any], task: str) -> list[str]:
     ]
 
 
-def headline(kind: str) -> tuple[str, bool]:
-    """The metric that a kind of task is judged by, and whether higher is better; a user's own kind is judged by its loss."""
-    found = TASK_KINDS.get(kind)
-    return ("loss", False) if found is None else (found.headline, found.higher_is_better)
+def headlines(*found: Mapping[str, Any]) -> dict[str, Headline]:
+    """Task name -> the metric that it is judged by, in the results of some runs.
+
+    Results of version 0.2.0 do not say it: there, a kind of the user's own counts by its loss.
+    """
+    return {
+        task: _headline(results, task, kind) for results in found for task, kind in sorted(results["kinds"].items())
+    }
 
 
-def metric_in_words(kind: str) -> str:
-    """The headline metric of a kind of task for an axis, such as `accuracy (higher is better)`."""
-    metric, higher = headline(kind)
-    return f"{metric} ({'higher' if higher else 'lower'} is better)"
-
-
-def metric_with_arrow(kind: str) -> str:
-    """The headline metric of a kind of task for a table, with an arrow to the better side, such as `accuracy ↑`."""
-    metric, higher = headline(kind)
-    return f"{metric} {'↑' if higher else '↓'}"
+def _headline(found: Mapping[str, Any], task: str, kind: str) -> Headline:
+    if "headlines" in found:
+        return Headline(**found["headlines"][task])
+    return TASK_KINDS[kind].judged_by if kind in TASK_KINDS else Headline("loss", False)
 
 
 def models_in(tasks: Metrics) -> list[str]:
@@ -188,13 +190,7 @@ def models_in(tasks: Metrics) -> list[str]:
     return [model for model in MODELS if model in present] + sorted(present - set(MODELS))
 
 
-def best(kind: str, values: Sequence[float | None]) -> float | None:
-    """The best of some values of the headline metric; None where there are none, or no two that differ."""
-    known = {value for value in values if value is not None}
-    return (max if headline(kind)[1] else min)(known) if len(known) > 1 else None
-
-
 def scores(found: Mapping[str, Any], model: str) -> dict[str, float]:
     """Task name -> score of a model in the results of a run: the headline metric, or 1 minus it where lower is better."""
-    kinds = found["kinds"]
-    return {task: TASK_KINDS[kinds[task]].score(by_model[model]) for task, by_model in found["tasks"].items()}
+    judged_by = headlines(found)
+    return {task: judged_by[task].score(by_model[model]) for task, by_model in found["tasks"].items()}

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from tap_flower.core.headline import Headline
 from tap_flower.report.result_tables import Table, spread
-from tap_flower.report.results import best, headline, metric_with_arrow, models_in
+from tap_flower.report.results import headlines, models_in
 from tap_flower.report.run_record import RunRecord
 from tap_flower.report.svg import number
 
@@ -67,17 +68,17 @@ class Score:
         return f"on {won} of {of} tasks ({'; '.join(rest + equal)})"
 
 
-def compare(kinds: Mapping[str, str], ours: Mapping[str, float], theirs: Mapping[str, float]) -> Score:
+def compare(judged_by: Mapping[str, Headline], ours: Mapping[str, float], theirs: Mapping[str, float]) -> Score:
     """Compares two models or methods.
 
     Args:
-        kinds: task -> name of its kind, which says what is better.
+        judged_by: task -> the metric that it is judged by.
         ours: task -> headline metric of the one; tasks that the other lacks do not count.
         theirs: task -> headline metric of the other.
     """
     better, equal, worse = list[str](), list[str](), list[str]()
     for task in sorted(ours.keys() & theirs.keys()):
-        ahead = ours[task] - theirs[task] if headline(kinds[task])[1] else theirs[task] - ours[task]
+        ahead = judged_by[task].ahead(ours[task], theirs[task])
         (better if ahead > 0 else worse if ahead < 0 else equal).append(task)
     return Score(better, equal, worse)
 
@@ -105,9 +106,10 @@ def _sentences(
     grouped: Sequence[Group],
 ) -> list[str]:
     """How the model or method `name` with the values `ours` fares against the others, on average and for worst clients."""
-    kinds = _kinds(grouped)
+    judged_by = _headlines(grouped)
     scores = {
-        what: {other: compare(kinds, ours[what], values[what]) for other, values in others.items()} for what in _WHAT
+        what: {other: compare(judged_by, ours[what], values[what]) for other, values in others.items()}
+        for what in _WHAT
     }
     if not any(score.tasks for score in scores[""].values()):
         return [f"There is nothing to compare {name} with: no other model or method has a task in common with it."]
@@ -156,15 +158,16 @@ def _values(group: Group, model: str, what: str = "") -> dict[str, float]:
     """Task -> value of a model, mean over the runs that have it: `worst`, `p10`, `std`, or `""` for the headline metric."""
     found: dict[str, list[float]] = {}
     for run in group:
+        judged_by = headlines(run.results)
         for task, models in run.results["tasks"].items():
-            name = what or headline(run.results["kinds"][task])[0]
+            name = what or judged_by[task].metric
             if name in models.get(model, {}):
                 found.setdefault(task, []).append(models[model][name])
     return {task: fmean(values) for task, values in found.items()}
 
 
-def _kinds(grouped: Sequence[Group]) -> dict[str, str]:
-    return {task: kind for group in grouped for run in group for task, kind in run.results["kinds"].items()}
+def _headlines(grouped: Sequence[Group]) -> dict[str, Headline]:
+    return headlines(*(run.results for group in grouped for run in group))
 
 
 def _listed(parts: Sequence[str], last: str = "and") -> str:
@@ -205,9 +208,9 @@ def privacy(found: Mapping[str, Any]) -> str:
 
 def method_table(grouped: Sequence[Group]) -> Table:
     """Task × method: the mean over clients of each method's result, and its worst client."""
-    kinds, rows, stand_out = _kinds(grouped), [], set()
+    judged_by, rows, stand_out = _headlines(grouped), [], set()
     columns = [(group, _models(group)[-1]) for group in grouped]
-    for place, task in enumerate(sorted(kinds)):
+    for place, task in enumerate(sorted(judged_by)):
         means = [_values(group, model).get(task) for group, model in columns]
         cells = []
         for n, (group, model) in enumerate(columns):
@@ -215,9 +218,9 @@ def method_table(grouped: Sequence[Group]) -> Table:
             worst = _values(group, model, "worst").get(task)
             mean = spread([value for value in by_run if value is not None])
             cells.append(mean if worst is None else f"{mean} ({number(worst)})")
-            if means[n] is not None and means[n] == best(kinds[task], means):
+            if means[n] is not None and means[n] == judged_by[task].best(means):
                 stand_out.add((place, 2 + n))
-        rows.append([task, metric_with_arrow(kinds[task]), *cells])
+        rows.append([task, str(judged_by[task]), *cells])
     header = ["task", "metric", *(f"{name}: {m}" for name, (_, m) in zip(_labels(grouped), columns, strict=True))]
     note = "mean over clients (worst client), on test data; ± is the deviation over seeds"
     return Table("Each method's result", header, rows, frozenset(stand_out), note)

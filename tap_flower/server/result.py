@@ -119,13 +119,15 @@ def collect(
         },
     }
     result.marks = progress.marks
+    tasks = [task for manifest in roster.manifests.values() for task in manifest.tasks]
     result.summary = results(
         preset=config.preset,
         method=config.method,
         seed=config.seed,
         rounds=progress.round,
         clients=result.clients,
-        kinds={task.task: task.kind for manifest in roster.manifests.values() for task in manifest.tasks},
+        kinds={task.task: task.kind for task in tasks},
+        headlines={task.task: task.judged_by for task in tasks},
         replacements=progress.replacements,
         bytes_=result.bytes,
         steps=progress.steps,

@@ -191,13 +191,15 @@ def _check_agreement(manifest: Manifest, other: Manifest) -> None:
         for task in manifest.tasks:
             if task.task != theirs.task:
                 continue
-            for what, mine, its in (
-                ("kind", task.kind, theirs.kind),
-                ("number of classes", task.head_size, theirs.head_size),
-                ("hash of its classes", task.class_hash, theirs.class_hash),
+            classes = "list the same classes in the same order on both"
+            for what, mine, its, remedy in (
+                ("kind", task.kind, theirs.kind, "use one kind"),
+                ("number of classes", task.head_size, theirs.head_size, classes),
+                ("hash of its classes", task.class_hash, theirs.class_hash, classes),
+                ("headline", str(task.judged_by), str(theirs.judged_by), "judge both by one metric"),
             ):
                 if mine and its and mine != its:
                     raise MessageError(
-                        f"task {task.task!r} has the {what} {mine} on client {name!r} but {its} on {other.client!r}: list "
-                        f"the same classes in the same order on both, or give the tasks two names"
+                        f"task {task.task!r} has the {what} {mine} on client {name!r} but {its} on {other.client!r}: "
+                        f"{remedy}, or give the tasks two names"
                     )

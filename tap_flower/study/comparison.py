@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tap_flower.core.tasks import TASK_KINDS
-from tap_flower.report.results import SPREAD, headline, metric_with_arrow, read_results, scores
+from tap_flower.report.results import SPREAD, headlines, read_results, scores
 from tap_flower.study.plan import ROUNDS, STEPS, Sweep
 from tap_flower.study.statistics import Estimate, estimate, holm, mean_ranks, paired
 
@@ -86,13 +85,13 @@ def compare(sweep: Sweep, budget: str = ROUNDS) -> Comparison:
     found = {at: read_results(run.folder) for at, run in sweep.budgets[budget].items() if run.done}
     labels = list(dict.fromkeys(label for label, _ in found))
     seeds = sorted({seed for _, seed in found})
-    kinds = {task: kind for results in found.values() for task, kind in results["kinds"].items()}
+    judged_by = headlines(*found.values())
     measured, scored, costs = _by_name(), _by_name(), _by_name()
     for (label, seed), results in found.items():
         of_run = scores(results, sweep.result[label])
         for task, score in of_run.items():
             metrics = results["tasks"][task][sweep.result[label]]
-            measured[task][label][seed], scored[task][label][seed] = metrics[headline(kinds[task])[0]], score
+            measured[task][label][seed], scored[task][label][seed] = metrics[judged_by[task].metric], score
         measured[OVERALL][label][seed] = scored[OVERALL][label][seed] = fmean(of_run.values())
         costs["MB to clients"][label][seed] = results["bytes"]["down"] / 1e6
         costs["MB back"][label][seed] = results["bytes"]["up"] / 1e6
@@ -100,12 +99,12 @@ def compare(sweep: Sweep, budget: str = ROUNDS) -> Comparison:
         costs["optimiser steps"][label][seed] = sum(results["steps"].values())
         costs["seconds"][label][seed] = results["seconds"]["total"]
     units = {
-        **{task: metric_with_arrow(kinds[task]) for task in sorted(kinds)},
+        **{task: str(judged_by[task]) for task in sorted(judged_by)},
         **({OVERALL: "score ↑"} if found else {}),
     }
     ranked = [
         {label: by_seed[seed] for label, by_seed in scored[task].items() if seed in by_seed}
-        for task in kinds
+        for task in judged_by
         for seed in seeds
     ]
     one_stage = [label for label in labels if budget == STEPS and sweep.result[label] == "server"]
@@ -194,11 +193,9 @@ def _served(found: Found, result: Mapping[str, str]) -> list[Row]:
 
 def _client_scores(results: Mapping[str, Any], model: str) -> dict[str, float]:
     """Client -> mean over its tasks of its score: the headline metric, or 1 minus it where lower is better."""
-    kinds = results["kinds"]
+    judged_by = headlines(results)
     of_tasks = {
-        client: [
-            TASK_KINDS[kinds[task]].score(by_model[model]) for task, by_model in by_task.items() if model in by_model
-        ]
+        client: [judged_by[task].score(by_model[model]) for task, by_model in by_task.items() if model in by_model]
         for client, by_task in results["clients"].items()
     }
     return {client: fmean(found) for client, found in of_tasks.items() if found}

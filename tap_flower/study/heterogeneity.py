@@ -23,7 +23,7 @@ from tap_flower.data.spec import SPLITS, Source, TaskSpec
 from tap_flower.errors import ConfigError
 from tap_flower.files import write_atomically
 from tap_flower.methods.registry import find_method
-from tap_flower.report.results import headline, metric_in_words, read_results
+from tap_flower.report.results import read_results
 from tap_flower.study.comparison import ALONE, OVERALL
 from tap_flower.study.plan import PlannedRun
 from tap_flower.study.studies import Study, Values
@@ -64,7 +64,12 @@ def heterogeneity_study(
     """
     names = list(dict.fromkeys((*methods, ALONE)))
     base = load_config(preset, config, settings)
-    kinds = {task.name: task.kind for spec in client_specs(base) for task in spec.tasks if task.kind in KINDS}
+    judged_by = {
+        task.name: TASK_KINDS[task.kind].judged_by
+        for spec in client_specs(base)
+        for task in spec.tasks
+        if task.kind in KINDS
+    }
     runs: dict[tuple[float, int], dict[str, PlannedRun]] = {}
     skewed: set[str] = set()
     for seed in seeds:
@@ -98,14 +103,13 @@ def heterogeneity_study(
                 for method, run in by_method.items()
             }
             overall = {
-                method: fmean(TASK_KINDS[kinds[task]].score(metrics) for task, metrics in of_tasks.items())
+                method: fmean(judged_by[task].score(metrics) for task, metrics in of_tasks.items())
                 for method, of_tasks in found.items()
             }
             yield log10(alpha), {(OVERALL.capitalize(), "score (higher is better)"): overall}
             for task in sorted(skewed):
-                metric = headline(kinds[task])[0]
-                values = {method: of_tasks[task][metric] for method, of_tasks in found.items()}
-                yield log10(alpha), {(task, metric_in_words(kinds[task])): values}
+                values = {method: of_tasks[task][judged_by[task].metric] for method, of_tasks in found.items()}
+                yield log10(alpha), {(task, judged_by[task].in_words): values}
 
     return Study(
         "heterogeneity",

@@ -20,7 +20,7 @@ from tap_flower.report.charts import Axis, Point, Series, line_chart
 from tap_flower.report.figures import Figure
 from tap_flower.report.html_report import write_study
 from tap_flower.report.result_tables import Table
-from tap_flower.report.results import headline, metric_in_words, read_results, scores
+from tap_flower.report.results import headlines, read_results, scores
 from tap_flower.report.svg import number
 from tap_flower.study.comparison import OVERALL
 from tap_flower.study.plan import PlannedRun
@@ -186,10 +186,9 @@ def margin_study(
             found, models = read_results(run.folder), ("personal", "tap")
             overall = {model: fmean(scores(found, model).values()) for model in models}
             yield margin, {(OVERALL.capitalize(), "score (higher is better)"): overall}
-            for task, kind in sorted(found["kinds"].items()):
-                metric = headline(kind)[0]
-                values = {model: found["tasks"][task][model][metric] for model in models}
-                yield margin, {(task, metric_in_words(kind)): values}
+            for task, judged_by in headlines(found).items():
+                values = {model: found["tasks"][task][model][judged_by.metric] for model in models}
+                yield margin, {(task, judged_by.in_words): values}
             replaced = sum(sum(by_task.values()) for by_task in found["replacements"].values())
             yield margin, {("Replacements", "in a run, all clients and pairs"): {"replacements": replaced}}
 

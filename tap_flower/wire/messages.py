@@ -27,13 +27,14 @@ import tap_flower
 from tap_flower.config import MOST_ROUNDS, Encoding
 from tap_flower.core.averaging import LARGEST_WEIGHT
 from tap_flower.core.components import ComponentMap, Pair
+from tap_flower.core.headline import Headline
 from tap_flower.core.initial import Initial
 from tap_flower.errors import MessageError
 from tap_flower.plain import shown, with_value
 from tap_flower.wire.fields import Component, Count, Digest, Epoch, Examples, Name, Number, TensorName, Word
 from tap_flower.wire.tensors import decode_tensors
 
-PROTOCOL = 6
+PROTOCOL = 7
 """Counts up with every change of what travels, the keys of the hyper-parameters included; it alone decides who is refused.
 Within a minor version of tap-flower it stays, so that a server and nodes of different patches work together."""
 MANIFEST, VALUES = "query.manifest", "query.values"
@@ -106,6 +107,8 @@ class TaskInfo(Struct, frozen=True, forbid_unknown_fields=True):
         head_size: number of classes; 0 where the head has none.
         examples: number of training examples.
         class_hash: keyed hash of the names of its classes, in order, which the client makes; empty where they have no names.
+        headline: name of the metric that its kind is judged by.
+        higher_is_better: direction of that metric.
     """
 
     task: Name
@@ -115,6 +118,8 @@ class TaskInfo(Struct, frozen=True, forbid_unknown_fields=True):
     head_size: Count
     examples: Examples
     class_hash: Annotated[str, Meta(pattern=r"\A([0-9a-f]{16})?\Z")] = ""
+    headline: Word = "loss"
+    higher_is_better: bool = False
 
     def __post_init__(self) -> None:
         if len(set(self.modalities)) < len(self.modalities):
@@ -124,6 +129,11 @@ class TaskInfo(Struct, frozen=True, forbid_unknown_fields=True):
     def pair(self) -> Pair:
         """The modality-task pair."""
         return Pair(self.task, self.modalities)
+
+    @property
+    def judged_by(self) -> Headline:
+        """The headline metric and its direction."""
+        return Headline(self.headline, self.higher_is_better)
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):

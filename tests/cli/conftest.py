@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tap_flower import cli
+from tap_flower.core.headline import Headline
 from tap_flower.report.results import results
 
 
@@ -41,6 +42,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
         rounds=3,
         clients={"ann": {"read": models, "paint": pictures}, "bob": {"read": {"tap": {"loss": 3.0, "accuracy": 0.5}}}},
         kinds={"read": "text_classification", "paint": "image_generation"},
+        headlines={"read": Headline("accuracy", True), "paint": Headline("mse", False)},
         replacements={"ann": {"read": 2, "paint": 0}, "bob": {"read": 1}},
         bytes_={"down": 3_000_000, "up": 1_000_000, "per_component": {}},
         steps={"ann": 12, "bob": 6},

@@ -345,6 +345,7 @@ def test_an_operation_that_cannot_be_deterministic_is_refused_at_the_start() -> 
     [
         (0.5, "`score` returned 0.5: return numbers by name"),
         ({"loss": 1.0}, "`score` returned loss, and the kind 'image_classification' is judged by 'accuracy'"),
+        ({"loss": 1.0, "accuracy": 87.5}, "`score` returned accuracy = 87.5, .* return the share, not a percentage"),
         ({"accuracy": 1.0}, "`score` returned no 'loss', and replacement.evidence = validation compares it"),
     ],
 )

@@ -30,7 +30,7 @@ def test_the_four_kinds() -> None:
 
 def test_what_each_kind_is_judged_by() -> None:
     metrics = {"loss": 9.0, "accuracy": 0.8, "macro_f1": 9.0, "exact_match": 0.6, "perplexity": 9.0, "mse": 0.3}
-    assert {name: kind.score(metrics) for name, kind in TASK_KINDS.items()} == {
+    assert {name: kind.judged_by.score(metrics) for name, kind in TASK_KINDS.items()} == {
         "image_classification": 0.8,
         "text_classification": 0.8,
         "text_generation": 0.6,
@@ -54,14 +54,14 @@ def test_a_kind_of_ones_own_is_judged_by_its_mean_loss() -> None:
     statistics = kind.statistics(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(2, 2))
     assert statistics == {"loss": torch.tensor(2.5 + 12.5), "units": torch.tensor(2.0)}
     assert kind.metrics(statistics) == {"loss": 7.5}
-    assert kind.score({"loss": 7.5}) == -6.5
+    assert kind.judged_by.score({"loss": 7.5}) == -6.5
 
 
 def test_a_kind_of_ones_own_says_more_where_it_wants() -> None:
     own = {"metrics": lambda sums: {"loss": 0.0, "hits": 2.0}, "headline": "hits", "higher_is_better": True}
     kind = TaskKind.of("numbers", squared, distance, margin=0.5, distillation=3.0, **own)
     assert (kind.margin, kind.distillation) == (0.5, 3.0)
-    assert kind.score(kind.metrics({})) == 2.0
+    assert kind.judged_by.score(kind.metrics({})) == 2.0
 
 
 def test_classification() -> None:

@@ -103,7 +103,7 @@ def test_another_protocol_is_refused(federation: ToyFederation, monkeypatch: pyt
     grid, strategy = federation.grid(), federation.strategy()
     of_version(monkeypatch, protocol=messages.PROTOCOL + 1, version="9.9.0")
     with pytest.raises(
-        RunError, match=r"the server speaks protocol 7 of tap-flower '9.9.0'.*install one minor version"
+        RunError, match=r"the server speaks protocol 8 of tap-flower '9.9.0'.*install one minor version"
     ):
         strategy.start(grid)
 

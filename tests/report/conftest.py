@@ -11,6 +11,7 @@ import pytest
 
 from tap_flower.core.components import Pair
 from tap_flower.core.replacement import Decision
+from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.report.client_records import record_evaluation
 from tap_flower.report.events import EventLog
 from tap_flower.report.results import results
@@ -52,6 +53,7 @@ def write_run(run: Path, clients: int, rounds: int) -> Path:
     }
     found = results(
         preset="demo", method="tap", seed=41, rounds=rounds, kinds=KINDS,
+        headlines={task: TASK_KINDS[kind].judged_by for task, kind in KINDS.items()},
         clients=models_of,
         replacements={}, steps={}, missing={}, marks={}, dropped={}, seconds={"total": 1.0},
         bytes_={"down": 2_000_000, "up": 10, "per_component": {f"c/{n}": {"down": n * 10_000, "up": n} for n in range(160)}},

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.report import verdict
 from tap_flower.report.results import results
 from tap_flower.report.run_record import RunRecord
@@ -33,6 +34,7 @@ def run(
     said: dict[str, Any] = {"missing": {}, "marks": {}, "dropped": {}, "privacy": None} | more
     found = results(
         preset="demo", method=method, seed=1, rounds=3, clients=of, kinds={task: KINDS[task] for task in tasks},
+        headlines={task: TASK_KINDS[KINDS[task]].judged_by for task in tasks},
         replacements={}, bytes_={"down": 1, "up": 1, "per_component": {}}, steps={}, seconds={"total": 1.0}, **said,
     )  # fmt: skip
     return RunRecord(name, found, [], "", {})

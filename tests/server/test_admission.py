@@ -44,6 +44,11 @@ HASH = hash_of_classes("run", "a", ["cat", "dog"])
             {"class_hash": hash_of_classes("run", "a", ["dog", "cat"])},
             "the hash of its classes .* list the same classes in the same order on both",
         ),
+        (
+            {},
+            {"headline": "accuracy"},
+            "the headline accuracy ↓ on client 'bob' but loss ↓ on 'ann': judge both by one",
+        ),
     ],
 )
 def test_one_task_means_the_same_on_all_clients(first: dict[str, Any], second: dict[str, Any], problem: str) -> None:

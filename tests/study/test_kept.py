@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tap_flower.config import Config, plain, to_yaml
+from tap_flower.core.headline import Headline
 from tap_flower.errors import ConfigError
 from tap_flower.report.results import results
 from tap_flower.study.comparison import compare
@@ -25,6 +26,7 @@ def write_run(run: Path, config: Config, clients: int) -> None:
     tasks = dict.fromkeys(("digits", "languages"), models)
     found = results(
         preset="demo", method="tap", seed=config.seed, rounds=2, kinds=dict.fromkeys(tasks, "image_classification"),
+        headlines=dict.fromkeys(tasks, Headline("accuracy", True)),
         clients={f"client-{n}": tasks for n in range(clients)}, replacements={}, missing={}, marks={}, dropped={},
         bytes_={"down": 7, "up": 7, "per_component": {f"mote/{n}": {"down": n, "up": n} for n in range(160)}},
         steps={f"client-{n}": 1000 for n in range(clients)}, seconds={"total": 1 / 3},

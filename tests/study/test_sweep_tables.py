@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tap_flower.core.headline import Headline
 from tap_flower.files import write_json
 from tap_flower.report.results import results as collected_results
 from tap_flower.report.terminal_tables import terminal
@@ -96,6 +97,7 @@ def test_clients_beside_the_mean(tmp_path: Path) -> None:
             found = {c: {"t": {model[label]: {"accuracy": values[seed - 1]}}} for c, values in of_clients.items()}
             written = collected_results(
                 preset="demo", method=label, seed=seed, rounds=2, clients=found, kinds={"t": "text_classification"},
+                headlines={"t": Headline("accuracy", True)},
                 replacements={}, bytes_={"down": 0, "up": 0}, steps={}, missing={}, marks={}, dropped={},
                 seconds={"total": 1.0},
             )  # fmt: skip
