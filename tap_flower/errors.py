@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sysconfig
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _NOT_THE_USERS = tuple({str(Path(__file__).parent), *map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))})
+_TASK = "in task "
 
 
 class TapFlowerError(Exception):
@@ -55,6 +58,23 @@ class StateLostError(TapFlowerError, RuntimeError):
 
 class StorageError(TapFlowerError, RuntimeError):
     """A file cannot be read or written, or its content is damaged."""
+
+
+@contextmanager
+def in_task(task: str) -> Iterator[None]:
+    """Notes the task in which an error comes up; `task_of` reads it."""
+    try:
+        yield
+    except Exception as error:
+        if task_of(error) is None:
+            error.add_note(f"{_TASK}{task}")
+        raise
+
+
+def task_of(error: BaseException) -> str | None:
+    """The task in which an error came up, where that is known."""
+    notes = getattr(error, "__notes__", ())
+    return next((note.removeprefix(_TASK) for note in notes if note.startswith(_TASK)), None)
 
 
 def users_line(error: BaseException) -> str | None:

@@ -27,7 +27,7 @@ from tap_flower.core.averaging import check_form
 from tap_flower.core.components import State, trainable_state
 from tap_flower.core.module_tensors import digest
 from tap_flower.core.own_loop import recorded_steps
-from tap_flower.errors import MessageError, SpecError, StateLostError, TapFlowerError, users_line
+from tap_flower.errors import MessageError, SpecError, StateLostError, TapFlowerError, task_of, users_line
 from tap_flower.methods.method import Memory, Method
 from tap_flower.methods.registry import find_method
 from tap_flower.methods.session import Session
@@ -193,7 +193,9 @@ class Handlers:
             where = users_line(error) or f"{Path(last.filename).name}:{last.lineno}"
             traceback.print_exc()
             reason = printable(str(error)) if self.quotes(context) else "the log of its node says more"
-            return Message(Error(REFUSED, f"unexpected {type(error).__name__} at {where}: {reason}"), reply_to=message)
+            task = "" if (task := task_of(error)) is None else f"task {task!r}: "
+            told = f"{task}unexpected {type(error).__name__} at {where}: {reason}"
+            return Message(Error(REFUSED, told), reply_to=message)
 
     def _open(self, context: Context, instruction: Instruction, limits: Limits) -> tuple[Client, Session]:
         key = (instruction.run, context.node_id, sent := json.dumps(instruction.hyper_parameters, sort_keys=True))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tap_flower.core.components import ComponentMap, Pair
 from tap_flower.core.module_tensors import BuiltModule, as_float32, is_norm, still_norms
 from tap_flower.core.seeds import named_seed, seeded
-from tap_flower.core.tasks import TaskKind
+from tap_flower.core.tasks import TASK_KINDS, TaskKind
 from tap_flower.errors import ClientError, TapFlowerError, defined_at, users_line
 
 Forward = Callable[[Any, Any], Any]
@@ -149,6 +149,13 @@ def _tried(task: TracedTask, built: BuiltModule, module: nn.Module, given: bool)
         with of_the_user(f"task {name!r}: `target`, or its data,", task.target):
             batch, target = task.batch(size)
         module.train(training)
+        if kind.name in TASK_KINDS and not isinstance(target, Tensor):
+            parts = {type(part).__name__ for part in target} if isinstance(target, list | tuple) else set[str]()
+            told = f" of {' and '.join(sorted(parts))}" if parts else ""
+            raise ClientError(
+                f"task {name!r}: `target` returned a {type(target).__name__}{told}: return a tensor, of labels the numbers "
+                f"of their classes, counted from 0"
+            )
         with of_the_user(f"task {name!r}: `forward`", task.forward):
             output = task.forward(module, batch)
         with of_the_user(f"task {name!r}: the losses of kind {kind.name!r}", kind.losses, task.forward, task.target):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tap_flower.core.tasks import Statistics, TaskKind
-from tap_flower.errors import ClientError, DivergedError, users_line
+from tap_flower.errors import ClientError, DivergedError, in_task, users_line
 
 CALL = "call"
 """Name of the only input where a loop of the project's own trains: (args, kwargs) of its call of the module."""
@@ -171,6 +171,23 @@ def torch_algorithms(deterministic: bool) -> Iterator[None]:
             torch.backends.cudnn.benchmark = benchmark
 
 
+@contextmanager
+def _computing(task: str) -> Iterator[None]:
+    """Names the task of a batch that cannot be computed with."""
+    try:
+        with in_task(task):
+            yield
+    except IndexError as error:
+        if re.match(
+            r"Target -?\d+ is out of bounds", str(error)
+        ):  # torch's words; the label itself is the client's own
+            raise ClientError(
+                f"task {task!r}: a label is outside of the model's outputs, which are numbered from 0: give the model as "
+                f"many outputs as there are classes, or correct the label, which the log of the node tells"
+            ) from error
+        raise
+
+
 def train(
     model: PairModel,
     kinds: Mapping[str, TaskKind],
@@ -203,13 +220,14 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         for _ in range(optimisation.accumulation):
             batch = next(batches)
-            output = model(batch.task, batch.inputs)
-            losses = kinds[batch.task].losses(output, batch.target)
-            loss = losses.mean()
-            if objective is not None:
-                loss = loss + objective(batch, output)
-                model.train()  # again: its teacher, in evaluation mode, may share frozen modules with the model
-            (loss / optimisation.accumulation).backward()  # type: ignore[no-untyped-call]
+            with _computing(batch.task):
+                output = model(batch.task, batch.inputs)
+                losses = kinds[batch.task].losses(output, batch.target)
+                loss = losses.mean()
+                if objective is not None:
+                    loss = loss + objective(batch, output)
+                    model.train()  # again: its teacher, in evaluation mode, may share frozen modules with the model
+                (loss / optimisation.accumulation).backward()  # type: ignore[no-untyped-call]
             total = losses.detach().double().sum()
             loss_sum[batch.task] = loss_sum[batch.task] + total if batch.task in loss_sum else total
             units[batch.task] += len(losses)
@@ -251,10 +269,11 @@ def evaluate(
     model.eval()
     sums: dict[str, Statistics] = {}
     for batch in batches:
-        output = model(batch.task, batch.inputs)
-        if observe is not None:
-            observe(batch, output)
-        statistics = kinds[batch.task].statistics(output, batch.target)
+        with _computing(batch.task):
+            output = model(batch.task, batch.inputs)
+            if observe is not None:
+                observe(batch, output)
+            statistics = kinds[batch.task].statistics(output, batch.target)
         if batch.task in sums:
             statistics = {name: sums[batch.task][name] + value for name, value in statistics.items()}
         sums[batch.task] = statistics

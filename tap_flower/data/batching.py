@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from tap_flower.core.seeds import named_seed
 from tap_flower.core.training import Batch
 from tap_flower.data.examples import Examples, OwnLoader, permutation
+from tap_flower.errors import in_task
 
 WINDOW = 16
 """Batches of shuffled training examples that are ordered by length together."""
@@ -195,4 +196,6 @@ class ClientData:
         sources = self._sources(split)
         workers = min((examples.workers for examples in sources), default=0)
         for number, items in read_ahead(sources, order, workers):
-            yield sources[number].to_batch(sources[number].collate(items), device)
+            with in_task(sources[number].task):
+                batch = sources[number].to_batch(sources[number].collate(items), device)
+            yield batch

@@ -27,6 +27,7 @@ from torch.utils.data import WeightedRandomSampler as Weighted
 
 from tap_flower.core.seeds import named_seed, seeded
 from tap_flower.core.training import Batch
+from tap_flower.errors import in_task
 
 OWN = "batch"
 """Name of the only model input that a user's own data set gives: whatever its collate function returned."""
@@ -76,7 +77,8 @@ class Examples(Dataset[Any]):
         """The examples at some positions."""
         rows = [self.rows[position] for position in positions]
         at_once = getattr(self.dataset, "__getitems__", None)
-        return [self.dataset[row] for row in rows] if at_once is None else cast(list[Any], at_once(rows))
+        with in_task(self.task):
+            return [self.dataset[row] for row in rows] if at_once is None else cast(list[Any], at_once(rows))
 
     def read(self, positions: Sequence[int]) -> Any:
         """The examples at some positions as `collate` joins them, in main memory."""
@@ -86,7 +88,8 @@ class Examples(Dataset[Any]):
         """The batch on `device`, from what `read` returned."""
         if self.pinned and device.type == "cuda":  # the copy from there does not wait for the GPU's earlier work
             read = {name: tensor.pin_memory() for name, tensor in read.items()}
-        inputs, target = self.form(moved_to(read, device))
+        with in_task(self.task):
+            inputs, target = self.form(moved_to(read, device))
         return Batch(self.task, inputs, target)
 
     def batch(self, positions: Sequence[int], device: torch.device) -> Batch:
@@ -224,14 +227,17 @@ class OwnLoader:
             epoch += 1
 
     def _pass(self, loader: DataLoader[Any], seed: int, device: torch.device) -> Iterator[Batch]:
-        with _seeded(seed):  # samplers draw when their first row is asked for
+        assert self.target is not None
+        with _seeded(seed), in_task(self.task):  # samplers draw when their first row is asked for
             batches = iter(loader)
             read = next(batches, _END)
         while read is not _END:
-            assert self.target is not None
-            own = moved_to(read, device)
-            yield Batch(self.task, {OWN: own}, self.target(own))
-            read = next(batches, _END)
+            with in_task(self.task):
+                own = moved_to(read, device)
+                batch = Batch(self.task, {OWN: own}, self.target(own))
+            yield batch
+            with in_task(self.task):
+                read = next(batches, _END)
 
 
 def split_off(loader: DataLoader[Any], share: float, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:

@@ -22,7 +22,7 @@ from tap_flower.core.tasks import TaskKind
 from tap_flower.core.training import Batch, Objective, Observer, Optimisation, Update, evaluate, torch_algorithms, train
 from tap_flower.data.batching import ClientData
 from tap_flower.data.examples import OwnLoader, beginning
-from tap_flower.errors import ClientError, DivergedError
+from tap_flower.errors import ClientError, DivergedError, in_task
 from tap_flower.methods.own_results import check_lone_example, metrics_of, scores_of
 from tap_flower.methods.session_task import SessionTask
 
@@ -175,6 +175,7 @@ class Session:
             name, loader = task.pair.task, self.data.loader("train", task.pair.task)
             for _ in range(times):
                 with (
+                    in_task(name),
                     lent(model, f"task {name!r}: `fit`", trains=True) as module,
                     counted_steps() as steps,
                     further_loss(module, name, objective),
@@ -295,10 +296,11 @@ class Session:
 
     def _score(self, task: SessionTask, model: ComponentModel, loader: DataLoader[Any]) -> dict[str, float]:
         assert task.score is not None
-        with lent(model.eval(), f"task {task.pair.task!r}: `score`", trains=False) as module:
+        name = task.pair.task
+        with in_task(name), lent(model.eval(), f"task {name!r}: `score`", trains=False) as module:
             returned = task.score(module, loader)
         model.to(self.device)  # the evaluation may have moved it
-        return scores_of(task.pair.task, task.kind, returned)
+        return scores_of(name, task.kind, returned)
 
     def try_own(self, compares: bool) -> None:
         """Tries what is the project's own, so that what it lacks is told before the first round.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,17 @@ import torch
 from flwr.app import Context, Message
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from tap_flower import Client, TapClientApp, TapStrategy, load_config, load_module
 from tap_flower.config import Encoding
 from tap_flower.errors import RunError
+from tap_flower.report.events import read_events
 from tap_flower.run.in_process import InProcessGrid
 from tap_flower.wire import messages
 from tests.grid import round_of
 from tests.own_clients import Net, client, digits, make, mood
+from tests.toys import pixels
 
 SETTINGS = ["rounds=2", "clients_per_round=3", "train.steps=30", "distill.iterations=30", "start_timeout=1"]
 
@@ -130,6 +135,58 @@ def test_what_a_clients_own_code_says_stays_in_its_log(tmp_path: Path, capfd: py
     ):
         run(tmp_path, making=other)
     assert "patient 17" in capfd.readouterr().err
+
+
+class Late(Dataset[Any]):
+    """Rows whose last is broken: its label is not one of the classes, or it cannot be read."""
+
+    def __init__(self, label: int | None) -> None:
+        self.rows, self.label = pixels(64, 0), label
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, row: int) -> Any:
+        image, label = self.rows[row]
+        if row < 63:
+            return image, label
+        if self.label is None:
+            raise OSError("patient 17")
+        return image, torch.tensor(self.label)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize("loader", [False, True])
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        (7, "task 'digits': a label is outside of the model's outputs, which are numbered from 0"),
+        (None, r"task 'digits': unexpected OSError at test_own_modules.py:\d+: the log of its node says more"),
+    ],
+)
+def test_an_error_in_a_late_batch_names_the_task(
+    tmp_path: Path, split: str, loader: bool, label: int | None, words: str
+) -> None:
+    data = DataLoader(Late(label), batch_size=8) if loader else Late(label)
+
+    def other(context: Context) -> Client:
+        made = make(context)
+        return replace(made, tasks=[replace(t, **{split: data}) if t.name == "digits" else t for t in made.tasks])
+
+    run(tmp_path, making=other)
+    problems = [event["problem"] for event in read_events(tmp_path / "run") if event["event"] == "dropped"]
+    assert problems
+    assert all(re.match(words, problem) for problem in problems), problems
+
+
+def test_labels_in_words_are_refused_before_the_first_round(tmp_path: Path) -> None:
+    named = [(torch.zeros(12), "cat"), (torch.ones(12), "dog")]
+
+    def other(context: Context) -> Client:
+        return Client("ann", lambda: Net("digits"), [replace(digits(0), train=named, validation=named)])
+
+    with pytest.raises(RunError, match="task 'digits': `target` returned a .* of str: return a tensor, of labels"):
+        run(tmp_path, making=other)
 
 
 def test_frozen_weights_are_neither_sent_nor_changed(tmp_path: Path) -> None:
