@@ -24,8 +24,14 @@ Identity = tuple[int, int, int, int]
 """Of a file's content: device, inode, time of writing in nanoseconds, size."""
 
 
-def write_atomically(path: Path, content: bytes) -> Identity:
+def write_atomically(path: Path, content: bytes, durable: bool = True) -> Identity:
     """Replaces the file at `path`: after a crash it holds either its old or its new content, whole.
+
+    Args:
+        path: of the file.
+        content: its new content.
+        durable: whether it is on the disk when this returns. If not, a power failure may take the file away: for copies
+            that nothing depends on, since a disk takes milliseconds for it.
 
     Returns:
         The new content's identity, also if another process has replaced it since.
@@ -39,10 +45,12 @@ def write_atomically(path: Path, content: bytes) -> Identity:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
             written = _identity(os.fstat(file.fileno()))
         temporary.replace(path)
-        _keep_names(path.parent)
+        if durable:
+            _keep_names(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -93,9 +101,9 @@ def keep_as(path: Path, other: Path) -> None:
         temporary.unlink(missing_ok=True)  # it stays where both names were one file already
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes nested plain values, atomically."""
-    write_atomically(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
+def write_json(path: Path, values: Mapping[str, Any], durable: bool = True) -> None:
+    """Writes nested plain values; see `write_atomically`."""
+    write_atomically(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode(), durable)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -115,20 +123,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Identity:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], durable: bool = True
+) -> Identity:
     """Writes tensors and a record of plain values in one safetensors file, with a checksum over both.
 
     Args:
         path: of the file.
         tensors: name -> value, on the CPU.
         record: nested plain values.
+        durable: see `write_atomically`.
 
     Returns:
         See `write_atomically`.
     """
     text = json.dumps(record)
     metadata = {_RECORD: text, _CHECKSUM: _checksum(text, tensors)}
-    return write_atomically(path, save(dict(tensors), metadata=metadata))
+    return write_atomically(path, save(dict(tensors), metadata=metadata), durable)
 
 
 def _checksum(record: str, tensors: Mapping[str, Tensor]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import reprlib
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 import msgspec
@@ -154,3 +156,10 @@ def with_value(problem: str, text: str) -> str:
             return problem
         value = value[key] if key else value[int(index)]
     return f"{path[1].lstrip('.')} is {shown(value)}: {problem[: path.start()]}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'tap'?)` with the known word that is most like another one, in capitals or not; else nothing."""
+    lower = {name.lower(): name for name in known}
+    near = get_close_matches(word[:64].lower(), lower, n=1, cutoff=0.5)
+    return f" (did you mean {lower[near[0]]!r}?)" if near else ""

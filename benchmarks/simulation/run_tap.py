@@ -32,6 +32,7 @@ def app_of(given: Asked, folder: Path) -> TapClientApp:
             ["image"],
             loader(number, rows, given.batch),
             [],
+            validation=None,  # FedAvg decides nothing: all images are for training, as with the others
             forward=lambda net, batch: net(batch[0]),
             target=lambda batch: batch[1],
             fit=lambda net, batches, _: train(net, batches),

@@ -66,12 +66,14 @@ def simulate_command(
     from tap_flower.cli.progress import RunProgress
     from tap_flower.client.text_metrics import missing
     from tap_flower.config import client_specs, load_config
-    from tap_flower.files import read_tensors
     from tap_flower.methods.registry import find_method
     from tap_flower.report.html_report import REPORT, write_report
+    from tap_flower.report.results import RESULTS
     from tap_flower.report.trackers import tracker_names
     from tap_flower.run.resources import CLUSTER, check_cluster, shared, shared_cluster, this_machine
     from tap_flower.run.simulation import Launch, simulate
+    from tap_flower.server.checkpoint import check_resumable, has_begun
+    from tap_flower.server.likely_mistakes import likely_mistakes
     from tap_flower.server.privacy import budget_of
 
     console = Console()
@@ -87,11 +89,17 @@ def simulate_command(
     if not specs:
         raise ConfigError(f"preset {preset!r} has no clients: add client specs under `clients`")
     check_fetched(specs, resolved.data.root, f"tap-flower fetch {preset}")
-    out = out or _free_folder(Path("runs"), f"{preset}-seed{resolved.seed}", resume)
+    named = Path("runs") / f"{preset}-seed{resolved.seed}"
+    if out is None and not resume and has_begun(named) and not (named / RESULTS).exists():
+        say(console, f"[yellow]{escape(str(named))} holds a run that has not ended, which --resume would go on with")
+    out = out or (named if resume else _free_folder(named))
     if resume:
-        read_tensors(out / "server" / "server.safetensors")
+        check_resumable(out)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty: give another folder with `--out`, or go on with `--resume`")
+    held = ((spec.name, task.name, task.kind) for spec in specs for task in spec.tasks)
+    for sentence in likely_mistakes(resolved.clients_per_round, None, held):
+        say(console, f"[yellow]{escape(sentence)}")
     # The clients log it too, but their log goes with the run: it is said here, before hours of work.
     for problem in missing(meteor=resolved.metrics.meteor, bertscore=resolved.metrics.bertscore):
         say(console, f"[yellow]{escape(problem)}")
@@ -102,19 +110,24 @@ def simulate_command(
         resources = shared(this_machine(), len(specs), resolved.clients_per_round, cpus_per_client, gpus_per_client)
     say(console, f"{len(specs)} clients: {resources}")
     launch = Launch(preset, config, settings, out, resume, len(specs), resources)
-    with RunProgress(console, out) as progress:
-        found = simulate(launch, progress.show, progress.watch)
+    try:
+        with RunProgress(console, out) as progress:
+            found = simulate(launch, progress.show, progress.watch)
+    except KeyboardInterrupt:
+        if has_begun(out):
+            say(console, f"[yellow]interrupted; to go on, give the same command with --out {escape(str(out))} --resume")
+        raise
     _show(console, found)
     write_report([out], out / REPORT)
     say(console, f"{found['seconds']['total']:.0f} s; results in {out}, to look at: {out / REPORT}")
 
 
-def _free_folder(parent: Path, name: str, resume: bool) -> Path:
-    """Returns `parent/name`, with a number appended where another run has that folder."""
-    folder, number = parent / name, 1
-    while not resume and folder.exists():
+def _free_folder(named: Path) -> Path:
+    """Returns the folder, with a number appended where another run has it."""
+    folder, number = named, 1
+    while folder.exists():
         number += 1
-        folder = parent / f"{name}-{number}"
+        folder = named.with_name(f"{named.name}-{number}")
     return folder
 
 

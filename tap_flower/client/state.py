@@ -199,7 +199,7 @@ class StateFolder:
             tensors |= {f"{_prefix(model)}{name}": value for name, value in own.items()}
         plain = msgspec.to_builtins(record)
         self._remember(PERSONAL, write_tensors(self.folder / PERSONAL, tensors, plain), tensors, plain)
-        write_json(self.folder / "state.json", plain)
+        write_json(self.folder / "state.json", plain, durable=False)
         if state.score is not None and state.score >= self._kept_score():
             keep_as(self.folder / PERSONAL, self.folder / KEPT)
 
@@ -267,8 +267,9 @@ class StateFolder:
         return dict(found[1])
 
     def save_server(self, tensors: State, server_round: int) -> None:
-        """Keeps the tensors that the server sent for a round."""
-        write_tensors(self.folder / SERVER, tensors, {"schema": SCHEMA, "run": self.run, "round": server_round})
+        """Keeps the tensors that the server sent for a round; a power failure may take the copy away."""
+        record = {"schema": SCHEMA, "run": self.run, "round": server_round}
+        write_tensors(self.folder / SERVER, tensors, record, durable=False)
 
     def load_server(self) -> State | None:
         """The tensors that the server sent last, or None where there is no readable copy of this run's."""

@@ -83,6 +83,11 @@ class Task:
     score: Score | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kind, TaskKind):
+            raise ClientError(
+                f"task {self.name!r} has kind {self.kind!r}: give a TaskKind, such as tap_flower.IMAGE_CLASSIFICATION, or "
+                f"one of your own, TaskKind.of(...)"
+            )
         for word in (self.name, self.kind.name, *self.modalities, *self.domains):
             if not NAME.fullmatch(word):
                 raise ClientError(

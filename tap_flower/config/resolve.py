@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from enum import Enum
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import yaml
@@ -29,7 +29,7 @@ from tap_flower.config.options import (
 from tap_flower.config.patterns import expand
 from tap_flower.data.spec import ClientSpec, client_spec
 from tap_flower.errors import ConfigError, SpecError
-from tap_flower.plain import DEEPEST, PlainError, parse_yaml, shown
+from tap_flower.plain import DEEPEST, PlainError, did_you_mean, parse_yaml, shown
 
 Layer = tuple[str, Mapping[str, Any]]
 """(where values come from, for errors; nested keys and values)."""
@@ -54,7 +54,7 @@ def load_config(preset: str = "demo", config: str = "", settings: Sequence[str] 
     """
     known = presets()
     if preset not in known:
-        raise ConfigError(f"unknown preset {preset!r}{_near(preset, known)}: use one of {', '.join(known)}")
+        raise ConfigError(f"unknown preset {preset!r}{did_you_mean(preset, known)}: use one of {', '.join(known)}")
     layers: list[Layer] = [(f"preset {preset!r}", read_yaml(known[preset]))]
     if config:
         layers.append((f"file {config!r}", read_yaml(Path(config))))
@@ -205,8 +205,8 @@ def _merged(schema: type[Any], layers: Sequence[Layer]) -> Any:
         keys = list(_leaves(values, known))
         for key in keys:
             if key not in known:
-                raise ConfigError(f"{where}: unknown key {key!r}{_near(key, known)}")
-        with _told(where):
+                raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}")
+        with _told(where, known):
             merged.merge_with(values)
         _check_bounds(where, merged, {key: known[key] for key in keys})
     _check_bounds("the configuration", merged, known)  # an interpolation may have changed with what it refers to
@@ -227,13 +227,15 @@ def _check_bounds(where: str, merged: Any, known: Mapping[str, Mapping[str, Any]
 
 
 @contextmanager
-def _told(where: str) -> Iterator[None]:
-    """Makes a ConfigError of what OmegaConf raises, and of what it lets through."""
+def _told(where: str, known: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> Iterator[None]:
+    """Makes a ConfigError of what OmegaConf raises, with the bounds of the key, and of what it lets through."""
     try:
         yield
     except (OmegaConfBaseException, ArithmeticError, AttributeError, TypeError, ValueError) as error:
         key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"{where}: {key}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        low, high = (known.get(key, {}).get(bound) for bound in ("low", "high"))
+        remedy = "" if low is None else f": choose a number between {low:g} and {high:g}"
+        raise ConfigError(f"{where}: {key}: {(str(error) or type(error).__name__).splitlines()[0]}{remedy}") from error
 
 
 def _leaves(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -258,6 +260,10 @@ def read_yaml(path: Path, what: str = "file") -> Mapping[str, Any]:
     """
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{what} {str(path)!r} cannot be read: there is no such file; a path starts at the folder of the command"
+        ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{what} {str(path)!r} cannot be read: {error}") from error
     if not isinstance(values, Mapping):
@@ -274,8 +280,3 @@ def _anchored(key: str, value: Any, folder: Path) -> Any:
         return [_anchored(key, inner, folder) for inner in value]
     is_path = key in ("path", "root") or (key == "backbone" and str(value).startswith("."))
     return str(folder / value) if is_path and isinstance(value, str) and value else value
-
-
-def _near(word: str, known: Mapping[str, Any]) -> str:
-    near = get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""

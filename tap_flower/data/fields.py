@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from datetime import date
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +12,7 @@ from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedErro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tap_flower.errors import SpecError
-from tap_flower.plain import shown
+from tap_flower.plain import did_you_mean, shown
 
 _KINDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
     key: (words, types)
@@ -226,9 +225,7 @@ def check_keys(values: Mapping[str, Any], schema: type, where: str) -> dict[str,
         raise SpecError(f"{where} is {shown(values)}: write `key: value` lines")
     known = [f.name for f in fields(schema)]
     if unknown := [key for key in values if key not in known]:
-        near = get_close_matches(str(unknown[0])[:64], known, n=1)
-        hint = f": did you mean {near[0]!r}?" if near else ""
-        raise SpecError(f"{where} has the unknown key {shown(unknown[0])}{hint}")
+        raise SpecError(f"{where} has the unknown key {shown(unknown[0])}{did_you_mean(str(unknown[0]), known)}")
     required = [f.name for f in fields(schema) if f.default is f.default_factory]  # both are MISSING
     if missing := [name for name in required if values.get(name) is None]:
         raise SpecError(f"{where} lacks {', '.join(missing)}")

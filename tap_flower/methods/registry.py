@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
@@ -26,6 +25,7 @@ from tap_flower.methods import (
     tap_published,
 )
 from tap_flower.methods.method import Method
+from tap_flower.plain import did_you_mean
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -80,11 +80,9 @@ def find_method(name: str) -> Method:
     others = installed()
     if name not in others:
         known = [*METHODS, *others]
-        near = get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ConfigError(
-            f"unknown method {name!r}{hint}: use one of {', '.join(known)}, or install the package that brings it, on the "
-            f"server and on every node"
+            f"unknown method {name!r}{did_you_mean(name, known)}: use one of {', '.join(known)}, or install the "
+            f"package that brings it, on the server and on every node"
         )
     return _loaded(others[name])
 

@@ -64,12 +64,14 @@ def record_decisions(folder: Path, run: str, server_round: int, decisions: Itera
     Raises:
         StorageError: the record is damaged, or cannot be written.
     """
-    kept = [d for d in read_decisions(folder) if d.run == run and d.round < server_round]
+    before = read_decisions(folder)
+    kept = [d for d in before if d.run == run and d.round < server_round]
     new = [
         DecisionRecord(run, server_round, d.pair.task, d.teacher_loss, d.personal_loss, d.margin, d.replaced, d.share)
         for d in decisions
     ]
-    write_atomically(folder / DECISIONS, msgspec.json.Encoder().encode_lines(kept + new))
+    if kept + new != before:
+        write_atomically(folder / DECISIONS, msgspec.json.Encoder().encode_lines(kept + new))
 
 
 def read_decisions(folder: Path) -> list[DecisionRecord]:

@@ -81,6 +81,25 @@ class Checkpoint:
     manifests: list[Manifest] = field(default_factory=list)
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether a run folder holds a checkpoint, of a run that has ended or has not."""
+    return (folder / "server" / _FILE).exists()
+
+
+def check_resumable(folder: Path) -> None:
+    """Refuses to go on where nothing has begun.
+
+    Raises:
+        StorageError: the folder holds no checkpoint, or it is damaged.
+    """
+    if not has_begun(folder):
+        what = "holds no run" if folder.exists() else "does not exist"
+        raise StorageError(
+            f"{folder} {what}, so that nothing can be resumed: give the run's folder, or begin a new run"
+        )
+    read_tensors(folder / "server" / _FILE)
+
+
 def start_or_resume(config: Config, folder: Path, resume: bool) -> Checkpoint:
     """Where a run begins: anew, or after its last complete round.
 
@@ -98,6 +117,7 @@ def start_or_resume(config: Config, folder: Path, resume: bool) -> Checkpoint:
         StorageError: the folder cannot be made, or the checkpoint cannot be read.
     """
     if resume:
+        check_resumable(folder)
         found = load(folder / "server")
         old, new = found.progress.config, plain(config)
         if different := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
@@ -106,7 +126,7 @@ def start_or_resume(config: Config, folder: Path, resume: bool) -> Checkpoint:
                 f"same preset, file and settings"
             )
         return found
-    if (folder / "server" / _FILE).exists() and not (found := load(folder / "server")).progress.round:
+    if has_begun(folder) and not (found := load(folder / "server")).progress.round:
         return Checkpoint(Progress(found.progress.run, plain(config), found.progress.epochs))
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: give another folder with `--out`, or go on with `--resume`")
@@ -145,7 +165,7 @@ def save(folder: Path, progress: Progress, tensors: Mapping[str, Tensor], best: 
     # What has not changed since the best round is in the file once.
     earlier = {f"{_BEST}{name}": tensor for name, tensor in best.items() if tensors.get(name) is not tensor}
     write_tensors(folder / _FILE, {**tensors, **earlier}, record)
-    write_json(folder / "state.json", record)
+    write_json(folder / "state.json", record, durable=False)
 
 
 def save_manifests(folder: Path, manifests: Iterable[Manifest]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -121,6 +121,12 @@ class Roster:
     def names(self) -> list[str]:
         """Clients that are there, sorted."""
         return sorted(self.nodes)
+
+    def held(self) -> Iterator[tuple[str, str, str]]:
+        """(client, task, kind of task) of every client that is there."""
+        for name in self.names:
+            for task in self.manifests[name].tasks:
+                yield name, task.task, task.kind
 
     def sample(self, server_round: int, count: int) -> list[str]:
         """The clients of a round, at most `count`: they depend on the seed, the round and the names, not on node ids."""

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from logging import ERROR, INFO
+from logging import ERROR, INFO, WARNING
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -32,6 +32,7 @@ from tap_flower.server.attendance import Attendance
 from tap_flower.server.checkpoint import record_config, start_or_resume
 from tap_flower.server.first_values import FirstValues
 from tap_flower.server.grid import SILENT, UNSENT, StreamingGrid, content_of
+from tap_flower.server.likely_mistakes import likely_mistakes
 from tap_flower.server.outgoing import Outgoing, Values
 from tap_flower.server.privacy import Privacy, PrivateAverage, budget_of
 from tap_flower.server.result import TapResult, collect
@@ -132,14 +133,16 @@ class ServerRun:
             )
         self.events.close(complete=error is None)
 
-    def gather(self, grid: StreamingGrid, expected: int) -> None:
-        """Waits for the clients, and takes what they bring.
+    def gather(self, grid: StreamingGrid, expected: int, fraction_train: float | None) -> None:
+        """Waits for the clients, takes what they bring, and tells what they have hardly meant.
 
         Raises:
             RunError: clients are missing; see `Attendance.begin`.
         """
         self.attendance.begin(grid, expected, self.first, self._query)
         self.first.check_names()
+        for sentence in likely_mistakes(self.config.clients_per_round, fraction_train, self.roster.held()):
+            log(WARNING, "%s", sentence)
         if self.privacy is not None:
             self.privacy.announce(self.roster, self._round_size(len(self.roster.names)), self.events.write)
 

@@ -183,7 +183,7 @@ class TapStrategy(Strategy):
         clock = [time.monotonic()]
 
         # --- GATHERING: who takes part, and what each client has --------------------------------------------------------
-        run.gather(grid, self.min_available_nodes)
+        run.gather(grid, self.min_available_nodes, self.fraction_train)
         arrays = result.arrays = run.arrays()
         self._evaluate_globally(evaluate_fn, run.progress.round, arrays)
         clock.append(time.monotonic())

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tap_flower.errors import SimulationError
+from tap_flower.files import write_tensors
 from tap_flower.run import resources, simulation
 from tap_flower.run.resources import Machine, Resources
 from tap_flower.run.simulation import Launch
@@ -22,14 +23,17 @@ from .conftest import finished_run
         (["--set", "method=tapp"], "unknown method 'tapp' (did you mean 'tap'?)"),
         (["--set", "trackers=tensorbord"], "trackers has 'tensorbord': use some of tensorboard, mlflow, wandb"),
         (["--rounds", "0"], "rounds = 0 is out of bounds"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "nowhere.yaml"], "'nowhere.yaml' cannot be read: there is no such file"),
         (["--set", "clients=[]"], "has no clients"),
         (["--cpus-per-client", "5"], "--cpus-per-client 5: this process may use 4 cores"),
         (
             ["--gpus-per-client", "0.5"],
             "--gpus-per-client 0.5: torch sees no GPU on this machine: leave the option out",
         ),
-        (["--out", "OUT", "--resume"], "server.safetensors does not exist"),
+        (["--out", "OUT", "--resume"], "out does not exist, so that nothing can be resumed: give the run's folder"),
+        (["--out", "USED", "--resume"], "used holds no run, so that nothing can be resumed: give the run's folder"),
+        (["--set", "train.steps=ten"], "could not be converted to Integer: choose a number between 1 and"),
+        (["--set", "method=TAP"], "unknown method 'TAP' (did you mean 'tap'?)"),
         (["--out", "USED"], "is not empty: give another folder with `--out`, or go on with `--resume`"),
     ],
 )
@@ -87,6 +91,32 @@ def test_options_reach_the_run(command: Any, tmp_path: Path, monkeypatch: pytest
     assert launch.out == Path("runs/demo-seed7-2")  # the first one is taken
     assert "results in runs/demo-seed7-2, to look at: runs/demo-seed7-2/report.html" in out
     assert (launch.out / "report.html").exists()
+
+
+def test_what_is_hardly_meant_is_said_before_the_run(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulation, "simulate", lambda launch, *_: finished_run(launch.out))
+    code, out, _ = command("simulate", "--set", "clients_per_round=50", "--out", str(tmp_path / "run"))
+    assert code == 0
+    assert "clients_per_round = 50, and there are 12 clients: all of them train in every round" in out
+
+
+def test_an_interrupted_run_says_how_to_go_on(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def interrupted(launch: Launch, *_: object) -> None:
+        if "seed=8" not in launch.settings:
+            write_tensors(launch.out / "server" / "server.safetensors", {}, {})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(simulation, "simulate", interrupted)
+    code, out, _ = command("simulate", "--seed", "7")
+    assert code
+    assert "to go on, give the same command with --out runs/demo-seed7 --resume" in out
+    _, out, _ = command("simulate", "--seed", "7")
+    assert "runs/demo-seed7 holds a run that has not ended, which --resume would go on with" in out
+    assert "--out runs/demo-seed7-2 --resume" not in command("simulate", "--seed", "8")[1]
 
 
 def test_a_ray_cluster_is_shared_by_what_the_options_say(

@@ -427,3 +427,8 @@ def test_metrics_are_means_over_the_clients_that_have_them() -> None:
     records = [{"num-examples": 3, "a": 1.0}, {"num-examples": 1, "a": 5.0, "b": 7.0}, {"num-examples": 0, "c": 1.0}]
     found = mean_metrics([RecordDict({"metrics": MetricRecord(record)}) for record in records], "num-examples")
     assert dict(found) == {"a": 2.0, "b": 7.0}
+
+
+def test_a_kind_by_its_name_is_refused() -> None:
+    with pytest.raises(ClientError, match="task 'digits' has kind 'image_classification': give a TaskKind, such as"):
+        Task("digits", "image_classification", ["image"], [], [])  # type: ignore[arg-type]

@@ -87,7 +87,7 @@ def everything_wrong(folder: Path) -> dict[str, Any]:
 def test_every_problem_is_named_with_its_rows(tmp_path: Path) -> None:
     spec, wrong = check_spec(everything_wrong(tmp_path))
     assert [str(problem) for problem in wrong] == [
-        "client 'hospital-a': task 'broken' has the unknown key 'trian': did you mean 'train'?"
+        "client 'hospital-a': task 'broken' has the unknown key 'trian' (did you mean 'train'?)"
     ]
     assert spec is not None
     summaries, problems = checked(spec)

@@ -46,10 +46,10 @@ def test_a_spec_is_read() -> None:
         ({"batch_size": 0}, "has batch_size 0: use a whole number from 1"),
         ({"domain": "a/b"}, "has domain 'a/b': use 1 to 64 letters"),
         ({"domain": None}, "lacks domain"),
-        ({"trian": SOURCE}, "unknown key 'trian': did you mean 'train'"),
+        ({"trian": SOURCE}, r"unknown key 'trian' \(did you mean 'train'"),
         ({"train": {**SOURCE, "format": "xls"}}, "train has format 'xls': use one of"),
         ({"train": {**SOURCE, "rows": [5, 5]}}, r"train has rows \[5, 5\]"),
-        ({"train": {**SOURCE, "splitt": "x"}}, "unknown key 'splitt': did you mean 'split'"),
+        ({"train": {**SOURCE, "splitt": "x"}}, r"unknown key 'splitt' \(did you mean 'split'"),
     ],
 )
 def test_a_wrong_spec_names_client_task_key_and_value(changes: dict[str, Any], problem: str) -> None:

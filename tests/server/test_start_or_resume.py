@@ -40,8 +40,8 @@ def test_a_run_whose_tracker_cannot_begin_is_not_in_the_way_of_the_next(
     assert (federation.out / "config.yaml").exists()
 
 
-def test_an_unreadable_checkpoint_is_named(federation: ToyFederation) -> None:
-    with pytest.raises(StorageError, match="server.safetensors does not exist"):
+def test_a_folder_without_a_run_is_not_resumed(federation: ToyFederation) -> None:
+    with pytest.raises(StorageError, match="run does not exist, so that nothing can be resumed"):
         federation.strategy(resume=True).start(federation.grid())
 
 

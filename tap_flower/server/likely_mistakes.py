@@ -1,0 +1,49 @@
+"""What is allowed and hardly meant, told as a run begins: a misspelt task, more clients a round than there are."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+
+_ALIKE = 0.8
+"""Share of letters, after difflib's `ratio`, from which on two names are alike."""
+Held = tuple[str, str, str]
+"""(client, task, kind of task)."""
+
+
+def likely_mistakes(clients_per_round: int, fraction_train: float | None, held: Iterable[Held]) -> list[str]:
+    """Sentences about what is allowed and hardly meant.
+
+    Args:
+        clients_per_round: of the configuration.
+        fraction_train: what takes its place in a strategy, if anything.
+        held: which client has which task.
+    """
+    holders: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for client, task, kind in held:
+        holders[task, kind].add(client)
+    clients = set().union(*holders.values()) if holders else set()
+    said = []
+    if fraction_train is None and 0 < len(clients) < clients_per_round:
+        said.append(
+            f"clients_per_round = {clients_per_round}, and there are {len(clients)} clients: all of them train in "
+            f"every round"
+        )
+    for (task, kind), alone in holders.items():
+        others = [name for (name, other), some in holders.items() if other == kind and len(some) > 1]
+        if len(alone) == 1 and (near := next((name for name in others if _alike(task, name)), None)):
+            said.append(
+                f"task {task!r} is client {min(alone)!r}'s alone, and {len(holders[near, kind])} clients have {near!r}: if "
+                f"both are one task, give it one name, or nothing of its head is shared"
+            )
+    return said
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two names are alike, and differ in more than a number."""
+    first, second = (re.sub(r"[-_]", "", name.lower()) for name in (one, other))
+    if re.sub(r"\d+", "", first) == re.sub(r"\d+", "", second):
+        return first == second
+    return SequenceMatcher(None, first, second).ratio() >= _ALIKE
