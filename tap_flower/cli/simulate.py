@@ -156,15 +156,20 @@ def report_command(
 ) -> None:
     """Show the results of finished runs, in tables and on one HTML page."""
     from tap_flower.report.html_report import REPORT, write_report
-    from tap_flower.report.result_tables import headline_table
-    from tap_flower.report.results import read_results
+    from tap_flower.report.result_tables import groups, headline_table
+    from tap_flower.report.run_record import read_runs
     from tap_flower.report.terminal_tables import terminal
+    from tap_flower.report.verdict import method_table
 
-    console, found = Console(), [read_results(run) for run in runs]
+    console, found = Console(), read_runs(runs)
     for one in found:
-        _show(console, one)
-    if len(found) > 1:
-        console.print(terminal(headline_table(found)))
+        _show(console, one.results)
+    grouped = groups(found)
+    for group in grouped:
+        if len(group) > 1:
+            console.print(terminal(headline_table([run.results for run in group])))
+    if len(grouped) > 1:
+        console.print(terminal(method_table(grouped)))
     file = out or (runs[0] if len(runs) == 1 else Path()) / REPORT
     write_report(runs, file)
     say(console, f"to look at: {file}")

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from tap_flower.files import write_atomically
 from tap_flower.report import figures, result_tables, verdict
 from tap_flower.report.results import remarks
-from tap_flower.report.run_record import RunRecord, read_run
+from tap_flower.report.run_record import RunRecord, read_runs
 from tap_flower.report.svg import SERIES, number
 
 REPORT = "report.html"
@@ -30,7 +30,7 @@ def write_report(folders: Sequence[Path], file: Path) -> None:
     Raises:
         StorageError: a run has not finished, a file is damaged, or `file` cannot be written.
     """
-    write_atomically(file, page([read_run(folder) for folder in folders]).encode())
+    write_atomically(file, page(read_runs(folders)).encode())
 
 
 def page(runs: Sequence[RunRecord]) -> str:

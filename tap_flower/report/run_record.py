@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class RunRecord:
     """A finished run.
 
     Attributes:
-        name: name of its folder.
+        name: name of its folder, with folders above it where other runs have the name, too; see `read_runs`.
         results: content of `results.json`.
         rounds: events of complete rounds, in order.
         config: content of `config.yaml`, or nothing.
@@ -52,6 +52,19 @@ class RunRecord:
     def title(self) -> str:
         """The run's name for people: folder and seed."""
         return f"{self.name} (seed {self.results['seed']})"
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
+    """Reads some run folders; names have as many folders above the run's as tell the runs apart.
+
+    Raises:
+        StorageError: see `read_run`.
+    """
+    parts = [folder.resolve().parts for folder in folders]
+    depth = next((n for n in range(1, max(map(len, parts))) if len({p[-n:] for p in parts}) == len(set(parts))), 1)
+    return [
+        replace(read_run(folder), name="/".join(part[-depth:])) for folder, part in zip(folders, parts, strict=True)
+    ]
 
 
 def read_run(run: Path) -> RunRecord:

@@ -112,3 +112,20 @@ def test_means_over_different_clients_are_told(command: Any, tmp_path: Path) -> 
     ):
         assert text in said
         assert text in page.replace("&#39;", "'")
+
+
+def test_only_runs_that_differ_in_nothing_but_their_seed_are_averaged(command: Any, tmp_path: Path) -> None:
+    for rounds in (3, 5):
+        for seed in (1, 2):
+            run = tmp_path / f"rounds-{rounds}" / f"seed-{seed}"
+            finished_run(run)
+            (run / "config.yaml").write_text(f"seed: {seed}\nrounds: {rounds}\n")
+    runs = [f"rounds-{rounds}/seed-{seed}" for rounds in (3, 5) for seed in (1, 2)]
+    code, out, _ = command("report", *(str(tmp_path / run) for run in runs), "-o", str(tmp_path / "page.html"))
+    assert code == 0
+    assert out.count("mean of 2 runs") == 2
+    assert "mean of 4 runs" not in out
+    page = (tmp_path / "page.html").read_text()
+    assert "TAP (rounds-3/seed-1)" in page
+    assert "TAP (rounds-5/seed-1)" in page
+    assert all(f"Clients of {run}" in page for run in runs)
