@@ -23,14 +23,10 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from benchmarks.finished_run import clients, configuration
 from benchmarks.measure import Row, show
-from tap_flower.client.from_spec import client_from_spec
-from tap_flower.client.node import Node
-from tap_flower.client.state import PERSONAL, SERVER
-from tap_flower.config import client_specs, load_config
 from tap_flower.core.components import ComponentModel
 from tap_flower.core.training import Batch
-from tap_flower.files import read_tensors
 from tap_flower.methods.session import Session
 
 
@@ -47,13 +43,8 @@ def example_losses(session: Session, model: ComponentModel, split: str) -> dict[
 
 def compared(run: Path) -> list[dict[str, float | str]]:
     """One row for each client and pair of a run."""
-    config = load_config("plug-in", str(run / "config.yaml"))
     rows: list[dict[str, float | str]] = []
-    for spec in client_specs(config):
-        session = client_from_spec(Node(spec, None, None, "", config.metrics), config).session(config)
-        folder = run / "clients" / spec.name
-        server, kept = (read_tensors(folder / file)[0] for file in (SERVER, PERSONAL))
-        personal = {name: value for name, value in kept.items() if name in server}
+    for session, server, personal in clients(run, configuration(run)):
         losses = {
             (which, split): example_losses(session, session.model(state), split)
             for which, state in (("server", server), ("personal", personal))

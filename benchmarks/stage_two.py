@@ -18,13 +18,10 @@ from statistics import fmean
 
 import torch
 
+from benchmarks.finished_run import clients, configuration
 from benchmarks.measure import Row, show
-from tap_flower.client.from_spec import client_from_spec
-from tap_flower.client.node import Node
-from tap_flower.client.state import PERSONAL, SERVER
-from tap_flower.config import HyperParameters, ReplacementMode, StageTwo, client_specs, load_config
+from tap_flower.config import HyperParameters, ReplacementMode, StageTwo
 from tap_flower.core.components import State
-from tap_flower.files import read_tensors
 from tap_flower.methods import tap
 from tap_flower.methods.method import Memory
 from tap_flower.methods.session import Session
@@ -67,17 +64,13 @@ def main() -> None:
 
 def measured(run: Path, rate: float | None, steps: int | None) -> tuple[int, dict[str, float]]:
     """The seed of a run, and way -> mean over tasks of the mean score over clients."""
-    config = load_config("plug-in", str(run / "config.yaml"))
+    config = configuration(run)
     if rate is not None:
         config.distill.learning_rate = rate
     if steps is not None:
         config.distill.iterations = steps
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for spec in client_specs(config):
-        session = client_from_spec(Node(spec, None, None, "", config.metrics), config).session(config)
-        folder = run / "clients" / spec.name
-        server, kept = (read_tensors(folder / file)[0] for file in (SERVER, PERSONAL))
-        personal = {name: value for name, value in kept.items() if name in server}
+    for session, server, personal in clients(run, config):
         for way, state in results(session, server, personal).items():
             for task, score in session.scores(session.model(state), "test").items():
                 found[way][task].append(score)
