@@ -54,6 +54,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         settings = ["method=fedavg", f"rounds={given.rounds}", f"clients_per_round={given.sample}"]
+        settings += ["replacement.evidence=training"]  # nothing is decided, and nothing held out
         config = load_config("plug-in", settings=settings)
 
         def serve(grid: Grid) -> None:
