@@ -171,7 +171,7 @@ def _uneven(found: Mapping[str, Any], task: str) -> list[str]:
 def headlines(*found: Mapping[str, Any]) -> dict[str, Headline]:
     """Task name -> the metric that it is judged by, in the results of some runs.
 
-    Results of version 0.2.0 do not say it: there, a kind of the user's own counts by its loss.
+    Results that were written before they said it count a user's own kind by its loss.
     """
     return {
         task: _headline(results, task, kind) for results in found for task, kind in sorted(results["kinds"].items())

@@ -86,18 +86,18 @@ def has_begun(folder: Path) -> bool:
     return (folder / "server" / _FILE).exists()
 
 
-def check_resumable(folder: Path) -> None:
-    """Refuses to go on where nothing has begun.
+def resumable(folder: Path) -> Checkpoint:
+    """The checkpoint of a run folder that is to be gone on with.
 
     Raises:
-        StorageError: the folder holds no checkpoint, or it is damaged.
+        StorageError: the folder holds none, or it is damaged or of another schema.
     """
     if not has_begun(folder):
         what = "holds no run" if folder.exists() else "does not exist"
         raise StorageError(
             f"{folder} {what}, so that nothing can be resumed: give the run's folder, or begin a new run"
         )
-    read_tensors(folder / "server" / _FILE)
+    return load(folder / "server")
 
 
 def start_or_resume(config: Config, folder: Path, resume: bool) -> Checkpoint:
@@ -117,8 +117,7 @@ def start_or_resume(config: Config, folder: Path, resume: bool) -> Checkpoint:
         StorageError: the folder cannot be made, or the checkpoint cannot be read.
     """
     if resume:
-        check_resumable(folder)
-        found = load(folder / "server")
+        found = resumable(folder)
         old, new = found.progress.config, plain(config)
         if different := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
             raise ConfigError(
