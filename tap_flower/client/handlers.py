@@ -18,6 +18,7 @@ from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 
 from tap_flower.client.description import hash_of_classes
 from tap_flower.client.evaluation import evaluate_models
+from tap_flower.client.known_parts import KnownParts
 from tap_flower.client.module import unstable
 from tap_flower.client.node import Limits, limits_of, state_folder
 from tap_flower.client.state import ClientState, StateFolder
@@ -170,7 +171,7 @@ class Handlers:
             limits = limits_of(context.node_config)
             with limits.time(message.metadata.ttl):
                 instruction = messages.decode(message.content, Instruction, "the server")
-                client, session = self._open(context, instruction, limits)
+                client, session = self._open(context, instruction, limits, anew=handler is _manifest)
                 place = state_folder(client, context, instruction.run)
                 folder = StateFolder(place, instruction.run, instruction.epochs)
                 keeps_best = bool(context.node_config.get("keep-best"))
@@ -197,7 +198,7 @@ class Handlers:
             told = f"{task}unexpected {type(error).__name__} at {where}: {reason}"
             return Message(Error(REFUSED, told), reply_to=message)
 
-    def _open(self, context: Context, instruction: Instruction, limits: Limits) -> tuple[Client, Session]:
+    def _open(self, context: Context, instruction: Instruction, limits: Limits, anew: bool) -> tuple[Client, Session]:
         key = (instruction.run, context.node_id, sent := json.dumps(instruction.hyper_parameters, sort_keys=True))
         limits.check("rounds", "round", instruction.round)
         if key not in self.known:
@@ -206,7 +207,8 @@ class Handlers:
             noted = copy(context)
             noted.run_config = run_config = NotedConfig(context.run_config)
             client = self.make_client(noted, settings)
-            session = client.session(settings)
+            place = state_folder(client, context, instruction.run)
+            session = client.session(settings, KnownParts(place, instruction.run, anew))
             # A client spec may stand for the run configuration, and a loop of the project's own reads it later.
             if client.outline is None and not any(task.fit or task.score for task in client.tasks):
                 session.unread = run_config.unread

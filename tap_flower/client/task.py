@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tap_flower.client.evaluation import TestObserver
+from tap_flower.client.known_parts import KnownParts
 from tap_flower.client.module import OwnModel, OwnOutline, adapted, built_module
 from tap_flower.config import HyperParameters
 from tap_flower.core.components import ComponentModel, Pair
@@ -247,11 +248,12 @@ class Client:
         if not names or len(set(names)) < len(names):
             raise ClientError(f"client {self.name!r} has the tasks {names}: give at least one, each with its own name")
 
-    def session(self, settings: HyperParameters) -> Session:
+    def session(self, settings: HyperParameters, known: KnownParts | None = None) -> Session:
         """The client at work in a run.
 
         Args:
             settings: the run's hyper-parameters.
+            known: where it is kept what a plain module consists of; None tries every task.
 
         Raises:
             ClientError: a data set cannot be used, or the model does not fit the tasks.
@@ -260,7 +262,7 @@ class Client:
             own, method = {task.name: task.fit is not None for task in self.tasks}, find_method(settings.method)
             check_own_loops(own, method.name, method.own_loop)
         data = self.data(settings.seed, settings.needs_validation)
-        build, outline = self._models(data, settings.seed)
+        build, outline = self._models(data, settings.seed, known)
         session = Session(
             name=self.name,
             tasks=[
@@ -301,8 +303,10 @@ class Client:
                     splits[split][task.name] = parts
         return ClientData(splits)
 
-    def _models(self, data: ClientData, seed: int) -> tuple[Callable[[], ComponentModel], ComponentModel]:
-        """What makes the client's models, and one to look at; every task of a plain module is tried.
+    def _models(
+        self, data: ClientData, seed: int, known: KnownParts | None
+    ) -> tuple[Callable[[], ComponentModel], ComponentModel]:
+        """What makes the client's models, and one to look at; every task of a plain module is tried where it is not known.
 
         Raises:
             ClientError: the model does not fit the tasks.
@@ -325,7 +329,9 @@ class Client:
                 )
                 for task in self.tasks
             ]
-            parts = parts_of(built, tasks, seed, self.components, self.reach, self.buffers)
+            given = self.components, self.reach, self.buffers
+            trace = partial(parts_of, built, tasks, seed, *given)
+            parts = trace() if known is None else known.parts(built, [task.pair for task in tasks], given, trace)
 
         def module() -> BuiltModule:
             return cast(BuiltModule, built_module(self.model, seed))
