@@ -12,6 +12,8 @@ from tap_flower.files import write_atomically
 from tap_flower.report.trackers import Tracker, scalars
 
 METRICS = "metrics.jsonl"
+END, FAILED = "end", "failed"
+"""The events after which there is no other."""
 _OF_ROUNDS = {"joined", "round_start", "round", "dropped", "mark", "clipped", "privacy_round"}
 """Events that a resumed run keeps."""
 log = logging.getLogger("tap_flower")
@@ -33,15 +35,21 @@ class EventLog:
         write_atomically(self._path, "".join(f"{json.dumps(event)}\n" for event in kept).encode())
 
     def write(self, event: str, **values: Any) -> None:
-        """Appends an event with its values; a reader sees it at once."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **values}) + "\n")
+        """Appends an event with its values; a reader sees it at once, and what ends the run when the trackers have ended.
+
+        Whoever reads that a run has ended may stop its process, in which a tracker would still be sending what it has.
+        """
         if self._trackers and (found := scalars({"event": event, **values})):
             self._tell(lambda tracker: tracker.log(values["round"], found))
+        if event in (END, FAILED):
+            self.close(complete=event == END)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, **values}) + "\n")
 
     def close(self, complete: bool) -> None:
-        """Ends the trackers' records of the run: `complete`, or broken off."""
+        """Ends the trackers' records of the run, if they have not ended: `complete`, or broken off."""
         self._tell(lambda tracker: tracker.close(complete))
+        self._trackers = []
 
     def _tell(self, what: Callable[[Tracker], None]) -> None:
         """A tracker that fails is left out from then on: a run does not end because a server of records is down."""

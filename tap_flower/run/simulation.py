@@ -26,7 +26,7 @@ import psutil
 
 from tap_flower.errors import SimulationError
 from tap_flower.plain import printable
-from tap_flower.report.events import METRICS, read_events
+from tap_flower.report.events import END, FAILED, METRICS, read_events
 from tap_flower.report.results import read_results
 from tap_flower.run.flower import environment, flower_program, free_port
 from tap_flower.run.resources import Resources
@@ -107,9 +107,9 @@ def simulate(
             new = list(read_events(out, seen)) if _identity(out / METRICS) != before else []
             for event in new:
                 on_event(event)
-                if event["event"] == "failed":
+                if event["event"] == FAILED:
                     raise SimulationError(event["problem"])
-                if event["event"] == "end":
+                if event["event"] == END:
                     return read_results(out)
             if status.startswith("finished"):  # and the events since it was asked for have been read
                 raise SimulationError(f"the run ended with status {status}{cause(flower.log)}\n{_tail(flower.log)}")

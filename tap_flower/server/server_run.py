@@ -24,7 +24,7 @@ from tap_flower.errors import ConfigError, MessageError, RunError
 from tap_flower.files import write_json
 from tap_flower.methods.registry import find_method
 from tap_flower.plain import printable
-from tap_flower.report.events import EventLog
+from tap_flower.report.events import END, FAILED, EventLog
 from tap_flower.report.results import RESULTS
 from tap_flower.report.trackers import Tracked, open_trackers
 from tap_flower.server import checkpoint
@@ -126,7 +126,7 @@ class ServerRun:
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         if isinstance(error, Exception):
-            self.events.write("failed", round=self.progress.round, problem=str(error), type=type(error).__name__)
+            self.events.write(FAILED, round=self.progress.round, problem=str(error), type=type(error).__name__)
             log(ERROR, "The run has failed after %d complete rounds: %s", self.progress.round, error)
             log(
                 ERROR, "Mend that, then go on with `--resume` (TapStrategy: resume=True) and the folder %s", self.folder
@@ -307,7 +307,7 @@ class ServerRun:
         write_json(self.folder / RESULTS, summary)
         private = {key: summary[key] for key in ("privacy",) if key in summary}
         self.events.write(
-            "end",
+            END,
             round=self.progress.round,
             seconds=seconds["total"],
             tasks=self.result.tasks,

@@ -17,7 +17,7 @@ import pytest
 
 from tap_flower.config import load_config
 from tap_flower.errors import ConfigError
-from tap_flower.report.events import EventLog
+from tap_flower.report.events import EventLog, read_events
 from tap_flower.report.trackers import TRACKERS, Tracked, open_trackers
 
 ROUNDS = [
@@ -253,3 +253,23 @@ def test_a_tracker_that_fails_does_not_end_the_run(
     assert Down.told == 1
     assert "Down is not told any more: the server is down" in caplog.text
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(("last", "complete"), [("end", True), ("failed", False)])
+def test_a_run_is_not_told_to_have_ended_before_its_trackers(tmp_path: Path, last: str, complete: bool) -> None:
+    """`simulate` stops the server's process when it reads the last event; a tracker may take seconds to send what it has."""
+    seen: list[Any] = []
+
+    class Slow:
+        def log(self, step: int, scalars: Any) -> None:
+            pass
+
+        def close(self, complete: bool) -> None:
+            seen.append((complete, [event["event"] for event in read_events(tmp_path)]))
+
+    log = EventLog(tmp_path, None, [Slow()])  # type: ignore[list-item]
+    log.write("start", round=0)
+    log.write(last, round=2, seconds=1.0, tasks=TASKS)
+    assert [event["event"] for event in read_events(tmp_path)] == ["start", last]
+    log.close(complete=False)
+    assert seen == [(complete, ["start"])]
