@@ -34,6 +34,8 @@ from tap_flower.run.resources import Resources
 CONNECTION = "tap-flower"
 """The name of the SuperLink in its own configuration of Flower."""
 _START_SECONDS, _END_SECONDS, _KILL_SECONDS = 60.0, 15.0, 5.0
+_DONE_SECONDS = 0.5
+"""Seconds that Flower and Ray have to end after a run is over, when nothing of theirs is needed any more."""
 _FIRST_STATUS_SECONDS, _STATUS_SECONDS = 10.0, 30.0
 """Seconds without the first event, or a new one, after which Flower is asked whether the run is still alive."""
 _ERROR = re.compile(r"\b(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): .*")
@@ -178,6 +180,7 @@ def superlink(folder: Path) -> Iterator[Flower]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    patience = _END_SECONDS
     try:
         deadline = time.monotonic() + _START_SECONDS
         while not _answers(port):
@@ -185,16 +188,17 @@ def superlink(folder: Path) -> Iterator[Flower]:
                 raise SimulationError(f"Flower's SuperLink did not start{cause(flower.log)}\n{_tail(flower.log)}")
             time.sleep(0.1)
         yield flower
+        patience = _DONE_SECONDS
     finally:
-        _end(process, home)
+        _end(process, home, patience)
 
 
-def _end(process: subprocess.Popen[bytes], home: Path) -> None:
-    """Ends the SuperLink and its processes: asks first, then kills.
+def _end(process: subprocess.Popen[bytes], home: Path, patience: float) -> None:
+    """Ends the SuperLink and its processes: asks first, then kills those that have not ended after `patience` seconds.
 
     What Ray starts has sessions of its own, and may start while its parent ends. It is known by its `FLWR_HOME`.
     """
-    asked, deadline = set[psutil.Process](), time.monotonic() + _END_SECONDS
+    asked, deadline = set[psutil.Process](), time.monotonic() + patience
     while (family := _family(process, home)) and time.monotonic() < deadline + _KILL_SECONDS:
         for member in family:
             with suppress(psutil.NoSuchProcess):
