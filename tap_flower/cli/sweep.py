@@ -30,7 +30,7 @@ def sweep_command(
     ] = None,
     keep: Annotated[
         Path | None,
-        typer.Option(help="Copy the small files of finished runs here; as --out it gives the tables again."),
+        typer.Option(help="Copy the small files of each finished run here; a run that is here is not run again."),
     ] = None,
     cpus_per_run: CpusPerRun = None,
     gpus_per_run: GpusPerRun = None,
@@ -41,12 +41,13 @@ def sweep_command(
     from tap_flower.study.plan import read_sweep
 
     console, out = Console(), out or Path("runs") / file.stem
-    sweep = read_sweep(file, out)
-    failed = execute_missing(console, sweep.runs, (ray, cpus_per_run, gpus_per_run))
+    sweep = read_sweep(file, out, keep)
+    if keep is not None:
+        kept.keep([run.folder for run in sweep.runs if run.done], keep)
+    failed = execute_missing(console, sweep.runs, (ray, cpus_per_run, gpus_per_run), keep)
     write_tables(console, sweep, f"Sweep {file.stem}", f"Preset {sweep.runs[0].preset}; the file is {file.name}.", out)
     if keep is not None:
-        kept.keep(finished := [run.folder for run in sweep.runs if run.done], keep)
-        say(console, f"{len(finished)} runs kept in {keep}")
+        say(console, f"{sum(run.done for run in sweep.runs)} runs kept in {keep}")
     exit_if(failed)
 
 
@@ -69,9 +70,12 @@ def write_tables(console: Console, sweep: Sweep, title: str, lead: str, out: Pat
     say(console, f"tables in {out / 'table.md'}, .csv, .tex and .html")
 
 
-def execute_missing(console: Console, runs: Sequence[PlannedRun], where: Where) -> list[Outcome]:
-    """Executes the missing runs, prints a line for each, and returns those that failed."""
+def execute_missing(
+    console: Console, runs: Sequence[PlannedRun], where: Where, keep: Path | None = None
+) -> list[Outcome]:
+    """Executes the missing runs, prints a line for each, keeps the small files of each, and returns those that failed."""
     from tap_flower.config import client_specs
+    from tap_flower.study import kept
     from tap_flower.study.execute import cluster, execute, share_of
 
     missing = [run for run in runs if not run.done]
@@ -86,6 +90,8 @@ def execute_missing(console: Console, runs: Sequence[PlannedRun], where: Where) 
 
     def finished(outcome: Outcome) -> None:
         failed.extend([outcome] if outcome.problem else [])
+        if keep is not None and not outcome.problem:
+            kept.keep([outcome.run.folder], keep)
         how = f"[bold red]failed[/]: {escape(outcome.problem)}" if outcome.problem else f"{outcome.seconds:.0f} s"
         say(console, f"{next(ended)}/{len(missing)} {outcome.run.label}, seed {outcome.run.seed}: {how}")
 

@@ -91,7 +91,7 @@ class Sweep:
         return tuple(sorted(different, key=lambda run: seeds.index(run.seed)))
 
 
-def read_sweep(file: Path, out: Path) -> Sweep:
+def read_sweep(file: Path, out: Path, kept: Path | None = None) -> Sweep:
     """Reads a sweep and checks every run of it before the first one starts.
 
     The file has `seeds`, a list; `methods`, a list of names, or a mapping of labels to settings (`method` among them where
@@ -103,6 +103,7 @@ def read_sweep(file: Path, out: Path) -> Sweep:
         file: the YAML file.
         out: folder of the sweep; that of a run is OUT/LABEL/seed-N, or OUT/LABEL+steps/seed-N where the budget `steps`
             gives it other steps.
+        kept: folder of runs that were kept of this sweep; they count as finished.
 
     Raises:
         ConfigError: something in the file is wrong, or a folder holds a finished run of another configuration.
@@ -123,9 +124,14 @@ def read_sweep(file: Path, out: Path) -> Sweep:
             f"{file}: budgets is {budgets!r}: list {ROUNDS}, {STEPS} or both, such as [{ROUNDS}, {STEPS}]"
         )
 
+    places = [out] if kept is None else [out, kept]
+
+    def folder(run: str) -> Path:
+        return next((place / run for place in places if (place / run / RESULTS).exists()), out / run)
+
     def planned(label: str, own: Sequence[str]) -> list[PlannedRun]:
         return [
-            PlannedRun(label, seed, preset, config, (*common, *own, f"seed={seed}"), out / label / f"seed-{seed}")
+            PlannedRun(label, seed, preset, config, (*common, *own, f"seed={seed}"), folder(f"{label}/seed-{seed}"))
             for seed in seeds
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +101,31 @@ def test_what_is_finished_is_not_run_again(command: Any, tmp_path: Path, execute
     assert status == 0
     assert "1 runs kept in kept" in out
     assert (tmp_path / "kept" / "tap" / "seed-41" / "results.json").exists()
+    shutil.rmtree(tmp_path / "runs")  # as on another machine
+    status, out, _ = command("sweep", "sweep.yaml", "--keep", "kept")
+    assert status == 0
+    assert executed == []
+    assert "1 runs, 1 of them finished" in out
+    (tmp_path / "sweep.yaml").write_text("seeds: [41]\nmethods: [tap]\nset: {train.steps: 3}\n")
+    status, _, err = command("sweep", "sweep.yaml", "--keep", "kept")
+    assert status == 1
+    assert "kept/tap/seed-41 holds a run with another configuration (train.steps differ)" in err
+
+
+def test_a_run_is_kept_when_it_finishes(
+    command: Any, tmp_path: Path, executed: Executed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first(runs: Sequence[PlannedRun], _: Share, finished: Callable[[Outcome], None]) -> None:
+        finished_run(runs[0].folder)
+        (runs[0].folder / "config.yaml").write_text(to_yaml(runs[0].resolved))
+        finished(Outcome(runs[0], 3.0, ""))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(execute, "execute", first)
+    (tmp_path / "sweep.yaml").write_text("seeds: [41]\nmethods: [tap, local]\n")
+    command("sweep", "sweep.yaml", "--keep", "kept")
+    assert (tmp_path / "kept" / "tap" / "seed-41" / "results.json").exists()
+    assert not (tmp_path / "kept" / "local").exists()
 
 
 def test_a_study_does_not_take_over_runs_of_another_configuration(
