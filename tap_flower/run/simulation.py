@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 import psutil
 
+from tap_flower import errors
 from tap_flower.errors import SimulationError
 from tap_flower.plain import printable
 from tap_flower.report.events import END, FAILED, METRICS, read_events
@@ -40,6 +41,8 @@ _FIRST_STATUS_SECONDS, _STATUS_SECONDS = 10.0, 30.0
 """Seconds without the first event, or a new one, after which Flower is asked whether the run is still alive."""
 _ERROR = re.compile(r"\b(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): .*")
 """An exception in a log, as Python writes it."""
+_LINES = 25
+"""Lines of a log that an error quotes."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ def simulate(
                 if event["event"] == END:
                     return read_results(out)
             if status.startswith("finished"):  # and the events since it was asked for have been read
-                raise SimulationError(f"the run ended with status {status}{cause(flower.log)}\n{_tail(flower.log)}")
+                words = flower.log.read_text(errors="replace") + log_of(flower, run_id)
+                raise SimulationError(f"the run ended with status {status}{cause(words)}")
             seen, last = seen + len(new), time.monotonic() if new else last
             if time.monotonic() - last > (_STATUS_SECONDS if seen else _FIRST_STATUS_SECONDS):
                 status, last = status_of(flower, run_id), time.monotonic()
@@ -185,7 +189,9 @@ def superlink(folder: Path) -> Iterator[Flower]:
         deadline = time.monotonic() + _START_SECONDS
         while not _answers(port):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise SimulationError(f"Flower's SuperLink did not start{cause(flower.log)}\n{_tail(flower.log)}")
+                raise SimulationError(
+                    f"Flower's SuperLink did not start{cause(flower.log.read_text(errors='replace'))}"
+                )
             time.sleep(0.1)
         yield flower
         patience = _DONE_SECONDS
@@ -257,14 +263,29 @@ def status_of(flower: Flower, run_id: int) -> str:
     return str(runs[0].get("status", "unknown"))
 
 
+def log_of(flower: Flower, run_id: int) -> str:
+    """What the server of a run has logged; the SuperLink's own log does not hold it."""
+    return _flwr(flower, "log", str(run_id), CONNECTION, "--show").stdout
+
+
 def flwr(flower: Flower, *arguments: str) -> dict[str, Any]:
     """Runs a `flwr` command with `--format json`, and returns its answer.
 
     Raises:
         SimulationError: the command failed.
     """
-    done = subprocess.run(
-        [flower_program("flwr"), *arguments, "--format", "json"],
+    done = _flwr(flower, *arguments, "--format", "json")
+    start = done.stdout.find("{")
+    try:
+        answer = json.loads(done.stdout[start:])
+    except ValueError as error:
+        raise SimulationError(f"flwr {arguments[0]} failed: {(done.stderr or done.stdout).strip()}") from error
+    return dict(answer)
+
+
+def _flwr(flower: Flower, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [flower_program("flwr"), *arguments],
         cwd=flower.folder,
         env=flower.environment,
         stdin=subprocess.DEVNULL,
@@ -272,12 +293,6 @@ def flwr(flower: Flower, *arguments: str) -> dict[str, Any]:
         text=True,
         check=False,
     )
-    start = done.stdout.find("{")
-    try:
-        answer = json.loads(done.stdout[start:])
-    except ValueError as error:
-        raise SimulationError(f"flwr {arguments[0]} failed: {(done.stderr or done.stdout).strip()}") from error
-    return dict(answer)
 
 
 def _answers(port: int) -> bool:
@@ -296,11 +311,11 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_dev
 
 
-def cause(log: Path) -> str:
-    """`: ` and the last exception that a log tells of; `:` where it tells of none."""
-    found = _ERROR.findall(log.read_text(errors="replace"))
-    return f": {printable(found[-1])}; the end of Flower's log:" if found else ":"
-
-
-def _tail(log: Path, lines: int = 25) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+def cause(words: str) -> str:
+    """`: ` and what ended a run: an error of this package alone, or else the last exception of a log and the log's end."""
+    found = _ERROR.findall(words)
+    kind, _, said = found[-1].partition(": ") if found else ("", "", "")
+    if kind.startswith(f"{errors.__name__}."):
+        return f": {printable(said)}"
+    told = f" {printable(found[-1])}; the end of Flower's log:" if found else ""
+    return f":{told}\n" + "\n".join(words.splitlines()[-_LINES:])

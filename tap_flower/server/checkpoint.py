@@ -14,6 +14,7 @@ from torch import Tensor
 from tap_flower.config import Config, plain, to_yaml
 from tap_flower.errors import ConfigError, StorageError
 from tap_flower.files import read_json, read_tensors, write_atomically, write_json, write_tensors
+from tap_flower.plain import leaves
 from tap_flower.server.early_stopping import Validation
 from tap_flower.server.privacy import Ledger
 from tap_flower.wire.fields import Epoch
@@ -86,10 +87,15 @@ def has_begun(folder: Path) -> bool:
     return (folder / "server" / _FILE).exists()
 
 
-def resumable(folder: Path) -> Checkpoint:
+def resumable(folder: Path, config: Config) -> Checkpoint:
     """The checkpoint of a run folder that is to be gone on with.
 
+    Args:
+        folder: the run folder.
+        config: the resolved configuration.
+
     Raises:
+        ConfigError: the run was started with another configuration.
         StorageError: the folder holds none, or it is damaged or of another schema.
     """
     if not has_begun(folder):
@@ -97,7 +103,25 @@ def resumable(folder: Path) -> Checkpoint:
         raise StorageError(
             f"{folder} {what}, so that nothing can be resumed: give the run's folder, or begin a new run"
         )
-    return load(folder / "server")
+    found = load(folder / "server")
+    old, new = dict(leaves(found.progress.config)), dict(leaves(plain(config)))
+    if different := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
+        raise ConfigError(
+            f"{folder} was started with another configuration ({', '.join(different)} differ): resume it with the same "
+            f"preset, file and settings"
+        )
+    return found
+
+
+def can_begin(folder: Path) -> bool:
+    """Whether a new run may begin in a folder: it is empty or not there, or its run has no complete round.
+
+    Raises:
+        StorageError: the checkpoint there cannot be read.
+    """
+    if has_begun(folder):
+        return not load(folder / "server").progress.round
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def start_or_resume(config: Config, folder: Path, resume: bool) -> Checkpoint:
@@ -117,18 +141,12 @@ def start_or_resume(config: Config, folder: Path, resume: bool) -> Checkpoint:
         StorageError: the folder cannot be made, or the checkpoint cannot be read.
     """
     if resume:
-        found = resumable(folder)
-        old, new = found.progress.config, plain(config)
-        if different := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
-            raise ConfigError(
-                f"{folder} was started with another configuration ({', '.join(different)} differ): resume it with the "
-                f"same preset, file and settings"
-            )
-        return found
-    if has_begun(folder) and not (found := load(folder / "server")).progress.round:
-        return Checkpoint(Progress(found.progress.run, plain(config), found.progress.epochs))
-    if folder.exists() and any(folder.iterdir()):
+        return resumable(folder, config)
+    if not can_begin(folder):
         raise ConfigError(f"{folder} is not empty: give another folder with `--out`, or go on with `--resume`")
+    if has_begun(folder):
+        before = load(folder / "server").progress
+        return Checkpoint(Progress(before.run, plain(config), before.epochs))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

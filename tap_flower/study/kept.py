@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import yaml
 from tap_flower.config import options, read_yaml
 from tap_flower.errors import ConfigError
 from tap_flower.files import write_atomically
+from tap_flower.plain import leaves
 from tap_flower.report.results import RESULTS, read_results
 
 CONFIG = "config.yaml"
@@ -72,16 +73,8 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
 def different(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The options in which two portable configurations differ; what the old one has not, it has by default."""
     defaults = {key: value.name if isinstance(value, Enum) else value for key, value, _ in options()}
-    known = {**defaults, **dict(_flat(old))}
-    return sorted(key for key, value in _flat(new) if known.get(key) != value)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    known = {**defaults, **dict(leaves(old))}
+    return sorted(key for key, value in leaves(new) if known.get(key) != value)
 
 
 def _without_folders(value: Any) -> Any:

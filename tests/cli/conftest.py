@@ -51,6 +51,6 @@ def finished_run(folder: Path) -> dict[str, Any]:
         dropped={},
         seconds={"total": 1.0},
     )
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(found))
     return found

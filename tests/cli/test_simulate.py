@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from tap_flower.config import load_config, plain
 from tap_flower.errors import SimulationError
 from tap_flower.files import write_tensors
 from tap_flower.run import resources, simulation
 from tap_flower.run.resources import Machine, Resources
 from tap_flower.run.simulation import Launch
+from tap_flower.server import checkpoint
 
 from .conftest import finished_run
 
@@ -50,6 +52,33 @@ def test_bad_input_is_told_before_anything_starts(
     assert problem in err
     assert "Traceback" not in out + err
     assert (tmp_path / "used" / "file").read_text() == "precious"
+
+
+def begun(folder: Path, rounds: int) -> None:
+    """A run folder of the demo, seed 41, after some complete rounds."""
+    progress = checkpoint.Progress("r", plain(load_config("demo")), round=rounds)
+    checkpoint.save(folder / "server", progress, {}, {})
+
+
+def test_a_resume_with_other_settings_names_them_before_anything_starts(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulation, "simulate", lambda *_: pytest.fail("started"))
+    begun(tmp_path / "run", rounds=1)
+    options = ("--set", "train.steps=2", "--rounds", "3", "--out", str(tmp_path / "run"), "--resume")
+    code, _, err = command("simulate", *options)
+    assert code == 1
+    assert "run was started with another configuration (rounds, train.steps differ): resume it with the same" in err
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_run_that_failed_before_its_first_round_is_not_in_the_way(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int
+) -> None:
+    monkeypatch.setattr(simulation, "simulate", lambda launch, *_: finished_run(launch.out))
+    begun(tmp_path / "run", rounds)
+    code, _, err = command("simulate", "--set", "train.steps=2", "--out", str(tmp_path / "run"))
+    assert (code, "run is not empty" in err) == ((1, True) if rounds else (0, False))
 
 
 def test_an_unknown_option_is_an_error(command: Any) -> None:

@@ -23,15 +23,18 @@ def test_the_flower_app_is_in_the_source_tree() -> None:
     assert app_folder() == Path(__file__).parent.parent.parent
 
 
-def test_the_cause_of_a_failed_run_is_the_last_exception_of_its_log(tmp_path: Path) -> None:
-    log = tmp_path / "flower.log"
-    log.write_text(
-        'Traceback (most recent call last):\n  File "a.py"\nValueError: first\n\x1b[91mERROR \x1b[0m: '
-        "Traceback\ntap_flower.errors.ConfigError: rounds = 0 is out of bounds\nINFO: ended\n"
+def test_the_cause_of_a_failed_run_is_the_last_exception_of_its_log() -> None:
+    words = (
+        'Traceback (most recent call last):\n  File "a.py"\nValueError: first\nray.exceptions.Lost: gone\nINFO: ended\n'
     )
-    assert cause(log) == ": tap_flower.errors.ConfigError: rounds = 0 is out of bounds; the end of Flower's log:"
-    log.write_text("INFO: ended\n")
-    assert cause(log) == ":"
+    assert cause(words.replace("Lost", "LostError")) == (
+        ": ray.exceptions.LostError: gone; the end of Flower's log:\n" + words.replace("Lost", "LostError").rstrip()
+    )
+    words += (
+        "\x1b[91mERROR \x1b[0m: Traceback\ntap_flower.errors.ConfigError: rounds = 0 is out of bounds\nINFO: ended\n"
+    )
+    assert cause(words) == ": rounds = 0 is out of bounds"
+    assert cause("INFO: ended\n") == ":\nINFO: ended"
 
 
 @pytest.mark.parametrize("ends", [True, False])
