@@ -7,7 +7,9 @@ mean over the units of a batch; evaluation sums over the whole data set first, s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tap_flower.core.headline import Headline
+from tap_flower.errors import ClientError, in_task
 
 IGNORE = -100
 """Target value of a padded text position: it is in no loss, no distillation and no metric."""
@@ -251,3 +254,19 @@ IMAGE_GENERATION = image_generation(IMAGE_STD)
 TASK_KINDS: Mapping[str, TaskKind] = {
     kind.name: kind for kind in (IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, TEXT_GENERATION, IMAGE_GENERATION)
 }
+
+
+@contextmanager
+def computing(task: str) -> Iterator[None]:
+    """Names the task of a batch that cannot be computed with."""
+    try:
+        with in_task(task):
+            yield
+    except IndexError as error:
+        # torch's words; the label itself is the client's own.
+        if re.match(r"Target -?\d+ is out of bounds", str(error)):
+            raise ClientError(
+                f"task {task!r}: a label is outside of the model's outputs, which are numbered from 0: give the model as "
+                f"many outputs as there are classes, or correct the label, which the log of the node tells"
+            ) from error
+        raise

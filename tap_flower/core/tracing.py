@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tap_flower.core.components import ComponentMap, Pair
 from tap_flower.core.module_tensors import BuiltModule, as_float32, is_norm, still_norms
 from tap_flower.core.seeds import named_seed, seeded
-from tap_flower.core.tasks import TASK_KINDS, TaskKind
+from tap_flower.core.tasks import TASK_KINDS, TaskKind, computing
 from tap_flower.errors import ClientError, TapFlowerError, defined_at, users_line
 
 Forward = Callable[[Any, Any], Any]
@@ -75,7 +75,7 @@ def of_the_user(what: str, *functions: object) -> Iterator[None]:
     except Exception as error:
         log.exception("%s failed", what)
         places = [
-            users_line(error) or "; ".join(filter(None, map(defined_at, functions))),
+            users_line(error) or "; ".join(dict.fromkeys(filter(None, map(defined_at, functions)))),
             "the log of the node says more",
         ]
         raise ClientError(f"{what} raised {type(error).__name__}: {', '.join(filter(None, places))}") from error
@@ -154,16 +154,14 @@ def _tried(task: TracedTask, built: BuiltModule, module: nn.Module, given: bool)
                 continue
             tried.add((target.shape, training))
         module.train(training)
-        if kind.name in TASK_KINDS and not isinstance(target, Tensor):
-            parts = {type(part).__name__ for part in target} if isinstance(target, list | tuple) else set[str]()
-            told = f" of {' and '.join(sorted(parts))}" if parts else ""
-            raise ClientError(
-                f"task {name!r}: `target` returned a {type(target).__name__}{told}: return a tensor, of labels the numbers "
-                f"of their classes, counted from 0"
-            )
+        if kind.name in TASK_KINDS:
+            _check_tensor(f"task {name!r}: `target`", target, "of labels the numbers of their classes, counted from 0")
         with of_the_user(f"task {name!r}: `forward`", task.forward):
             output = task.forward(module, batch)
-        with of_the_user(f"task {name!r}: the losses of kind {kind.name!r}", kind.losses, task.forward, task.target):
+        if kind.name in TASK_KINDS:
+            _check_tensor(f"task {name!r}: `forward`", output, "of a classifier the logits [examples, classes]")
+        told = of_the_user(f"task {name!r}: the losses of kind {kind.name!r}", kind.losses, task.forward, task.target)
+        with told, computing(name):
             losses = kind.losses(output, target)
         _check_units(f"task {name!r}: the losses", losses)
         if losses.requires_grad:
@@ -186,6 +184,13 @@ def _tried(task: TracedTask, built: BuiltModule, module: nn.Module, given: bool)
     if not found and not given:
         raise ClientError(f"task {name!r}: its loss depends on no trainable tensor: look at its `forward`")
     return found
+
+
+def _check_tensor(what: str, found: Any, form: str) -> None:
+    if not isinstance(found, Tensor):
+        parts = {type(part).__name__ for part in found} if isinstance(found, list | tuple) else set[str]()
+        told = f" of {' and '.join(sorted(parts))}" if parts else ""
+        raise ClientError(f"{what} returned a {type(found).__name__}{told}: return a tensor, {form}")
 
 
 def _check_units(what: str, found: Any) -> None:

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tap_flower.core.tasks import Statistics, TaskKind
-from tap_flower.errors import ClientError, DivergedError, in_task, users_line
+from tap_flower.core.tasks import Statistics, TaskKind, computing
+from tap_flower.errors import ClientError, DivergedError, users_line
 
 CALL = "call"
 """Name of the only input where a loop of the project's own trains: (args, kwargs) of its call of the module."""
@@ -171,23 +171,6 @@ def torch_algorithms(deterministic: bool) -> Iterator[None]:
             torch.backends.cudnn.benchmark = benchmark
 
 
-@contextmanager
-def _computing(task: str) -> Iterator[None]:
-    """Names the task of a batch that cannot be computed with."""
-    try:
-        with in_task(task):
-            yield
-    except IndexError as error:
-        if re.match(
-            r"Target -?\d+ is out of bounds", str(error)
-        ):  # torch's words; the label itself is the client's own
-            raise ClientError(
-                f"task {task!r}: a label is outside of the model's outputs, which are numbered from 0: give the model as "
-                f"many outputs as there are classes, or correct the label, which the log of the node tells"
-            ) from error
-        raise
-
-
 def train(
     model: PairModel,
     kinds: Mapping[str, TaskKind],
@@ -220,7 +203,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         for _ in range(optimisation.accumulation):
             batch = next(batches)
-            with _computing(batch.task):
+            with computing(batch.task):
                 output = model(batch.task, batch.inputs)
                 losses = kinds[batch.task].losses(output, batch.target)
                 loss = losses.mean()
@@ -269,7 +252,7 @@ def evaluate(
     model.eval()
     sums: dict[str, Statistics] = {}
     for batch in batches:
-        with _computing(batch.task):
+        with computing(batch.task):
             output = model(batch.task, batch.inputs)
             if observe is not None:
                 observe(batch, output)

@@ -48,5 +48,7 @@ def test_a_folder_without_a_run_is_not_resumed(federation: ToyFederation) -> Non
 def test_another_configuration_is_not_resumed(federation: ToyFederation) -> None:
     federation.strategy().start(federation.grid())
     federation.settings += ["seed=9", "train.steps=3"]
-    with pytest.raises(ConfigError, match=r"another configuration \(seed, train.steps differ\): resume it with the same"):
+    with pytest.raises(
+        ConfigError, match=r"another configuration \(seed, train.steps differ\): resume it with the same"
+    ):
         federation.strategy(resume=True).start(federation.grid())
