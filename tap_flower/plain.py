@@ -168,7 +168,11 @@ def with_value(problem: str, text: str) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'tap'?)` with the known word that is most like another one, in capitals or not; else nothing."""
+    """` (did you mean 'tap'?)` with the known word that is most like another one, in capitals or not; else nothing.
+
+    An abbreviation is known by the first letters of a name's parts: `train.lr` is `train.learning_rate`.
+    """
     lower = {name.lower(): name for name in known}
-    near = get_close_matches(word[:64].lower(), lower, n=1, cutoff=0.5)
-    return f" (did you mean {lower[near[0]]!r}?)" if near else ""
+    short = {re.sub(r"([a-z])[a-z]*(_|$)", r"\1", name): name for name in lower.values() if "_" in name}
+    near = [short[word]] if word in short else get_close_matches(word[:64].lower(), lower, n=1, cutoff=0.5)
+    return f" (did you mean {lower.get(near[0], near[0])!r}?)" if near else ""

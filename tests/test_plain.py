@@ -8,6 +8,7 @@ from tap_flower import plain
 from tap_flower.plain import (
     DEEPEST,
     PlainError,
+    did_you_mean,
     parse_json,
     parse_yaml,
     printable,
@@ -108,3 +109,17 @@ def test_a_long_value_is_shown_shortened() -> None:
     assert shown("ann") == "'ann'"
     assert len(shown("x" * 10**6)) < 150
     assert len(shown({str(n): ["x" * 1000] * 1000 for n in range(1000)})) < 5000
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("train.lr", "train.learning_rate"),
+        ("train.LEARNING_RATE", "train.learning_rate"),
+        ("train.stepz", "train.steps"),
+    ],
+)
+def test_what_is_meant_by_a_word(word: str, meant: str) -> None:
+    assert (
+        did_you_mean(word, ["train.clip_norm", "train.learning_rate", "train.steps"]) == f" (did you mean {meant!r}?)"
+    )

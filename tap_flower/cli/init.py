@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,35 +47,60 @@ def init_command(
     """Write a client spec for your own data, with comments; run `tap-flower check` next."""
     if out.exists():
         raise SpecError(f"{out} is there already: give another file with --out, or remove it")
-    task = guessed_task(data.resolve())
-    out.write_text(spec_text(name, backbone, task), encoding="utf-8")
     console = Console()
-    if left := _tables(data)[1]:
-        say(console, f"[yellow]left out:[/] {escape(', '.join(path.name for path in left))}")
+    task = guessed_task(data.resolve(), lambda words: say(console, f"[yellow]{escape(words)}"))
+    out.write_text(spec_text(name, backbone, task), encoding="utf-8")
     say(
         console,
         f"{out}: task {task['name']!r}, {task['kind']}; read it, change what is wrong, then: tap-flower check {out}",
     )
 
 
-def guessed_task(data: Path) -> dict[str, Any]:
+def guessed_task(data: Path, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Guesses a task from a folder or a file, in the form of a client spec.
 
+    Args:
+        data: the folder or file.
+        tell: called with what the guess leaves out, and what it puts together.
+
     Raises:
-        SpecError: nothing there can be read.
+        SpecError: nothing there can be read, or a folder in it is what was meant.
     """
     if not data.exists():
         raise SpecError(f"{data} does not exist: give a folder, or a CSV, JSON or Parquet file")
     if data.is_file():
         if data.suffix.lower() not in _FORMATS:
             raise SpecError(f"{data} is no file that can be read: give one of {', '.join(_FORMATS)}, or a folder")
-        return _of_files({"all": data}, data.stem)
-    files, _ = _tables(data)
+        return _of_files({"all": data}, data.stem, tell)
+    files, left = _tables(data)
     if files:
+        splits = _by_split(files)
+        if splits:
+            tell(f"read as {', '.join(f'{split} data: {path.name}' for split, path in splits.items())}")
+        elif len(files) > 1:
+            tell(f"read as one table: {', '.join(path.name for path in files)}")
+        if left:
+            tell(f"left out: {', '.join(path.name for path in left)}")
         all_ = files[0] if len(files) == 1 else data / f"*{files[0].suffix}"
-        return _of_files(_by_split(files) or {"all": all_}, data.name)
-    folders = [path for path in sorted(data.iterdir()) if path.is_dir()]
-    return _of_images(data, _by_split(folders) or {"all": data})
+        task = _of_files(splits or {"all": all_}, data.name, tell)
+        if "image" not in task["modalities"] and (images := _images_in(data)):
+            tell(f"left out: {images:,} images, which no column of the table names")
+        return task
+    folders = _folders_in(data)
+    splits = _by_split(folders)
+    if not splits and (meant := next((path for path in folders if _by_split(_folders_in(path))), None)):
+        raise SpecError(f"{data} is not split, and {meant.name} in it is: give {meant}")
+    return _of_images(data, splits or {"all": data})
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.is_dir()]
+
+
+def _images_in(folder: Path) -> int:
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    return sum(path.suffix.lower() in ImageFolder.EXTENSIONS for path in folder.rglob("*"))
 
 
 def _tables(data: Path) -> tuple[list[Path], list[Path]]:
@@ -91,11 +116,12 @@ def _tables(data: Path) -> tuple[list[Path], list[Path]]:
 
 def _by_split(paths: Sequence[Path]) -> dict[str, Path]:
     """Assigns paths to splits by their names; empty unless there are some for training and some for testing."""
+    parts = {path: re.split(r"[-._]", path.stem.lower()) for path in paths}
     found = {
         split: path
         for split, words in _SPLITS.items()
-        for path in paths
-        if re.split(r"[-._]", path.stem.lower())[0] in words
+        for path, said in parts.items()  # train-1.csv, orders-train.csv; the last word of a folder may be its class's
+        if said[0] in words or (path.suffix and said[-1] in words)
     }
     return found if {"train", "test"} <= found.keys() else {}
 
@@ -113,7 +139,7 @@ def _of_images(folder: Path, splits: Mapping[str, Path]) -> dict[str, Any]:
     return _task(folder.name, kind, ["image"], columns, classes, _split(given, rows, "file"))
 
 
-def _of_files(splits: Mapping[str, Path], name: str) -> dict[str, Any]:
+def _of_files(splits: Mapping[str, Path], name: str, tell: Callable[[str], None]) -> dict[str, Any]:
     given: dict[str, dict[str, Any]] = {}
     for split, path in splits.items():
         given[split] = {"format": _FORMATS[path.suffix.lower()], "path": str(path)}
@@ -157,6 +183,8 @@ def _of_files(splits: Mapping[str, Path], name: str) -> dict[str, Any]:
     else:
         raise SpecError(f"{first} has neither a label nor a target in {', '.join(head)}: write the client spec by hand")
     by = _first(_GROUPS, left, lambda name: len(set(map(str, head[name]))) > 2) or columns[modalities[0]]
+    if unused := [name for name in head if name not in (*columns.values(), by)]:
+        tell(f"left out: the columns {', '.join(unused)}")
     return _task(name, kind, list[str](modalities), columns, classes, _split(given, rows, by))
 
 

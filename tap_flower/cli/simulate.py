@@ -87,7 +87,10 @@ def simulate_command(
     budget_of(resolved)
     specs = client_specs(resolved)
     if not specs:
-        raise ConfigError(f"preset {preset!r} has no clients: add client specs under `clients`")
+        raise ConfigError(
+            f"preset {preset!r} has no clients: add client specs under `clients` of a --config file, or run a Flower "
+            f"project of your own with `flwr run`"
+        )
     check_fetched(specs, resolved.data.root, f"tap-flower fetch {preset}")
     named = Path("runs") / f"{preset}-seed{resolved.seed}"
     if out is None and not resume and has_begun(named) and not (named / RESULTS).exists():

@@ -227,10 +227,9 @@ def _parts(
         component_of |= {n: _fits(n, patterns)[0] if _fits(n, patterns) else _layer(n) for n in held if n in moving}
     if local := [name for name in built.trainable if name not in anywhere]:
         log.warning(
-            "no task reaches the trainable tensor %r (%d in all): what no task reaches is not averaged and stays on the "
-            "client; say by `reach` what a task reaches that its first examples do not show",
-            local[0],
-            len(local),
+            "no task reaches the trainable tensors %s: what no task reaches is not averaged and stays on the client; say by "
+            "`reach` what a task reaches that its first examples do not show",
+            ", ".join(map(repr, local[:5])) + (f" and {len(local) - 5} more" if len(local) > 5 else ""),
         )
     counts = {name for name in moving if not built.values[name].is_floating_point()}  # of batches, say
     stays = (moving if buffers == PERSONAL else counts) | set(local) | (moving - anywhere)

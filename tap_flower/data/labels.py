@@ -69,9 +69,9 @@ def read_labels(
                 number, by_place = at, True
                 placed.append(RowError(f"has label {label!r} beside names of classes", row, f"{rest}: write its name"))
             if number is None:
-                errors.append(
-                    RowError(f"has label {label!r}", row, f"{rest}{_hint(label, known)}: correct one of them")
-                )
+                numbers = place and _whole(label) is not None
+                remedy = "list what the data say under `labels`" if numbers else "correct one of them"
+                errors.append(RowError(f"has label {label!r}", row, f"{rest}{_hint(label, known)}: {remedy}"))
             found.append(NO_CLASS if number is None else number)
     if 0 < len(placed) < len(found) - found.count(NO_CLASS):
         return found, errors + placed

@@ -128,9 +128,8 @@ class ServerRun:
         if isinstance(error, Exception):
             self.events.write(FAILED, round=self.progress.round, problem=str(error), type=type(error).__name__)
             log(ERROR, "The run has failed after %d complete rounds: %s", self.progress.round, error)
-            log(
-                ERROR, "Mend that, then go on with `--resume` (TapStrategy: resume=True) and the folder %s", self.folder
-            )
+            how = "go on with `--resume` (TapStrategy: resume=True)" if self.progress.round else "begin anew"
+            log(ERROR, "Mend that, then %s in the folder %s", how, self.folder)
         self.events.close(complete=error is None)
 
     def gather(self, grid: StreamingGrid, expected: int, fraction_train: float | None) -> None:

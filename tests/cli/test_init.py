@@ -154,3 +154,35 @@ def test_what_it_cannot_use_is_told(name: str, content: str | None, problem: str
     assert code == 1
     assert problem in err
     assert "Traceback" not in out + err
+
+
+def test_a_folder_above_the_one_that_is_split_is_refused(command: Any, tmp_path: Path) -> None:
+    for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        pictures(tmp_path / "data" / "pets" / name, 2)
+    code, _, err = command("init", "data")
+    assert code == 1
+    assert "data is not split, and pets in it is: give" in err
+    assert not (tmp_path / "client.yaml").exists()
+
+
+def test_what_it_leaves_out_or_puts_together_is_told(command: Any, tmp_path: Path) -> None:
+    shop = tmp_path / "shop"
+    pictures(shop / "photographs", 3)
+    rows = "".join(f"{n},item number {n},{'tool' if n % 2 else 'toy'},9.5\n" for n in range(40))
+    for name in ("orders-train", "orders-test"):
+        (shop / f"{name}.csv").write_text(f"id,item,department,price\n{rows}")
+    (shop / "prices.json").write_text('[{"item": "saw"}]')
+    code, out, err = command("init", "shop")
+    assert code == 0, err
+    assert "read as train data: orders-train.csv, test data: orders-test.csv" in out
+    assert "left out: prices.json" in out
+    assert "left out: 3 images, which no column of the table names" in out
+    assert "left out: the columns id, price" in out
+    (task,) = yaml.safe_load((tmp_path / "client.yaml").read_text())["tasks"]
+    assert task["train"]["path"].endswith("orders-train.csv")
+    assert task["test"]["path"].endswith("orders-test.csv")
+
+    (shop / "orders-test.csv").rename(shop / "orders-old.csv")
+    code, out, err = command("init", "shop", "--out", "one.yaml")
+    assert code == 0, err
+    assert "read as one table: orders-old.csv, orders-train.csv" in out

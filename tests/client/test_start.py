@@ -131,7 +131,7 @@ def test_tracing_runs_batches_in_training_and_in_evaluation_mode(caplog: pytest.
     (reached,) = found.reach.values()
     assert {"experts.2"} < reached
     assert "late" not in reached
-    assert "no task reaches the trainable tensor 'late.weight'" in caplog.text
+    assert "no task reaches the trainable tensors 'late.weight'" in caplog.text
     said = session(Client("ann", Branches, [digits(0)], reach={"digits": ["*"]})).outline
     assert set(said.component_map.reach.popitem()[1]) == {"experts.0", "experts.1", "experts.2", "late"}  # type: ignore[attr-defined]
     assert said.local == frozenset()

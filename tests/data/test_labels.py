@@ -34,6 +34,7 @@ def test_folders_in_another_case_are_refused_with_both_lists(tmp_path: Path) -> 
         ([1, 2], ["1", "2", "3"], ["1", "2"]),
         ([1.0, 2.0], ["1", "2", "3"], ["1", "2"]),
         ([0, 1], ["1", "2", "3"], "has label 0"),
+        ([2, 1], ["a", "b"], "list what the data say under `labels`"),
         ([0, 2], ["-1", "0", "x"], "has label 2"),
         ([1, 0], ["a", "b"], ["b", "a"]),
         (["1", "0"], ["a", "b"], ["b", "a"]),

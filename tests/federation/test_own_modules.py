@@ -118,7 +118,7 @@ def test_what_no_task_reaches_stays_on_the_client_and_is_named(
         return Client("ann", lambda: Net("digits", "mood"), [digits(0)], state_dir=tmp_path / "state")
 
     strategy, _ = run(tmp_path, "rounds=1", "train.steps=2", "distill.iterations=2", making=other)
-    assert "no task reaches the trainable tensor 'words.weight_ih_l0' (6 in all)" in caplog.text
+    assert "no task reaches the trainable tensors 'words.weight_ih_l0', " in caplog.text
     assert not any(name.startswith("words") for name in strategy.roster.manifests["ann"].tensors)
     (kept,) = (tmp_path / "state" / "ann").glob("*/tap.safetensors")
     assert "words.weight_ih_l0" in load_file(kept)
