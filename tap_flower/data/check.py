@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tap_flower.data.examples import number_aside
 from tap_flower.data.images import DARK, pixels_of, with_image_forms
 from tap_flower.data.labels import NO_CLASS
 from tap_flower.data.loading import SourceRows, read_source, too_few_rows
@@ -205,8 +206,14 @@ class _Checker:
                 problems += [replace(one, what=f"{split} {source} {one.what}") for one in _grouped(role, errors[role])]
         if sizes or not sources:
             problems += [Problem(problem) for problem in too_few_rows(split, sizes)]
-        if split == "train" and hold_out and not self.task.validation and 1 in sizes:
-            problems.append(Problem("train has a source with 1 row, which is trained on and held out", is_note=True))
+        if split == "train" and hold_out and not self.task.validation and sizes:
+            aside = sum(map(number_aside, sizes))
+            what = f"{aside:,} of {sum(sizes):,} training rows decide what is taken over, and are not trained on"
+            problems.append(Problem(f"it has no `validation`, so that {what}", is_note=True))
+            if 1 in sizes:
+                problems.append(
+                    Problem("train has a source with 1 row, which is trained on and held out", is_note=True)
+                )
         empty = [repr(name) for name, count in summary.classes.items() if not count]
         if split == "train" and summary.labelled and empty:
             remedy = "add rows, or drop it from the `classes` of all clients"

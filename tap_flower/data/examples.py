@@ -153,8 +153,13 @@ def set_aside(examples: Examples, seed: int, share: float = HELD_OUT) -> tuple[E
     if len(examples) == 1:
         return examples, examples
     order = permutation(len(examples), seed)
-    held_out = max(1, int(len(examples) * share))
+    held_out = number_aside(len(examples), share)
     return examples.subset(sorted(order[held_out:])), examples.subset(sorted(order[:held_out]))
+
+
+def number_aside(count: int, share: float = HELD_OUT) -> int:
+    """How many of some examples are set aside."""
+    return max(1, int(count * share))
 
 
 def permutation(count: int, seed: int) -> list[int]:

@@ -201,3 +201,12 @@ def test_problems_of_the_client_hide_none_of_its_tasks() -> None:
     spec, problems = check_spec({**spec_of({**READ, "kind": "smelling", "train": [], "test": []}), "nmae": "a"})
     assert spec is None
     assert ["nmae" in str(problems[0]), "smelling" in str(problems[1]), len(problems)] == [True, True, 2]
+
+
+def test_rows_that_are_set_aside_are_told(tmp_path: Path) -> None:
+    spec = client_spec(spec_of(good_notes(tmp_path)))
+    rows = {one.split: one.rows for one in check_data(spec, 8, 41)[0]}["train"]
+    told = f"task 'triage': it has no `validation`, so that 1 of {rows} training rows decide what is taken over, and are not"
+    for hold_out in (True, False):
+        notes = [str(problem) for problem in check_data(spec, 8, 41, hold_out=hold_out)[1] if problem.is_note]
+        assert any(told in note for note in notes) == hold_out
