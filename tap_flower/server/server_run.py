@@ -301,6 +301,8 @@ class ServerRun:
     def write_results(self, seconds: Mapping[str, float]) -> None:
         """Writes `results.json`."""
         self.result.missing = self.attendance.missing(self.result.clients)
+        for who, reason in sorted(self.result.missing.items()):
+            log(WARNING, "Not in the results: %s: %s", who, reason)
         collect(self.result, self.config, self.progress, self.roster, self.first.sent, self.privacy, seconds)
         summary = self.result.summary
         write_json(self.folder / RESULTS, summary)

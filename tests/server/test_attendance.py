@@ -103,7 +103,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.mark.parametrize("private", [False, True])
 def test_a_resumed_run_without_a_client_says_who_is_missing_and_why(
-    make_federation: Make, clock: Clock, private: bool
+    make_federation: Make, clock: Clock, private: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     budget = ["privacy.epsilon=100", "privacy.max_noise=100", "rounds=3"] if private else ["rounds=3"]
     federation = make_federation(TOYS, *budget)
@@ -113,6 +113,7 @@ def test_a_resumed_run_without_a_client_says_who_is_missing_and_why(
     result = federation.strategy(resume=True).start(grid)
     reason = "it has not come back within 1 s after the run was resumed"
     assert result.missing == summary(federation)["missing"] == {"cleo": reason}
+    assert f"Not in the results: cleo: {reason}" in caplog.text
     assert result.clients.keys() == {"ann", "bob", "dan"}
     assert events(federation, "start")[-1]["missing"] == ["cleo"]
     assert ("privacy" in result.summary) == private
