@@ -73,7 +73,7 @@ def headline_table(runs: Sequence[Mapping[str, Any]]) -> Table:
         winner = judged_by[task].best(means)
         stand_out |= {(place, 2 + n) for n, mean in enumerate(means) if mean is not None and mean == winner}
         replaced = fmean(sum(counts.get(task, 0) for counts in run["replacements"].values()) for run in runs)
-        rows.append([task, str(judged_by[task]), *map(spread, found), f"{replaced:g}"])
+        rows.append([task, str(judged_by[task]), *map(spread, found), f"{replaced:.1f}".removesuffix(".0")])
     first, seeds = runs[0], ", ".join(str(run["seed"]) for run in runs)
     if len(runs) > 1:
         caption, note = f"mean of {len(runs)} runs, seeds {seeds}", "mean ± standard deviation over runs"
