@@ -41,6 +41,7 @@ def keep(runs: Sequence[Path], folder: Path) -> None:
         results = read_results(run)
         results["bytes"] = {key: value for key, value in results["bytes"].items() if key != "per_component"}
         text = json.dumps(_rounded(results), separators=(",", ":"), ensure_ascii=False)
+        text = text.replace(f"{run.resolve()}/", "")  # why a client is missing may name its files
         label = folder / run.parent.name
         write_atomically(label / CONFIG, yaml.safe_dump(recorded(run), sort_keys=False, allow_unicode=True).encode())
         write_atomically(label / run.name / RESULTS, f"{text}\n".encode())
