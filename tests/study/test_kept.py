@@ -27,7 +27,8 @@ def write_run(run: Path, config: Config, clients: int) -> None:
     found = results(
         preset="demo", method="tap", seed=config.seed, rounds=2, kinds=dict.fromkeys(tasks, "image_classification"),
         headlines=dict.fromkeys(tasks, Headline("accuracy", True)),
-        clients={f"client-{n}": tasks for n in range(clients)}, replacements={}, missing={}, marks={}, dropped={},
+        clients={f"client-{n}": tasks for n in range(clients)}, replacements={},
+        missing={"client-99": f"{run.resolve()}/clients/client-99 is damaged"}, marks={}, dropped={},
         bytes_={"down": 7, "up": 7, "per_component": {f"mote/{n}": {"down": n, "up": n} for n in range(160)}},
         steps={f"client-{n}": 1000 for n in range(clients)}, seconds={"total": 1 / 3},
     )  # fmt: skip
