@@ -72,7 +72,7 @@ def simulate_command(
     from tap_flower.report.trackers import tracker_names
     from tap_flower.run.resources import CLUSTER, check_cluster, shared, shared_cluster, this_machine
     from tap_flower.run.simulation import Launch, simulate
-    from tap_flower.server.checkpoint import can_begin, has_begun, resumable
+    from tap_flower.server.checkpoint import check_free, has_begun, locked, resumable
     from tap_flower.server.likely_mistakes import likely_mistakes
     from tap_flower.server.privacy import budget_of
 
@@ -98,8 +98,11 @@ def simulate_command(
     out = out or (named if resume else _free_folder(named))
     if resume:
         resumable(out, resolved)  # what is wrong with it is said now
-    elif not can_begin(out):
-        raise ConfigError(f"{out} is not empty: give another folder with `--out`, or go on with `--resume`")
+    else:
+        check_free(out)
+    if out.exists():
+        with locked(out, resume):
+            pass
     held = ((spec.name, task.name, task.kind) for spec in specs for task in spec.tasks)
     for sentence in likely_mistakes(resolved.clients_per_round, None, held):
         say(console, f"[yellow]{escape(sentence)}")

@@ -75,6 +75,7 @@ def execute_missing(
 ) -> list[Outcome]:
     """Executes the missing runs, prints a line for each, keeps the small files of each, and returns those that failed."""
     from tap_flower.config import client_specs
+    from tap_flower.report.results import read_results
     from tap_flower.study import kept
     from tap_flower.study.execute import cluster, execute, share_of
 
@@ -92,7 +93,11 @@ def execute_missing(
         failed.extend([outcome] if outcome.problem else [])
         if keep is not None and not outcome.problem:
             kept.keep([outcome.run.folder], keep)
-        how = f"[bold red]failed[/]: {escape(outcome.problem)}" if outcome.problem else f"{outcome.seconds:.0f} s"
+        if outcome.problem:
+            how = f"[bold red]failed[/]: {escape(outcome.problem)}"
+        else:
+            gone = read_results(outcome.run.folder).get("missing")
+            how = f"{outcome.seconds:.0f} s" + (f", [yellow]without {', '.join(gone)}[/]" if gone else "")
         say(console, f"{next(ended)}/{len(missing)} {outcome.run.label}, seed {outcome.run.seed}: {how}")
 
     address, cpus, gpus = where

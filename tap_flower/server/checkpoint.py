@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from tap_flower.config import Config, plain, to_yaml
@@ -21,7 +23,7 @@ from tap_flower.wire.fields import Epoch
 from tap_flower.wire.messages import Manifest
 
 SCHEMA = 5
-_FILE, _MANIFESTS = "server.safetensors", "manifests.json"
+_FILE, _MANIFESTS, _LOCK = "server.safetensors", "manifests.json", ".lock"
 _BEST = "best/"
 """Begins the names of the best round's tensors in the file, of those that have other values now."""
 
@@ -87,6 +89,19 @@ def has_begun(folder: Path) -> bool:
     return (folder / "server" / _FILE).exists()
 
 
+def check_begun(folder: Path) -> None:
+    """Checks that a run folder holds a run that can be gone on with.
+
+    Raises:
+        StorageError: it holds none.
+    """
+    if not has_begun(folder):
+        what = "holds no run" if folder.exists() else "does not exist"
+        raise StorageError(
+            f"{folder} {what}, so that nothing can be resumed: give the run's folder, or begin a new run"
+        )
+
+
 def resumable(folder: Path, config: Config) -> Checkpoint:
     """The checkpoint of a run folder that is to be gone on with.
 
@@ -98,11 +113,7 @@ def resumable(folder: Path, config: Config) -> Checkpoint:
         ConfigError: the run was started with another configuration.
         StorageError: the folder holds none, or it is damaged or of another schema.
     """
-    if not has_begun(folder):
-        what = "holds no run" if folder.exists() else "does not exist"
-        raise StorageError(
-            f"{folder} {what}, so that nothing can be resumed: give the run's folder, or begin a new run"
-        )
+    check_begun(folder)
     found = load(folder / "server")
     old, new = dict(leaves(found.progress.config)), dict(leaves(plain(config)))
     if different := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
@@ -113,23 +124,59 @@ def resumable(folder: Path, config: Config) -> Checkpoint:
     return found
 
 
-def can_begin(folder: Path) -> bool:
-    """Whether a new run may begin in a folder: it is empty or not there, or its run has no complete round.
+def check_free(folder: Path) -> None:
+    """Checks that a new run may begin in a folder: it is empty or not there, or its run has no complete round.
 
     Raises:
+        ConfigError: it holds another run, or something else.
         StorageError: the checkpoint there cannot be read.
     """
     if has_begun(folder):
-        return not load(folder / "server").progress.round
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        free = not load(folder / "server").progress.round
+    else:
+        files = (file for file in folder.rglob("*") if not file.is_dir())  # a process that was killed leaves .tmp
+        free = not folder.is_file() and all(file.name == _LOCK or file.suffix == ".tmp" for file in files)
+    if not free:
+        raise ConfigError(f"{folder} is not empty: give another folder with `--out`, or go on with `--resume`")
+
+
+@contextmanager
+def locked(folder: Path, resume: bool) -> Iterator[None]:
+    """Keeps other processes from running in a run folder meanwhile. The lock ends with the process, however that ends.
+
+    Args:
+        folder: the run folder; that of a new run is made.
+        resume: whether its run is to be gone on with.
+
+    Raises:
+        ConfigError: another process runs in it.
+        StorageError: it cannot be made or written, or holds nothing to go on with.
+    """
+    lock = FileLock(folder / _LOCK)
+    try:
+        if resume:
+            check_begun(folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"another process runs in {folder}: wait until it has ended, or give another folder with `--out`"
+        ) from None
+    except OSError as error:
+        raise StorageError(f"the run folder {folder} cannot be made or written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def start_or_resume(config: Config, folder: Path, resume: bool) -> Checkpoint:
     """Where a run begins: anew, or after its last complete round.
 
-    A new run's folder stays empty, so that a run which cannot begin after all is not in the way of the next. Neither is a
-    run that failed before its first round was complete: a new one takes its place, as a new history of it, so that what its
-    clients have written is void.
+    Nothing is written yet, so that a run which cannot begin after all is not in the way of the next. Neither is a run that
+    failed before its first round was complete: a new one takes its place, as a new history of it, so that what its clients
+    have written is void.
 
     Args:
         config: the resolved configuration.
@@ -138,19 +185,14 @@ def start_or_resume(config: Config, folder: Path, resume: bool) -> Checkpoint:
 
     Raises:
         ConfigError: a new run's folder holds another run, or a resumed run was started with another configuration.
-        StorageError: the folder cannot be made, or the checkpoint cannot be read.
+        StorageError: the checkpoint cannot be read.
     """
     if resume:
         return resumable(folder, config)
-    if not can_begin(folder):
-        raise ConfigError(f"{folder} is not empty: give another folder with `--out`, or go on with `--resume`")
+    check_free(folder)
     if has_begun(folder):
         before = load(folder / "server").progress
         return Checkpoint(Progress(before.run, plain(config), before.epochs))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"the run folder {folder} cannot be made: {error.strerror}") from error
     return Checkpoint(Progress(uuid.uuid4().hex, plain(config)))
 
 

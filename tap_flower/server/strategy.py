@@ -19,6 +19,7 @@ from tap_flower.config import Config, load_config
 from tap_flower.errors import ConfigError, RunError
 from tap_flower.methods.registry import find_method
 from tap_flower.report.results import RESULTS
+from tap_flower.server import checkpoint
 from tap_flower.server.checkpoint import Progress
 from tap_flower.server.grid import StreamingGrid
 from tap_flower.server.result import TapResult, mean_metrics, round_in_words, told
@@ -137,8 +138,8 @@ class TapStrategy(Strategy):
             evaluate_fn: (round, arrays) -> metrics, called before the first round and after each.
 
         Raises:
-            ConfigError: the folder holds another run, the configuration differs from the one to be resumed, or a tracker or
-                differential privacy cannot be had.
+            ConfigError: the folder holds another run, or another process runs in it; the configuration differs from the one
+                to be resumed, or a tracker or differential privacy cannot be had.
             RunError: clients are missing at the start, since they are not there or cannot take part; or none is left.
             StorageError: the run folder cannot be read or written.
         """
@@ -148,14 +149,15 @@ class TapStrategy(Strategy):
             self.config.round_timeout = timeout
         train_config = ConfigRecord() if train_config is None else train_config
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
-        self.run = run = ServerRun(
-            self.config, self.run_folder, self.resume, initial_arrays, self.round_size, train_config
-        )
-        log(INFO, "Starting %s strategy:", self.__class__.__name__)
-        log_strategy_start_info(self.config.rounds, run.initial_arrays, train_config, evaluate_config)
-        self.summary()
-        with run:
-            result = self._loop(StreamingGrid(grid), train_config, evaluate_config, evaluate_fn)
+        with checkpoint.locked(self.run_folder, self.resume):
+            self.run = run = ServerRun(
+                self.config, self.run_folder, self.resume, initial_arrays, self.round_size, train_config
+            )
+            log(INFO, "Starting %s strategy:", self.__class__.__name__)
+            log_strategy_start_info(self.config.rounds, run.initial_arrays, train_config, evaluate_config)
+            self.summary()
+            with run:
+                result = self._loop(StreamingGrid(grid), train_config, evaluate_config, evaluate_fn)
         log(INFO, "Results: %s; a page of them: tap-flower report %s", self.run_folder / RESULTS, self.run_folder)
         log(INFO, "Final results:")
         for line in io.StringIO(str(result)):

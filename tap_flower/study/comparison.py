@@ -108,6 +108,12 @@ def compare(sweep: Sweep, budget: str = ROUNDS) -> Comparison:
         for seed in seeds
     ]
     one_stage = [label for label in labels if budget == STEPS and sweep.result[label] == "server"]
+    notes = [f"Without a stage 2, with equal steps in stage 1 alone: {', '.join(one_stage)}."] if one_stage else []
+    notes += [
+        f"{label}, seed {seed}: without {', '.join(missing)}, so that its means are over other clients."
+        for (label, seed), results in found.items()
+        if (missing := results.get("missing"))
+    ]
     return Comparison(
         budget,
         labels,
@@ -117,7 +123,7 @@ def compare(sweep: Sweep, budget: str = ROUNDS) -> Comparison:
         mean_ranks(ranked),
         [*_spread(found, sweep.result, units), *_served(found, sweep.result)],
         [Row(name, "a run", _estimates(values), {}) for name, values in costs.items()],
-        f"Without a stage 2, with equal steps in stage 1 alone: {', '.join(one_stage)}." if one_stage else "",
+        " ".join(notes),
     )
 
 

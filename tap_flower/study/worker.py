@@ -83,14 +83,13 @@ def _run(task: Task, folder: Path) -> str:
     from tap_flower.client.app import spec_client_app
     from tap_flower.config import load_config
     from tap_flower.run.in_process import InProcessGrid
+    from tap_flower.server.checkpoint import has_begun
     from tap_flower.server.server_run import final_values
     from tap_flower.server.strategy import TapStrategy
 
     torch.set_num_threads(task.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    resume = (folder / "server" / "server.safetensors").exists()
-    if not resume and folder.exists():  # it ended before its first complete round
-        shutil.rmtree(folder)
+    resume = has_begun(folder)
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / "config.yaml"
         file.write_text(task.config)

@@ -11,7 +11,7 @@ import torch
 from flwr.app import Message
 
 from tap_flower.client.state import PERSONAL
-from tap_flower.errors import StorageError
+from tap_flower.errors import ConfigError, StorageError
 from tap_flower.files import read_record, read_tensors, write_tensors
 from tap_flower.report.events import read_events
 from tap_flower.server import checkpoint
@@ -86,6 +86,33 @@ def test_a_crash_before_a_checkpoint_is_there_goes_on_from_the_one_before(
     assert resumed["clients"] == expected["clients"]
     assert resumed["replacements"] == expected["replacements"]
     assert [e["round"] for e in read_events(crashed.out) if e["event"] == "round"] == [1, 2, 3]
+
+
+def test_a_second_process_does_not_run_in_a_folder_meanwhile(small: Callable[[], ToyFederation]) -> None:
+    federation = small()
+    refused: list[str] = []
+
+    def begin_again(message: Message, reply: Message) -> Message:
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match="another process runs in") as error:
+                federation.strategy(resume=resume).start(federation.grid())
+            refused.append(str(error.value))
+        return reply
+
+    result = federation.strategy().start(federation.grid(tamper=begin_again)).summary
+    assert refused
+    assert result["missing"] == {}
+    assert [e["round"] for e in read_events(federation.out) if e["event"] == "round"] == [1, 2, 3]
+
+
+def test_what_a_killed_process_left_of_its_first_checkpoint_is_in_nobodys_way(
+    small: Callable[[], ToyFederation],
+) -> None:
+    federation = small()
+    (federation.out / "server").mkdir(parents=True)
+    for name in (".lock", "server/.server.safetensors.0.tmp"):
+        (federation.out / name).touch()
+    assert federation.strategy().start(federation.grid()).summary["rounds"] == 3
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(small: Callable[[], ToyFederation], tried: Any) -> None:

@@ -21,7 +21,7 @@ def test_a_used_folder_is_not_overwritten(federation: ToyFederation) -> None:
 def test_a_folder_that_cannot_be_made_is_named(federation: ToyFederation) -> None:
     federation.folder = federation.folder / "file" / "below"
     federation.folder.parent.write_text("x")
-    with pytest.raises(StorageError, match="the run folder .*run cannot be made: Not a directory"):
+    with pytest.raises(StorageError, match="the run folder .*run cannot be made or written: Not a directory"):
         federation.strategy().start(federation.grid())
 
 

@@ -98,7 +98,8 @@ def test_clients_beside_the_mean(tmp_path: Path) -> None:
             written = collected_results(
                 preset="demo", method=label, seed=seed, rounds=2, clients=found, kinds={"t": "text_classification"},
                 headlines={"t": Headline("accuracy", True)},
-                replacements={}, bytes_={"down": 0, "up": 0}, steps={}, missing={}, marks={}, dropped={},
+                replacements={}, bytes_={"down": 0, "up": 0}, steps={}, marks={}, dropped={},
+                missing={"dora": "its node has gone"} if (label, seed) == ("alone", 2) else {},
                 seconds={"total": 1.0},
             )  # fmt: skip
             runs[label, seed] = PlannedRun(label, seed, "demo", "", (), tmp_path / label / str(seed))
@@ -117,6 +118,7 @@ def test_clients_beside_the_mean(tmp_path: Path) -> None:
     assert "| not worse than local | share ↑ | 0.667 | – |" in text
     assert "| t: worst client | accuracy ↑ | 0.433 ± 0.517 | 0.500 ± 0.000 |" in text
     assert "clients,not worse than local,share ↑,tap," in to_csv([found])
+    assert "alone, seed 2: without dora, so that its means are over other clients." in text
 
 
 def test_stars_are_of_corrected_p_values(tmp_path: Path) -> None:
