@@ -53,6 +53,11 @@ def as_text(value: object) -> str:
     return str(value)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: `1 round`, `2 rounds`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(keys with dots between, value) of nested mappings."""
     for key, value in values.items():

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from tap_flower.cli.common import ConfigFile, DataRoot, Preset, Settings, say
 from tap_flower.errors import BackboneError, ConfigError
+from tap_flower.plain import counted
 from tap_flower.run.supernode import NodeLaunch
 from tap_flower.run.supernode import start as start_node
 
@@ -142,5 +143,5 @@ def _tell(console: Console, problems: Sequence[str], notes: Sequence[str]) -> No
     for problem in problems:
         say(console, f"[bold red]problem:[/] {escape(problem)}")
     if problems:
-        say(console, f"{len(problems)} problem{'s' * (len(problems) > 1)} found")
+        say(console, f"{counted(len(problems), 'problem')} found")
         raise typer.Exit(1)

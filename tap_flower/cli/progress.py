@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn
 
+from tap_flower.plain import counted
+
 _WATCH_SECONDS, _LINE_SECONDS = 1.0, 60.0
 """Seconds between two looks at the clients' steps, and between two lines about them where the output is no terminal."""
 _CLIENTS = 4
@@ -68,8 +70,8 @@ class RunProgress(AbstractContextManager["RunProgress"]):
             case "start":
                 self._next_bar("rounds", event["rounds"], done=event["round"])
                 pairs = sum(len(tasks) for tasks in event["clients"].values())
-                clients = f"{len(event['clients'])} clients with {pairs} modality-task pairs"
-                self._line(f"{clients}, {event['rounds']} rounds")
+                clients, pairs_of = counted(len(event["clients"]), "client"), counted(pairs, "modality-task pair")
+                self._line(f"{clients} with {pairs_of}, {counted(event['rounds'], 'round')}")
             case "round_start" if self._bar is not None:
                 self._bars.update(self._bar, note=f"round {event['round']}: {', '.join(event['clients'])}")
                 self._made = {}

@@ -14,6 +14,7 @@ from rich.markup import escape
 from tap_flower.cli.common import ConfigFile, Preset, Settings, say
 from tap_flower.cli.fetch import check_fetched
 from tap_flower.errors import ConfigError
+from tap_flower.plain import counted
 
 
 def presets_command() -> None:
@@ -26,7 +27,7 @@ def presets_command() -> None:
         config = load_config(name)
         specs = client_specs(config)
         tasks = ", ".join(sorted({task.name for spec in specs for task in spec.tasks}))
-        rounds = f"{config.rounds} rounds of {config.clients_per_round}"
+        rounds = f"{counted(config.rounds, 'round')} of {config.clients_per_round}"
         say(console, f"[bold]{name}[/]: {len(specs)} clients, {rounds}; tasks {tasks}")
         table, commands = download_table(specs)
         console.print(table)

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from tap_flower.plain import counted
 from tap_flower.report.results import SPREAD, headlines, models_in
 from tap_flower.report.run_record import RunRecord
 from tap_flower.report.svg import number
@@ -78,7 +79,7 @@ def headline_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     if len(runs) > 1:
         caption, note = f"mean of {len(runs)} runs, seeds {seeds}", "mean ± standard deviation over runs"
     else:
-        caption = f"{first['method']} on {first['preset']}, {first['rounds']} rounds, seed {seeds}"
+        caption = f"{first['method']} on {first['preset']}, {counted(first['rounds'], 'round')}, seed {seeds}"
         down, up = (first["bytes"][way] / 1e6 for way in ("down", "up"))
         note = f"{down:.1f} MB sent to clients, {up:.1f} MB back"
     header = ["task", "metric", *models, "replaced"]

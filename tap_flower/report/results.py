@@ -141,7 +141,8 @@ def read_results(run: Path) -> dict[str, Any]:
 def remarks(found: Mapping[str, Any]) -> list[str]:
     """What a reader of the results of a run must know, a sentence each: who is missing and why, and what was lost.
 
-    Means over different clients are told, too: those of a task for which a client has no test rows, or not every model.
+    Means over different clients are told, too: those of a task for which a client has no test rows, or not every model. So
+    are tasks that stage 2 made worse.
     """
     missing = [
         # Names of clients have no blanks: a node was refused before its client had a name.
@@ -155,7 +156,21 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
         for task, by_model in by_task.items()
         if not by_model
     ]
-    return missing + marks + untested + [sentence for task in found["tasks"] for sentence in _uneven(found, task)]
+    of_tasks = [sentence for task in found["tasks"] for sentence in (*_uneven(found, task), *_worse(found, task))]
+    return missing + marks + untested + of_tasks
+
+
+def _worse(found: Mapping[str, Any], task: str) -> list[str]:
+    by_model, headline = found["tasks"][task], headlines(found)[task]
+    if not {"personal", "tap"} <= by_model.keys():
+        return []
+    before, after = (by_model[model][headline.metric] for model in ("personal", "tap"))
+    if headline.ahead(after, before) >= 0:
+        return []
+    return [
+        f"task {task!r}: stage 2 made it worse, {headline.metric} {before:.3g} -> {after:.3g}: lower "
+        f"distill.learning_rate, or the learning rate of its `fit`"
+    ]
 
 
 def _uneven(found: Mapping[str, Any], task: str) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from tap_flower.errors import ConfigError
+from tap_flower.plain import counted
 
 CLUSTER = "RAY_ADDRESS"
 """Environment variable with the address of a running Ray cluster, which the simulation then joins."""
@@ -69,7 +70,7 @@ class Resources:
         return values
 
     def __str__(self) -> str:
-        cores = f"{self.cpus_per_client} core{'s' * (self.cpus_per_client > 1)} each"
+        cores = f"{counted(self.cpus_per_client, 'core')} each"
         gpu = {0: "no GPU", 1: "a GPU each"}.get(self.on_a_gpu, f"{self.on_a_gpu} on a GPU")
         return f"{self.at_once or 'as many as fit'} at once, {cores}, {gpu}"
 

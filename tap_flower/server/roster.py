@@ -201,7 +201,6 @@ def _check_agreement(manifest: Manifest, other: Manifest) -> None:
             for what, mine, its, remedy in (
                 ("kind", task.kind, theirs.kind, "use one kind"),
                 ("number of classes", task.head_size, theirs.head_size, classes),
-                ("hash of its classes", task.class_hash, theirs.class_hash, classes),
                 ("headline", str(task.judged_by), str(theirs.judged_by), "judge both by one metric"),
             ):
                 if mine and its and mine != its:
@@ -209,3 +208,8 @@ def _check_agreement(manifest: Manifest, other: Manifest) -> None:
                         f"task {task.task!r} has the {what} {mine} on client {name!r} but {its} on {other.client!r}: "
                         f"{remedy}, or give the tasks two names"
                     )
+            if task.class_hash and theirs.class_hash and task.class_hash != theirs.class_hash:
+                raise MessageError(
+                    f"task {task.task!r} has other classes on client {name!r} than on {other.client!r}, or in another "
+                    f"order: {classes}, or give the tasks two names"
+                )

@@ -19,6 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 from tap_flower.config import to_yaml
 from tap_flower.errors import ConfigError, SimulationError
 from tap_flower.files import write_atomically
+from tap_flower.plain import counted
 from tap_flower.run.flower import environment
 from tap_flower.run.resources import Machine, check_cluster, this_machine
 from tap_flower.run.simulation import ends_when_told
@@ -60,7 +61,7 @@ class Share:
 
     def __str__(self) -> str:
         gpu = f" and {self.gpus:g} GPU{'s' * (self.gpus > 1)}" if self.gpus else ""
-        return f"{self.cpus} core{'s' * (self.cpus > 1)}{gpu} each"
+        return f"{counted(self.cpus, 'core')}{gpu} each"
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple
 
+from tap_flower.plain import counted
 from tap_flower.report.result_tables import Table
 from tap_flower.study.comparison import TITLES, Comparison
 from tap_flower.study.statistics import ESTIMATE_COLUMNS, LEVEL, Estimate, csv_text
@@ -18,7 +19,7 @@ def comparison_tables(found: Comparison) -> list[Table]:
     """The tables of a comparison: quality with mean ranks and costs below it, paired differences, the clients."""
     labels = list(found.labels)
     others = [label for label in labels if label != found.reference]
-    seeds = f"{len(found.seeds)} seed{'s' if len(found.seeds) > 1 else ''} ({', '.join(map(str, found.seeds))})"
+    seeds = f"{counted(len(found.seeds), 'seed')} ({', '.join(map(str, found.seeds))})"
     quality = [[row.name, row.unit, *(_cell(row.values.get(label)) for label in labels)] for row in found.quality]
     strong = {(i, 2 + labels.index(label)) for i, row in enumerate(found.quality) for label in row.best}
     if found.ranks:

@@ -34,7 +34,7 @@ def test_colours_without_a_terminal_give_lines() -> None:
     console = Console(force_terminal=True, color_system=None, file=io.StringIO())
     with RunProgress(console) as progress:
         progress.show({"event": "start", "round": 0, "rounds": 2, "clients": {"ann": ["read"]}})
-    assert console.file.getvalue() == "1 clients with 1 modality-task pairs, 2 rounds\n"  # type: ignore[attr-defined]
+    assert console.file.getvalue() == "1 client with 1 modality-task pair, 2 rounds\n"  # type: ignore[attr-defined]
 
 
 class Clock:

@@ -4,7 +4,7 @@ from typing import Any
 
 from tap_flower.core.headline import Headline
 from tap_flower.report.result_tables import clients_table, headline_table, side_by_side
-from tap_flower.report.results import results, scores
+from tap_flower.report.results import remarks, results, scores
 from tap_flower.report.run_record import RunRecord
 from tap_flower.report.verdict import verdict
 
@@ -34,6 +34,17 @@ def test_a_kind_of_ones_own_is_shown_and_judged_by_its_headline() -> None:
     run = RunRecord("one", found, [], "", {})
     assert side_by_side([[run]]).rows == [["match", "server", "hits ↑", "3.000"], ["match", "tap", "hits ↑", "5.000"]]
     assert verdict([[run]])[0].startswith("TAP beats the federated model on its only task, match")
+
+
+def test_a_task_that_stage_two_made_worse_is_told() -> None:
+    found = of_ones_own()
+    personal = {"hits": 6.5, "loss": 0.1}
+    found["tasks"]["match"]["personal"] = personal
+    assert remarks(found) == [
+        "task 'match': stage 2 made it worse, hits 6.5 -> 5: lower distill.learning_rate, or the learning rate of its `fit`"
+    ]
+    personal["hits"] = 5.0
+    assert remarks(found) == []
 
 
 def test_results_that_do_not_say_the_headline_know_the_packages_own_kinds() -> None:
