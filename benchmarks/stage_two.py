@@ -80,13 +80,13 @@ def measured(run: Path, rate: float | None, steps: int | None) -> tuple[int, dic
 def results(session: Session, server: State, personal: State) -> Mapping[str, State]:
     """Way -> the model that a client has in the end."""
     made, settings = dict[str, State](), session.settings
-    memory = Memory({tap.PERSONAL: personal})
+    memory = Memory({tap.PERSONAL: personal} if personal else {})
     for name, (stage, before, after, only_better) in WAYS.items():
         session.settings = _with(settings, stage, before, after, only_better)
         made[name] = tap.second_stage(session, server, memory).models["tap"]
     held_out = session.losses(session.model(server), "validation")
     session.settings = _with(settings, ONCE, False, False, False)
-    made["the server's model"], made["the personal model"] = server, personal
+    made["the server's model"], made["the personal model"] = server, personal or server
     for times, name in ((1, "FedAvg + fine-tuning"), (2, "FedAvg + fine-tuning twice")):
         made[name], _ = session.finetune(server, "server", times=times)
         made[f"{name}, mixed"], _ = tap.decided(session, made[name], server, held_out)

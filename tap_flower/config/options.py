@@ -147,6 +147,13 @@ class Train:
     warmup_rounds: int = option(20, "rounds from the first to the one at the peak", 1, 100_000)
     weight_decay: float = option(0.01, "weight decay of AdamW", 0.0, 0.5)
     clip_norm: float = option(1.0, "largest L2 norm of the gradient", 1e-6, 1e6)
+    personal_from: int = option(
+        1,
+        "of method tap: first round in which clients train their personal models; before it, these are the server's copies "
+        "as the clients have trained them",
+        1,
+        MOST_ROUNDS,
+    )
 
     def optimisation(self, server_round: int) -> Optimisation:
         """The optimisation of one participation in `server_round` (counted from 1): the learning rate warms up linearly."""

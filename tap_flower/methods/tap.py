@@ -3,8 +3,9 @@
 `participate` is the client's part of the paper's Algorithm 1, federated rounds with adaptive replacement; `second_stage` is
 Algorithm 2, what happens after the last round. The server's part, sampling and averaging, is `server.strategy`.
 
-Options go beyond the paper: `replacement.mode=mix` takes components over in part, `replacement.before_stage_two` and
-`replacement.after_stage_two` decide once more as stage 2 begins and ends, and `distill` has stages without a teacher.
+Options go beyond the paper: `train.personal_from` leaves the personal model's steps of early rounds out,
+`replacement.mode=mix` takes components over in part, `replacement.before_stage_two` and `replacement.after_stage_two` decide
+once more as stage 2 begins and ends, and `distill` has stages without a teacher.
 docs/concepts.md says why.
 """
 
@@ -27,7 +28,8 @@ PERSONAL, LOSSES = "personal", "personal_losses"
 def participate(session: Session, server_round: int, received: State, memory: Memory) -> Participation:
     """Stage 1: train the server's copy, replace where it beats the personal model by a margin, train the personal model.
 
-    With `replacement.enabled` false nothing is compared and nothing is replaced.
+    With `replacement.enabled` false nothing is compared and nothing is replaced. Before round `train.personal_from` the
+    server's copy alone is trained.
 
     Args:
         session: the client at work.
@@ -44,6 +46,10 @@ def participate(session: Session, server_round: int, received: State, memory: Me
     # Algorithm 1, local training of the server's components θ_i: R optimiser steps. The loss of each pair is the evidence
     # for its replacement, either on held-out examples or as seen in training.
     teacher = session.model(received)
+    if server_round < session.settings.train.personal_from:  # until then the personal model is the copy as trained here
+        losses = session.train(teacher, optimisation, order=(server_round,), noise=(server_round, "server"))
+        returned = cpu_state(teacher)
+        return Participation(returned, losses, Memory({PERSONAL: returned}, {LOSSES: losses}))
     source_losses: Mapping[str, float] = {}  # a pair without a loss is not decided on
     if settings.enabled and copies_received:
         source_losses = session.losses(teacher, "validation")
@@ -159,8 +165,9 @@ def models(received: State, memory: Memory, first: Callable[[], State]) -> dict[
 
 
 def trained(config: Config) -> tuple[float, float]:
-    """Two models in a round, and in stage 2 teacher and student, or what the ablation says."""
-    return 2, 1 if config.distill.stage is StageTwo.finetuning else 2
+    """Two models in the rounds that train both, and in stage 2 teacher and student, or what the ablation says."""
+    both = max(0, config.rounds - config.train.personal_from + 1) / max(config.rounds, 1)
+    return 1 + both, 1 if config.distill.stage is StageTwo.finetuning else 2
 
 
 def compares(settings: HyperParameters) -> bool:

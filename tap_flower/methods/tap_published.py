@@ -21,6 +21,7 @@ def as_published(settings: _Settings) -> _Settings:
     """A run's hyper-parameters with the paper's choices where TAP has others."""
     return replace(
         settings,
+        train=replace(settings.train, personal_from=1),
         replacement=replace(
             settings.replacement, mode=ReplacementMode.hard, before_stage_two=False, after_stage_two=False
         ),

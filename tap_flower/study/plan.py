@@ -15,7 +15,7 @@ from tap_flower.study.kept import different, portable, recorded
 
 _KEYS = ("preset", "config", "seeds", "set", "methods", "budgets")
 ROUNDS, STEPS = "rounds", "steps"
-"""Budgets: every method with the steps that the configuration says, or each with as many optimiser steps as TAP."""
+"""Budgets: every method with the steps that the configuration says, or each with as many as the published TAP makes."""
 _COUNTED = "train.steps", "distill.iterations", "rounds", "clients_per_round"
 """Settings that the budget `steps` decides, or counts on."""
 
@@ -97,7 +97,8 @@ def read_sweep(file: Path, out: Path, kept: Path | None = None) -> Sweep:
     The file has `seeds`, a list; `methods`, a list of names, or a mapping of labels to settings (`method` among them where
     it is not the label); and where they are needed `preset` (demo), `config` (a YAML file, as `simulate --config`),
     `set`, settings of all runs (`train.steps: 10`), and `budgets`, of `rounds` (every method with the steps that the
-    configuration says; without `budgets`, this alone) and `steps` (each with as many optimiser steps as TAP has).
+    configuration says; without `budgets`, this alone) and `steps` (each with as many optimiser steps as the published TAP,
+    which trains two models in both stages).
 
     Args:
         file: the YAML file.
@@ -135,16 +136,16 @@ def read_sweep(file: Path, out: Path, kept: Path | None = None) -> Sweep:
             for seed in seeds
         ]
 
-    tap = planned("tap", ("method=tap",))[0].resolved if STEPS in budgets else None
+    published = planned("tap-published", ("method=tap-published",))[0].resolved if STEPS in budgets else None
     found: dict[str, dict[tuple[str, int], PlannedRun]] = {budget: {} for budget in budgets}
     for label, (method, own) in methods.items():
         runs = planned(label, own := (f"method={method}", *own))
         resolved = checked(runs)
         for budget in budgets:
             of_budget = runs
-            if budget == STEPS and tap is not None:
+            if budget == STEPS and published is not None:
                 _check_own_steps(file, label, own)
-                if more := steps_as_tap(resolved, tap):
+                if more := steps_as_tap(resolved, published):
                     if (name := f"{label}+{STEPS}") in methods:
                         raise ConfigError(
                             f"{file}: methods has {name!r}, the folder of {label!r} with equal steps: rename it"
@@ -172,7 +173,7 @@ def steps_as_tap(own: Config, tap: Config) -> tuple[str, ...]:
 
     Args:
         own: configuration of a run of the method.
-        tap: the same of a run of TAP.
+        tap: configuration of a run of TAP.
     """
     steps = tap.train.steps, tap.distill.iterations
     models, of_tap = (find_method(config.method).trained(config) for config in (own, tap))

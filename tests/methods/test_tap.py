@@ -111,6 +111,17 @@ def test_training_losses_as_evidence(client: TapClient, loss: float, replaced: b
     assert client.did == [("train", 2, ROUND, SERVER), ("train", 2, AGAIN if replaced else ROUND, PERSONAL)]
 
 
+def test_before_its_first_round_the_personal_model_is_the_copy_as_trained(client: TapClient) -> None:
+    client.settings.train.personal_from = 4
+    done = tap.participate(client.local, 3, state(one=1.0), remembered(0.5, 0.84))
+    assert one(done.returned) == one(done.memory.models["personal"]) == 0.64
+    assert done.memory.record["personal_losses"] == done.losses
+    assert done.decisions == ()
+    assert client.did == [("train", 2, ROUND, SERVER)]
+    after = tap.participate(client.local, 4, state(one=1.0), done.memory)
+    assert one(after.memory.models["personal"]) != one(after.returned)
+
+
 @pytest.mark.parametrize("evidence", ReplacementEvidence)
 def test_at_the_first_participation_the_copy_is_taken_over(client: TapClient, evidence: ReplacementEvidence) -> None:
     client.settings.replacement.evidence, client.held_out = evidence, 9.0

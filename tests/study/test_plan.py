@@ -66,6 +66,13 @@ def test_equal_steps_give_a_method_with_one_model_twice_the_steps_of_tap(plan: A
     assert [(run.label, run.seed) for run in sweep.runs] == [(label, seed) for seed in (1, 2) for label in first]
 
 
+def test_a_tap_with_fewer_steps_of_its_personal_models_gets_them_for_the_servers_copies(plan: Any) -> None:
+    late = {"tap": {"train.personal_from": 5}, "local": None}
+    steps = plan(methods=late, budgets=["steps"], set={"rounds": 8, "train.steps": 10}).budgets["steps"]
+    assert "train.steps=13" in steps["tap", 1].settings  # 20 in a round, of which half of the rounds take twice as many
+    assert "train.steps=20" in steps["local", 1].settings
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
