@@ -149,8 +149,8 @@ class Train:
     clip_norm: float = option(1.0, "largest L2 norm of the gradient", 1e-6, 1e6)
     personal_from: int = option(
         1,
-        "of method tap: first round in which clients train their personal models; before it, these are the server's copies "
-        "as the clients have trained them",
+        "of method tap: first round in which clients train their personal models; before it, these change by replacement "
+        "alone",
         1,
         MOST_ROUNDS,
     )

@@ -28,8 +28,8 @@ PERSONAL, LOSSES = "personal", "personal_losses"
 def participate(session: Session, server_round: int, received: State, memory: Memory) -> Participation:
     """Stage 1: train the server's copy, replace where it beats the personal model by a margin, train the personal model.
 
-    With `replacement.enabled` false nothing is compared and nothing is replaced. Before round `train.personal_from` the
-    server's copy alone is trained.
+    Before round `train.personal_from` the personal model is not trained: it changes by replacement alone. With
+    `replacement.enabled` false nothing is compared and nothing is replaced, and it is always trained.
 
     Args:
         session: the client at work.
@@ -46,10 +46,6 @@ def participate(session: Session, server_round: int, received: State, memory: Me
     # Algorithm 1, local training of the server's components θ_i: R optimiser steps. The loss of each pair is the evidence
     # for its replacement, either on held-out examples or as seen in training.
     teacher = session.model(received)
-    if server_round < session.settings.train.personal_from:  # until then the personal model is the copy as trained here
-        losses = session.train(teacher, optimisation, order=(server_round,), noise=(server_round, "server"))
-        returned = cpu_state(teacher)
-        return Participation(returned, losses, Memory({PERSONAL: returned}, {LOSSES: losses}))
     source_losses: Mapping[str, float] = {}  # a pair without a loss is not decided on
     if settings.enabled and copies_received:
         source_losses = session.losses(teacher, "validation")
@@ -66,8 +62,13 @@ def participate(session: Session, server_round: int, received: State, memory: Me
 
     # Algorithm 1, local training of the personal model φ_i: R steps. After a replacement it sees other mini-batches than
     # the copy that it was taken from.
-    order = (server_round, "replaced") if replaced else (server_round,)
-    trained_losses = session.train(student, optimisation, order=order, noise=(server_round, "personal"))
+    if settings.enabled and server_round < session.settings.train.personal_from:
+        taken_over = {decision.pair.task for decision in decisions if decision.replaced}
+        before = memory.record.get(LOSSES, {})
+        trained_losses = before | {task: loss for task, loss in losses.items() if task in taken_over}
+    else:
+        order = (server_round, "replaced") if replaced else (server_round,)
+        trained_losses = session.train(student, optimisation, order=order, noise=(server_round, "personal"))
     kept = Memory({PERSONAL: cpu_state(student)}, {LOSSES: trained_losses})
     return Participation(returned, losses, kept, decisions)
 
@@ -166,8 +167,8 @@ def models(received: State, memory: Memory, first: Callable[[], State]) -> dict[
 
 def trained(config: Config) -> tuple[float, float]:
     """Two models in the rounds that train both, and in stage 2 teacher and student, or what the ablation says."""
-    both = max(0, config.rounds - config.train.personal_from + 1) / max(config.rounds, 1)
-    return 1 + both, 1 if config.distill.stage is StageTwo.finetuning else 2
+    without = min(config.train.personal_from - 1, config.rounds) if config.replacement.enabled else 0
+    return 2 - without / max(config.rounds, 1), 1 if config.distill.stage is StageTwo.finetuning else 2
 
 
 def compares(settings: HyperParameters) -> bool:

@@ -111,15 +111,20 @@ def test_training_losses_as_evidence(client: TapClient, loss: float, replaced: b
     assert client.did == [("train", 2, ROUND, SERVER), ("train", 2, AGAIN if replaced else ROUND, PERSONAL)]
 
 
-def test_before_its_first_round_the_personal_model_is_the_copy_as_trained(client: TapClient) -> None:
+@pytest.mark.parametrize(("loss", "replaced"), [(0.84, True), (0.825, False)])
+def test_before_its_first_round_the_personal_model_changes_by_replacement_alone(
+    client: TapClient, loss: float, replaced: bool
+) -> None:
     client.settings.train.personal_from = 4
-    done = tap.participate(client.local, 3, state(one=1.0), remembered(0.5, 0.84))
-    assert one(done.returned) == one(done.memory.models["personal"]) == 0.64
-    assert done.memory.record["personal_losses"] == done.losses
-    assert done.decisions == ()
+    client.settings.replacement.evidence = ReplacementEvidence.training
+    done = tap.participate(client.local, 3, state(one=1.0), remembered(0.5, loss))
+    assert one(done.returned) == 0.64
+    assert one(done.memory.models["personal"]) == (0.64 if replaced else 0.5)
+    assert done.memory.record["personal_losses"]["first"] == (done.losses["first"] if replaced else loss)
     assert client.did == [("train", 2, ROUND, SERVER)]
-    after = tap.participate(client.local, 4, state(one=1.0), done.memory)
-    assert one(after.memory.models["personal"]) != one(after.returned)
+    client.settings.replacement.enabled = False  # nothing else would change it
+    without = tap.participate(client.local, 3, state(one=1.0), remembered(0.5, loss))
+    assert one(without.memory.models["personal"]) == 0.32
 
 
 @pytest.mark.parametrize("evidence", ReplacementEvidence)
