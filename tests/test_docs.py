@@ -266,8 +266,8 @@ def test_the_example_of_a_sweep_is_right(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(block)
     (tmp_path / "clients.yaml").write_text("rounds: 4\n")
     sweep = read_sweep(tmp_path / "sweep.yaml", tmp_path / "out")
-    assert len(sweep.runs) == 12
-    assert {run.label for run in sweep.runs} == {"tap", "fedavg", "no-replacement", "fedavg+steps"}
+    assert len(sweep.runs) == 15
+    assert {run.label for run in sweep.runs} == {"tap", "tap+steps", "fedavg", "no-replacement", "fedavg+steps"}
 
 
 def test_the_examples_of_client_specs_are_right() -> None:

@@ -60,7 +60,7 @@ def test_simulate(tmp_path: Path, config_file: Path, environment: dict[str, str]
     results = json.loads((out / "results.json").read_text())
     assert set(results["clients"]) == {"ann", "bob", "cleo", "dan"}
     assert set(results["clients"]["bob"]["languages"]) == {"server", "server+finetune", "personal", "tap"}
-    for text in ("round 2: ann, bob, cleo, dan", "distilling 4 clients", "+finetune", "languages"):
+    for text in ("round 2: ann, bob, cleo, dan", "personalising 4 clients", "+finetune", "languages"):
         assert text in done.stdout
     assert (out / "clients" / "cleo" / "tap.safetensors").exists()
     assert processes_of(tmp_path) == []  # its SuperLink has ended with it

@@ -42,6 +42,8 @@ def check_command(
     client, problems = None, list[Problem]()
     try:
         values = read_yaml(spec, "client spec")
+        if "clients" in values:
+            raise ConfigError(f"{spec} is no client spec, but the configuration of a run: give a client's own file")
         found["client"] = values.get("name")
         client, problems = check_spec(values)
     except ConfigError as error:

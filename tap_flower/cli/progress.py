@@ -92,7 +92,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
                     names = ", ".join(component for component, holders in event["never"].items() if holders == count)
                     self._say(f"[yellow]not averaged, having {count} clients: {names}")
             case "distill_start":
-                self._next_bar("distilling", len(event["clients"]))
+                self._next_bar("personalising", len(event["clients"]))
             case "distilled":
                 self._advance(f"{event['client']} {_losses(event['losses'])}")
             case "evaluate_start":
@@ -157,7 +157,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
         self._bar = self._bars.add_task(name, total=total, completed=done, note="", left="", work="")
         self._began, self._first, self._made = time.monotonic(), done, {}
         if name not in ("starting", "rounds"):
-            self._line(f"{name} {total} clients")
+            self._line(f"{name} {counted(total or 0, 'client')}")
 
     def _advance(self, note: str) -> None:
         if self._bar is not None:

@@ -97,13 +97,13 @@ def simulate_command(
     if out is None and not resume and has_begun(named) and not (named / RESULTS).exists():
         say(console, f"[yellow]{escape(str(named))} holds a run that has not ended, which --resume would go on with")
     out = out or (named if resume else _free_folder(named))
+    if has_begun(out):
+        with locked(out, resume):
+            pass
     if resume:
         resumable(out, resolved)  # what is wrong with it is said now
     else:
         check_free(out)
-    if out.exists():
-        with locked(out, resume):
-            pass
     held = ((spec.name, task.name, task.kind) for spec in specs for task in spec.tasks)
     for sentence in likely_mistakes(resolved.clients_per_round, None, held):
         say(console, f"[yellow]{escape(sentence)}")

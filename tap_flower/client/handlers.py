@@ -220,7 +220,17 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
     session, exchanged = participant.session, participant.exchanged
     model = session.outline
     participant.method.suits(model)
-    examples = session.data.sizes("train")
+    session.try_loops()
+    examples, held_out = session.data.sizes("train"), session.data.sizes("validation")
+    for task in participant.client.tasks:
+        if isinstance(task.validation, float) and held_out.get(task.name):
+            count = examples[task.name] + held_out[task.name]
+            log.info(
+                "task %r: %d of %d training examples are set aside (`validation`)",
+                task.name,
+                held_out[task.name],
+                count,
+            )
     kept = set(exchanged.values())
     classes = {task.name: task.classes for task in participant.client.tasks}
     return messages.encode(

@@ -204,6 +204,10 @@ def _merged(schema: type[Any], layers: Sequence[Layer]) -> Any:
     for where, values in layers:
         keys = list(_leaves(values, known))
         for key in keys:
+            if key not in known and "tasks" in values:
+                raise ConfigError(
+                    f"{where}: this is a client spec: give a file that has it in a list, under `clients:`"
+                )
             if key not in known:
                 raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}")
         with _told(where, known):

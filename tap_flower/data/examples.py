@@ -279,6 +279,12 @@ def beginning(loader: DataLoader[Any], count: int) -> DataLoader[Any]:
     return _changed(loader, batch_sampler=_drawn_batches(loader)[:count])
 
 
+def extremes(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader of an `OwnLoader` with its first batch and its smallest one."""
+    batches = _drawn_batches(loader)
+    return _changed(loader, batch_sampler=[batches[0], min(batches[1:], key=len)] if len(batches) > 1 else batches)
+
+
 class _Without(Sampler[Any]):
     """A sampler, or a batch sampler, without some rows; batches that become empty are left out."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from tap_flower.core.components import ComponentModel
@@ -47,14 +48,25 @@ def check_lone_example(model: ComponentModel, batch: Batch) -> None:
     Raises:
         ClientError: the model refuses it.
     """
-    try:
+    with lone_example_told(batch.task):
         model.train()(batch.task, batch.inputs)
+
+
+@contextmanager
+def lone_example_told(task: str) -> Iterator[None]:
+    """Says in the words of the data what BatchNorm says of a batch of one example.
+
+    Raises:
+        ClientError: the model refuses such a batch of the task's.
+    """
+    try:
+        yield
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):  # torch's words
             raise
         raise ClientError(
-            f"task {batch.task!r}: its loader has a batch of one example, on which the model's BatchNorm cannot be trained: "
-            f"give the loader `drop_last=True`, or another batch size"
+            f"task {task!r}: its loader has a batch of one example, perhaps since some were set aside (`validation`), on "
+            f"which the model's BatchNorm cannot be trained: give the loader `drop_last=True`, or another batch size"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -21,11 +22,12 @@ from tap_flower.core.seeds import named_seed, seed_torch
 from tap_flower.core.tasks import TaskKind
 from tap_flower.core.training import Batch, Objective, Observer, Optimisation, Update, evaluate, torch_algorithms, train
 from tap_flower.data.batching import ClientData
-from tap_flower.data.examples import OwnLoader, beginning
+from tap_flower.data.examples import OwnLoader, beginning, extremes
 from tap_flower.errors import ClientError, DivergedError, in_task
-from tap_flower.methods.own_results import check_lone_example, metrics_of, scores_of
+from tap_flower.methods.own_results import check_lone_example, lone_example_told, metrics_of, scores_of
 from tap_flower.methods.session_task import SessionTask
 
+log = logging.getLogger("tap_flower")
 EVALUATION_BATCH = 64
 """Examples in a batch of an evaluation; no result depends on it."""
 _TRIED = 2
@@ -161,7 +163,9 @@ class Session:
         """The optimisation with the heads' own learning rate."""
         return replace(optimisation, factors=dict.fromkeys(model.component_map.heads, self.settings.train.head_factor))
 
-    def _fit(self, model: ComponentModel, objective: Objective | None, times: int) -> dict[str, float]:
+    def _fit(
+        self, model: ComponentModel, objective: Objective | None, times: int, tries: bool = False
+    ) -> dict[str, float]:
         """Trains through the project's own loops, one task after the other.
 
         Raises:
@@ -170,12 +174,15 @@ class Session:
         """
         model.train()
         losses, metrics = dict[str, float](), dict[str, float]()
+        before = {} if tries else cpu_state(model)
         for task in self.tasks:
             assert task.fit is not None
             name, loader = task.pair.task, self.data.loader("train", task.pair.task)
+            loader = extremes(loader) if tries else loader
             for _ in range(times):
                 with (
                     in_task(name),
+                    lone_example_told(name),
                     lent(model, f"task {name!r}: `fit`", trains=True) as module,
                     counted_steps() as steps,
                     further_loss(module, name, objective),
@@ -185,7 +192,8 @@ class Session:
             loss = found.pop("loss", None)
             if loss is not None and not isfinite(loss):
                 raise DivergedError(
-                    f"the training loss of task {name!r} is {loss}: look at the learning rate of its `fit`"
+                    f"the training loss of task {name!r} is {loss}: look at the learning rate of its `fit`, and for values "
+                    f"that are not finite in its data"
                 )
             if loss is None and self.settings.replacement.evidence is ReplacementEvidence.training:
                 raise ClientError(
@@ -197,7 +205,26 @@ class Session:
             metrics |= {f"{prefix}{metric}": value for metric, value in found.items()}
         model.to(self.device)  # the loop may have moved it
         self.metrics = self.metrics or metrics
+        if before and all(value.equal(before[name]) for name, value in cpu_state(model).items()):
+            log.warning(
+                "client %r: `fit` has changed no tensor of the model that it was called with: train that one, with a "
+                "learning rate above 0",
+                self.name,
+            )
         return losses
+
+    def try_loops(self) -> None:
+        """Runs the project's own loops over two batches each, so that their errors are told before the first round.
+
+        Raises:
+            ClientError: a loop returned what cannot be used, or cannot train on its smallest batch.
+        """
+        if any(task.fit is not None for task in self.tasks):
+            steps, metrics = self.steps, self.metrics
+            seed_torch(named_seed(self.settings.seed, self.name, "trial"))
+            with self._algorithms():
+                self._fit(self.model(), None, times=1, tries=True)
+            self.steps, self.metrics = steps, metrics
 
     def train_round(
         self,

@@ -14,6 +14,7 @@ from tap_flower.core.headline import Headline
 from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.errors import StorageError
 from tap_flower.files import read_json
+from tap_flower.plain import counted
 
 SCHEMA = 2
 RESULTS = "results.json"
@@ -157,19 +158,23 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
         if not by_model
     ]
     of_tasks = [sentence for task in found["tasks"] for sentence in (*_uneven(found, task), *_worse(found, task))]
-    return missing + marks + untested + of_tasks
+    dropped = [
+        f"{who}: {counted(count, 'answer')} could not be used; the events `dropped` of metrics.jsonl say why"
+        for who, count in found.get("dropped", {}).items()
+    ]
+    return missing + dropped + marks + untested + of_tasks
 
 
 def _worse(found: Mapping[str, Any], task: str) -> list[str]:
     by_model, headline = found["tasks"][task], headlines(found)[task]
-    if not {"personal", "tap"} <= by_model.keys():
+    if not {"server", "personal", "tap"} <= by_model.keys():
         return []
-    before, after = (by_model[model][headline.metric] for model in ("personal", "tap"))
-    if headline.ahead(after, before) >= 0:
+    after, *before = (by_model[model][headline.metric] for model in ("tap", "personal", "server"))
+    if any(headline.ahead(after, value) >= 0 for value in before):
         return []
     return [
-        f"task {task!r}: stage 2 made it worse, {headline.metric} {before:.3g} -> {after:.3g}: lower "
-        f"distill.learning_rate, or the learning rate of its `fit`"
+        f"task {task!r}: on test data, stage 2 did not pay: {headline.metric} is {after:.3g} after it, and was "
+        f"{before[0]:.3g} (personal) and {before[1]:.3g} (server)"
     ]
 
 

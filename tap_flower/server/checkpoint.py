@@ -149,7 +149,7 @@ def locked(folder: Path, resume: bool) -> Iterator[None]:
         resume: whether its run is to be gone on with.
 
     Raises:
-        ConfigError: another process runs in it.
+        ConfigError: another process runs in it, or it holds something else than a run.
         StorageError: it cannot be made or written, or holds nothing to go on with.
     """
     lock = FileLock(folder / _LOCK)
@@ -157,6 +157,8 @@ def locked(folder: Path, resume: bool) -> Iterator[None]:
         if resume:
             check_begun(folder)
         else:
+            if not has_begun(folder):  # nothing is written into a folder that holds something else
+                check_free(folder)
             folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:

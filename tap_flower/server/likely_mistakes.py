@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from difflib import SequenceMatcher
 
 _ALIKE = 0.8
@@ -31,13 +31,38 @@ def likely_mistakes(clients_per_round: int, fraction_train: float | None, held: 
             f"clients_per_round = {clients_per_round}, and there are {len(clients)} clients: all of them train in "
             f"every round"
         )
+    told = set[str]()
     for (task, kind), alone in holders.items():
-        others = [name for (name, other), some in holders.items() if other == kind and len(some) > 1]
-        if len(alone) == 1 and (near := next((name for name in others if _alike(task, name)), None)):
+        others = [name for (name, other), some in holders.items() if other == kind and not some & alone]
+        near = next((name for name in others if _alike(task, name)), None)
+        if len(alone) == 1 and near is not None and near not in told:
+            theirs = holders[near, kind]
+            have = f"client {min(theirs)!r} has" if len(theirs) == 1 else f"{len(theirs)} clients have"
+            told.add(task)
             said.append(
-                f"task {task!r} is client {min(alone)!r}'s alone, and {len(holders[near, kind])} clients have {near!r}: if "
-                f"both are one task, give it one name, or nothing of its head is shared"
+                f"task {task!r} is client {min(alone)!r}'s alone, and {have} {near!r}: if both are one task, give it one "
+                f"name, or nothing of its head is shared"
             )
+    return said
+
+
+def frozen_and_trained(trained: Mapping[str, Collection[str]], built: Mapping[str, Collection[str]]) -> list[str]:
+    """A sentence for each client that does not train what others do under the name.
+
+    Args:
+        trained: client -> names of the tensors that it exchanges.
+        built: client -> names of all tensors that its module was built with.
+    """
+    said = []
+    for client, names in built.items():
+        for other, theirs in trained.items():
+            if frozen := sorted((set(names) - set(trained[client])) & set(theirs)):
+                more = f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
+                said.append(
+                    f"client {other!r} trains {frozen[0]!r}{more}, and client {client!r} does not, which keeps the run's "
+                    f"first values there: set `requires_grad` on both, or on neither"
+                )
+                break
     return said
 
 

@@ -32,7 +32,7 @@ from tap_flower.server.attendance import Attendance
 from tap_flower.server.checkpoint import record_config, start_or_resume
 from tap_flower.server.first_values import FirstValues
 from tap_flower.server.grid import SILENT, UNSENT, StreamingGrid, content_of
-from tap_flower.server.likely_mistakes import likely_mistakes
+from tap_flower.server.likely_mistakes import frozen_and_trained, likely_mistakes
 from tap_flower.server.outgoing import Outgoing, Values
 from tap_flower.server.privacy import Privacy, PrivateAverage, budget_of
 from tap_flower.server.result import TapResult, collect
@@ -128,8 +128,14 @@ class ServerRun:
         if isinstance(error, Exception):
             self.events.write(FAILED, round=self.progress.round, problem=str(error), type=type(error).__name__)
             log(ERROR, "The run has failed after %d complete rounds: %s", self.progress.round, error)
-            how = "go on with `--resume` (TapStrategy: resume=True)" if self.progress.round else "begin anew"
-            log(ERROR, "Mend that, then %s in the folder %s", how, self.folder)
+            if self.progress.round:
+                log(
+                    ERROR,
+                    "Mend that, then go on with `--resume` (TapStrategy: resume=True) in the folder %s",
+                    self.folder,
+                )
+            else:
+                log(ERROR, "Mend that, then run it again; nothing is lost with the folder %s", self.folder)
         self.events.close(complete=error is None)
 
     def gather(self, grid: StreamingGrid, expected: int, fraction_train: float | None) -> None:
@@ -140,7 +146,13 @@ class ServerRun:
         """
         self.attendance.begin(grid, expected, self.first, self._query)
         self.first.check_names()
-        for sentence in likely_mistakes(self.config.clients_per_round, fraction_train, self.roster.held()):
+        manifests = self.roster.manifests
+        for sentence in (
+            *likely_mistakes(self.config.clients_per_round, fraction_train, self.roster.held()),
+            *frozen_and_trained(
+                {n: m.tensors for n, m in manifests.items()}, {n: m.built for n, m in manifests.items()}
+            ),
+        ):
             log(WARNING, "%s", sentence)
         if self.privacy is not None:
             self.privacy.announce(self.roster, self._round_size(len(self.roster.names)), self.events.write)

@@ -88,11 +88,9 @@ class TapStrategy(Strategy):
         self.fraction_train = fraction_train
         by_default = 0 if fraction_train is None else 2
         self.min_train_nodes = by_default if min_train_nodes is None else min_train_nodes
-        self.min_available_nodes = (
-            len(self.config.clients) or self.config.clients_per_round
-            if min_available_nodes is None
-            else min_available_nodes
-        )
+        expected = len(self.config.clients) or self.config.clients_per_round
+        expected = expected if min_available_nodes is None else min_available_nodes
+        self.min_available_nodes = max(expected, self.min_train_nodes)
         self.weighted_by_key = weighted_by_key
         self.train_metrics_aggr_fn = train_metrics_aggr_fn or mean_metrics
         self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn or mean_metrics

@@ -72,6 +72,8 @@ Values = dict[str, dict[int, float]]
 """Label -> seed -> value."""
 ALONE = "local"
 """Name of the model, and of the method, of clients that train alone."""
+NOT_WORSE = f"not worse than {ALONE}"
+"""Name of the row on how many clients lose nothing."""
 
 
 def compare(sweep: Sweep, budget: str = ROUNDS) -> Comparison:
@@ -193,7 +195,7 @@ def _served(found: Found, result: Mapping[str, str]) -> list[Row]:
         if seeds > 1:
             worse = fmean(one.significant and one.mean < 0 for one in differences)
             no_worse[label] = Estimate(1.0 - worse, None, seeds)
-    rows = [Row(f"better than {ALONE}", "share ↑", better, {}), Row(f"not worse than {ALONE}", "share ↑", no_worse, {})]
+    rows = [Row(f"better than {ALONE}", "share ↑", better, {}), Row(NOT_WORSE, "share ↑", no_worse, {})]
     return [row for row in rows if row.values]
 
 

@@ -7,9 +7,10 @@ from dataclasses import astuple
 
 from tap_flower.plain import counted
 from tap_flower.report.result_tables import Table
-from tap_flower.study.comparison import TITLES, Comparison
+from tap_flower.study.comparison import NOT_WORSE, TITLES, Comparison
 from tap_flower.study.statistics import ESTIMATE_COLUMNS, LEVEL, Estimate, csv_text
 
+_NOT_WORSE = "Not worse: the interval over seeds of a client's mean score minus that of `local` is not wholly below 0."
 _ESCAPES = str.maketrans(
     {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
 )
@@ -53,7 +54,7 @@ def comparison_tables(found: Comparison) -> list[Table]:
             f"{title}: over clients, mean ± 95 % interval over {seeds}",
             ["clients", "metric", *labels],
             clients,
-            note="Not worse: the interval over seeds of a client's mean score minus that of `local` is not wholly below 0.",
+            note=_NOT_WORSE if any(row.name == NOT_WORSE for row in found.clients) else "",
         ),
     ]
     return [part for part in tables if part.rows and len(part.header) > 2]

@@ -148,7 +148,7 @@ def test_progress_shows_rounds_losses_and_replacements(terminal: bool) -> None:
         "2 replacements",
         "read 1.500",
         "dropped the reply of client 'bob': broken",
-        "distilling",
+        "personalising",
         "evaluating",
     ):
         assert text in shown

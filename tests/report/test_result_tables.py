@@ -38,13 +38,19 @@ def test_a_kind_of_ones_own_is_shown_and_judged_by_its_headline() -> None:
 
 def test_a_task_that_stage_two_made_worse_is_told() -> None:
     found = of_ones_own()
-    personal = {"hits": 6.5, "loss": 0.1}
-    found["tasks"]["match"]["personal"] = personal
+    models = found["tasks"]["match"]
+    models["personal"], models["server"]["hits"] = {"hits": 6.5, "loss": 0.1}, 5.5
     assert remarks(found) == [
-        "task 'match': stage 2 made it worse, hits 6.5 -> 5: lower distill.learning_rate, or the learning rate of its `fit`"
+        "task 'match': on test data, stage 2 did not pay: hits is 5 after it, and was 6.5 (personal) and 5.5 (server)"
     ]
-    personal["hits"] = 5.0
+    models["server"]["hits"] = 5.0
     assert remarks(found) == []
+
+
+def test_answers_that_could_not_be_used_are_told() -> None:
+    assert remarks(of_ones_own() | {"dropped": {"client 'ann'": 2}}) == [
+        "client 'ann': 2 answers could not be used; the events `dropped` of metrics.jsonl say why"
+    ]
 
 
 def test_results_that_do_not_say_the_headline_know_the_packages_own_kinds() -> None:

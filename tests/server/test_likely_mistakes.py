@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tap_flower.server.likely_mistakes import likely_mistakes
+from tap_flower.server.likely_mistakes import frozen_and_trained, likely_mistakes
 
 IMAGES = "image_classification"
 
@@ -20,6 +20,26 @@ def test_a_task_that_is_probably_misspelt(task: str) -> None:
         f"task {task!r} is client 'c0''s alone, and 2 clients have 'digits': if both are one task, give it one name, or "
         f"nothing of its head is shared"
     )
+
+
+@pytest.mark.parametrize(("one", "other"), [("verdict", "verdicts"), ("Boxes", "boxes")])
+def test_two_tasks_of_one_client_each_that_are_probably_one(one: str, other: str) -> None:
+    held = [("ann", one, IMAGES), ("bob", other, IMAGES)]
+    assert likely_mistakes(2, None, held) == [
+        f"task {one!r} is client 'ann''s alone, and client 'bob' has {other!r}: if both are one task, give it one name, or "
+        f"nothing of its head is shared"
+    ]
+    assert likely_mistakes(1, None, [("ann", one, IMAGES), ("ann", other, IMAGES)]) == []
+
+
+def test_what_one_client_trains_and_another_freezes() -> None:
+    built = {"ann": ["head.a", "trunk"], "bob": ["head.b", "trunk"], "cleo": []}
+    assert frozen_and_trained({"ann": ["head.a", "trunk"], "bob": ["head.b"], "cleo": ["trunk"]}, built) == [
+        "client 'ann' trains 'trunk', and client 'bob' does not, which keeps the run's first values there: set "
+        "`requires_grad` on both, or on neither"
+    ]
+    trained = {"ann": ["head.a", "trunk"], "bob": ["head.b", "trunk"], "cleo": ["head.b"]}
+    assert frozen_and_trained(trained, built) == []
 
 
 @pytest.mark.parametrize("tasks", [("shapes",), ("digits_2",), ("digits",), ("digit", "digit"), ("digit_images",)])

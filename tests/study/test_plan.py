@@ -50,8 +50,9 @@ def test_a_config_file_lies_beside_the_sweep(plan: Any, tmp_path: Path) -> None:
 
 
 def test_equal_steps_give_a_method_with_one_model_twice_the_steps_of_tap(plan: Any, tmp_path: Path) -> None:
+    settings = {"train.steps": 10, "distill.iterations": 7, "train.personal_from": 1}
     methods = {"tap": None, "local": None, "fedavg": None, "ditto": {"baselines.ditto_lambda": 0.01}}
-    sweep = plan(methods=methods, budgets=["rounds", "steps"], set={"train.steps": 10, "distill.iterations": 7})
+    sweep = plan(methods=methods, budgets=["rounds", "steps"], set=settings)
     rounds, steps = sweep.budgets["rounds"], sweep.budgets["steps"]
     assert {label: run.settings[-3:-1] for (label, seed), run in steps.items() if seed == 1 and label != "tap"} == {
         "local": ("train.steps=20", "distill.iterations=14"),
