@@ -157,12 +157,12 @@ def federation_of_toys(folder: Path, toys: Sequence[Toy] = TOYS, *settings: str)
 
 
 def federation_of_specs(folder: Path, clients: Sequence[dict[str, Any]] = CLIENTS, *settings: str) -> Federation:
-    """A federation of client specs that all take part in every round, unless a setting says otherwise."""
+    """A federation of client specs that all take part in every round and train both models, but for what a setting says."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump({"clients": list(clients)}))
     everyone = f"clients_per_round={len(clients)}"
-    return Federation(folder, file, [*SETTINGS, everyone, *settings], clients=len(clients))
+    return Federation(folder, file, [*SETTINGS, everyone, "train.personal_from=1", *settings], clients=len(clients))
 
 
 @pytest.fixture(scope="module", autouse=True)

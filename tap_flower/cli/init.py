@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from tap_flower.cli.common import say
-from tap_flower.data.spec import NAME
 from tap_flower.errors import SpecError
 
 if TYPE_CHECKING:
@@ -46,6 +45,8 @@ def init_command(
     backbone: Annotated[str, typer.Option(help="Use this backbone: demo, a local folder, or a hub id.")] = "demo",
 ) -> None:
     """Write a client spec for your own data, with comments; run `tap-flower check` next."""
+    from tap_flower.data.spec import NAME
+
     if not NAME.fullmatch(name):
         raise SpecError(f"--name {name!r}: use letters, digits, '-' and '_', at most 64")
     if out.exists():

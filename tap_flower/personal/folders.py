@@ -31,8 +31,9 @@ def client_folder(place: Path, client: str | None = None) -> Path:
     names = clients_in(place)
     if not names:
         raise StorageError(
-            f"{place} holds no {DESCRIPTION}: a model of your own is read with `load_personal`; else give a run folder, or a client's own: RUN/clients/NAME, on a node "
-            f"STATE-DIR/NAME/RUN (written by this version of tap-flower or a later one)"
+            f"{place} holds no {DESCRIPTION}: give a run folder, or a client's own: RUN/clients/NAME, on a node "
+            f"STATE-DIR/NAME/RUN (written by this version of tap-flower or a later one); the personal models of a project's "
+            f"own modules are opened with `load_personal`"
         )
     return place / "clients" / _one_of(client, names, f"{place} has models of several clients", "--client", "client")
 

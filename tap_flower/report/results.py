@@ -161,6 +161,7 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
     dropped = [
         f"{who}: {counted(count, 'answer')} could not be used; the events `dropped` of metrics.jsonl say why"
         for who, count in found.get("dropped", {}).items()
+        if not any(who in (name, f"client {name!r}") for name in found.get("missing", {}))
     ]
     return missing + dropped + marks + untested + of_tasks
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -198,7 +199,7 @@ def test_methods_work_with_a_projects_own_loop(tmp_path: Path, method: str) -> N
     assert set(result.clients) == {"c0", "c1"}
     assert all(loop.rates and set(loop.rates) == {0.05} for loop in loops)  # the learning rate in use is the project's
     steps = result.summary["steps"]["c0"]
-    assert steps == sum(len(rows) for rows in ([*loops[0].rows],))  # one for each batch that the loop took
+    assert steps == len(loops[0].rows) - 2  # one for each batch that the loop took, but for those of its trial
     metrics = result.train_metrics_clientapp[1]
     assert metrics["epochs"] == 1.0
     assert metrics["train-loss"] > 0
@@ -234,11 +235,45 @@ def test_the_distillation_of_an_own_loop_moves_the_student(tmp_path: Path) -> No
 def test_held_out_rows_are_not_in_the_loader_that_fit_gets(tmp_path: Path) -> None:
     loop = Loop()
     run(tmp_path, lambda _: loop.task(loader(10, 0, size=10)), "method=fedavg", nodes=1)
-    assert [len(rows) for rows in loop.rows] == [8]
-    assert loop.scored == [
-        1,
-        2,
-    ]  # a trial before the first round; the test loader's own two batches for the server's model
+    assert [len(rows) for rows in loop.rows] == [8, 8]  # a trial before the first round, and the round
+    assert loop.scored == [1, 2]  # a trial, too; the test loader's own two batches for the server's model
+
+
+def broken(net: nn.Module, data: DataLoader[Any], config: Mapping[str, Any]) -> float:
+    return float(config["rate"])
+
+
+@pytest.mark.parametrize(
+    ("fit", "net", "words"),
+    [
+        (broken, Net, r"task 'digits': unexpected KeyError at test_task.py:\d+"),
+        (lambda *_: "low", Net, "task 'digits': `fit` returned"),
+        (lambda *_: math.nan, Net, "the training loss of task 'digits' is nan"),
+        (
+            lambda net, data, _: [net(x) for x, _ in data] and None,
+            Normed,
+            "task 'digits': its loader has a batch of one example",
+        ),
+    ],
+)
+def test_an_error_of_a_loop_comes_before_the_first_round(tmp_path: Path, fit: Any, net: Any, words: str) -> None:
+    app = TapClientApp()
+    app.client()(
+        lambda _: Client("ann", net, [Loop().task(loader(11, 0, size=4), fit=fit)], state_dir=tmp_path / "state")
+    )
+    settings = ["rounds=1", "clients_per_round=1", "replacement.evidence=validation", *FEW]
+    strategy = TapStrategy(config=load_config("plug-in", settings=settings), run_folder=tmp_path / "run")
+    with pytest.raises(RunError, match=words):
+        strategy.start(InProcessGrid(app, [{}], {}), train_config=ConfigRecord({"lr": 0.1}))
+    assert strategy.progress.round == 0
+
+
+def test_a_loop_that_changes_nothing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path, lambda _: Loop().task(fit=lambda *_: 0.5), "method=fedavg")
+    assert "client 'c0': `fit` has changed no tensor of the model that it was called with" in caplog.text
+    caplog.clear()
+    run(tmp_path / "good", lambda _: Loop().task(), "method=fedavg")
+    assert "changed no tensor" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -141,9 +141,7 @@ def test_what_a_flower_user_reads_of_a_result(federation: ToyFederation, lines: 
         assert said in text
 
 
-@pytest.mark.parametrize(
-    ("fraction", "fewest", "sampled"), [(0.5, 1, 2), (0.1, 3, 3), (0.1, None, 2), (1.0, 2, 4), (1.0, 9, 4)]
-)
+@pytest.mark.parametrize(("fraction", "fewest", "sampled"), [(0.5, 1, 2), (0.1, 3, 3), (0.1, None, 2), (1.0, 2, 4)])
 def test_fractions_and_minimums_are_flowers(
     federation: ToyFederation, fraction: float, fewest: int | None, sampled: int
 ) -> None:
@@ -152,6 +150,11 @@ def test_fractions_and_minimums_are_flowers(
     (event,) = [e for e in read_events(federation.out) if e["event"] == "round_start"]
     assert len(event["clients"]) == sampled
     assert strategy.progress.round == 1
+
+
+def test_a_round_is_not_smaller_than_its_minimum(federation: ToyFederation) -> None:
+    with pytest.raises(RunError, match="4 of 9 clients are there"):
+        of(federation, min_train_nodes=9).start(federation.grid(), num_rounds=1)
 
 
 @pytest.mark.parametrize(("fewest", "sampled"), [(None, 1), (3, 3)])
