@@ -69,7 +69,7 @@ def simulate_command(
     from tap_flower.config import client_specs, load_config
     from tap_flower.methods.registry import find_method
     from tap_flower.report.html_report import REPORT, write_report
-    from tap_flower.report.results import RESULTS
+    from tap_flower.report.results import RESULTS, read_results
     from tap_flower.report.trackers import tracker_names
     from tap_flower.run.resources import CLUSTER, check_cluster, shared, shared_cluster, this_machine
     from tap_flower.run.simulation import Launch, simulate
@@ -102,6 +102,9 @@ def simulate_command(
             pass
     if resume:
         resumable(out, resolved)  # what is wrong with it is said now
+        if (out / RESULTS).exists() and not read_results(out).get("missing"):
+            say(console, f"{out} has finished: tap-flower report {out} shows it")
+            return
     else:
         check_free(out)
     held = ((spec.name, task.name, task.kind) for spec in specs for task in spec.tasks)
