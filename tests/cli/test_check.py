@@ -30,6 +30,15 @@ def test_a_good_client_spec_is_checked(command: Any, tmp_path: Path) -> None:
     assert out.endswith("no problems found\n")
 
 
+def test_a_configuration_is_no_client_spec(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("clients: []\n")
+    code, _, err = command("check", str(tmp_path / "run.yaml"))
+    assert code == 1
+    assert "run.yaml is no client spec, but the configuration of a run: give a client's own file" in err.replace(
+        "\n", " "
+    )
+
+
 def test_all_problems_of_a_client_spec_are_listed(command: Any, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     spec = write_spec(

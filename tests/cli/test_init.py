@@ -156,6 +156,12 @@ def test_what_it_cannot_use_is_told(name: str, content: str | None, problem: str
     assert "Traceback" not in out + err
 
 
+def test_a_name_that_check_would_refuse_is_refused(command: Any, tmp_path: Path) -> None:
+    code, _, err = command("init", str(tmp_path), "--name", "klinik a", "--out", str(tmp_path / "client.yaml"))
+    assert code == 1
+    assert "--name 'klinik a': use letters, digits, '-' and '_', at most 64" in err
+
+
 def test_a_folder_above_the_one_that_is_split_is_refused(command: Any, tmp_path: Path) -> None:
     for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
         pictures(tmp_path / "data" / "pets" / name, 2)

@@ -71,6 +71,36 @@ def test_a_resume_with_other_settings_names_them_before_anything_starts(
     assert "run was started with another configuration (rounds, train.steps differ): resume it with the same" in err
 
 
+def test_a_run_that_has_finished_is_not_run_again(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulation, "simulate", lambda *_: pytest.fail("started"))
+    begun(tmp_path / "run", rounds=8)
+    finished_run(tmp_path / "run")
+    code, out, _ = command("simulate", "--out", str(tmp_path / "run"), "--resume")
+    assert code == 0
+    assert "has finished" in out
+
+
+def test_a_folder_in_which_a_run_is_going_on_is_refused(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulation, "simulate", lambda *_: pytest.fail("started"))
+    begun(tmp_path / "run", rounds=1)
+    with checkpoint.locked(tmp_path / "run", resume=True):
+        for more in ((), ("--resume",)):
+            code, _, err = command("simulate", "--out", str(tmp_path / "run"), *more)
+            assert code == 1
+            assert "another process runs in" in err
+
+
+def test_a_client_spec_is_no_configuration(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "client.yaml").write_text("name: ann\nbackbone: demo\ntasks: []\n")
+    code, _, err = command("simulate", "--config", str(tmp_path / "client.yaml"))
+    assert code == 1
+    assert "this is a client spec: give a file that has it in a list, under `clients:`" in err
+
+
 @pytest.mark.parametrize("rounds", [0, 1])
 def test_a_run_that_failed_before_its_first_round_is_not_in_the_way(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int
