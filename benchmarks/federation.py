@@ -52,7 +52,12 @@ def main() -> None:
     rows = []
     for clients in given.clients:
         with tempfile.TemporaryDirectory() as folder:
-            settings = [f"rounds={given.rounds}", f"clients_per_round={clients}", "start_timeout=1", "train.personal_from=1"]
+            settings = [
+                f"rounds={given.rounds}",
+                f"clients_per_round={clients}",
+                "start_timeout=1",
+                "train.personal_from=1",
+            ]
             settings += [f"train.steps={given.steps}"] if given.steps else []
             file = Path(folder) / "clients.yaml"
             file.write_text(yaml.safe_dump({"clients": copies(clients)}))
