@@ -42,7 +42,7 @@ class Normed(nn.Module):
         self.norm = nn.BatchNorm1d(6)
         self.head = nn.Linear(6, 3)
         nn.init.zeros_(self.head.weight)
-        self.register_buffer("mask", torch.rand(6).round())
+        self.register_buffer("mask", torch.rand(6))  # of zeros and ones, two in 64 would be equal
         self.register_buffer("seen", torch.zeros(()))
 
     def see(self, x: Tensor) -> Tensor:
