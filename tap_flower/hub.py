@@ -31,6 +31,16 @@ def locate(backbone: str) -> str:
     return str(demo_folder()) if backbone == DEMO else backbone
 
 
+def check_folder(name: str) -> None:
+    """Checks that a name which is a path, not one of the hub, leads somewhere.
+
+    Raises:
+        BackboneError: it does not.
+    """
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise BackboneError(f"there is no folder {name}: give the folder of a checkpoint, or a hub id, OWNER/NAME")
+
+
 def prepare(name: str) -> None:
     """Called before a model or data set is loaded by its name.
 
@@ -40,7 +50,11 @@ def prepare(name: str) -> None:
 
     Args:
         name: of a repository on the hub, or a local folder.
+
+    Raises:
+        BackboneError: it is the path of a folder that is not there.
     """
+    check_folder(name)
     if not Path(name).exists() and not answers():
         from huggingface_hub import constants
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tap_flower.cli.common import say
 from tap_flower.errors import BackboneError, ConfigError
-from tap_flower.hub import CATALOGUE, answers, fetch_data, fetch_model, is_here
+from tap_flower.hub import CATALOGUE, answers, check_folder, fetch_data, fetch_model, is_here
 
 if TYPE_CHECKING:
     from tap_flower.data.spec import ClientSpec
@@ -76,7 +76,11 @@ def check_fetched(specs: Iterable[ClientSpec], mirror: str, remedy: str) -> None
 
     Raises:
         ConfigError: the hub does not answer, and something is not here.
+        BackboneError: a client's backbone is the path of a folder that is not there.
     """
+    specs = list(specs)
+    for spec in specs:
+        check_folder(spec.backbone)
     needed = {key: kind for key, kind in hub_names(specs).items() if not (mirror and kind == "dataset")}
     lacking = [name for (name, revision), kind in needed.items() if not is_here(name, revision, kind)]
     if lacking and not answers():

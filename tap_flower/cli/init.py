@@ -39,7 +39,7 @@ _SPLITS = {
 
 
 def init_command(
-    data: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder, or a CSV, JSON or Parquet file.")],
+    data: Annotated[Path, typer.Argument(metavar="FOLDER|FILE", help="A folder, or a CSV, JSON or Parquet file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Write the client spec to this file.")] = Path("client.yaml"),
     name: Annotated[str, typer.Option(help="Name the client.")] = "client-1",
     backbone: Annotated[str, typer.Option(help="Use this backbone: demo, a local folder, or a hub id.")] = "demo",

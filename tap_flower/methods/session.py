@@ -174,7 +174,6 @@ class Session:
         """
         model.train()
         losses, metrics = dict[str, float](), dict[str, float]()
-        before = {} if tries else cpu_state(model)
         for task in self.tasks:
             assert task.fit is not None
             name, loader = task.pair.task, self.data.loader("train", task.pair.task)
@@ -205,26 +204,27 @@ class Session:
             metrics |= {f"{prefix}{metric}": value for metric, value in found.items()}
         model.to(self.device)  # the loop may have moved it
         self.metrics = self.metrics or metrics
-        if before and all(value.equal(before[name]) for name, value in cpu_state(model).items()):
-            log.warning(
-                "client %r: `fit` has changed no tensor of the model that it was called with: train that one, with a "
-                "learning rate above 0",
-                self.name,
-            )
         return losses
 
     def try_loops(self) -> None:
         """Runs the project's own loops over two batches each, so that their errors are told before the first round.
 
         Raises:
-            ClientError: a loop returned what cannot be used, or cannot train on its smallest batch.
+            ClientError: a loop returned what cannot be used, cannot train on its smallest batch, or trains nothing.
         """
-        if any(task.fit is not None for task in self.tasks):
-            steps, metrics = self.steps, self.metrics
-            seed_torch(named_seed(self.settings.seed, self.name, "trial"))
-            with self._algorithms():
-                self._fit(self.model(), None, times=1, tries=True)
-            self.steps, self.metrics = steps, metrics
+        if all(task.fit is None for task in self.tasks):
+            return
+        model, steps, metrics = self.model(), self.steps, self.metrics
+        before = cpu_state(model)
+        seed_torch(named_seed(self.settings.seed, self.name, "trial"))
+        with self._algorithms():
+            self._fit(model, None, times=1, tries=True)
+        if all(value.equal(before[name]) for name, value in cpu_state(model).items()):
+            told = "`fit` has changed no tensor of the model that it was called with: train that one"
+            if self.steps == steps:  # else an optimiser had another model, or a learning rate of 0, which may rise
+                raise ClientError(told)
+            log.warning("client %r: %s, with a learning rate above 0", self.name, told)
+        self.steps, self.metrics = steps, metrics
 
     def train_round(
         self,

@@ -129,11 +129,8 @@ class ServerRun:
             self.events.write(FAILED, round=self.progress.round, problem=str(error), type=type(error).__name__)
             log(ERROR, "The run has failed after %d complete rounds: %s", self.progress.round, error)
             if self.progress.round:
-                log(
-                    ERROR,
-                    "Mend that, then go on with `--resume` (TapStrategy: resume=True) in the folder %s",
-                    self.folder,
-                )
+                how = f"`tap-flower simulate --out {self.folder} --resume`, or TapStrategy(run_folder=..., resume=True)"
+                log(ERROR, "Mend that, then go on with %s", how)
             else:
                 log(ERROR, "Mend that, then run it again; nothing is lost with the folder %s", self.folder)
         self.events.close(complete=error is None)

@@ -94,6 +94,12 @@ def test_a_folder_in_which_a_run_is_going_on_is_refused(
             assert "another process runs in" in err
 
 
+def test_a_backbone_in_a_folder_that_is_not_there_is_told(command: Any, tmp_path: Path) -> None:
+    code, _, err = command("simulate", "--set", f"backbone={tmp_path / 'nope'}", "--out", str(tmp_path / "run"))
+    assert code == 1
+    assert f"there is no folder {tmp_path / 'nope'}: give the folder of a checkpoint" in err
+
+
 def test_a_client_spec_is_no_configuration(command: Any, tmp_path: Path) -> None:
     (tmp_path / "client.yaml").write_text("name: ann\nbackbone: demo\ntasks: []\n")
     code, _, err = command("simulate", "--config", str(tmp_path / "client.yaml"))

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,7 @@ def broken(net: nn.Module, data: DataLoader[Any], config: Mapping[str, Any]) -> 
     ("fit", "net", "words"),
     [
         (broken, Net, r"task 'digits': unexpected KeyError at test_task.py:\d+"),
+        (lambda *_: 0.5, Net, "`fit` has changed no tensor of the model that it was called with"),
         (lambda *_: "low", Net, "task 'digits': `fit` returned"),
         (lambda *_: math.nan, Net, "the training loss of task 'digits' is nan"),
         (
@@ -268,9 +270,12 @@ def test_an_error_of_a_loop_comes_before_the_first_round(tmp_path: Path, fit: An
     assert strategy.progress.round == 0
 
 
-def test_a_loop_that_changes_nothing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run(tmp_path, lambda _: Loop().task(fit=lambda *_: 0.5), "method=fedavg")
-    assert "client 'c0': `fit` has changed no tensor of the model that it was called with" in caplog.text
+def test_a_loop_that_trains_another_model_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def trains_a_copy(net: nn.Module, data: DataLoader[Any], config: Mapping[str, Any]) -> None:
+        Loop().fit(deepcopy(net), data, config)
+
+    run(tmp_path, lambda _: Loop().task(fit=trains_a_copy), "method=fedavg")
+    assert caplog.text.count("client 'c0': `fit` has changed no tensor of the model that it was called with") == 1
     caplog.clear()
     run(tmp_path / "good", lambda _: Loop().task(), "method=fedavg")
     assert "changed no tensor" not in caplog.text
