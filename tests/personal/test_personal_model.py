@@ -215,7 +215,7 @@ def test_another_backbone_is_refused(bob: Path) -> None:
     with pytest.raises(PersonalError, match="client 'bob': backbone 'demo' has the fingerprint"):
         PersonalModel.load(bob)
     change(bob, backbone="/none")
-    with pytest.raises(PersonalError, match="client 'bob': backbone '/none' cannot be loaded"):
+    with pytest.raises(PersonalError, match="client 'bob': there is no folder /none"):
         PersonalModel.load(bob)
 
 
