@@ -32,7 +32,7 @@ def locate(backbone: str) -> str:
 
 
 def check_folder(name: str) -> None:
-    """Checks that a name which is a path, not one of the hub, leads somewhere.
+    """Checks that a backbone's name which is a path, not one of the hub, leads somewhere.
 
     Raises:
         BackboneError: it does not.
@@ -50,11 +50,7 @@ def prepare(name: str) -> None:
 
     Args:
         name: of a repository on the hub, or a local folder.
-
-    Raises:
-        BackboneError: it is the path of a folder that is not there.
     """
-    check_folder(name)
     if not Path(name).exists() and not answers():
         from huggingface_hub import constants
 

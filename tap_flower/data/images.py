@@ -71,6 +71,7 @@ def processor_form(backbone: str, revision: str | None = None) -> ImageForm:
         BackboneError: it has no image processor, or one that gives no square images.
     """
     place = hub.locate(backbone)
+    hub.check_folder(place)
     hub.prepare(place)
     remedy = "say `image: {size: …, fit: …, mean: …, std: …}` in the task"
     try:

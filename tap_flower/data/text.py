@@ -66,6 +66,7 @@ def load_tokenizer(place: str, revision: str | None = None) -> PreTrainedTokeniz
         BackboneError: it cannot be found, knows no words, lacks a token that texts need, or has more tokens than the
             backbone has embeddings.
     """
+    hub.check_folder(place)
     hub.prepare(place)
     try:
         found = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)

@@ -212,6 +212,7 @@ def _family(config: PreTrainedConfig) -> type[FlavaBackbone | ViltBackbone]:
 
 def _checkpoint_config(name: str, revision: str | None) -> PreTrainedConfig:
     """The configuration of a checkpoint of a supported family."""
+    hub.check_folder(locate(name))
     hub.prepare(locate(name))
     try:
         config = AutoConfig.from_pretrained(locate(name), revision=revision, trust_remote_code=False)
