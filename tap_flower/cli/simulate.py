@@ -103,7 +103,7 @@ def simulate_command(
     if resume:
         resumable(out, resolved)  # what is wrong with it is said now
         if (out / RESULTS).exists() and not read_results(out).get("missing"):
-            say(console, f"{out} has finished: tap-flower report {out} shows it")
+            say(console, escape(f"{out} has finished: tap-flower report {out} shows it"))
             return
     else:
         check_free(out)

@@ -53,16 +53,19 @@ def frozen_and_trained(trained: Mapping[str, Collection[str]], built: Mapping[st
         trained: client -> names of the tensors that it exchanges.
         built: client -> names of all tensors that its module was built with.
     """
-    said = []
+    said, trainer = [], dict[str, str]()
+    for client, names in trained.items():
+        for name in names:
+            trainer.setdefault(name, client)
     for client, names in built.items():
-        for other, theirs in trained.items():
-            if frozen := sorted((set(names) - set(trained[client])) & set(theirs)):
-                more = f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
-                said.append(
-                    f"client {other!r} trains {frozen[0]!r}{more}, and client {client!r} does not, which keeps the run's "
-                    f"first values there: set `requires_grad` on both, or on neither"
-                )
-                break
+        if frozen := sorted((set(names) - set(trained[client])) & trainer.keys()):
+            other = trainer[frozen[0]]
+            count = sum(name in trained[other] for name in frozen)
+            more = f" and {count - 1} more" if count > 1 else ""
+            said.append(
+                f"client {other!r} trains {frozen[0]!r}{more}, and client {client!r} does not, which keeps the run's first "
+                f"values there: set `requires_grad` on both, or on neither"
+            )
     return said
 
 

@@ -132,7 +132,7 @@ class ServerRun:
                 how = f"`tap-flower simulate --out {self.folder} --resume`, or TapStrategy(run_folder=..., resume=True)"
                 log(ERROR, "Mend that, then go on with %s", how)
             else:
-                log(ERROR, "Mend that, then run it again; nothing is lost with the folder %s", self.folder)
+                log(ERROR, "Mend that, then run it again; no round is lost with the folder %s", self.folder)
         self.events.close(complete=error is None)
 
     def gather(self, grid: StreamingGrid, expected: int, fraction_train: float | None) -> None:
