@@ -145,7 +145,6 @@ def test_the_glossary_has_the_terms() -> None:
     assert [term for term in terms.split(", ") if f"**{term}**" not in page] == []
 
 
-@pytest.mark.slow
 def test_proselint_finds_nothing(tmp_path: Path) -> None:
     """Without its rules on résumé, which take the verb for the noun, and on dates, which we have none of.
 
