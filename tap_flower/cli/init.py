@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from tap_flower.cli.common import say
 from tap_flower.errors import SpecError
+from tap_flower.plain import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset  # it takes long to import
@@ -156,10 +157,15 @@ def _of_files(splits: Mapping[str, Path], name: str, tell: Callable[[str], None]
     head = _undecoded(rows)[:_LOOKED_AT]
     image = next((name for name, values in head.items() if _are_images(values, first.parent, rows, name)), None)
     left = [name for name in head if name != image]
-    label = _first(
-        _LABELS, left, lambda name: 2 <= len(set(map(str, head[name]))) <= min(_MOST_CLASSES, len(rows) // 2 or 2)
-    )
+    most = min(_MOST_CLASSES, len(rows) // 2 or 2)
+    label = _first(_LABELS, left, lambda name: 2 <= len(set(map(str, head[name]))) <= most)
     target = _first(_TARGETS, left, lambda name: _is_text(head[name]))
+    for column in [] if label is not None else [name for name in left if name.lower() in _LABELS and name != target]:
+        values = counted(len(set(map(str, head[column]))), "different value")
+        tell(
+            f"{column!r} is not taken as the label: {len(head[column]):,} rows have {values} in it, "
+            f"and 2 to {most} make classes"
+        )
     if label is None and target is None:  # a column in which few values come again and again
         few = {name: len(set(map(str, head[name]))) for name in left}
         again = [name for name, count in few.items() if 2 <= count <= min(20, len(rows) // 3)]

@@ -101,10 +101,11 @@ def simulate_command(
         with locked(out, resume):
             pass
     if resume:
-        resumable(out, resolved)  # what is wrong with it is said now
+        begun = resumable(out, resolved).progress  # what is wrong with it is said now
         if (out / RESULTS).exists() and not read_results(out).get("missing"):
             say(console, escape(f"{out} has finished: tap-flower report {out} shows it"))
             return
+        say(console, escape(f"resuming {out} after {counted(begun.round, 'complete round')}"))
     else:
         check_free(out)
     held = ((spec.name, task.name, task.kind) for spec in specs for task in spec.tasks)

@@ -220,7 +220,7 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
     session, exchanged = participant.session, participant.exchanged
     model = session.outline
     participant.method.suits(model)
-    session.try_loops()
+    session.try_loops(participant.method.distils(session.settings))
     examples, held_out = session.data.sizes("train"), session.data.sizes("validation")
     for task in participant.client.tasks:
         if isinstance(task.validation, float) and held_out.get(task.name):

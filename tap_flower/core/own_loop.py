@@ -153,8 +153,8 @@ def further_loss(module: nn.Module, task: str, objective: Objective | None) -> I
             hook.remove()
     if not factor.used:
         raise ClientError(
-            f"task {task!r}: the method's further loss has not reached the loop in `fit`: it must call the module itself, "
-            f"as `net(...)`, and `backward` on a loss of what the module returns"
+            f"task {task!r}: the method's further loss has not reached the loop in `fit`: it must call the module that it "
+            f"gets, as `net(...)` and not `net.forward(...)`, and `backward` on a loss of what that returns"
         )
 
 

@@ -256,6 +256,49 @@ TASK_KINDS: Mapping[str, TaskKind] = {
 }
 
 
+_FORMS: Mapping[str, tuple[str, Callable[[Tensor, Tensor], bool]]] = {
+    **dict.fromkeys(
+        ("image_classification", "text_classification"),
+        (
+            "logits [examples, classes] with the numbers of classes, int64 [examples]",
+            lambda output, target: (
+                output.ndim == 2 and target.dtype is torch.int64 and target.shape == output.shape[:1]
+            ),
+        ),
+    ),
+    "text_generation": (
+        "logits [examples, positions, tokens] with the numbers of tokens, int64 [examples, positions]",
+        lambda output, target: output.ndim == 3 and target.dtype is torch.int64 and target.shape == output.shape[:2],
+    ),
+    "image_generation": (
+        "images [examples, 3, height, width] with images of that shape",
+        lambda output, target: output.ndim == 4 and target.is_floating_point() and target.shape == output.shape,
+    ),
+}
+"""Kind -> (what it compares, in words, whether an output and a target are that)."""
+
+
+def check_comparison(kind: TaskKind, task: str, output: Tensor, target: Tensor) -> None:
+    """Checks what one of the four kinds compares: torch would take other shapes and types, and compare something else.
+
+    Args:
+        kind: one of your own takes whatever its losses take.
+        task: name of the task.
+        output: of the model.
+        target: what the loss compares it with.
+
+    Raises:
+        ClientError: they do not have the kind's form.
+    """
+    form, fits = _FORMS.get(kind.name, ("", lambda _, __: True))
+    if not fits(output, target):
+        told = (f"{str(one.dtype).removeprefix('torch.')} {list(one.shape)}" for one in (output, target))
+        raise ClientError(
+            f"task {task!r}: the kind {kind.name!r} compares {form}, and `forward` returned {next(told)}, `target` "
+            f"{next(told)}: return that, or take a kind of your own, TaskKind.of(...)"
+        )
+
+
 @contextmanager
 def computing(task: str) -> Iterator[None]:
     """Names the task of a batch that cannot be computed with."""

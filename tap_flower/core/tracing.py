@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tap_flower.core.components import ComponentMap, Pair
 from tap_flower.core.module_tensors import BuiltModule, as_float32, is_norm, still_norms
 from tap_flower.core.seeds import named_seed, seeded
-from tap_flower.core.tasks import TASK_KINDS, TaskKind, computing
+from tap_flower.core.tasks import TASK_KINDS, TaskKind, check_comparison, computing
 from tap_flower.errors import ClientError, TapFlowerError, defined_at, users_line
 
 Forward = Callable[[Any, Any], Any]
@@ -160,6 +160,7 @@ def _tried(task: TracedTask, built: BuiltModule, module: nn.Module, given: bool)
             output = task.forward(module, batch)
         if kind.name in TASK_KINDS:
             _check_tensor(f"task {name!r}: `forward`", output, "of a classifier the logits [examples, classes]")
+            check_comparison(kind, name, output, target)
         told = of_the_user(f"task {name!r}: the losses of kind {kind.name!r}", kind.losses, task.forward, task.target)
         with told, computing(name):
             losses = kind.losses(output, target)

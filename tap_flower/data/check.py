@@ -26,6 +26,8 @@ EXAMPLES = 3
 """Examples of each split that are shown."""
 UNKNOWN = 0.1
 """Share of a split's tokens from which on unknown ones are worth a note."""
+UNEVEN = 0.25
+"""Share of the rows of a `part` by which it may be larger or smaller without a note."""
 SHOWN = 20
 """Rows, classes, and kinds of problem with one role of a source, that are named; the others are counted."""
 
@@ -130,7 +132,8 @@ def check_data(
 
     It finds two problems besides that loading lets pass: images that cannot be decoded, and texts that are empty. Notes are
     classes without training examples, inputs that two splits share, files that are passed over, numbers that are read as
-    places in `classes`, many words that the tokenizer does not know, and images that use little of their type's range.
+    places in `classes`, many words that the tokenizer does not know, images that use little of their type's range, and
+    parts by hash that are far from their share of the rows.
 
     Args:
         spec: of the client.
@@ -202,6 +205,7 @@ class _Checker:
                 continue
             self._add(source, read, errors, summary)
             sizes.append(len(read))
+            problems += self._uneven(split, source, len(read))
             for role in ("", *self.task.fields(source)):
                 problems += [replace(one, what=f"{split} {source} {one.what}") for one in _grouped(role, errors[role])]
         if sizes or not sources:
@@ -224,6 +228,20 @@ class _Checker:
                 Problem(f"{split} has {share:.0%} tokens that the tokenizer does not know: {remedy}", is_note=True)
             )
         return summary, problems
+
+    def _uneven(self, split: str, source: Source, taken: int) -> list[Problem]:
+        """A note where a part by hash has a share of the rows that is far from its own, as happens with few groups."""
+        if source.part is None or source.rows is not None:
+            return []
+        available, (low, high) = len(open_source(source, self.root)), source.part
+        meant = (high - low) * available
+        if abs(taken - meant) <= max(1, UNEVEN * meant):
+            return []
+        what = (
+            f"{split} {source} has {taken:,} of {available:,} rows; its part, {high - low:.0%}, would be {meant:,.0f}"
+        )
+        remedy = f"equal values of {listed(source.by)} stay together: move the bounds of `part`, or choose `rows`"
+        return [Problem(f"{what}: {remedy}", is_note=True)]
 
     def _add(
         self, source: Source, read: SourceRows, errors: dict[str, list[SourceError]], summary: SplitSummary

@@ -225,7 +225,8 @@ def check_keys(values: Mapping[str, Any], schema: type, where: str) -> dict[str,
         raise SpecError(f"{where} is {shown(values)}: write `key: value` lines")
     known = [f.name for f in fields(schema)]
     if unknown := [key for key in values if key not in known]:
-        raise SpecError(f"{where} has the unknown key {shown(unknown[0])}{did_you_mean(str(unknown[0]), known)}")
+        near = did_you_mean(str(unknown[0]), known) or f": use {', '.join(known)}"
+        raise SpecError(f"{where} has the unknown key {shown(unknown[0])}{near}")
     required = [f.name for f in fields(schema) if f.default is f.default_factory]  # both are MISSING
     if missing := [name for name in required if values.get(name) is None]:
         raise SpecError(f"{where} lacks {', '.join(missing)}")

@@ -81,8 +81,8 @@ def any_model(model: ComponentModel) -> None:
     del model
 
 
-def nothing_compared(settings: HyperParameters) -> bool:
-    """The `compares` of a method that decides nothing by held-out examples."""
+def never(settings: HyperParameters) -> bool:
+    """The `compares` of a method that decides nothing by held-out examples, and the `distils` of one that does not."""
     del settings
     return False
 
@@ -141,6 +141,7 @@ class Method:
         trained: (configuration of a run) -> how many models a client trains, for `train.steps` optimiser steps each in a
             round, and for `distill.iterations` each in stage 2. A sweep with equal steps shares them out by it.
         compares: whether a client compares losses of held-out examples, which a project's own `score` must then return.
+        distils: whether a further loss compares the module's outputs, for which a project's own loop must call the module.
     """
 
     name: str
@@ -153,7 +154,8 @@ class Method:
     own_loop: str = ""
     server: ServerHalf | None = None
     trained: Callable[[Config], tuple[float, float]] = one_model
-    compares: Callable[[HyperParameters], bool] = nothing_compared
+    compares: Callable[[HyperParameters], bool] = never
+    distils: Callable[[HyperParameters], bool] = never
 
     @property
     def result(self) -> str:

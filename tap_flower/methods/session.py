@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from tap_flower.config import HyperParameters, ReplacementEvidence
 from tap_flower.core.components import ComponentModel, State, cpu_state, load_trainable_state
-from tap_flower.core.objectives import Proximal
+from tap_flower.core.objectives import Distillation, Proximal
 from tap_flower.core.own_loop import counted_steps, further_loss, lent
 from tap_flower.core.seeds import named_seed, seed_torch
 from tap_flower.core.tasks import TaskKind
@@ -206,11 +206,15 @@ class Session:
         self.metrics = self.metrics or metrics
         return losses
 
-    def try_loops(self) -> None:
+    def try_loops(self, distils: bool) -> None:
         """Runs the project's own loops over two batches each, so that their errors are told before the first round.
 
+        Args:
+            distils: whether the run's method adds a loss of the module's outputs.
+
         Raises:
-            ClientError: a loop returned what cannot be used, cannot train on its smallest batch, or trains nothing.
+            ClientError: a loop returned what cannot be used, cannot train on its smallest batch, trains nothing, or does not
+                call the module where the method must see its outputs.
         """
         if all(task.fit is None for task in self.tasks):
             return
@@ -218,7 +222,8 @@ class Session:
         before = cpu_state(model)
         seed_torch(named_seed(self.settings.seed, self.name, "trial"))
         with self._algorithms():
-            self._fit(model, None, times=1, tries=True)
+            # A distillation whose weights are all 0 is there to be reached.
+            self._fit(model, Distillation(model, self.kinds) if distils else None, times=1, tries=True)
         if all(value.equal(before[name]) for name, value in cpu_state(model).items()):
             told = "`fit` has changed no tensor of the model that it was called with: train that one"
             if self.steps == steps:  # else an optimiser had another model, or a learning rate of 0, which may rise

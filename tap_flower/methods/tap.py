@@ -176,6 +176,18 @@ def compares(settings: HyperParameters) -> bool:
     return settings.replacement.enabled
 
 
+def distils(settings: HyperParameters) -> bool:
+    """Whether stage 2 compares the outputs of teacher and student."""
+    return settings.distill.stage is StageTwo.distillation
+
+
 METHOD = Method(
-    "tap", participate, second_stage, ("server+finetune", "tap"), models, trained=trained, compares=compares
+    "tap",
+    participate,
+    second_stage,
+    ("server+finetune", "tap"),
+    models,
+    trained=trained,
+    compares=compares,
+    distils=distils,
 )

@@ -46,4 +46,16 @@ def trained(config: Config) -> tuple[float, float]:
     return tap.trained(as_published(config))
 
 
-METHOD = replace(tap.METHOD, name="tap-published", participate=participate, second_stage=second_stage, trained=trained)
+def distils(settings: HyperParameters) -> bool:
+    """In stage 2, always."""
+    return tap.distils(as_published(settings))
+
+
+METHOD = replace(
+    tap.METHOD,
+    name="tap-published",
+    participate=participate,
+    second_stage=second_stage,
+    trained=trained,
+    distils=distils,
+)

@@ -12,6 +12,7 @@ from tap_flower.client.state import FIRST, PERSONAL, SERVER
 from tap_flower.core.module_tensors import Names
 from tap_flower.errors import PersonalError, StorageError
 from tap_flower.files import default_state_dir, read_tensors
+from tap_flower.plain import did_you_mean
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -43,7 +44,7 @@ def load_personal(
         runs = {path.parent.name: path.stat().st_mtime for path in parent.glob(f"*/{PERSONAL}")}
         if not runs or (run is not None and str(run) not in runs):
             wanted = "no run" if run is None else f"no run {str(run)!r}"
-            there = f"; it has {', '.join(sorted(runs))}" if runs else ""
+            there = f"; it has {', '.join(sorted(runs))}" if runs else did_you_mean(client, _clients(parent.parent))
             raise StorageError(f"client {client!r} has {wanted} in {parent}{there}: give the node's state-dir")
         folder = parent / (max(runs, key=lambda name: runs[name]) if run is None else str(run))
     return load_module(module, folder, which or _result(folder))
@@ -86,6 +87,11 @@ def load_module(module: _M, folder: str | Path, which: str = "tap") -> _M:
         for name, value in values.items():
             own[name].copy_(value)
     return module.eval()
+
+
+def _clients(state_dir: Path) -> list[str]:
+    """Names of the clients that have state there."""
+    return sorted({path.parent.parent.name for path in state_dir.glob(f"*/*/{PERSONAL}")})
 
 
 def _models(folder: Path) -> list[str]:

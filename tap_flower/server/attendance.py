@@ -20,7 +20,7 @@ from tap_flower.report.events import EventLog
 from tap_flower.server import checkpoint
 from tap_flower.server.checkpoint import Progress
 from tap_flower.server.first_values import FirstValues, Query
-from tap_flower.server.grid import UNSENT, Pending, StreamingGrid, content_of
+from tap_flower.server.grid import UNSENT, Pending, StreamingGrid, content_of, words_of
 from tap_flower.server.roster import Roster
 from tap_flower.wire import messages
 from tap_flower.wire.messages import MANIFEST, Evaluation, Manifest
@@ -136,7 +136,7 @@ class Gathering:
     def _take(self, reply: Message) -> None:
         node = reply.metadata.src_node_id
         if reply.has_error() and reply.error.code in _NOT_THE_NODES_WORD:
-            self._refuse(node, printable(f"{reply.error.reason} (code {reply.error.code})"))
+            self._refuse(node, printable(words_of(reply.error)))
             return
         self._expires.pop(node, None)
         try:

@@ -17,6 +17,7 @@ from tap_flower.core.averaging import check_form
 from tap_flower.core.module_tensors import as_float32, digest
 from tap_flower.errors import MessageError, RunError, StorageError
 from tap_flower.files import read_tensors, write_tensors
+from tap_flower.server.grid import content_of, words_of
 from tap_flower.server.roster import Roster
 from tap_flower.wire import messages
 from tap_flower.wire.messages import VALUES, Manifest
@@ -121,7 +122,7 @@ class FirstValues:
         )
         for reply in grid.send_and_receive(sent, timeout=self._timeout) if asked else ():
             if reply.has_error():
-                problems[nodes[reply.metadata.src_node_id]] = f"{reply.error.reason} (code {reply.error.code})"
+                problems[nodes[reply.metadata.src_node_id]] = words_of(reply.error)
         self._settled |= lacking.keys() - problems.keys()
         if lacking and self._digests:
             record = {"schema": SCHEMA, "digests": self._digests, "given": sorted(self._given), "sent": self.sent}
@@ -169,9 +170,7 @@ class FirstValues:
         question = Message(self._query(names, None), node, VALUES, group_id="0")
         found: dict[str, Tensor] = {}
         for reply in grid.send_and_receive([question], timeout=self._timeout):
-            if reply.has_error():
-                raise MessageError(f"{reply.error.reason} (code {reply.error.code})")
-            found = messages.tensors_of(self._counted("up", reply.content), _EXACT)
+            found = messages.tensors_of(self._counted("up", content_of(reply)), _EXACT)
         who = f"client {manifest.client!r}: its first values"
         shapes = {n: torch.empty(info.shape, device="meta") for n, info in manifest.tensors.items()}
         check_form(who, found, names, {**found, **shapes})

@@ -12,6 +12,7 @@ from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from tap_flower.errors import MessageError
+from tap_flower.wire import messages
 
 FOREIGN, SILENT, UNSENT = 1003, 1004, 1005
 """Error codes of replies that this grid makes: in place of one that is not of the node that was asked, or not its first;
@@ -194,6 +195,11 @@ def patiently(ask: Callable[[], T]) -> T:
             time.sleep(_AGAIN)
 
 
+def words_of(error: Error) -> str:
+    """The reason of an error, with its number where it is one of Flower's own; ours say in words what the matter is."""
+    return str(error.reason) if error.code >= messages.REFUSED else f"{error.reason} (Flower's error {error.code})"
+
+
 def content_of(reply: Message) -> RecordDict:
     """The content of a reply.
 
@@ -201,5 +207,5 @@ def content_of(reply: Message) -> RecordDict:
         MessageError: the reply is an error; its words are the sender's, see `plain.printable`.
     """
     if reply.has_error():
-        raise MessageError(f"{reply.error.reason} (code {reply.error.code})")
+        raise MessageError(words_of(reply.error))
     return reply.content

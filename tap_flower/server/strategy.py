@@ -154,6 +154,8 @@ class TapStrategy(Strategy):
             log(INFO, "Starting %s strategy:", self.__class__.__name__)
             log_strategy_start_info(self.config.rounds, run.initial_arrays, train_config, evaluate_config)
             self.summary()
+            if self.resume:
+                log(INFO, "Resuming the run in %s after %d complete rounds", self.run_folder, run.progress.round)
             with run:
                 result = self._loop(StreamingGrid(grid), train_config, evaluate_config, evaluate_fn)
         log(INFO, "Results: %s; a page of them: tap-flower report %s", self.run_folder / RESULTS, self.run_folder)

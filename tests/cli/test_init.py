@@ -192,3 +192,11 @@ def test_what_it_leaves_out_or_puts_together_is_told(command: Any, tmp_path: Pat
     code, out, err = command("init", "shop", "--out", "one.yaml")
     assert code == 0, err
     assert "read as one table: orders-old.csv, orders-train.csv" in out
+
+
+def test_why_a_column_is_no_label_is_told(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "notes.csv").write_text("note,rating\n" + "".join(f"note number {n},{n / 7}\n" for n in range(60)))
+    code, out, err = command("init", "notes.csv")
+    assert code == 1
+    assert "has neither a label nor a target in note, rating" in err
+    assert "'rating' is not taken as the label: 60 rows have 60 different values in it, and 2 to 30 make classes" in out

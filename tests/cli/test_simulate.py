@@ -82,6 +82,19 @@ def test_a_run_that_has_finished_is_not_run_again(
     assert "has finished" in out
 
 
+def test_a_resume_says_after_which_round_it_goes_on(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: Any) -> Any:
+        raise SimulationError("enough seen")
+
+    monkeypatch.setattr(simulation, "simulate", started)
+    begun(tmp_path / "run", rounds=1)
+    code, out, err = command("simulate", "--out", str(tmp_path / "run"), "--resume")
+    assert (code, "enough seen" in err) == (1, True)
+    assert "run after 1 complete round" in out
+
+
 def test_a_folder_in_which_a_run_is_going_on_is_refused(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
-from tap_flower import Client, Pair, Task
+from tap_flower import IMAGE_GENERATION, Client, Pair, Task
 from tap_flower.client.module import OwnModel, adapted
 from tap_flower.config import HyperParameters
 from tap_flower.core.components import ComponentMap, ComponentModel
@@ -122,6 +124,31 @@ def net_dtype(net: nn.Module) -> torch.dtype:
 
 def one_hot(batch: Any) -> torch.Tensor:
     return nn.functional.one_hot(batch[1], 3).float()
+
+
+@pytest.mark.parametrize(
+    ("change", "returned"),
+    [
+        (lambda y: y.float(), "`target` float32 [2]"),
+        (lambda y: y.to(torch.uint8), "`target` uint8 [2]"),  # torch takes it, and counts 256 as 0
+        (lambda y: y[:, None], "`target` int64 [2, 1]"),
+        (lambda y: nn.functional.one_hot(y, 3).float(), "`target` float32 [2, 3]"),
+    ],
+)
+def test_labels_of_another_type_or_shape_are_refused(change: Any, returned: str) -> None:
+    task = replace(digits(0), target=lambda batch: change(batch[1]))
+    words = re.escape(
+        "compares logits [examples, classes] with the numbers of classes, int64 [examples], and `forward` "
+    )
+    with pytest.raises(ClientError, match=words + "returned float32 .2, 3., " + re.escape(returned)):
+        outline(Client("ann", lambda: Net("digits"), [task]))
+
+
+def test_images_that_torch_would_stretch_to_each_other_are_refused() -> None:
+    images = TensorDataset(torch.rand(8, 3, 4, 4))
+    task = Task("t", IMAGE_GENERATION, ["image"], images, images, lambda net, b: net(b[0]), lambda b: b[0][:, :1])
+    with pytest.raises(ClientError, match=re.escape("returned float32 [2, 3, 4, 4], `target` float32 [2, 1, 4, 4]")):
+        outline(Client("ann", lambda: nn.Conv2d(3, 3, 1), [task]))
 
 
 def test_a_task_whose_loss_reaches_nothing() -> None:

@@ -244,13 +244,30 @@ def broken(net: nn.Module, data: DataLoader[Any], config: Mapping[str, Any]) -> 
     return float(config["rate"])
 
 
+def by_forward(net: nn.Module, data: DataLoader[Any], config: Mapping[str, Any]) -> None:
+    for x, y in data:
+        F.cross_entropy(net.forward(x), y).backward()
+
+
+@pytest.mark.parametrize(
+    ("fit", "words"),
+    [
+        (lambda *_: 0.5, "`fit` has changed no tensor of the model that it was called with"),
+        (lambda *_: math.nan, "the training loss of task 'digits' is nan"),
+    ],
+)
+def test_a_loop_that_cannot_have_trained_is_refused(tmp_path: Path, fit: Any, words: str) -> None:
+    with pytest.raises(RunError, match=words):
+        run(tmp_path, lambda _: Loop().task(fit=fit), "method=fedavg")
+
+
 @pytest.mark.parametrize(
     ("fit", "net", "words"),
     [
         (broken, Net, r"task 'digits': unexpected KeyError at test_task.py:\d+"),
-        (lambda *_: 0.5, Net, "`fit` has changed no tensor of the model that it was called with"),
+        (lambda *_: 0.5, Net, "`fit`: it must call the module that it gets"),
         (lambda *_: "low", Net, "task 'digits': `fit` returned"),
-        (lambda *_: math.nan, Net, "the training loss of task 'digits' is nan"),
+        (by_forward, Net, r"as `net\(...\)` and not `net.forward\(...\)`"),
         (
             lambda net, data, _: [net(x) for x, _ in data] and None,
             Normed,

@@ -210,3 +210,14 @@ def test_rows_that_are_set_aside_are_told(tmp_path: Path) -> None:
     for hold_out in (True, False):
         notes = [str(problem) for problem in check_data(spec, 8, 41, hold_out=hold_out)[1] if problem.is_note]
         assert any(told in note for note in notes) == hold_out
+
+
+def test_a_part_that_is_far_from_its_share_is_noted(tmp_path: Path) -> None:
+    rows = "".join(f"a,b,{'urgent' if n % 2 else 'routine'},{'x' if n < 16 else n}\n" for n in range(20))
+    (tmp_path / "notes.csv").write_text(f"title,note,urgency,patient\n{rows}")
+    source = {"format": "csv", "path": str(tmp_path / "notes.csv"), "by": ["patient"]}
+    parts = {"train": source | {"part": [0, 0.8]}, "test": source | {"part": [0.8, 1]}}
+    _, problems = check_data(client_spec(spec_of(READ | parts)), 8, 41, hold_out=False)
+    (told,) = (problem for problem in problems if "stay together" in str(problem))
+    assert told.is_note
+    assert "has 1 of 20 rows; its part, 20%, would be 4: equal values of patient stay together" in str(told)

@@ -46,6 +46,7 @@ def test_a_spec_is_read() -> None:
         ({"batch_size": 0}, "has batch_size 0: use a whole number from 1"),
         ({"domain": "a/b"}, "has domain 'a/b': use 1 to 64 letters"),
         ({"domain": None}, "lacks domain"),
+        ({"weight": 2}, "unknown key 'weight': use name, kind, modalities, domain, train, test, "),
         ({"trian": SOURCE}, r"unknown key 'trian' \(did you mean 'train'"),
         ({"train": {**SOURCE, "format": "xls"}}, "train has format 'xls': use one of"),
         ({"train": {**SOURCE, "rows": [5, 5]}}, r"train has rows \[5, 5\]"),

@@ -204,7 +204,7 @@ BAD_UPDATES: list[Any] = [
     ("record more", with_record("extra", ConfigRecord({"a": 1})), "has the record 'extra', which the protocol"),
     ("tensors more", with_record("tensors2", one_tensor("x")), "has the record 'tensors2'"),
     ("impostor", impostor, "node 100 answered for it; its own node is 101"),
-    ("error", lambda m, _: [Message(Error(7, "boom"), reply_to=m)], "boom (code 7)"),
+    ("error", lambda m, _: [Message(Error(7, "boom"), reply_to=m)], "boom (Flower's error 7)"),
     ("silent", silent, "no answer in time"),
 ]  # fmt: skip
 
@@ -278,7 +278,7 @@ def test_a_second_reply_is_dropped_by_name_and_the_first_one_counts_once(play: P
     once, _ = play(TRAIN, lambda message, content: [Message(content, reply_to=message)])
     strategy, events = play(TRAIN, twice)
     (event,) = [e for e in events if e["event"] == "dropped"]
-    assert (event["who"], event["problem"]) == ("client 'bob'", "it answered a second time (code 1003)")
+    assert (event["who"], event["problem"]) == ("client 'bob'", "it answered a second time")
     assert all(torch.equal(t, once.roster.tensors[name]) for name, t in strategy.roster.tensors.items())
 
 

@@ -54,7 +54,7 @@ def test_a_message_that_the_superlink_does_not_take_is_told(federation: ToyFeder
     assert dropped == [
         (
             "client 'bob'",
-            "the SuperLink did not take the message, with 0.00334 MB of tensors: its log says why (code 1005)",
+            "the SuperLink did not take the message, with 0.00334 MB of tensors: its log says why",
         )
     ]
 

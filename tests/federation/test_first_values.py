@@ -114,9 +114,9 @@ def test_bytes_of_first_values_are_counted_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("client", "wanted", "change", "problem"),
     [
-        (0, True, None, r"node 100 cannot take part: no room \(code 0\)"),
+        (0, True, None, r"node 100 cannot take part: no room \(Flower's error 0\)"),
         (0, True, lambda tensors: tensors["head.weight"].add_(1), "its first values: 'head.weight' is not what the"),
-        (1, False, None, r"node 101 cannot take part: no room \(code 0\)"),
+        (1, False, None, r"node 101 cannot take part: no room \(Flower's error 0\)"),
     ],
     ids=["does not give them", "gives others", "does not take them"],
 )

@@ -64,7 +64,9 @@ def test_the_newest_run_or_the_one_that_is_named(place: Path, monkeypatch: pytes
 
 
 def test_what_cannot_be_loaded_is_told(place: Path) -> None:
-    with pytest.raises(StorageError, match="client 'dan' has no run in .*/state/dan: give the node's state-dir"):
+    with pytest.raises(
+        StorageError, match="client 'dan' has no run in .*/state/dan .did you mean 'ann'..: give the node's state-dir"
+    ):
         load_personal(Net("digits"), "dan", state_dir=place / "state")
     with pytest.raises(StorageError, match="client 'ann' has no run 'last' in .*; it has [0-9a-f]{32}"):
         load_personal(Net("digits"), "ann", "last", state_dir=place / "state")
