@@ -32,6 +32,7 @@ from tap_flower.errors import MessageError, SpecError, StateLostError, TapFlower
 from tap_flower.methods.method import Memory, Method
 from tap_flower.methods.registry import find_method
 from tap_flower.methods.session import Session
+from tap_flower.methods.trial import try_loops
 from tap_flower.plain import printable
 from tap_flower.report.client_records import STEPS, record_decisions, record_evaluation
 from tap_flower.wire import messages
@@ -220,7 +221,7 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
     session, exchanged = participant.session, participant.exchanged
     model = session.outline
     participant.method.suits(model)
-    session.try_loops(participant.method.distils(session.settings))
+    try_loops(session, participant.method)
     examples, held_out = session.data.sizes("train"), session.data.sizes("validation")
     for task in participant.client.tasks:
         if isinstance(task.validation, float) and held_out.get(task.name):

@@ -31,6 +31,7 @@ from tap_flower.methods.own_results import check_own_loops
 from tap_flower.methods.registry import find_method
 from tap_flower.methods.session import Session
 from tap_flower.methods.session_task import Fit, Score, SessionTask
+from tap_flower.methods.trial import try_batches
 from tap_flower.wire.messages import Instruction
 
 Data = Dataset[Any] | DataLoader[Any] | Sequence[Examples]
@@ -278,7 +279,7 @@ class Client:
             fingerprint=self.fingerprint,
         )
         with _told(f"client {self.name!r}"):
-            session.try_own(method.compares(settings))
+            try_batches(session, method)
         return session
 
     def data(self, seed: int, hold_out: bool) -> ClientData:

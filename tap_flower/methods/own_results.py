@@ -8,9 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from tap_flower.core.components import ComponentModel
 from tap_flower.core.tasks import TASK_KINDS, TaskKind
-from tap_flower.core.training import Batch
 from tap_flower.errors import ClientError
 
 log = logging.getLogger("tap_flower")
@@ -40,16 +38,6 @@ def check_own_loops(own: Mapping[str, bool], method: str, reason: str) -> None:
         )
     if with_fit:
         log.info("tasks %s train by their own `fit`: train.* and the steps of distill.* do nothing", with_fit)
-
-
-def check_lone_example(model: ComponentModel, batch: Batch) -> None:
-    """Tries a batch of a single example, which BatchNorm may not be trained on.
-
-    Raises:
-        ClientError: the model refuses it.
-    """
-    with lone_example_told(batch.task):
-        model.train()(batch.task, batch.inputs)
 
 
 @contextmanager
@@ -107,6 +95,22 @@ def scores_of(task: str, kind: TaskKind, returned: Any) -> dict[str, float]:
             f"share, not a percentage, so that clients can be compared"
         )
     return found
+
+
+def check_losses(found: Mapping[str, Mapping[str, float]]) -> None:
+    """Checks that evaluations give what TAP compares.
+
+    Args:
+        found: task name -> metric -> value.
+
+    Raises:
+        ClientError: a task has no loss.
+    """
+    if without := [task for task, metrics in found.items() if "loss" not in metrics]:
+        raise ClientError(
+            f"task {without[0]!r}: `score` returned no 'loss', and replacement.evidence = validation compares it: return "
+            f"it, or set replacement.evidence=training and return the mean training loss from `fit`"
+        )
 
 
 def _numbers(what: str, returned: Mapping[Any, Any]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -16,26 +15,29 @@ from torch.utils.data import DataLoader
 
 from tap_flower.config import HyperParameters, ReplacementEvidence
 from tap_flower.core.components import ComponentModel, State, cpu_state, load_trainable_state
-from tap_flower.core.objectives import Distillation, Proximal
+from tap_flower.core.objectives import Proximal
 from tap_flower.core.own_loop import counted_steps, further_loss, lent
 from tap_flower.core.seeds import named_seed, seed_torch
 from tap_flower.core.tasks import TaskKind
 from tap_flower.core.training import Batch, Objective, Observer, Optimisation, Update, evaluate, torch_algorithms, train
 from tap_flower.data.batching import ClientData
-from tap_flower.data.examples import OwnLoader, beginning, extremes
 from tap_flower.errors import ClientError, DivergedError, in_task
-from tap_flower.methods.own_results import check_lone_example, lone_example_told, metrics_of, scores_of
+from tap_flower.methods.own_results import check_losses, lone_example_told, metrics_of, scores_of
 from tap_flower.methods.session_task import SessionTask
 
-log = logging.getLogger("tap_flower")
 EVALUATION_BATCH = 64
 """Examples in a batch of an evaluation; no result depends on it."""
-_TRIED = 2
-"""Batches on which a project's own evaluation is tried at the start."""
+Part = Callable[[DataLoader[Any]], DataLoader[Any]]
+"""A loader -> one that gives some of its batches."""
 MakeObjective = Callable[[ComponentModel], Objective]
 """(model that is about to be trained) -> a further loss of its training."""
 MakeUpdate = Callable[[ComponentModel], Update]
 """(model that is about to be trained) -> what happens with the gradients of a step; see `core.training.train`."""
+
+
+def whole(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The `Part` that is all of a loader."""
+    return loader
 
 
 @dataclass
@@ -143,8 +145,8 @@ class Session:
         seed_torch(named_seed(self.settings.seed, self.name, "noise", *noise))
         if any(task.fit is not None for task in self.tasks):
             assert update is None, "methods with an update of their own say so in `Method.own_loop`"
-            with self._algorithms():
-                return self._fit(model, objective, times)
+            with self.algorithms():
+                return self.fit_own(model, objective, times)
         batches = self.data.training_batches(
             self.settings.train.batch_size,
             named_seed(self.settings.seed, self.name, "order", *order),
@@ -153,20 +155,30 @@ class Session:
             optimisation.steps * optimisation.accumulation,
         )
         self.steps += optimisation.steps
-        with self._algorithms():
+        with self.algorithms():
             return train(model, self.kinds, batches, self.with_head_factor(model, optimisation), objective, update)
 
-    def _algorithms(self) -> AbstractContextManager[None]:
+    def algorithms(self) -> AbstractContextManager[None]:
+        """The algorithms that the run computes with, inside a context."""
         return torch_algorithms(self.settings.compute.deterministic)
 
     def with_head_factor(self, model: ComponentModel, optimisation: Optimisation) -> Optimisation:
         """The optimisation with the heads' own learning rate."""
         return replace(optimisation, factors=dict.fromkeys(model.component_map.heads, self.settings.train.head_factor))
 
-    def _fit(
-        self, model: ComponentModel, objective: Objective | None, times: int, tries: bool = False
+    def fit_own(
+        self, model: ComponentModel, objective: Objective | None, times: int = 1, part: Part = whole
     ) -> dict[str, float]:
         """Trains through the project's own loops, one task after the other.
+
+        Args:
+            model: on the session's device.
+            objective: a further loss.
+            times: calls of each loop.
+            part: what a loop gets of its training loader.
+
+        Returns:
+            Task name -> mean training loss, where the loop returned one.
 
         Raises:
             ClientError: a loop returned what is neither a loss nor metrics, or nothing where the loss decides.
@@ -177,7 +189,6 @@ class Session:
         for task in self.tasks:
             assert task.fit is not None
             name, loader = task.pair.task, self.data.loader("train", task.pair.task)
-            loader = extremes(loader) if tries else loader
             for _ in range(times):
                 with (
                     in_task(name),
@@ -186,7 +197,7 @@ class Session:
                     counted_steps() as steps,
                     further_loss(module, name, objective),
                 ):
-                    found = metrics_of(name, task.fit(module, loader, self.config))
+                    found = metrics_of(name, task.fit(module, part(loader), self.config))
                 self.steps += steps[0]
             loss = found.pop("loss", None)
             if loss is not None and not isfinite(loss):
@@ -205,31 +216,6 @@ class Session:
         model.to(self.device)  # the loop may have moved it
         self.metrics = self.metrics or metrics
         return losses
-
-    def try_loops(self, distils: bool) -> None:
-        """Runs the project's own loops over two batches each, so that their errors are told before the first round.
-
-        Args:
-            distils: whether the run's method adds a loss of the module's outputs.
-
-        Raises:
-            ClientError: a loop returned what cannot be used, cannot train on its smallest batch, trains nothing, or does not
-                call the module where the method must see its outputs.
-        """
-        if all(task.fit is None for task in self.tasks):
-            return
-        model, steps, metrics = self.model(), self.steps, self.metrics
-        before = cpu_state(model)
-        seed_torch(named_seed(self.settings.seed, self.name, "trial"))
-        with self._algorithms():
-            # A distillation whose weights are all 0 is there to be reached.
-            self._fit(model, Distillation(model, self.kinds) if distils else None, times=1, tries=True)
-        if all(value.equal(before[name]) for name, value in cpu_state(model).items()):
-            told = "`fit` has changed no tensor of the model that it was called with: train that one"
-            if self.steps == steps:  # else an optimiser had another model, or a learning rate of 0, which may rise
-                raise ClientError(told)
-            log.warning("client %r: %s, with a learning rate above 0", self.name, told)
-        self.steps, self.metrics = steps, metrics
 
     def train_round(
         self,
@@ -317,48 +303,23 @@ class Session:
         Returns:
             Task name -> metric -> value; a task without examples in the split is missing.
         """
-        with self._algorithms():
+        with self.algorithms():
             found = evaluate(model, self.kinds, self.batches(split), observe)
             sizes = self.data.sizes(split)
             for task in self.tasks:
                 name = task.pair.task
                 if task.score is not None and sizes.get(name):
-                    found[name] = self._score(task, model, self.data.loader(split, name))
+                    found[name] = self.score_own(task, model, self.data.loader(split, name))
         return found
 
-    def _score(self, task: SessionTask, model: ComponentModel, loader: DataLoader[Any]) -> dict[str, float]:
+    def score_own(self, task: SessionTask, model: ComponentModel, loader: DataLoader[Any]) -> dict[str, float]:
+        """What a project's own evaluation returns, checked: metric -> value."""
         assert task.score is not None
         name = task.pair.task
         with in_task(name), lent(model.eval(), f"task {name!r}: `score`", trains=False) as module:
             returned = task.score(module, loader)
         model.to(self.device)  # the evaluation may have moved it
         return scores_of(name, task.kind, returned)
-
-    def try_own(self, compares: bool) -> None:
-        """Tries what is the project's own, so that what it lacks is told before the first round.
-
-        Args:
-            compares: whether the run's method compares losses of held-out examples.
-
-        Raises:
-            ClientError: an evaluation returns what cannot be used, the model refuses a batch of a loader, or it has an
-                operation that cannot be deterministic.
-        """
-        if self.settings.compute.deterministic and all(task.fit is None for task in self.tasks):
-            once = replace(self.settings.train.optimisation(1), steps=1, accumulation=len(self.tasks))
-            before = self.steps
-            self.train(self.model(), once, order=("trial",), noise=("trial",))
-            self.steps = before
-        for task in self.tasks:
-            for own in self.data.splits["train"][task.pair.task]:
-                if task.fit is None and isinstance(own, OwnLoader) and (lone := own.lone(self.device)) is not None:
-                    check_lone_example(self.model(), lone)
-            splits = [split for split in ("validation", "test") if self.data.sizes(split).get(task.pair.task)]
-            if task.score is not None and splits:
-                loader = beginning(self.data.loader(splits[0], task.pair.task), _TRIED)
-                found = {task.pair.task: self._score(task, self.model(), loader)}
-                if compares and splits[0] == "validation":
-                    _check_losses(found)
 
     def scores(self, model: ComponentModel, split: str) -> dict[str, float]:
         """Task name -> score over all examples of a split: the headline metric, or 1 minus it where lower is better."""
@@ -368,17 +329,9 @@ class Session:
     def losses(self, model: ComponentModel, split: str) -> dict[str, float]:
         """Task name -> mean loss over all examples of a split."""
         found = self.evaluate(model, split)
-        _check_losses(found)
+        check_losses(found)
         return {task: metrics["loss"] for task, metrics in found.items()}
 
     def batches(self, split: str) -> Iterator[Batch]:
         """All examples of a split once."""
         return self.data.batches(split, EVALUATION_BATCH, self.device)
-
-
-def _check_losses(found: Mapping[str, Mapping[str, float]]) -> None:
-    if without := [task for task, metrics in found.items() if "loss" not in metrics]:
-        raise ClientError(
-            f"task {without[0]!r}: `score` returned no 'loss', and replacement.evidence = validation compares it: return "
-            f"it, or set replacement.evidence=training and return the mean training loss from `fit`"
-        )

@@ -1,0 +1,77 @@
+"""Tries what is a project's own, so that what it lacks is told before the first round."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from tap_flower.core.components import cpu_state
+from tap_flower.core.objectives import Distillation
+from tap_flower.core.seeds import named_seed, seed_torch
+from tap_flower.data.examples import OwnLoader, beginning, extremes
+from tap_flower.errors import ClientError
+from tap_flower.methods.method import Method
+from tap_flower.methods.own_results import check_losses, lone_example_told
+from tap_flower.methods.session import Session
+
+log = logging.getLogger("tap_flower")
+_BATCHES = 2
+"""Batches on which a project's own evaluation is tried."""
+
+
+def try_loops(session: Session, method: Method) -> None:
+    """Runs a project's own training loops over two batches each, the first and the smallest, on a model that is thrown away.
+
+    Args:
+        session: the client at work.
+        method: of the run.
+
+    Raises:
+        ClientError: a loop returned what cannot be used, cannot train on its smallest batch, trains nothing, or does not
+            call the module where the method must see its outputs.
+    """
+    if all(task.fit is None for task in session.tasks):
+        return
+    model, steps, metrics = session.model(), session.steps, session.metrics
+    before = cpu_state(model)
+    seed_torch(named_seed(session.settings.seed, session.name, "trial"))
+    # A distillation whose weights are all 0 is there to be reached.
+    objective = Distillation(model, session.kinds) if method.distils(session.settings) else None
+    with session.algorithms():
+        session.fit_own(model, objective, part=extremes)
+    if all(value.equal(before[name]) for name, value in cpu_state(model).items()):
+        told = "`fit` has changed no tensor of the model that it was called with: train that one"
+        if session.steps == steps:  # else an optimiser had another model, or a learning rate of 0, which may rise
+            raise ClientError(told)
+        log.warning("client %r: %s, with a learning rate above 0", session.name, told)
+    session.steps, session.metrics = steps, metrics
+
+
+def try_batches(session: Session, method: Method) -> None:
+    """Tries a project's own evaluations, its loaders' batches of one example, and the run's algorithms.
+
+    Args:
+        session: the client at work.
+        method: of the run.
+
+    Raises:
+        ClientError: an evaluation returns what cannot be used, the model refuses a batch of a loader, or it has an operation
+            that cannot be deterministic.
+    """
+    if session.settings.compute.deterministic and all(task.fit is None for task in session.tasks):
+        once = replace(session.settings.train.optimisation(1), steps=1, accumulation=len(session.tasks))
+        before = session.steps
+        session.train(session.model(), once, order=("trial",), noise=("trial",))
+        session.steps = before
+    for task in session.tasks:
+        name = task.pair.task
+        for own in session.data.splits["train"][name]:
+            if task.fit is None and isinstance(own, OwnLoader) and (lone := own.lone(session.device)) is not None:
+                with lone_example_told(name):
+                    session.model().train()(name, lone.inputs)
+        splits = [split for split in ("validation", "test") if session.data.sizes(split).get(name)]
+        if task.score is not None and splits:
+            loader = beginning(session.data.loader(splits[0], name), _BATCHES)
+            found = {name: session.score_own(task, session.model(), loader)}
+            if method.compares(session.settings) and splits[0] == "validation":
+                check_losses(found)
