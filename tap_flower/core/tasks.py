@@ -24,6 +24,8 @@ from tap_flower.errors import ClientError, in_task
 IGNORE = -100
 """Target value of a padded text position: it is in no loss, no distillation and no metric."""
 
+_NO_LABEL = -(2**31)
+"""The label that a loss of a classifier would leave out: none that data have."""
 IMAGE_STD = (0.2673, 0.2564, 0.2762)
 """Deviation of each channel in the paper: what a pixel between 0 and 1 is divided by, unless the task says another."""
 PSNR_LIMIT = 100.0
@@ -108,7 +110,8 @@ def _kl_divergences(student: Tensor, teacher: Tensor, temperature: float) -> Ten
 
 def _classification_losses(output: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of each sample: output [B, C], target [B] int64 -> [B]."""
-    return F.cross_entropy(output, target, reduction="none")
+    # torch would leave a label of -100 out without a word: a class has no such number.
+    return F.cross_entropy(output, target, reduction="none", ignore_index=_NO_LABEL)
 
 
 def _classification_divergences(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -119,9 +122,10 @@ def _classification_divergences(student: Tensor, teacher: Tensor, target: Tensor
 def _classification_statistics(output: Tensor, target: Tensor) -> Statistics:
     """Summed loss, and the confusion matrix [C, C]: examples of the row's class that were given the column's."""
     classes = output.shape[-1]
+    losses = _classification_losses(output, target)  # first: it says what is wrong with a label
     cells = torch.bincount(target * classes + output.argmax(-1), minlength=classes**2)
     return {
-        "loss": _classification_losses(output, target).double().sum(),
+        "loss": losses.double().sum(),
         "confusion": cells.double().view(classes, classes),
     }
 
@@ -311,5 +315,12 @@ def computing(task: str) -> Iterator[None]:
             raise ClientError(
                 f"task {task!r}: a label is outside of the model's outputs, which are numbered from 0: give the model as "
                 f"many outputs as there are classes, or correct the label, which the log of the node tells"
+            ) from error
+        raise
+    except RuntimeError as error:
+        if "device-side assert" in str(error):  # a GPU's words for the same; it computes nothing more in this process
+            raise ClientError(
+                f"task {task!r}: the GPU refused a batch, most often since a label, or a number that an embedding looks up, "
+                f"is negative or too large: run it with CUDA_VISIBLE_DEVICES= on the CPU, which names it"
             ) from error
         raise

@@ -16,10 +16,12 @@ from tap_flower.core.tasks import (
     TEXT_CLASSIFICATION,
     TEXT_GENERATION,
     TaskKind,
+    computing,
     image_generation,
 )
 from tap_flower.data.fields import ImageForm
 from tap_flower.data.images import normalise
+from tap_flower.errors import ClientError
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics", reason='needs: pip install "tap-flower[demo]"')
 
@@ -224,3 +226,9 @@ def test_metrics_do_not_depend_on_how_the_data_is_cut_into_batches(kind: TaskKin
         for name, value in kind.statistics(output[start:stop], target[start:stop]).items():
             sums[name] = sums[name] + value if name in sums else value
     assert kind.metrics(sums) == pytest.approx(whole, rel=1e-6)
+
+
+def test_what_a_gpu_says_of_a_label_is_told_with_its_remedy() -> None:
+    words = "task 'digits': the GPU refused a batch, most often since a label"
+    with pytest.raises(ClientError, match=words), computing("digits"):
+        raise RuntimeError("CUDA error: device-side assert triggered")

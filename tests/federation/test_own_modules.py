@@ -160,6 +160,7 @@ class Late(Dataset[Any]):
 @pytest.mark.parametrize(
     ("label", "words"),
     [
+        (-100, "task 'digits': a label is outside of the model's outputs, which are numbered from 0"),
         (7, "task 'digits': a label is outside of the model's outputs, which are numbered from 0"),
         (None, r"task 'digits': unexpected OSError at test_own_modules.py:\d+: the log of its node says more"),
     ],
