@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,9 +18,15 @@ from tap_flower.plain import counted
 from tap_flower.run.supernode import NodeLaunch
 from tap_flower.run.supernode import start as start_node
 
+if TYPE_CHECKING:
+    from tap_flower.config import Config  # it takes long to import
+
 
 def check_command(
-    spec: Annotated[Path, typer.Argument(help="The client spec that a node will be given.")],
+    spec: Annotated[
+        Path,
+        typer.Argument(help="The client spec that a node will be given, or a run's configuration with its clients."),
+    ],
     preset: Preset = "demo",
     config: ConfigFile = "",
     set_: Settings = None,
@@ -27,37 +35,63 @@ def check_command(
         Path | None, typer.Option("--json", metavar="FILE", help="Also write what was found to this file.")
     ] = None,
 ) -> None:
-    """Check a client spec: read all its data, list every problem, and show what the model gets."""
-    from tap_flower.client.client_model import exchanged
-    from tap_flower.config import load_config, read_yaml
-    from tap_flower.data.check import Problem, check_data, check_spec
-    from tap_flower.data.images import with_image_forms
-    from tap_flower.data.spec import SPLITS
+    """Check client specs: read all their data, list every problem, and show what the model gets."""
+    from tap_flower.config import load_config, read_yaml, spec_values
     from tap_flower.files import write_json
-    from tap_flower.report.terminal_tables import data_table, example_table, exchange_line
 
-    console, run = Console(), load_config(preset, config, tuple(set_ or ()))
-    root, length = run.data.root if data_root is None else str(data_root.resolve()), run.model.text_length
-    found: dict[str, Any] = {"client": None, "problems": [], "notes": [], "tasks": {}}
-    client, problems = None, list[Problem]()
+    console = Console()
+    run, found = load_config(preset, config, tuple(set_ or ())), list[dict[str, Any]]()
     try:
         values = read_yaml(spec, "client spec")
-        if "clients" in values:
-            raise ConfigError(f"{spec} is no client spec, but the configuration of a run: give a client's own file")
-        found["client"] = values.get("name")
-        client, problems = check_spec(values)
+        is_run = "clients" in values
+        if is_run:  # its own settings count, as they do in `simulate`
+            run = load_config(preset, str(spec), tuple(set_ or ()))
+            if not run.clients:
+                raise ConfigError(f"{spec} has no clients: list their specs under `clients`")
     except ConfigError as error:
         if json_ is None:
             raise
-        problems.append(Problem(str(error)))
+        write_json(json_, _nothing(None) | {"problems": [str(error)]})
+        _tell(console, [str(error)], [])
+    if data_root is not None:
+        run.data.root = str(data_root.resolve())
+    for client in spec_values(run) if is_run else [values]:
+        if is_run and isinstance(client, Mapping):
+            say(console, f"[bold]client {escape(str(client.get('name')))}")
+        found.append(_checked(console, client, run))
+    names = Counter(one["client"] for one in found)
+    for one in found:
+        if one["client"] is not None and names[one["client"]] > 1:
+            one["problems"].append(f"two clients are named {one['client']!r}: give every client its own name")
+    if json_ is not None:
+        write_json(json_, {"clients": found} if is_run else found[0])
+    _tell(console, *(list(dict.fromkeys(chain(*(one[kind] for one in found)))) for kind in ("problems", "notes")))
+    console.print("no problems found")
+
+
+def _nothing(name: Any) -> dict[str, Any]:
+    """What is known of a client before its spec is read, in the form of `--json`."""
+    return {"client": name, "problems": [], "notes": [], "tasks": {}}
+
+
+def _checked(console: Console, values: Any, run: Config) -> dict[str, Any]:
+    """Checks a client spec and its data, and prints what the model gets; returns what was found."""
+    from tap_flower.client.client_model import exchanged
+    from tap_flower.data.check import Problem, check_data, check_spec
+    from tap_flower.data.images import with_image_forms
+    from tap_flower.data.spec import SPLITS
+    from tap_flower.report.terminal_tables import data_table, example_table, exchange_line
+
+    found = _nothing(values.get("name") if isinstance(values, Mapping) else None)
+    client, problems = check_spec(values)
     if client is not None:
         with console.status("reading the data"):
-            summaries, wrong = check_data(client, length, run.seed, root, run.needs_validation)
+            summaries, wrong = check_data(client, run.model.text_length, run.seed, run.data.root, run.needs_validation)
         problems += wrong
         for task in client.tasks:
             splits = {one.split: one.plain() for one in summaries if one.task == task.name}
             found["tasks"][task.name] = {split: splits.get(split, {}) for split in SPLITS}
-        console.print(data_table(summaries, length))
+        console.print(data_table(summaries, run.model.text_length))
         console.print(example_table(summaries))
         try:
             say(console, exchange_line(exchanged(with_image_forms(client), run.model)))
@@ -65,10 +99,7 @@ def check_command(
             problems.append(Problem(str(error)))
     for kind, is_note in (("problems", False), ("notes", True)):
         found[kind] = list(dict.fromkeys(str(one) for one in problems if one.is_note is is_note))
-    if json_ is not None:
-        write_json(json_, found)
-    _tell(console, found["problems"], found["notes"])
-    console.print("no problems found")
+    return found
 
 
 def node_command(

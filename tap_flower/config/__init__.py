@@ -20,6 +20,7 @@ from tap_flower.config.resolve import plain as plain
 from tap_flower.config.resolve import presets as presets
 from tap_flower.config.resolve import read_yaml as read_yaml
 from tap_flower.config.resolve import sent_hyper_parameters as sent_hyper_parameters
+from tap_flower.config.resolve import spec_values as spec_values
 from tap_flower.config.resolve import to_yaml as to_yaml
 from tap_flower.config.run_config import NotedConfig as NotedConfig
 from tap_flower.config.run_config import simulated_clients as simulated_clients

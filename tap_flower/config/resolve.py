@@ -163,18 +163,23 @@ def client_specs(config: Config) -> list[ClientSpec]:
     Raises:
         ConfigError: a spec is wrong, or two clients share a name.
     """
-    own = {"backbone": config.backbone, "revision": config.backbone_revision}
     try:
-        specs = [
-            client_spec({**values, **own} if isinstance(values, Mapping) and "backbone" not in values else values)
-            for values in config.clients
-        ]
+        specs = [client_spec(values) for values in spec_values(config)]
     except SpecError as error:
         raise ConfigError(str(error)) from error
     names = [spec.name for spec in specs]
     if double := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two clients are named {double[0]!r}: give every client its own name")
     return specs
+
+
+def spec_values(config: Config) -> list[Any]:
+    """The clients of a configuration as they are written there, with the run's backbone where they name none."""
+    own = {"backbone": config.backbone, "revision": config.backbone_revision}
+    return [
+        {**values, **own} if isinstance(values, Mapping) and "backbone" not in values else values
+        for values in config.clients
+    ]
 
 
 def plain(config: HyperParameters) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,31 @@ def test_a_good_client_spec_is_checked(command: Any, tmp_path: Path) -> None:
     assert out.endswith("no problems found\n")
 
 
-def test_a_configuration_is_no_client_spec(command: Any, tmp_path: Path) -> None:
+def test_all_clients_of_a_configuration_are_checked(command: Any, tmp_path: Path) -> None:
+    good = yaml.safe_load(Path(write_spec(tmp_path)).read_text())
+    bad = yaml.safe_load(Path(write_spec(tmp_path, train={"format": "csv", "path": "train.csv"})).read_text())
+    without = {key: value for key, value in good.items() if key != "backbone"}  # the run's
+    run = {"model": {"text_length": 12}, "clients": [without, bad | {"name": "hospital-b"}, "hospital-c", good]}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    code, out, _ = command("check", str(tmp_path / "run.yaml"), "--json", "found.json")
+    assert code == 1
+    assert "before texts are cut at 12" in out
+    found = json.loads((tmp_path / "found.json").read_text())["clients"]
+    assert [one["client"] for one in found] == ["hospital-a", "hospital-b", None, "hospital-a"]
+    assert found[0]["problems"] == ["two clients are named 'hospital-a': give every client its own name"]
+    assert found[0]["tasks"]["triage"]["train"]["classes"] == {"urgent": 1, "routine": 1}
+    assert (
+        f"client 'hospital-b': task 'triage': train '{tmp_path}/train.csv' has label 'maybe'" in found[1]["problems"][0]
+    )
+    assert "hospital-c" in found[2]["problems"][0]
+    assert "3 problems found" in out
+
+
+def test_a_configuration_without_clients_has_nothing_to_check(command: Any, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("clients: []\n")
     code, _, err = command("check", str(tmp_path / "run.yaml"))
     assert code == 1
-    assert "run.yaml is no client spec, but the configuration of a run: give a client's own file" in err.replace(
-        "\n", " "
-    )
+    assert "run.yaml has no clients: list their specs under `clients`" in err.replace("\n", " ")
 
 
 def test_all_problems_of_a_client_spec_are_listed(command: Any, tmp_path: Path) -> None:
