@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tap_flower.client.text_metrics import TextMetrics
 from tap_flower.core.components import ComponentModel, State
+from tap_flower.errors import DivergedError
 from tap_flower.methods.session import Session
 from tap_flower.wire.messages import Metrics
 
@@ -84,6 +86,12 @@ def evaluate_models(session: Session, models: Mapping[str, State | None], observ
             with _diagnostic("metrics of generated texts", skipped):
                 further = texts.metrics()
         for task, values in found.items():
+            for metric, value in values.items():
+                if not isfinite(value):
+                    raise DivergedError(
+                        f"task {task!r}: {metric} of the model {name!r} is {value} on the test data: look there for values "
+                        f"that are not finite, or lower the learning rate"
+                    )
             metrics[task][name] = {**values, **further.get(task, {})}
     samples = {} if observer is None else observer.samples.tasks
     return Found(metrics, list(models)[-1], samples, cosines, skipped)

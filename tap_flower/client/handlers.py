@@ -32,7 +32,7 @@ from tap_flower.errors import MessageError, SpecError, StateLostError, TapFlower
 from tap_flower.methods.method import Memory, Method
 from tap_flower.methods.registry import find_method
 from tap_flower.methods.session import Session
-from tap_flower.methods.trial import try_loops
+from tap_flower.methods.trial import try_evidence, try_loops
 from tap_flower.plain import printable
 from tap_flower.report.client_records import STEPS, record_decisions, record_evaluation
 from tap_flower.wire import messages
@@ -168,11 +168,13 @@ class Handlers:
         self, message: Message, context: Context, handler: Callable[[Participant, Message], RecordDict]
     ) -> Message:
         """Runs a handler; an error is answered in plain words."""
+        name = ""
         try:
             limits = limits_of(context.node_config)
             with limits.time(message.metadata.ttl):
                 instruction = messages.decode(message.content, Instruction, "the server")
                 client, session = self._open(context, instruction, limits, anew=handler is _manifest)
+                name = client.name if handler is _manifest else ""  # later, the server knows whom it has asked
                 place = state_folder(client, context, instruction.run)
                 folder = StateFolder(place, instruction.run, instruction.epochs)
                 keeps_best = bool(context.node_config.get("keep-best"))
@@ -189,7 +191,8 @@ class Handlers:
             if isinstance(error, SpecError) and not self.quotes(context):
                 log.error("%s", error)
                 reason = "the node's client spec is wrong, or does not fit its data: the log of the node says where"
-            return Message(Error(LOST if isinstance(error, StateLostError) else REFUSED, reason), reply_to=message)
+            code = LOST if isinstance(error, StateLostError) else REFUSED
+            return Message(Error(code, _by_name(name, reason)), reply_to=message)
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             where = users_line(error) or f"{Path(last.filename).name}:{last.lineno}"
@@ -197,7 +200,7 @@ class Handlers:
             reason = printable(str(error)) if self.quotes(context) else "the log of its node says more"
             task = "" if (task := task_of(error)) is None else f"task {task!r}: "
             told = f"{task}unexpected {type(error).__name__} at {where}: {reason}"
-            return Message(Error(REFUSED, told), reply_to=message)
+            return Message(Error(REFUSED, _by_name(name, told)), reply_to=message)
 
     def _open(self, context: Context, instruction: Instruction, limits: Limits, anew: bool) -> tuple[Client, Session]:
         key = (instruction.run, context.node_id, sent := json.dumps(instruction.hyper_parameters, sort_keys=True))
@@ -217,11 +220,17 @@ class Handlers:
         return self.known[key]
 
 
+def _by_name(name: str, reason: str) -> str:
+    """A reason with the client's name in front, where there is one and it is not in it yet."""
+    return reason if not name or reason.startswith("client ") else f"client {name!r}: {reason}"
+
+
 def _manifest(participant: Participant, _: Message) -> RecordDict:
     session, exchanged = participant.session, participant.exchanged
     model = session.outline
     participant.method.suits(model)
     try_loops(session, participant.method)
+    try_evidence(session, participant.method)
     examples, held_out = session.data.sizes("train"), session.data.sizes("validation")
     for task in participant.client.tasks:
         if isinstance(task.validation, float) and held_out.get(task.name):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from cachetools import LRUCache
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from tap_flower.core.components import ComponentModel, State
 from tap_flower.core.module_tensors import BuiltModule, Names
@@ -138,6 +139,8 @@ def built_module(model: Callable[[], nn.Module], seed: int) -> BuiltModule | Non
         if not found:
             raise ClientError("the model has no trainable tensor: leave `requires_grad` true where it is to be trained")
         for name, parameter in found.items():
+            if isinstance(parameter, UninitializedParameter):
+                raise ClientError(f"tensor {name!r} has no shape yet, being of a lazy layer: give the layer its sizes")
             if parameter.dtype != torch.float32:
                 raise ClientError(f"tensor {name!r} is {parameter.dtype}: trainable tensors must be torch.float32")
             if not bool(parameter.isfinite().all()):

@@ -6,6 +6,7 @@ mean over the units of a batch; evaluation sums over the whole data set first, s
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ IMAGE_STD = (0.2673, 0.2564, 0.2762)
 """Deviation of each channel in the paper: what a pixel between 0 and 1 is divided by, unless the task says another."""
 PSNR_LIMIT = 100.0
 """PSNR of images without any error, in dB, so that every metric is a number; rounding to 8 bits alone gives 58.9."""
+
+log = logging.getLogger("tap_flower")
 
 Statistics = dict[str, Tensor]
 """Sums over examples (scalars or arrays, float64) that add up over batches."""
@@ -312,6 +315,7 @@ def computing(task: str) -> Iterator[None]:
     except IndexError as error:
         # torch's words; the label itself is the client's own.
         if re.match(r"Target -?\d+ is out of bounds", str(error)):
+            log.error("task %r: %s", task, error)
             raise ClientError(
                 f"task {task!r}: a label is outside of the model's outputs, which are numbered from 0: give the model as "
                 f"many outputs as there are classes, or correct the label, which the log of the node tells"

@@ -165,6 +165,7 @@ def _tried(task: TracedTask, built: BuiltModule, module: nn.Module, given: bool)
         with told, computing(name):
             losses = kind.losses(output, target)
         _check_units(f"task {name!r}: the losses", losses)
+        _check_not_stretched(task, output, target, losses)
         if losses.requires_grad:
             gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
             found |= {n for n, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
@@ -192,6 +193,21 @@ def _check_tensor(what: str, found: Any, form: str) -> None:
         parts = {type(part).__name__ for part in found} if isinstance(found, list | tuple) else set[str]()
         told = f" of {' and '.join(sorted(parts))}" if parts else ""
         raise ClientError(f"{what} returned a {type(found).__name__}{told}: return a tensor, {form}")
+
+
+def _check_not_stretched(task: TracedTask, output: Any, target: Any, losses: Tensor) -> None:
+    """Refuses [B, 1] against [B], which torch would stretch to [B, B]: losses of a part of the batch differ then."""
+    both = isinstance(output, Tensor) and isinstance(target, Tensor)
+    if not both or output.shape == target.shape or output.numel() != target.numel() or len(output) < 2:
+        return
+    with torch.no_grad():
+        first = task.kind.losses(output[:1], target[:1])
+    if not torch.allclose(first, losses[: len(first)], rtol=1e-3, equal_nan=True):
+        raise ClientError(
+            f"task {task.pair.task!r}: `forward` returned the shape {list(output.shape)}, `target` {list(target.shape)}, "
+            f"and the losses of kind {task.kind.name!r} compare every example with all others: give both one shape, by "
+            f"`target[:, None]` for example"
+        )
 
 
 def _check_units(what: str, found: Any) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from math import isfinite
 
+from tap_flower.config import ReplacementEvidence
 from tap_flower.core.components import cpu_state
 from tap_flower.core.objectives import Distillation
 from tap_flower.core.seeds import named_seed, seed_torch
@@ -45,6 +47,27 @@ def try_loops(session: Session, method: Method) -> None:
             raise ClientError(told)
         log.warning("client %r: %s, with a learning rate above 0", session.name, told)
     session.steps, session.metrics = steps, metrics
+
+
+def try_evidence(session: Session, method: Method) -> None:
+    """Evaluates the run's first values on the held-out examples that the method is going to compare.
+
+    Args:
+        session: the client at work.
+        method: of the run.
+
+    Raises:
+        ClientError: a loss is not finite: no decision on the task would ever be made.
+    """
+    on_validation = session.settings.replacement.evidence is ReplacementEvidence.validation
+    if not on_validation or not method.compares(session.settings):
+        return
+    for task, loss in session.losses(session.model(), "validation").items():
+        if not isfinite(loss):
+            raise ClientError(
+                f"task {task!r}: the loss on its held-out examples is {loss} with the run's first values: look for values "
+                f"that are not finite in its data"
+            )
 
 
 def try_batches(session: Session, method: Method) -> None:

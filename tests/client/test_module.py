@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from tap_flower import IMAGE_GENERATION, Client, Pair, Task
+from tap_flower import IMAGE_GENERATION, Client, Pair, Task, TaskKind
 from tap_flower.client.module import OwnModel, adapted
 from tap_flower.config import HyperParameters
 from tap_flower.core.components import ComponentMap, ComponentModel
@@ -107,6 +107,7 @@ def test_a_reach_that_does_not_fit(reach: Any, problem: str) -> None:
     [
         (lambda: "net", "`model` returned a str: give a function that builds a torch.nn.Module"),
         (lambda: nn.Linear(4, 3).requires_grad_(False), "the model has no trainable tensor"),
+        (lambda: nn.LazyLinear(3), "tensor 'weight' has no shape yet, being of a lazy layer: give the layer its sizes"),
         (lambda: nn.Linear(4, 3).double(), "tensor 'weight' is torch.float64: trainable tensors must be torch.float32"),
     ],
 )
@@ -142,6 +143,25 @@ def test_labels_of_another_type_or_shape_are_refused(change: Any, returned: str)
     )
     with pytest.raises(ClientError, match=words + "returned float32 .2, 3., " + re.escape(returned)):
         outline(Client("ann", lambda: Net("digits"), [task]))
+
+
+@pytest.mark.parametrize("squeezes", [False, True])
+def test_targets_that_torch_would_stretch_to_every_output_are_refused(squeezes: bool) -> None:
+    kind = TaskKind.of(
+        "number",
+        losses=(lambda o, t: (o.squeeze(-1) - t).square()) if squeezes else (lambda o, t: (o - t).square().mean(-1)),
+        divergences=lambda student, teacher, target, temperature: (student - teacher).square().mean(-1),
+    )
+    data = TensorDataset(torch.rand(8, 4), torch.rand(8))
+    task = Task("t", kind, ["x"], data, data, lambda net, b: net(b[0]), lambda b: b[1])
+    one = Client("ann", lambda: nn.Linear(4, 1), [task])
+    if squeezes:
+        assert outline(one)
+    else:
+        with pytest.raises(
+            ClientError, match=r"shape \[2, 1\], `target` \[2\], and the losses of kind 'number' compare"
+        ):
+            outline(one)
 
 
 def test_images_that_torch_would_stretch_to_each_other_are_refused() -> None:

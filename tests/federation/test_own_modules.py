@@ -13,7 +13,7 @@ import torch
 from flwr.app import Context, Message
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from tap_flower import Client, TapClientApp, TapStrategy, load_config, load_module
 from tap_flower.config import Encoding
@@ -155,7 +155,7 @@ class Late(Dataset[Any]):
         return image, torch.tensor(self.label)
 
 
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("loader", [False, True])
 @pytest.mark.parametrize(
     ("label", "words"),
@@ -178,6 +178,51 @@ def test_an_error_in_a_late_batch_names_the_task(
     problems = [event["problem"] for event in read_events(tmp_path / "run") if event["event"] == "dropped"]
     assert problems
     assert all(re.match(words, problem) for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        (7, "client 'ann': task 'digits': a label is outside of the model's outputs"),
+        (None, r"client 'ann': task 'digits': unexpected OSError at test_own_modules.py:\d+"),
+    ],
+)
+def test_held_out_examples_are_tried_before_the_first_round(tmp_path: Path, label: int | None, words: str) -> None:
+    def other(context: Context) -> Client:
+        made = make(context)
+        return replace(
+            made, tasks=[replace(t, validation=Late(label)) if t.name == "digits" else t for t in made.tasks]
+        )
+
+    with pytest.raises(RunError, match=words):
+        run(tmp_path, making=other)
+
+
+def with_a_hole(data: TensorDataset) -> TensorDataset:
+    x, y = data.tensors
+    return TensorDataset(torch.cat([x[:-1], torch.full_like(x[-1:], torch.nan)]), y)
+
+
+def test_held_out_values_that_are_not_finite_are_told_before_the_first_round(tmp_path: Path) -> None:
+    def other(context: Context) -> Client:
+        made = make(context)
+        broken = [replace(t, validation=with_a_hole(t.test)) if t.name == "digits" else t for t in made.tasks]
+        return replace(made, tasks=broken)
+
+    with pytest.raises(
+        RunError, match="task 'digits': the loss on its held-out examples is nan with the run's first values"
+    ):
+        run(tmp_path, making=other)
+
+
+def test_test_values_that_are_not_finite_are_told_with_their_task(tmp_path: Path) -> None:
+    def other(context: Context) -> Client:
+        made = make(context)
+        broken = [replace(t, test=with_a_hole(t.test)) if t.name == "digits" else t for t in made.tasks]
+        return replace(made, tasks=broken if made.name == "ann" else made.tasks)
+
+    reason = run(tmp_path, making=other)[1]["missing"]["ann"]
+    assert "task 'digits': loss of the model 'server' is nan on the test data: look there for values" in reason
 
 
 def test_labels_in_words_are_refused_before_the_first_round(tmp_path: Path) -> None:
