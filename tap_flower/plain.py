@@ -58,6 +58,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra of tap-flower, for errors."""
+    return f"pip install 'tap-flower[{extra}]' (from a checkout: pip install -e '.[{extra}]')"
+
+
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(keys with dots between, value) of nested mappings."""
     for key, value in values.items():

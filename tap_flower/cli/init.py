@@ -57,7 +57,8 @@ def init_command(
     out.write_text(spec_text(name, backbone, task), encoding="utf-8")
     say(
         console,
-        f"{out}: task {task['name']!r}, {task['kind']}; read it, change what is wrong, then: tap-flower check {out}",
+        f"{out}: task {task['name']!r}, {task['kind']}; clients share a task by its name; read it, "
+        f"change what is wrong, then: tap-flower check {out}",
     )
 
 
@@ -186,6 +187,12 @@ def _of_files(splits: Mapping[str, Path], name: str, tell: Callable[[str], None]
         kind, columns["label"] = f"{modalities[0]}_classification", label
         names = getattr(rows.features[label], "names", None)
         classes = list(names or sorted({str(value) for value in rows[label] if value is not None}))
+        from tap_flower.data.fields import LIKE_MISSING
+
+        if like := [name for name in classes if str(name).strip().lower() in LIKE_MISSING]:
+            tell(
+                f"{', '.join(map(repr, like))} became a class: if it stands for a missing value, take it and its rows out"
+            )
     elif target is not None and "text" in columns:
         kind, columns["target"] = "text_generation", target
     elif image is not None:
@@ -297,7 +304,7 @@ def _flow(value: Any) -> str:
 
 
 _COMMENTS = {
-    "name": "clients that use the same name share the task's head",
+    "name": "clients share a task, and its head, by this name: agree on it with the others",
     "kind": "image_classification, text_classification, image_generation or text_generation",
     "domain": "of the data; each has experts of its own",
     "columns": "role -> column; see docs/bring-your-own-data.md for templates",

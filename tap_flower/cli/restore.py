@@ -29,7 +29,7 @@ def restore_command(
     ] = False,
 ) -> None:
     """Go back to a client's earlier state, for example after a round that has spoiled its model."""
-    from tap_flower.client.state import PERSONAL
+    from tap_flower.client.state import FIRST, PERSONAL, SERVER
     from tap_flower.personal.folders import client_folder
 
     folder = place if (place / PERSONAL).exists() else client_folder(place, client)
@@ -37,6 +37,9 @@ def restore_command(
     say(
         Console(), f"{folder}: back from round {undone} to round {restored}; the state of round {undone} is in {UNDONE}"
     )
+    state = {Path(file).stem for file in (PERSONAL, FIRST, SERVER)}
+    if made := sorted({path.stem for path in folder.glob("*.safetensors") if "." not in path.stem} - state):
+        say(Console(), f"what stage 2 has made stays as it is, and `predict` goes on using it: {', '.join(made)}")
 
 
 def go_back(folder: Path, to_kept: bool) -> tuple[int, int]:

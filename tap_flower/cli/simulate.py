@@ -70,11 +70,11 @@ def simulate_command(
     from tap_flower.methods.registry import find_method
     from tap_flower.report.html_report import REPORT, write_report
     from tap_flower.report.results import RESULTS, read_results
-    from tap_flower.report.trackers import tracker_names
+    from tap_flower.report.trackers import check_trackers
     from tap_flower.run.resources import CLUSTER, check_cluster, shared, shared_cluster, this_machine
     from tap_flower.run.simulation import Launch, simulate
     from tap_flower.server.checkpoint import check_free, has_begun, locked, resumable
-    from tap_flower.server.likely_mistakes import likely_mistakes
+    from tap_flower.server.likely_mistakes import likely_mistakes, without_effect
     from tap_flower.server.privacy import budget_of
 
     console = Console()
@@ -84,7 +84,7 @@ def simulate_command(
     # What is wrong is said now, not after Flower's start.
     resolved = load_config(preset, config, settings)
     find_method(resolved.method)
-    tracker_names(resolved.trackers)
+    check_trackers(resolved.trackers)
     budget_of(resolved)
     specs = client_specs(resolved)
     if not specs:
@@ -109,7 +109,7 @@ def simulate_command(
     else:
         check_free(out)
     held = ((spec.name, task.name, task.kind) for spec in specs for task in spec.tasks)
-    for sentence in likely_mistakes(resolved.clients_per_round, None, held):
+    for sentence in (*without_effect(resolved), *likely_mistakes(resolved.clients_per_round, None, held)):
         say(console, f"[yellow]{escape(sentence)}")
     # The clients log it too, but their log goes with the run: it is said here, before hours of work.
     for problem in missing(meteor=resolved.metrics.meteor, bertscore=resolved.metrics.bertscore):

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from tap_flower.cli.common import CpusPerRun, GpusPerRun, RayAddress, say
 from tap_flower.cli.fetch import check_fetched
-from tap_flower.errors import SimulationError
+from tap_flower.errors import ConfigError, SimulationError
 
 if TYPE_CHECKING:
     from tap_flower.study.execute import Outcome
@@ -35,6 +35,9 @@ def sweep_command(
     cpus_per_run: CpusPerRun = None,
     gpus_per_run: GpusPerRun = None,
     ray: RayAddress = "local",
+    tables: Annotated[
+        bool, typer.Option("--tables", help="Run nothing: make the tables of the runs there are.")
+    ] = False,
 ) -> None:
     """Run methods by seeds, those that are missing, and compare them in table.md, .csv, .tex and .html."""
     from tap_flower.study import kept
@@ -44,7 +47,12 @@ def sweep_command(
     sweep = read_sweep(file, out, keep)
     if keep is not None:
         kept.keep([run.folder for run in sweep.runs if run.done], keep)
-    failed = execute_missing(console, sweep.runs, (ray, cpus_per_run, gpus_per_run), keep)
+    done = sum(run.done for run in sweep.runs)
+    if tables and not done:
+        raise ConfigError(f"{out} holds no finished run of {file}: leave --tables out to run them")
+    if tables:
+        say(console, f"{len(sweep.runs)} runs, {done} of them finished")
+    failed = [] if tables else execute_missing(console, sweep.runs, (ray, cpus_per_run, gpus_per_run), keep)
     write_tables(console, sweep, f"Sweep {file.stem}", f"Preset {sweep.runs[0].preset}; the file is {file.name}.", out)
     if keep is not None:
         say(console, f"{sum(run.done for run in sweep.runs)} runs kept in {keep}")
@@ -75,7 +83,7 @@ def execute_missing(
 ) -> list[Outcome]:
     """Executes the missing runs, prints a line for each, keeps the small files of each, and returns those that failed."""
     from tap_flower.config import client_specs
-    from tap_flower.report.results import read_results
+    from tap_flower.report.results import dropped_answers, read_results
     from tap_flower.study import kept
     from tap_flower.study.execute import cluster, execute, share_of
 
@@ -96,8 +104,10 @@ def execute_missing(
         if outcome.problem:
             how = f"[bold red]failed[/]: {escape(outcome.problem)}"
         else:
-            gone = read_results(outcome.run.folder).get("missing")
+            found = read_results(outcome.run.folder)
+            gone, dropped = found.get("missing"), dropped_answers(found)
             how = f"{outcome.seconds:.0f} s" + (f", [yellow]without {', '.join(gone)}[/]" if gone else "")
+            how += f", [yellow]{escape('; '.join(dropped))}[/]" if dropped else ""
         say(console, f"{next(ended)}/{len(missing)} {outcome.run.label}, seed {outcome.run.seed}: {how}")
 
     address, cpus, gpus = where

@@ -19,6 +19,7 @@ from torch import Tensor
 from tap_flower import hub
 from tap_flower.core.tasks import IGNORE
 from tap_flower.core.training import Batch
+from tap_flower.plain import install
 
 log = logging.getLogger("tap_flower")
 
@@ -33,7 +34,7 @@ class MissingError(RuntimeError):
         super().__init__(f"{metric} is left out: {reason}. To get it: {remedy}")
 
 
-INSTALL = 'pip install "tap-flower[text-metrics]"'
+INSTALL = install("text-metrics")
 LONGEST = 512
 """Tokens that BERTScore reads of a text where neither the model nor its tokenizer states a limit."""
 

@@ -213,6 +213,10 @@ def _merged(schema: type[Any], layers: Sequence[Layer]) -> Any:
                 raise ConfigError(
                     f"{where}: this is a client spec: give a file that has it in a list, under `clients:`"
                 )
+            if inner := [name for name in known if name.startswith(f"{key}.")]:
+                raise ConfigError(
+                    f"{where}: {key!r} stands for several options: set {', '.join(inner[:5])}{', …' * (len(inner) > 5)}"
+                )
             if key not in known:
                 raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}")
         with _told(where, known):
@@ -244,7 +248,10 @@ def _told(where: str, known: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         key = getattr(error, "full_key", None) or "?"
         low, high = (known.get(key, {}).get(bound) for bound in ("low", "high"))
         remedy = "" if low is None else f": choose a number between {low:g} and {high:g}"
-        raise ConfigError(f"{where}: {key}: {(str(error) or type(error).__name__).splitlines()[0]}{remedy}") from error
+        words = (str(error) or type(error).__name__).splitlines()[0]
+        if "is not a ListConfig" in words:  # OmegaConf's
+            words = "it is a list: give one, as YAML writes it"
+        raise ConfigError(f"{where}: {key}: {words}{remedy}") from error
 
 
 def _leaves(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

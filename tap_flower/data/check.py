@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tap_flower.data.examples import number_aside
+from tap_flower.data.fields import LIKE_MISSING
 from tap_flower.data.images import DARK, pixels_of, with_image_forms
 from tap_flower.data.labels import NO_CLASS
 from tap_flower.data.loading import SourceRows, read_source, too_few_rows
@@ -192,7 +193,7 @@ class _Checker:
     def check(self, split: str, sources: Sequence[Source], hold_out: bool) -> tuple[SplitSummary, list[Problem]]:
         summary = SplitSummary(self.task.name, split, classes=Counter(dict.fromkeys(self.task.classes, 0)))
         problems: list[Problem] = []
-        sizes = []
+        sizes = dict[Source, int]()
         for source in sources:
             errors: dict[str, list[SourceError]] = defaultdict(list)
             try:
@@ -204,20 +205,26 @@ class _Checker:
                 summary.labelled = False
                 continue
             self._add(source, read, errors, summary)
-            sizes.append(len(read))
+            sizes[source] = len(read)
             problems += self._uneven(split, source, len(read))
             for role in ("", *self.task.fields(source)):
                 problems += [replace(one, what=f"{split} {source} {one.what}") for one in _grouped(role, errors[role])]
         if sizes or not sources:
             problems += [Problem(problem) for problem in too_few_rows(split, sizes)]
         if split == "train" and hold_out and not self.task.validation and sizes:
-            aside = sum(map(number_aside, sizes))
-            what = f"{aside:,} of {sum(sizes):,} training rows decide what is taken over, and are not trained on"
+            aside = sum(map(number_aside, sizes.values()))
+            what = (
+                f"{aside:,} of {sum(sizes.values()):,} training rows decide what is taken over, and are not trained on"
+            )
             problems.append(Problem(f"it has no `validation`, so that {what}", is_note=True))
-            if 1 in sizes:
+            if 1 in sizes.values():
                 problems.append(
                     Problem("train has a source with 1 row, which is trained on and held out", is_note=True)
                 )
+        like = [name for name in self.task.classes if name.strip().lower() in LIKE_MISSING]
+        if split == "train" and like:
+            remedy = "if it stands for a missing value, drop the class, and these rows"
+            problems.append(Problem(f"has the class {listed(list(map(repr, like)))}: {remedy}", is_note=True))
         empty = [repr(name) for name, count in summary.classes.items() if not count]
         if split == "train" and summary.labelled and empty:
             remedy = "add rows, or drop it from the `classes` of all clients"

@@ -36,6 +36,8 @@ _KINDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
     for key in keys.split()
 }
 """Key -> (what its value is, in words, and in types); `null` stands for a key that is not there."""
+LIKE_MISSING = frozenset({"na", "n/a", "nan", "null", "none", "nil", "missing", "unknown", "?", "-", "--", "."})
+"""Words, in small letters, that often stand for a value that is not there."""
 FITS = ("crop", "pad", "squeeze")
 
 

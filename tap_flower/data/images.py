@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from io import BytesIO
@@ -112,6 +113,22 @@ def _side(size: Any) -> tuple[int, bool]:
 # --- from a file to pixels ------------------------------------------------------------------------
 
 
+def opened_image(file: Path | BytesIO) -> Image.Image:
+    """An image of which nothing but the beginning has been read.
+
+    Raises:
+        Exception: whatever the decoders raise; ValueError where it is none that they know.
+    """
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError as error:
+        length = len(file.getvalue()) if isinstance(file, BytesIO) else file.stat().st_size
+        where = "its bytes" if isinstance(file, BytesIO) else str(file)
+        raise ValueError(
+            f"{where} ({length:,} bytes) cannot be read as an image: save it as PNG, JPEG or WebP"
+        ) from error
+
+
 def open_image(file: Path | BytesIO, background: str = "white", side: int = 0) -> Image.Image:
     """The image of a file in RGB with 8 bits a channel, turned as its EXIF data say.
 
@@ -129,15 +146,7 @@ def open_image(file: Path | BytesIO, background: str = "white", side: int = 0) -
     Raises:
         Exception: whatever the decoders raise; ValueError where a type has no scale, or the file holds several pictures.
     """
-    try:
-        opened = Image.open(file)
-    except UnidentifiedImageError as error:
-        length = len(file.getvalue()) if isinstance(file, BytesIO) else file.stat().st_size
-        where = "its bytes" if isinstance(file, BytesIO) else str(file)
-        raise ValueError(
-            f"{where} ({length:,} bytes) cannot be read as an image: save it as PNG, JPEG or WebP"
-        ) from error
-    with opened as image:
+    with opened_image(file) as image:
         pictures = getattr(image, "n_frames", 1)
         if pictures > 1 and image.format != "MPO":  # a camera's JPEG, with previews behind the picture
             raise ValueError(f"it holds {pictures} pictures (frames or pages): save the one that is meant")
@@ -228,7 +237,7 @@ class LazyImages:
         if isinstance(self._data.features[column], datasets.Image):
             self._data = self._data.cast_column(column, datasets.Image(decode=False))
         self._column, self._folder, self.form = column, folder, form
-        self.decodes = 0
+        self.decodes, self._checked = 0, set[int]()
 
     def __getitem__(self, row: int) -> Tensor:
         """Pixels of a row, [3, size, size] uint8.
@@ -247,17 +256,35 @@ class LazyImages:
                 self.decodes += 1
         return pixels
 
+    def check(self, row: int) -> None:
+        """Reads the beginning of a row's file, which is quick; what is broken behind it shows when the image is decoded.
+
+        Raises:
+            RowError: it is no image.
+        """
+        if row not in self._checked:
+            with self._row_told(row), opened_image(self._file(row)):
+                self._checked.add(row)
+
+    def _file(self, row: int) -> Path | BytesIO:
+        return _file(self._data[row][self._column], self._folder)
+
+    @contextmanager
+    def _row_told(self, row: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever the decoders of all image formats raise
+            reason = str(error) or type(error).__name__
+            raise RowError("has no image", row, f" of column {self._column!r}", reason) from error
+
     def original(self, row: int) -> Image.Image:
         """The image of a row as `open_image` gives it, in no smaller size than its form needs; it is not kept.
 
         Raises:
             RowError: it cannot be decoded.
         """
-        try:
-            return open_image(_file(self._data[row][self._column], self._folder), self.form.background, self.form.size)
-        except Exception as error:  # whatever the decoders of all image formats raise
-            reason = str(error) or type(error).__name__
-            raise RowError("has no image", row, f" of column {self._column!r}", reason) from error
+        with self._row_told(row):
+            return open_image(self._file(row), self.form.background, self.form.size)
 
 
 def _file(value: object, folder: Path) -> Path | BytesIO:

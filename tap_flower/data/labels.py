@@ -68,7 +68,9 @@ def read_labels(
             if number is None and place and (at := _whole(label)) is not None and 0 <= at < len(task.classes):
                 number, by_place = at, True
                 placed.append(RowError(f"has label {label!r} beside names of classes", row, f"{rest}: write its name"))
-            if number is None:
+            if is_missing(label):
+                errors.append(RowError("has no label", row, ": give it one, or leave the row out of the data"))
+            elif number is None:
                 numbers = place and _whole(label) is not None
                 remedy = "list what the data say under `labels`" if numbers else "correct one of them"
                 errors.append(RowError(f"has label {label!r}", row, f"{rest}{_hint(label, known)}: {remedy}"))

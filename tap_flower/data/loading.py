@@ -18,7 +18,7 @@ from tap_flower.data.examples import Examples, set_aside
 from tap_flower.data.fields import ImageForm
 from tap_flower.data.images import images_of, normalise, with_image_forms
 from tap_flower.data.labels import read_labels
-from tap_flower.data.sources import SourceError, SourceNote, missing_columns, notes_of, open_source, rows_of
+from tap_flower.data.sources import RowError, SourceError, SourceNote, missing_columns, notes_of, open_source, rows_of
 from tap_flower.data.spec import SPLITS, ClientSpec, Source, TaskSpec
 from tap_flower.data.text import EmptyTextError, TokenIds, Tokens, pad_inputs, pad_targets, tokenised
 from tap_flower.errors import SpecError
@@ -140,8 +140,11 @@ def load_client_data(
                 found = [read_source(task, source, tokenizer, text_length, seed, root, _raise) for source in sources]
             except SourceError as error:
                 raise SpecError(f"{where}: {split} {error}") from error
-            for problem in too_few_rows(split, [len(part) for part in found]):
+            for problem in too_few_rows(split, dict(zip(sources, map(len, found), strict=True))):
                 raise SpecError(f"{where}: {problem}")
+            for source, part in zip(sources, found, strict=True):
+                if problem := _unreadable(source, part):
+                    raise SpecError(f"{where}: {split} {problem}")
             splits[split][task.name] = [part.examples(workers) for part in found]
         if hold_out and not task.validation:
             halves = [
@@ -208,12 +211,26 @@ def read_source(
     return SourceRows(task, source.domain or task.domain, rows, columns, pad)
 
 
-def too_few_rows(split: str, sizes: Sequence[int]) -> Iterator[str]:
+def too_few_rows(split: str, sizes: Mapping[Source, int]) -> Iterator[str]:
     """What is wrong with the number of rows of a split's sources."""
     if not sizes and split != "validation":
         yield f"{split} has no source: name one"
-    if 0 in sizes:
-        yield f"{split} has a source with 0 rows: give it at least 1"
+    for source, size in sizes.items():
+        if not size:
+            chosen = f" in its part {list(source.part)}" if source.part else ""
+            yield f"{split} {source} has 0 rows{chosen}: give it at least 1"
+
+
+def _unreadable(source: Source, rows: SourceRows) -> str:
+    """What is wrong with the first file that is no image; those that packages carry are known to be."""
+    images = rows.columns.get("image")
+    if images is not None and source.format != "packaged":
+        for row in rows.rows:
+            try:
+                images.check(row)
+            except RowError as error:
+                return f"{source} {error}"
+    return ""
 
 
 def _raise(role: str, error: SourceError) -> None:

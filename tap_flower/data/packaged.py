@@ -40,6 +40,8 @@ from typing import Any
 
 import datasets
 
+from tap_flower.plain import install
+
 SPLITS = ("public", "train", "validation", "test")
 DATASETS = ("shapes", "questions", "digits", "names", "dates")
 
@@ -109,8 +111,7 @@ def _import(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the demo data need the Python package {package!r}, which is not installed ({error}): "
-            'pip install "tap-flower[demo]"',
+            f"the demo data need the Python package {package!r}, which is not installed ({error}): {install('demo')}",
             name=module,
         ) from error
 

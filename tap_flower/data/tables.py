@@ -66,6 +66,11 @@ def csv_table(
             if isinstance(error, UnicodeDecodeError) or "UTF8" in str(error):
                 known = encoding or "UTF-8"
                 raise ValueError(f"{file} is no {known}: say its `encoding`, such as latin-1 or cp1252") from error
+            if torn := re.search(r"Row #(\d+): Expected (\d+) columns, got (\d+)", str(error)):
+                raise ValueError(
+                    f"line {torn[1]} of {file} has {torn[3]} fields and its header {torn[2]}, with the delimiter "
+                    f"{delimiter!r}: say another `delimiter`, or put fields that hold it in quotes"
+                ) from error
             raise
         if names != tables[0].column_names:
             raise ValueError(

@@ -18,6 +18,7 @@ from tap_flower.methods.registry import find_method
 from tap_flower.personal.answers import Answer, ClassAnswer, ImageAnswer, TextAnswer
 from tap_flower.personal.folders import client_folder, clients_in
 from tap_flower.personal.personal_model import PersonalModel
+from tap_flower.plain import install
 from tap_flower.report.client_records import read_examples
 
 OWN = "an input of your own"
@@ -172,7 +173,7 @@ def serve(run: Path, port: int) -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise PersonalError('the page needs gradio: pip install "tap-flower[demo-page]"') from error
+        raise PersonalError(f"the page needs gradio: {install('demo-page')}") from error
     blocks = Page(gradio, run).blocks()
     try:
         blocks.launch(

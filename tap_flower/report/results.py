@@ -139,6 +139,15 @@ def read_results(run: Path) -> dict[str, Any]:
     return found
 
 
+def dropped_answers(found: Mapping[str, Any]) -> list[str]:
+    """A sentence for each client of a run that was evaluated, and some of whose answers could not be used."""
+    return [
+        f"{who}: {counted(count, 'answer')} could not be used"
+        for who, count in found.get("dropped", {}).items()
+        if not any(who in (name, f"client {name!r}") for name in found.get("missing", {}))
+    ]
+
+
 def remarks(found: Mapping[str, Any]) -> list[str]:
     """What a reader of the results of a run must know, a sentence each: who is missing and why, and what was lost.
 
@@ -158,11 +167,7 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
         if not by_model
     ]
     of_tasks = [sentence for task in found["tasks"] for sentence in (*_uneven(found, task), *_worse(found, task))]
-    dropped = [
-        f"{who}: {counted(count, 'answer')} could not be used; the events `dropped` of metrics.jsonl say why"
-        for who, count in found.get("dropped", {}).items()
-        if not any(who in (name, f"client {name!r}") for name in found.get("missing", {}))
-    ]
+    dropped = [f"{sentence}; the events `dropped` of metrics.jsonl say why" for sentence in dropped_answers(found)]
     return missing + dropped + marks + untested + of_tasks
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +15,7 @@ from typing import Any
 
 from tap_flower.config import Config, options
 from tap_flower.errors import ConfigError
+from tap_flower.plain import install
 
 Scalars = Mapping[str, float]
 """Name, with slashes between its parts -> value."""
@@ -146,6 +148,17 @@ def tracker_names(names: str) -> list[str]:
     return found
 
 
+def check_trackers(names: str) -> None:
+    """Checks that the packages of trackers are installed, before anything is started.
+
+    Raises:
+        ConfigError: one is not, or a name is unknown.
+    """
+    for name in tracker_names(names):
+        if find_spec(name) is None:  # each is the name of its package
+            raise ConfigError(_why_not(name, ImportError(f"No module named {name!r}")))
+
+
 def open_trackers(names: str, run: Tracked) -> list[Tracker]:
     """Opens the trackers of a run.
 
@@ -169,7 +182,7 @@ def open_trackers(names: str, run: Tracked) -> list[Tracker]:
 
 def _why_not(name: str, error: Exception) -> str:
     if isinstance(error, ImportError):
-        return f"trackers has {name!r}, whose package is not installed ({error}): pip install 'tap-flower[{name}]'"
+        return f"trackers has {name!r}, whose package is not installed ({error}): {install(name)}"
     remedy = "log in with `wandb login`, or set WANDB_MODE=offline" if name == "wandb" else "see to it"
     return f"trackers has {name!r}, which cannot begin ({type(error).__name__}: {error}): {remedy}, or leave it out"
 

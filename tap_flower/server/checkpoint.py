@@ -16,7 +16,7 @@ from torch import Tensor
 from tap_flower.config import Config, plain, to_yaml
 from tap_flower.errors import ConfigError, StorageError
 from tap_flower.files import read_json, read_tensors, write_atomically, write_json, write_tensors
-from tap_flower.plain import leaves
+from tap_flower.plain import leaves, shown
 from tap_flower.server.early_stopping import Validation
 from tap_flower.server.privacy import Ledger
 from tap_flower.wire.fields import Epoch
@@ -117,9 +117,10 @@ def resumable(folder: Path, config: Config) -> Checkpoint:
     found = load(folder / "server")
     old, new = dict(leaves(found.progress.config)), dict(leaves(plain(config)))
     if different := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
+        words = (f"{key} was {shown(old.get(key))}, and is {shown(new.get(key))}" for key in different[:5])
+        more = f"; {len(different) - 5} more" if len(different) > 5 else ""
         raise ConfigError(
-            f"{folder} was started with another configuration ({', '.join(different)} differ): resume it with the same "
-            f"preset, file and settings"
+            f"{folder} was started with another configuration ({'; '.join(words)}{more}): resume it with that one"
         )
     return found
 
@@ -137,7 +138,9 @@ def check_free(folder: Path) -> None:
         files = (file for file in folder.rglob("*") if not file.is_dir())  # a process that was killed leaves .tmp
         free = not folder.is_file() and all(file.name == _LOCK or file.suffix == ".tmp" for file in files)
     if not free:
-        raise ConfigError(f"{folder} is not empty: give another folder with `--out`, or go on with `--resume`")
+        raise ConfigError(
+            f"{folder} is not empty: give another folder (`--out`, run_folder), or go on (`--resume`, resume=True)"
+        )
 
 
 @contextmanager
@@ -163,7 +166,7 @@ def locked(folder: Path, resume: bool) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(
-            f"another process runs in {folder}: wait until it has ended, or give another folder with `--out`"
+            f"another process runs in {folder}: wait until it has ended, or give another folder (`--out`, run_folder)"
         ) from None
     except OSError as error:
         raise StorageError(f"the run folder {folder} cannot be made or written: {error.strerror}") from error

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from difflib import SequenceMatcher
 
+from tap_flower.config import Config
+
 _ALIKE = 0.8
 """Share of letters, after difflib's `ratio`, from which on two names are alike."""
 Held = tuple[str, str, str]
@@ -43,6 +45,22 @@ def likely_mistakes(clients_per_round: int, fraction_train: float | None, held: 
                 f"task {task!r} is client {min(alone)!r}'s alone, and {have} {near!r}: if both are one task, give it one "
                 f"name, or nothing of its head is shared"
             )
+    return said
+
+
+def without_effect(config: Config) -> list[str]:
+    """Sentences about options that change nothing in this run, or not what one may expect."""
+    said = []
+    first, rounds = config.train.personal_from, config.rounds
+    if config.method == "tap" and config.replacement.enabled and first > rounds:
+        said.append(
+            f"train.personal_from = {first} and rounds = {rounds}: stage 1 trains no personal model, which changes by "
+            f"replacement alone, and stage 2 trains it"
+        )
+    own = {client.get("backbone") for client in config.clients if isinstance(client, Mapping)}
+    if own and None not in own and config.backbone not in own:
+        names = ", ".join(sorted(map(str, own)))
+        said.append(f"backbone = {config.backbone} is used by no client: each names its own, {names}")
     return said
 
 

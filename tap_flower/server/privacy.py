@@ -18,6 +18,7 @@ from torch import Tensor
 from tap_flower.config import Config
 from tap_flower.core.averaging import Averaging, RandomBytes, check_form, clip, holders_needed, release, sensitivity
 from tap_flower.errors import ConfigError
+from tap_flower.plain import install
 from tap_flower.server.roster import Roster
 from tap_flower.server.rounds import Tell
 
@@ -145,8 +146,7 @@ def _package() -> tuple[Any, Any]:
         from dp_accounting.rdp import RdpAccountant
     except ImportError as error:
         raise ConfigError(
-            f"privacy.epsilon is set, and the package dp-accounting is not installed ({error}): "
-            f"pip install 'tap-flower[privacy]'"
+            f"privacy.epsilon is set, and the package dp-accounting is not installed ({error}): {install('privacy')}"
         ) from error
     return dp_accounting, RdpAccountant
 

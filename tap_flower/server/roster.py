@@ -85,6 +85,11 @@ class Roster:
             known = self.tensors.get(tensor)
             if known is not None and tuple(known.shape) != info.shape:
                 holder = self._first_holder.get(tensor, "the checkpoint")
+                if holder == name:
+                    raise MessageError(
+                        f"client {name!r}: the module has changed since the run began: {tensor!r} has shape {info.shape}, "
+                        f"and had {tuple(known.shape)}: go on with the module of then, or begin a new run"
+                    )
                 raise MessageError(
                     f"tensor {tensor!r} has shape {info.shape} on client {name!r} but {tuple(known.shape)} on "
                     f"{holder!r}: what has one name needs one shape, the same classes, backbone or layer on both: rename one"

@@ -32,7 +32,7 @@ from tap_flower.server.attendance import Attendance
 from tap_flower.server.checkpoint import record_config, start_or_resume
 from tap_flower.server.first_values import FirstValues
 from tap_flower.server.grid import SILENT, UNSENT, StreamingGrid, content_of
-from tap_flower.server.likely_mistakes import frozen_and_trained, likely_mistakes
+from tap_flower.server.likely_mistakes import frozen_and_trained, likely_mistakes, without_effect
 from tap_flower.server.outgoing import Outgoing, Values
 from tap_flower.server.privacy import Privacy, PrivateAverage, budget_of
 from tap_flower.server.result import TapResult, collect
@@ -145,6 +145,7 @@ class ServerRun:
         self.first.check_names()
         manifests = self.roster.manifests
         for sentence in (
+            *without_effect(self.config),
             *likely_mistakes(self.config.clients_per_round, fraction_train, self.roster.held()),
             *frozen_and_trained(
                 {n: m.tensors for n, m in manifests.items()}, {n: m.built for n, m in manifests.items()}

@@ -104,7 +104,7 @@ class TapStrategy(Strategy):
         )
         log(INFO, "\t├──> Method: %s", self.config.method)
         log(INFO, "\t├──> Sampling: %s | minimum available: %d", sampled, self.min_available_nodes)
-        log(INFO, "\t└──> Run folder: %s", self.run_folder)
+        log(INFO, "\t└──> Run folder: %s", self.run_folder.resolve())
 
     def round_size(self, clients: int) -> int:
         """How many of so many clients train in a round."""

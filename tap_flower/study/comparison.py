@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tap_flower.report.results import SPREAD, headlines, read_results, scores
+from tap_flower.report.results import SPREAD, dropped_answers, headlines, read_results, scores
 from tap_flower.study.plan import ROUNDS, STEPS, Sweep
 from tap_flower.study.statistics import Estimate, estimate, holm, mean_ranks, paired
 
@@ -115,6 +115,11 @@ def compare(sweep: Sweep, budget: str = ROUNDS) -> Comparison:
         f"{label}, seed {seed}: without {', '.join(missing)}, so that its means are over other clients."
         for (label, seed), results in found.items()
         if (missing := results.get("missing"))
+    ]
+    notes += [
+        f"{label}, seed {seed}: {sentence}."
+        for (label, seed), results in found.items()
+        for sentence in dropped_answers(results)
     ]
     return Comparison(
         budget,

@@ -124,7 +124,8 @@ def _cell(one: Estimate | None) -> str:
 def _signed(one: Estimate | None, p: float | None) -> str:
     if one is None:
         return "–"
-    star = "*" if p is not None and p < 1 - LEVEL else ""
+    spread = one.half is not None and one.half > 1e-9 * abs(one.mean)  # equal differences say nothing of their spread
+    star = "*" if spread and p is not None and p < 1 - LEVEL else ""
     return f"{one.mean:+.3f}" + ("" if one.half is None else f" ± {one.half:.3f}") + star
 
 

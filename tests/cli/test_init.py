@@ -69,7 +69,7 @@ def test_what_it_writes_is_accepted(make: Any, kind: str, classes: Any, command:
     text = (tmp_path / "client.yaml").read_text()
     (task,) = yaml.safe_load(text)["tasks"]
     assert (task["kind"], task.get("classes")) == (kind, classes)
-    assert "# clients that use the same name share the task's head" in text
+    assert "# clients share a task, and its head, by this name: agree on it with the others" in text
     code, out, err = command("check", "client.yaml")
     assert code == 0, out + err
     code, _, err = command("init", str(tmp_path))

@@ -36,7 +36,10 @@ from .conftest import finished_run
         (["--out", "USED", "--resume"], "used holds no run, so that nothing can be resumed: give the run's folder"),
         (["--set", "train.steps=ten"], "could not be converted to Integer: choose a number between 1 and"),
         (["--set", "method=TAP"], "unknown method 'TAP' (did you mean 'tap'?)"),
-        (["--out", "USED"], "is not empty: give another folder with `--out`, or go on with `--resume`"),
+        (
+            ["--out", "USED"],
+            "is not empty: give another folder (`--out`, run_folder), or go on (`--resume`, resume=True)",
+        ),
     ],
 )
 def test_bad_input_is_told_before_anything_starts(
@@ -68,7 +71,8 @@ def test_a_resume_with_other_settings_names_them_before_anything_starts(
     options = ("--set", "train.steps=2", "--rounds", "3", "--out", str(tmp_path / "run"), "--resume")
     code, _, err = command("simulate", *options)
     assert code == 1
-    assert "run was started with another configuration (rounds, train.steps differ): resume it with the same" in err
+    assert "run was started with another configuration (rounds was 8, and is 3; train.steps was " in err
+    assert ", and is 2): resume it with that one" in err
 
 
 def test_a_run_that_has_finished_is_not_run_again(

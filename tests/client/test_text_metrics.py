@@ -218,7 +218,7 @@ def test_what_will_be_left_out_is_known_before(tiny_wordnet: LazyCorpusLoader) -
 def test_a_library_that_is_not_there(module: str, load: object, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in {module, *(name for name in sys.modules if name.split(".")[0] == module)}:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingError, match=r'pip install "tap-flower\[text-metrics\]"'):
+    with pytest.raises(MissingError, match=r"pip install 'tap-flower\[text-metrics\]'"):
         load()  # type: ignore[operator]
 
 

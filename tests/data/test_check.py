@@ -106,7 +106,7 @@ def test_every_problem_is_named_with_its_rows(tmp_path: Path) -> None:
         f"{where} 'triage': test cannot be read from '{tmp_path}/gone.csv': Unable to find",
         f"{where} 'pets': train {pictures} takes rows 0 to 9 of {pictures}, which has 4: lower them",
         f"{where} 'pets': train {pictures} has no image in rows 1, 3 of column 'image' (row 1: ",
-        f"{where} 'pets': train {pictures} has label None in row 2, {no_label} 'ape', 'cat'",
+        f"{where} 'pets': train {pictures} has no label in row 2: give it one, or leave the row out",
         f"{where} 'pets': test {pets} has no image in row 2 of column 'image' (row 2: {tmp_path}/pets/",
         f"{where} 'pets': test {pets} has label 'dog' in row 3, {no_label} 'ape', 'cat'",
         f"{where} 'answers': train {blank} has no column 'body' for target: choose among title, note, urgency",
@@ -168,7 +168,7 @@ def test_too_few_rows(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text(NOTES)
     for one, problem in (
         (none, "train has no source: name one"),
-        (spec, "train has a source with 0 rows: give it at least 1"),
+        (spec, f"train '{tmp_path}/train.csv' has 0 rows: give it at least 1"),
     ):
         assert f"client 'hospital-a': task 'triage': {problem}" in checked(one, hold_out=True)[1]
         with pytest.raises(SpecError, match=problem):

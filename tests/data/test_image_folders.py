@@ -59,7 +59,7 @@ def test_files_that_are_no_images_are_counted(tmp_path: Path) -> None:
 def test_images_beside_folders_have_no_class(tmp_path: Path) -> None:
     picture(tmp_path / "images/a/1.png")
     picture(tmp_path / "images/2[1].png", BLUE)
-    assert "has label None in row 0" in check(folder_of(tmp_path), "image_classification").problems
+    assert "has no label in row 0" in check(folder_of(tmp_path), "image_classification").problems
     assert check(folder_of(tmp_path), "image_generation").problems == ""
 
 
@@ -117,7 +117,7 @@ def test_a_name_that_is_no_text_is_told(tmp_path: Path) -> None:
         ({"metadata.csv": "name,label\n1.png,a\n"}, "has no column 'file_name'", ""),
         ({"metadata.csv": "file_name,image,label\n1.png,x,a\n"}, "has a column 'image', which is the images' own", ""),
         ({"metadata.csv": "file_name\n", "metadata.jsonl": "{}"}, "has metadata.csv and metadata.jsonl: keep one", ""),
-        ({"x/metadata.csv": "file_name\n"}, "has label None", "has 1 files that are passed over: 1 .csv"),
+        ({"x/metadata.csv": "file_name\n"}, "has no label", "has 1 files that are passed over: 1 .csv"),
     ],
 )
 def test_metadata_files(files: dict[str, str], problem: str, note: str, tmp_path: Path) -> None:

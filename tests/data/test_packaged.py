@@ -292,7 +292,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, name: str, 
     for cache in (packaged.load, packaged._easy_vqa, packaged._emoji):
         cache.cache_clear()
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"'{package}'.*pip install \"tap-flower\[demo\]\""):
+    with pytest.raises(ModuleNotFoundError, match=rf"'{package}'.*pip install 'tap-flower\[demo\]'"):
         packaged.load(name, "train")
 
 

@@ -104,15 +104,26 @@ def test_a_folder_of_images_for_each_class(tmp_path: Path) -> None:
 
 def test_images_by_path_start_at_the_files_folder(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), (1, 2, 3)).save(tmp_path / "x.png")
-    (tmp_path / "list.csv").write_text("file,urgency\nx.png,urgent\ngone.png,routine\n")
+    (tmp_path / "list.csv").write_text("file,urgency\nx.png,urgent\nx.png,routine\n")
     source = {"format": "csv", "path": str(tmp_path / "list.csv")}
-    columns = {"image": "file", "label": "urgency"}
-    (part,) = data(triage(source, kind="image_classification", modalities=["image"], columns=columns)).splits["train"][
-        "triage"
-    ]
+    task = triage(
+        source, kind="image_classification", modalities=["image"], columns={"image": "file", "label": "urgency"}
+    )
+    (part,) = data(task).splits["train"]["triage"]
     assert part[0]["image"][:, 0, 0].tolist() == [1, 2, 3]
-    with pytest.raises(SourceError, match="no image in row 1 of column 'file': .*gone.png"):
-        part.batch([1], CPU)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("gone.png", "No such file"), ("torn.png", "cannot be read as an image")])
+def test_a_file_that_is_no_image_is_told_when_the_data_are_loaded(tmp_path: Path, name: str, reason: str) -> None:
+    Image.new("RGB", (64, 64), (1, 2, 3)).save(tmp_path / "y.png")
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG")
+    (tmp_path / "photos.csv").write_text(f"file,urgency\ny.png,urgent\n{name},routine\n")
+    source = {"format": "csv", "path": str(tmp_path / "photos.csv")}
+    task = triage(
+        source, kind="image_classification", modalities=["image"], columns={"image": "file", "label": "urgency"}
+    )
+    with pytest.raises(SpecError, match=f"train '.*photos.csv' has no image in row 1 of column 'file': .*{reason}"):
+        data(task)
 
 
 def test_relative_paths_start_at_the_specs_folder(tmp_path: Path) -> None:

@@ -295,5 +295,5 @@ def test_a_resumed_run_gives_the_results_of_an_uninterrupted_one(
 
 def test_resuming_with_another_configuration_is_refused(whole: Whole) -> None:
     other = replace(whole.federation, settings=[*whole.federation.settings, "rounds=3"])
-    with pytest.raises(ConfigError, match=r"another configuration \(rounds differ\)"):
+    with pytest.raises(ConfigError, match=r"another configuration \(rounds was 2, and is 3\)"):
         other.strategy(resume=True).start(other.grid())

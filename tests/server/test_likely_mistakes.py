@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from tap_flower.server.likely_mistakes import frozen_and_trained, likely_mistakes
+from tap_flower.config import load_config
+from tap_flower.server.likely_mistakes import frozen_and_trained, likely_mistakes, without_effect
 
 IMAGES = "image_classification"
 
@@ -57,3 +58,17 @@ def test_more_clients_in_a_round_than_there_are() -> None:
         "clients_per_round = 3, and there are 2 clients: all of them train in every round"
     ]
     assert likely_mistakes(2, None, held) == likely_mistakes(3, 0.5, held) == likely_mistakes(3, None, []) == []
+
+
+def test_personal_models_that_stage_1_does_not_train() -> None:
+    assert without_effect(load_config()) == []
+    (sentence,) = without_effect(load_config(settings=["rounds=4"]))
+    assert sentence.startswith("train.personal_from = 7 and rounds = 4: stage 1 trains no personal model")
+    assert without_effect(load_config(settings=["rounds=4", "method=ditto"])) == []
+
+
+def test_a_backbone_that_no_client_has() -> None:
+    config = load_config(settings=["backbone=facebook/flava-full"])
+    assert without_effect(config) == []  # the preset's clients name none
+    config.clients = [{"name": "ann", "backbone": "demo"}]
+    assert without_effect(config) == ["backbone = facebook/flava-full is used by no client: each names its own, demo"]

@@ -49,6 +49,7 @@ def test_another_configuration_is_not_resumed(federation: ToyFederation) -> None
     federation.strategy().start(federation.grid())
     federation.settings += ["seed=9", "train.steps=3"]
     with pytest.raises(
-        ConfigError, match=r"another configuration \(seed, train.steps differ\): resume it with the same"
+        ConfigError,
+        match=r"\(seed was 41, and is 9; train.steps was 2, and is 3\): resume it with that one",
     ):
         federation.strategy(resume=True).start(federation.grid())
