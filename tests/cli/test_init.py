@@ -200,3 +200,13 @@ def test_why_a_column_is_no_label_is_told(command: Any, tmp_path: Path) -> None:
     assert code == 1
     assert "has neither a label nor a target in note, rating" in err
     assert "'rating' is not taken as the label: 60 rows have 60 different values in it, and 2 to 30 make classes" in out
+
+
+def test_a_class_that_looks_like_a_missing_value_is_told(command: Any, tmp_path: Path) -> None:
+    rows = "".join(f"note number {n},{('urgent', 'routine')[n % 2] if n else 'NA'}\n" for n in range(60))
+    (tmp_path / "notes.csv").write_text(f"note,label\n{rows}")
+    code, out, err = command("init", "notes.csv")
+    assert code == 0, err
+    assert "'NA' became a class: if it stands for a missing value, take it and its rows out" in out
+    _, out, _ = command("check", "client.yaml")
+    assert "note: client 'client-1': task 'notes': has the class 'NA': if it stands for a missing value" in out

@@ -36,3 +36,6 @@ def test_going_back_a_round(federation: ToyFederation) -> None:
     done = CliRunner().invoke(app, ["restore", str(federation.state("bob"))])
     assert "back from round 2 to round 1" in " ".join(done.output.split())
     assert read_record(federation.state("bob") / PERSONAL)["round"] == 1
+    assert "what stage 2 has made stays as it is, and `predict` goes on using it: server+finetune, tap" in " ".join(
+        done.output.split()
+    )

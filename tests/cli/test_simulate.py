@@ -175,6 +175,17 @@ def test_options_reach_the_run(command: Any, tmp_path: Path, monkeypatch: pytest
     assert (launch.out / "report.html").exists()
 
 
+def test_a_tracker_that_is_not_installed_is_told_before_anything_starts(
+    command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulation, "simulate", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr("tap_flower.report.trackers.find_spec", lambda _: None)
+    code, _, err = command("simulate", "--set", "trackers=tensorboard")
+    assert code == 1
+    assert "trackers has 'tensorboard', whose package is not installed" in err
+    assert "from a checkout: pip install -e '.[tensorboard]'" in err
+
+
 def test_what_is_hardly_meant_is_said_before_the_run(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tap_flower.config import load_config, to_yaml
+from tap_flower.files import write_json
 from tap_flower.run.resources import Machine
 from tap_flower.study import execute, heterogeneity, theorem
 from tap_flower.study.execute import Outcome, Share
@@ -86,6 +87,42 @@ def test_a_study_writes_its_page(
     assert len(labels) == runs
     assert written == [Path(page)]
     assert f"to look at: {page}/study.html" in out
+
+
+def test_tables_of_the_runs_that_are_there(command: Any, tmp_path: Path, executed: Executed) -> None:
+    (tmp_path / "sweep.yaml").write_text("seeds: [41, 42]\nmethods: [tap, fedavg]\n")
+    status, _, err = command("sweep", "sweep.yaml", "--tables")
+    assert (status, "sweep holds no finished run of sweep.yaml: leave --tables out to run them" in err) == (1, True)
+    status, _, err = command("sweep", "sweep.yaml")
+    assert status == 0, err
+    for folder in (tmp_path / "runs" / "sweep").glob("*/seed-*"):  # as a run would have left it
+        settings = [f"method={folder.parent.name}", f"seed={folder.name.removeprefix('seed-')}"]
+        (folder / "config.yaml").write_text(to_yaml(load_config(settings=settings)))
+    shutil.rmtree(tmp_path / "runs" / "sweep" / "fedavg" / "seed-42")
+    (tmp_path / "runs" / "sweep" / "table.md").unlink()
+    executed.clear()
+    status, out, err = command("sweep", "sweep.yaml", "--tables")
+    assert (status, executed, err) == (0, [], "")
+    assert "4 runs, 3 of them finished" in out
+    assert (tmp_path / "runs" / "sweep" / "table.md").exists()
+
+
+def test_a_sweep_names_answers_that_could_not_be_used(
+    command: Any, tmp_path: Path, executed: Executed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def partly(runs: Sequence[PlannedRun], share: Share, finished: Callable[[Outcome], None]) -> None:
+        for planned in runs:
+            found = finished_run(planned.folder) | {"dropped": {"client 'ann'": 2}}
+            write_json(planned.folder / "results.json", found)
+            finished(Outcome(planned, 3.0, ""))
+
+    monkeypatch.setattr(execute, "execute", partly)
+    (tmp_path / "sweep.yaml").write_text("seeds: [41]\nmethods: [tap, fedavg]\n")
+    status, out, err = command("sweep", "sweep.yaml")
+    assert status == 0, err
+    assert "1/2 tap, seed 41: 3 s, client 'ann': 2 answers could not be used" in out
+    table = (tmp_path / "runs" / "sweep" / "table.md").read_text()
+    assert "fedavg, seed 41: client 'ann': 2 answers could not be used." in table
 
 
 def test_what_is_finished_is_not_run_again(command: Any, tmp_path: Path, executed: Executed) -> None:

@@ -166,7 +166,7 @@ class Late(Dataset[Any]):
     ],
 )
 def test_an_error_in_a_late_batch_names_the_task(
-    tmp_path: Path, split: str, loader: bool, label: int | None, words: str
+    tmp_path: Path, split: str, loader: bool, label: int | None, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = DataLoader(Late(label), batch_size=8) if loader else Late(label)
 
@@ -174,7 +174,9 @@ def test_an_error_in_a_late_batch_names_the_task(
         made = make(context)
         return replace(made, tasks=[replace(t, **{split: data}) if t.name == "digits" else t for t in made.tasks])
 
+    caplog.clear()
     run(tmp_path, making=other)
+    assert label is None or f"task 'digits': Target {label} is out of bounds" in caplog.text  # the log of the node
     problems = [event["problem"] for event in read_events(tmp_path / "run") if event["event"] == "dropped"]
     assert problems
     assert all(re.match(words, problem) for problem in problems), problems
