@@ -97,8 +97,9 @@ def demo_command(
     """Compare the models of a run's clients side by side, on a page in the browser."""
     from tap_flower.personal.demo_page import serve
 
+    blocks = serve(run, port)
     say(Console(), f"to look at: http://127.0.0.1:{port}; Ctrl+C ends it")
-    serve(run, port).block_thread()
+    blocks.block_thread()
 
 
 def _without_progress_bars() -> None:

@@ -33,7 +33,7 @@ def client_folder(place: Path, client: str | None = None) -> Path:
         raise StorageError(
             f"{place} holds no {DESCRIPTION}: give a run folder, or a client's own: RUN/clients/NAME, on a node "
             f"STATE-DIR/NAME/RUN (written by this version of tap-flower or a later one); the personal models of a project's "
-            f"own modules are opened with `load_personal`"
+            f"own modules are opened with `load_personal`, what `tap-flower export` has written with `load_export`"
         )
     return place / "clients" / _one_of(client, names, f"{place} has models of several clients", "--client", "client")
 

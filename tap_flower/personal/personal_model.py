@@ -167,6 +167,8 @@ class PersonalModel:
         if "text" in columns:
             if wrong := [text for text in columns["text"] if not isinstance(text, str)]:
                 raise PersonalError(f"a text is a {type(wrong[0]).__name__}: give a string")
+            if not all(text.strip() for text in columns["text"]):
+                raise PersonalError("a text is empty: write one")
             texts = token_ids(
                 columns["text"], self.tokenizer, self.description.settings.model.text_length, is_target=False
             )

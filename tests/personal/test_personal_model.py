@@ -133,6 +133,8 @@ def test_lists_must_go_together(run: Path) -> None:
         model.predict("answers", image, ["a", "b"])
     with pytest.raises(PersonalError, match="a text is a int: give a string"):
         model.predict("languages", text=["a", 3])  # type: ignore[list-item]
+    with pytest.raises(PersonalError, match="a text is empty: write one"):
+        model.predict("languages", text=["a", " "])
 
 
 @pytest.fixture
