@@ -126,12 +126,12 @@ class RunProgress(AbstractContextManager["RunProgress"]):
         self._watched, self._made = now, {**self._made, **read_steps(self._run)}
         steps = [f"{client} {count}" for client, count in sorted(self._made.items())]
         more = [f"{len(steps) - _CLIENTS} more"] if len(steps) > _CLIENTS else []
-        work = [f"steps: {', '.join([*steps[:_CLIENTS], *more])}"] if steps else []
+        work = [f"steps made: {', '.join([*steps[:_CLIENTS], *more])}"] if steps else []
         work.append(memory_in_use())
         self._bars.update(self._bar, left=self._left(), work="; ".join(work))
         if steps and now - self._told >= _LINE_SECONDS:
             self._told = now
-            self._line("; ".join([f"{self._task.description}: {work[0]}", *filter(None, [self._left()]), work[-1]]))
+            self._line("; ".join([f"so far, {work[0]}", *filter(None, [self._left()]), work[-1]]))
 
     @property
     def _task(self) -> Task:

@@ -65,7 +65,7 @@ def test_steps_of_clients_time_left_and_memory_are_shown(
         progress.watch()
         progress.watch()
     text = console.export_text()
-    assert "steps: ann 12, bob 7" in text
+    assert "steps made: ann 12, bob 7" in text
     assert "cleo" not in text
     assert re.search(r"memory \d+\.\d of \d+\.\d GB in use", text)
     # A round of 30 s, then one of more than 65: two are left.
@@ -74,7 +74,7 @@ def test_steps_of_clients_time_left_and_memory_are_shown(
         lines = text.splitlines()
         first = "round 3: ann; 1 replacements; loss read 1.000; about 60 s left for rounds; memory "
         assert lines[1].startswith(first)
-        assert lines[2].startswith("rounds: steps: ann 12, bob 7; about 3 min left for rounds; memory ")
+        assert lines[2].startswith("so far, steps made: ann 12, bob 7; about 3 min left for rounds; memory ")
         assert len(lines) == 3
 
 

@@ -62,8 +62,8 @@ def test_nodes_that_die(tmp_path: Path) -> None:
                 bobs = cluster.wait_for_event("dropped", round=2, who="client 'bob'")
             cleos = cluster.wait_for_event("dropped", round=2, who="client 'cleo'")
             anns = cluster.wait_for_event("dropped", round=2, who="client 'ann'")
-        assert anns["problem"].endswith("(code 8)")  # of Flower's: a ClientApp is gone; and 5, a node is gone
-        assert all(event["problem"].endswith("(code 5)") for event in (bobs, cleos))
+        assert anns["problem"].endswith("(Flower's error 8)")  # of Flower's: a ClientApp is gone; and 5, a node is gone
+        assert all(event["problem"].endswith("(Flower's error 5)") for event in (bobs, cleos))
         for name in ("ann", "bob", "cleo"):
             assert cluster.saved_round(name) == 1
             assert not changed(states[name], personal_model(cluster, name))
@@ -94,7 +94,7 @@ def test_nodes_that_die(tmp_path: Path) -> None:
         faults.let_go("ann")
         personal = personal_model(cluster, "ann")
         # Flower takes a node back only when it has seen that it was gone; one that tries before is refused, and ends.
-        assert cluster.wait_for_event("dropped", round=3, who="client 'ann'")["problem"].endswith("(code 5)")
+        assert cluster.wait_for_event("dropped", round=3, who="client 'ann'")["problem"].endswith("(Flower's error 5)")
         with cluster.timed("from a SuperNode's new start until its stage 2 is done"):
             toy.start_node(cluster, "ann")
             cluster.wait_for_event("distilled", client="ann")

@@ -48,9 +48,9 @@ def test_nodes_that_are_late_or_gone(tmp_path: Path) -> None:
         gone, late = (cluster.wait_for_event("dropped", round=1, who=f"client {name!r}") for name in ("bob", "dora"))
         # It is the time limit that ends it for dora: the server's own, or that of the message, which Flower calls 3. Of bob
         # Flower may say before that it has not heard of him for a minute, 5.
-        said = re.compile(r"no answer in time .*|.*\(code 3\)")
+        said = re.compile(r"no answer in time .*|.*\(Flower's error 3\)")
         assert said.fullmatch(late["problem"])
-        assert said.fullmatch(gone["problem"]) or gone["problem"].endswith("(code 5)")
+        assert said.fullmatch(gone["problem"]) or gone["problem"].endswith("(Flower's error 5)")
         assert not cluster.saved_round("bob")
         assert not cluster.saved_round("dora")
 
