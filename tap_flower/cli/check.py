@@ -36,8 +36,9 @@ def check_command(
     ] = None,
 ) -> None:
     """Check client specs: read all their data, list every problem, and show what the model gets."""
-    from tap_flower.config import load_config, read_yaml, spec_values
+    from tap_flower.config import client_specs, load_config, read_yaml, spec_values
     from tap_flower.files import write_json
+    from tap_flower.server.likely_mistakes import one_list_of_classes
 
     console = Console()
     run, found = load_config(preset, config, tuple(set_ or ())), list[dict[str, Any]]()
@@ -63,6 +64,8 @@ def check_command(
     for one in found:
         if one["client"] is not None and names[one["client"]] > 1:
             one["problems"].append(f"two clients are named {one['client']!r}: give every client its own name")
+    if is_run and not any(one["problems"] for one in found):
+        found[0]["notes"] += one_list_of_classes(client_specs(run))
     if json_ is not None:
         write_json(json_, {"clients": found} if is_run else found[0])
     _tell(console, *(list(dict.fromkeys(chain(*(one[kind] for one in found)))) for kind in ("problems", "notes")))

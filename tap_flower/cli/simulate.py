@@ -74,7 +74,7 @@ def simulate_command(
     from tap_flower.run.resources import CLUSTER, check_cluster, shared, shared_cluster, this_machine
     from tap_flower.run.simulation import Launch, simulate
     from tap_flower.server.checkpoint import check_free, has_begun, locked, resumable
-    from tap_flower.server.likely_mistakes import likely_mistakes, without_effect
+    from tap_flower.server.likely_mistakes import likely_mistakes, one_list_of_classes, without_effect
     from tap_flower.server.privacy import budget_of
 
     console = Console()
@@ -109,7 +109,11 @@ def simulate_command(
     else:
         check_free(out)
     held = ((spec.name, task.name, task.kind) for spec in specs for task in spec.tasks)
-    for sentence in (*without_effect(resolved), *likely_mistakes(resolved.clients_per_round, None, held)):
+    for sentence in (
+        *without_effect(resolved),
+        *likely_mistakes(resolved.clients_per_round, None, held),
+        *one_list_of_classes(specs),
+    ):
         say(console, f"[yellow]{escape(sentence)}")
     # The clients log it too, but their log goes with the run: it is said here, before hours of work.
     for problem in missing(meteor=resolved.metrics.meteor, bertscore=resolved.metrics.bertscore):

@@ -6,8 +6,10 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from difflib import SequenceMatcher
+from itertools import pairwise
 
 from tap_flower.config import Config
+from tap_flower.data.spec import ClientSpec
 
 _ALIKE = 0.8
 """Share of letters, after difflib's `ratio`, from which on two names are alike."""
@@ -46,6 +48,26 @@ def likely_mistakes(clients_per_round: int, fraction_train: float | None, held: 
                 f"name, or nothing of its head is shared"
             )
     return said
+
+
+def one_list_of_classes(specs: Iterable[ClientSpec]) -> list[str]:
+    """A sentence for each two tasks of different clients that have other names and one list of classes.
+
+    Args:
+        specs: of all clients; classes that are only counted are none of a task's own.
+    """
+    names: dict[tuple[str, tuple[str, ...]], dict[str, str]] = defaultdict(dict)
+    for spec in specs:
+        for task in spec.tasks:
+            if task.classes and not all(name.isdecimal() for name in task.classes):
+                names[task.kind, task.classes].setdefault(task.name, spec.name)
+    return [
+        f"tasks {first!r} (client {by_name[first]!r}) and {other!r} (client {by_name[other]!r}) have one list of classes: "
+        f"if both are one task, give it one name, or nothing of its head is shared"
+        for by_name in names.values()
+        for first, other in pairwise(by_name)
+        if by_name[first] != by_name[other]
+    ]
 
 
 def without_effect(config: Config) -> list[str]:

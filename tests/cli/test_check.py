@@ -51,6 +51,14 @@ def test_all_clients_of_a_configuration_are_checked(command: Any, tmp_path: Path
     assert "3 problems found" in out
 
 
+def test_two_names_for_one_list_of_classes_are_noted(command: Any, tmp_path: Path) -> None:
+    one, other = (yaml.safe_load(Path(write_spec(tmp_path, name=name)).read_text()) for name in ("north", "south"))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"clients": [one, other | {"name": "hospital-b"}]}))
+    code, out, _ = command("check", str(tmp_path / "run.yaml"))
+    assert code == 0
+    assert "note: tasks 'north' (client 'hospital-a') and 'south' (client 'hospital-b') have one list of" in out
+
+
 def test_a_configuration_without_clients_has_nothing_to_check(command: Any, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("clients: []\n")
     code, _, err = command("check", str(tmp_path / "run.yaml"))

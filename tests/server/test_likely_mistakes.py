@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from tap_flower.config import load_config
-from tap_flower.server.likely_mistakes import frozen_and_trained, likely_mistakes, without_effect
+from tap_flower.config import client_specs, load_config, presets
+from tap_flower.data.spec import client_spec
+from tap_flower.server.likely_mistakes import frozen_and_trained, likely_mistakes, one_list_of_classes, without_effect
 
 IMAGES = "image_classification"
 
@@ -72,3 +75,23 @@ def test_a_backbone_that_no_client_has() -> None:
     assert without_effect(config) == []  # the preset's clients name none
     config.clients = [{"name": "ann", "backbone": "demo"}]
     assert without_effect(config) == ["backbone = facebook/flava-full is used by no client: each names its own, demo"]
+
+
+def test_two_names_for_one_list_of_classes() -> None:
+    def spec(client: str, name: str, classes: list[str] | int) -> Any:
+        source = {"format": "csv", "path": "x.csv"}
+        task = {
+            "name": name, "kind": "text_classification", "modalities": ["text"], "domain": name, "classes": classes,
+            "columns": {"text": "a", "label": "b"}, "train": source, "test": source,
+        }  # fmt: skip
+        return client_spec({"name": client, "backbone": "demo", "tasks": [task]})
+
+    moods = ["bad", "good"]
+    assert one_list_of_classes([spec("ann", "north", moods), spec("bob", "south", moods)]) == [
+        "tasks 'north' (client 'ann') and 'south' (client 'bob') have one list of classes: if both are one task, give it "
+        "one name, or nothing of its head is shared"
+    ]
+    assert one_list_of_classes([spec("ann", "north", moods), spec("bob", "north", moods)]) == []
+    assert one_list_of_classes([spec("ann", "north", moods), spec("bob", "south", [*moods, "fair"])]) == []
+    assert one_list_of_classes([spec("ann", "north", 2), spec("bob", "south", 2)]) == []
+    assert [one_list_of_classes(client_specs(load_config(name))) for name in presets()] == [[]] * len(presets())
