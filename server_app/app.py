@@ -1,7 +1,5 @@
 """The ServerApp: configuration, strategy, start."""
 
-import logging
-
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -14,7 +12,6 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Runs TAP over the nodes of the grid."""
-    logging.basicConfig(level=logging.WARNING)
     config, folder = simulated_run(context.run_config, context.run_id)
     strategy = TapStrategy(config=config, run_folder=folder, resume=bool(context.run_config.get("resume", False)))
     strategy.start(grid=grid)
