@@ -45,6 +45,8 @@ def check_command(
     try:
         values = read_yaml(spec, "client spec")
         is_run = "clients" in values
+        if is_run and config:
+            raise ConfigError(f"{spec} is the configuration of a run, and so is --config {config}: give one of them")
         if is_run:  # its own settings count, as they do in `simulate`
             run = load_config(preset, str(spec), tuple(set_ or ()))
             if not run.clients:

@@ -146,6 +146,8 @@ def _of_images(folder: Path, splits: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def _of_files(splits: Mapping[str, Path], name: str, tell: Callable[[str], None]) -> dict[str, Any]:
+    from tap_flower.data.fields import LIKE_MISSING
+
     given: dict[str, dict[str, Any]] = {}
     for split, path in splits.items():
         given[split] = {"format": _FORMATS[path.suffix.lower()], "path": str(path)}
@@ -187,8 +189,6 @@ def _of_files(splits: Mapping[str, Path], name: str, tell: Callable[[str], None]
         kind, columns["label"] = f"{modalities[0]}_classification", label
         names = getattr(rows.features[label], "names", None)
         classes = list(names or sorted({str(value) for value in rows[label] if value is not None}))
-        from tap_flower.data.fields import LIKE_MISSING
-
         if like := [name for name in classes if str(name).strip().lower() in LIKE_MISSING]:
             tell(
                 f"{', '.join(map(repr, like))} became a class: if it stands for a missing value, take it and its rows out"

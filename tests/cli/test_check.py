@@ -59,6 +59,14 @@ def test_two_names_for_one_list_of_classes_are_noted(command: Any, tmp_path: Pat
     assert "note: tasks 'north' (client 'hospital-a') and 'south' (client 'hospital-b') have one list of" in out
 
 
+def test_two_configurations_are_refused(command: Any, tmp_path: Path) -> None:
+    for name in ("run.yaml", "more.yaml"):
+        (tmp_path / name).write_text("clients: []\n")
+    code, _, err = command("check", "run.yaml", "--config", "more.yaml")
+    assert code == 1
+    assert "run.yaml is the configuration of a run, and so is --config more.yaml: give one of them" in err
+
+
 def test_a_configuration_without_clients_has_nothing_to_check(command: Any, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("clients: []\n")
     code, _, err = command("check", str(tmp_path / "run.yaml"))
