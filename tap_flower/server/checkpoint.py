@@ -46,6 +46,7 @@ class Progress:
         marks: client -> what a reader of its metrics must know, such as that its state was lost.
         validation: where the run may stop early.
         privacy: what a private run has released.
+        train_config: what the strategy's `start` was given last as such, as plain values; None where that is not known.
     """
 
     run: str
@@ -61,6 +62,7 @@ class Progress:
     marks: dict[str, list[str]] = field(default_factory=dict)
     validation: Validation = field(default_factory=Validation)
     privacy: Ledger = field(default_factory=Ledger)
+    train_config: dict[str, Any] | None = None
 
     def begin(self) -> None:
         """Begins a new epoch: what clients have written since the last complete round is void."""
@@ -115,14 +117,17 @@ def resumable(folder: Path, config: Config) -> Checkpoint:
     """
     check_begun(folder)
     found = load(folder / "server")
-    old, new = dict(leaves(found.progress.config)), dict(leaves(plain(config)))
-    if different := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
-        words = (f"{key} was {shown(old.get(key))}, and is {shown(new.get(key))}" for key in different[:5])
-        more = f"; {len(different) - 5} more" if len(different) > 5 else ""
-        raise ConfigError(
-            f"{folder} was started with another configuration ({'; '.join(words)}{more}): resume it with that one"
-        )
+    if different := differences(found.progress.config, plain(config)):
+        raise ConfigError(f"{folder} was started with another configuration ({different}): resume it with that one")
     return found
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Where nested mappings differ, in words, the first five; empty where they are equal."""
+    old, new = dict(leaves(before)), dict(leaves(now))
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    words = [f"{key} was {shown(old.get(key))}, and is {shown(new.get(key))}" for key in keys]
+    return "; ".join(words[:5] + [f"{len(words) - 5} more"] * (len(words) > 5))
 
 
 def check_free(folder: Path) -> None:

@@ -98,6 +98,7 @@ class ServerRun:
         self.roster = Roster(config.seed, found.tensors, config.admission)
         for manifest in found.manifests:
             self.roster.recall(manifest)
+        self._note_train_config()
         self._best = found.best
         self.initial_arrays = ArrayRecord() if initial_arrays is None else initial_arrays
         self.values = Values(self.initial_arrays)
@@ -171,6 +172,13 @@ class ServerRun:
             content = messages.encode(self._instruction(server_round), outgoing.arrays_for(name), config=config)
             self.count(self.progress.down, content)
             yield Message(content, self.roster.nodes[name], message_type, group_id=str(server_round))
+
+    def _note_train_config(self) -> None:
+        """Tells where a resumed run has another `train_config` than before: a lower rate may well be meant."""
+        given = msgspec.to_builtins({k: v for k, v in self._train_config.items() if k != "server-round"})
+        before, self.progress.train_config = self.progress.train_config, given
+        if before is not None and (different := checkpoint.differences(before, given)):
+            log(WARNING, "The run goes on with another train_config: %s", different)
 
     def _query(self, wanted: Sequence[str], arrays: ArrayRecord | None) -> RecordDict:
         instruction = msgspec.structs.replace(self._instruction(0), wanted=tuple(wanted))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from flwr.app import ConfigRecord
 
 from tap_flower.errors import ConfigError, StorageError
 from tap_flower.report.trackers import TRACKERS
@@ -53,3 +54,12 @@ def test_another_configuration_is_not_resumed(federation: ToyFederation) -> None
         match=r"\(seed was 41, and is 9; train.steps was 2, and is 3\): resume it with that one",
     ):
         federation.strategy(resume=True).start(federation.grid())
+
+
+def test_another_train_config_is_told(federation: ToyFederation, caplog: pytest.LogCaptureFixture) -> None:
+    given = ConfigRecord({"lr": 0.01, "nesterov": True, "key": b"k"})
+    federation.strategy().start(federation.grid(), train_config=given)
+    federation.strategy(resume=True).start(federation.grid(), train_config=given)
+    assert "another train_config" not in caplog.text
+    federation.strategy(resume=True).start(federation.grid(), train_config=ConfigRecord({"lr": 0.001, "key": b"k"}))
+    assert "another train_config: lr was 0.01, and is 0.001; nesterov was True, and is None" in caplog.text
