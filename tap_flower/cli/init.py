@@ -77,6 +77,10 @@ def guessed_task(data: Path, tell: Callable[[str], None] = lambda _: None) -> di
     if data.is_file():
         if data.suffix.lower() not in _FORMATS:
             raise SpecError(f"{data} is no file that can be read: give one of {', '.join(_FORMATS)}, or a folder")
+        beside = _by_split(_tables(data.parent)[0]).values()
+        if data in beside:
+            others = " and ".join(path.name for path in beside if path != data)
+            tell(f"{data.name} alone is read: if {others} beside it is its other split, give {data.parent} instead")
         return _of_files({"all": data}, data.stem, tell)
     files, left = _tables(data)
     if files:

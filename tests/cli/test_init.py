@@ -188,6 +188,10 @@ def test_what_it_leaves_out_or_puts_together_is_told(command: Any, tmp_path: Pat
     assert task["train"]["path"].endswith("orders-train.csv")
     assert task["test"]["path"].endswith("orders-test.csv")
 
+    code, out, err = command("init", "shop/orders-train.csv", "--out", "train.yaml")
+    assert code == 0, err
+    assert f"orders-train.csv alone is read: if orders-test.csv beside it is its other split, give {shop}" in out
+
     (shop / "orders-test.csv").rename(shop / "orders-old.csv")
     code, out, err = command("init", "shop", "--out", "one.yaml")
     assert code == 0, err
