@@ -229,28 +229,35 @@ def _in_folder(folder: Path, source: Source) -> datasets.Dataset | None:
     """The split from a folder that `save_to_disk` wrote or that holds the hub repository's files; None where it has neither.
 
     Raises:
-        SourceError: some of the split's files are missing.
+        SourceError: some of the split's files are missing, or it is not a split of what was saved.
     """
     folder = folder / source.config if source.config else folder
     marks = (folder / "dataset_dict.json", folder / "state.json", folder / source.split / "state.json")
     if any(mark.is_file() for mark in marks):
         return _from_disk(folder, source.split)
-    pattern = re.compile(rf"{re.escape(source.split)}([-._0-9].*)?\.(parquet|jsonl)")
-    files = sorted(path for path in folder.rglob("*") if pattern.fullmatch(path.name))
-    if not files:
+    # train.jsonl, train-3.parquet, train-00000-of-00002.parquet, train-00000-of-00002-0123456789abcdef.parquet
+    pattern = re.compile(rf"{re.escape(source.split)}([-._]?\d+(-of-(?P<of>\d+)(-[0-9a-f]+)?)?)?\.(parquet|jsonl)")
+    named = {path: found for path in sorted(folder.rglob("*")) if (found := pattern.fullmatch(path.name))}
+    if not named:
         return None
-    whole = re.search(r"-of-(\d+)", files[0].name)
-    if whole and len(files) != int(whole[1]):
-        raise SourceError(f"has {len(files)} of the {int(whole[1])} files of {source} in {folder}: fetch the others")
-    if files[0].suffix == ".jsonl":
-        return json_table([str(file) for file in files])
-    return _parquet([str(file) for file in files])
+    files, (first, found) = [str(path) for path in named], next(iter(named.items()))
+    if len(folders := sorted({str(path.parent.relative_to(folder)) for path in named})) > 1:
+        raise SourceError(f"finds {source} in the folders {', '.join(folders)} of {folder}: choose one as `config`")
+    if found["of"] and len(files) != int(found["of"]):
+        raise SourceError(f"has {len(files)} of the {int(found['of'])} files of {source} in {folder}: fetch the others")
+    return json_table(files) if first.suffix == ".jsonl" else _parquet(files)
 
 
 def _from_disk(folder: Path, split: str) -> datasets.Dataset:
     if (folder / split / "state.json").is_file():
-        folder = folder / split
+        return cast(datasets.Dataset, datasets.load_from_disk(str(folder / split)))
     found = datasets.load_from_disk(str(folder))
     if isinstance(found, datasets.DatasetDict):
         raise SourceError(f"has no split {split!r} in {folder}: choose one of {', '.join(found)}")
+    saved = "" if found.split is None else str(found.split)
+    if split not in ("", saved):
+        what = f"the split {saved!r}" if saved else "a data set without splits"
+        raise SourceError(
+            f"has no split {split!r} in {folder}, which holds {what}: save each split to a folder of its name"
+        )
     return found

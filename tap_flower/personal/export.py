@@ -61,6 +61,7 @@ def export(folder: Path, out: Path, task: str, which: str | None = None, run: Pa
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PersonalError(f"{out} is not empty: give another folder")
     described = read_description(folder)
+    published = _published(described.backbone)
     model = PersonalModel.load(folder, which, "cpu", torch.float32)
     model.task(task)
     shape = described.settings.model
@@ -70,6 +71,7 @@ def export(folder: Path, out: Path, task: str, which: str | None = None, run: Pa
         merged = merged_outline(backbone, only)
     tensors = merged_state(model.model, merged)
     description = read_json(folder / DESCRIPTION)
+    description["backbone"] = published
     description["tasks"] = [t for t in description["tasks"] if t["name"] == task]
     architecture = AutoConfig.from_pretrained(
         locate(described.backbone), revision=described.revision, trust_remote_code=False
@@ -80,8 +82,16 @@ def export(folder: Path, out: Path, task: str, which: str | None = None, run: Pa
     model.tokenizer.save_pretrained(out)
     results = {} if run is None else read_json(run / "results.json").get("clients", {})
     found = results.get(described.client, {}).get(task, {}).get(model.which, {})
-    write_atomically(out / CARD, card(described, task, model.which, found).encode())
+    write_atomically(
+        out / CARD, card(msgspec.structs.replace(described, backbone=published), task, model.which, found).encode()
+    )
     return model
+
+
+def _published(backbone: str) -> str:
+    """A backbone as others may know it: of a local folder its name alone."""
+    local = Path(backbone).is_absolute() or Path(backbone).is_dir()
+    return Path(backbone).name if local else backbone
 
 
 def load_export(folder: Path | str, device: Device = None) -> PersonalModel:
@@ -134,7 +144,7 @@ def card(described: Description, task: str, which: str, metrics: Mapping[str, fl
     facts = CATALOGUE.get(described.backbone)
     header = ModelCardData(
         license="apache-2.0" if described.backbone == DEMO else facts.licence.lower() if facts else "other",
-        base_model=described.backbone if facts else None,
+        base_model=described.backbone if "/" in described.backbone else None,
         pipeline_tag=pipeline,
         tags=["tap-flower", "federated-learning", "personalization", wanted.kind],
         metrics=sorted(metrics) or None,

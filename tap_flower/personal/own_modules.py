@@ -36,17 +36,24 @@ def load_personal(
 
     Raises:
         StorageError: the client has no such run there, or a file is damaged.
-        PersonalError: the run has no such model, or its tensors are not those of the module.
+        PersonalError: the run has no such model, or its tensors are not those of the module; or the folder is another
+            client's.
     """
-    folder = Path(run) if run is not None and Path(run).is_dir() else None
+    parent = Path(state_dir or default_state_dir()) / client
+    runs = {path.parent.name: path.stat().st_mtime for path in parent.glob(f"*/{PERSONAL}")}
+    name = max(runs, key=lambda name: runs[name], default=None) if run is None else str(run)
+    folder = parent / name if name in runs else None
+    if folder is None and run is not None and Path(run).is_dir():
+        folder = Path(run).resolve()
+        if folder.parent.name != client:
+            raise PersonalError(
+                f"{folder} is a folder of client {folder.parent.name!r}, not of {client!r}: name that client, or give the "
+                f"folder to `load_module`"
+            )
     if folder is None:
-        parent = Path(state_dir or default_state_dir()) / client
-        runs = {path.parent.name: path.stat().st_mtime for path in parent.glob(f"*/{PERSONAL}")}
-        if not runs or (run is not None and str(run) not in runs):
-            wanted = "no run" if run is None else f"no run {str(run)!r}"
-            there = f"; it has {', '.join(sorted(runs))}" if runs else did_you_mean(client, _clients(parent.parent))
-            raise StorageError(f"client {client!r} has {wanted} in {parent}{there}: give the node's state-dir")
-        folder = parent / (max(runs, key=lambda name: runs[name]) if run is None else str(run))
+        wanted = "no run" if run is None else f"no run {str(run)!r}"
+        there = f"; it has {', '.join(sorted(runs))}" if runs else did_you_mean(client, _clients(parent.parent))
+        raise StorageError(f"client {client!r} has {wanted} in {parent}{there}: give the node's state-dir")
     return load_module(module, folder, which or _result(folder))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,38 @@ def test_a_mirror_may_be_a_download_of_the_hubs_files(tmp_path: Path) -> None:
     (folder / "train.jsonl").write_text('{"label": 3, "title": "t", "description": "d"}\n')
     (folder / "training-notes.jsonl").write_text("not data\n")
     assert open_source(Source("hub", "sh0416/ag_news", "train"), str(tmp_path))["label"][0] == 3
+
+
+def test_a_download_has_other_splits_and_configs(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    for name, split in (
+        ("train-00000-of-00001", "train"),
+        ("train_small-00000-of-00001", "test"),
+        ("train_sft", "test"),
+    ):
+        (folder / "en").mkdir(parents=True, exist_ok=True)
+        mirror.table("sh0416/ag_news", split).to_parquet(folder / "en" / f"{name}.parquet")
+    train = mirror.table("sh0416/ag_news", "train")[:]
+    assert open_source(Source("hub", "a/b", "train"), str(tmp_path))[:] == train
+    shutil.copytree(folder, tmp_path / "a" / "c")
+    shutil.copytree(folder / "en", tmp_path / "a" / "c" / "de")
+    with pytest.raises(SourceError, match="'a/c' 'train' in the folders de, en of .*: choose one as `config`"):
+        open_source(Source("hub", "a/c", "train"), str(tmp_path))
+    assert open_source(Source("hub", "a/c", "train", config="en"), str(tmp_path))[:] == train
+
+
+def test_one_data_set_on_disk_is_no_split_of_another_name(tmp_path: Path) -> None:
+    mirror.table("sh0416/ag_news", "train").to_parquet(tmp_path / "rows.parquet")
+    train = datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet"), split="train")
+    train.save_to_disk(tmp_path / "o" / "n")
+    for source in (Source("disk", path=str(tmp_path / "o" / "n"), split="test"), Source("hub", "o/n", "test")):
+        with pytest.raises(SourceError, match="has no split 'test' in .*n, which holds the split 'train': save each"):
+            open_source(source, str(tmp_path))
+    for split in ("", "train"):
+        assert len(open_source(Source("disk", path=str(tmp_path / "o" / "n"), split=split))) == len(train)
+    datasets.Dataset.from_dict({"a": ["b"]}).save_to_disk(tmp_path / "plain")
+    with pytest.raises(SourceError, match="which holds a data set without splits: save each"):
+        open_source(Source("disk", path=str(tmp_path / "plain"), split="train"))
 
 
 def test_an_incomplete_download_is_an_error(tmp_path: Path) -> None:

@@ -7,14 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
+from tap_flower.client.description import DESCRIPTION, read_description
 from tap_flower.errors import PersonalError, StorageError
 from tap_flower.hub import demo_folder
 from tap_flower.models import load
-from tap_flower.personal.export import export, load_export
+from tap_flower.personal.export import card, export, load_export
 from tests.personal.test_personal_model import rows
 
 INPUTS: dict[str, dict[str, Any]] = {
@@ -71,6 +73,21 @@ def test_the_model_card_is_one_of_the_hubs_and_has_the_clients_metrics(run: Path
     assert card.data.pipeline_tag == "visual-question-answering"
     assert "Metrics" not in card.text
     assert 'model.predict("answers", image=..., text=...)' in card.text
+
+
+def test_an_export_does_not_say_where_the_backbone_lies(run: Path, tmp_path: Path) -> None:
+    local, client = tmp_path / "home" / "anna" / "flava", tmp_path / "client"
+    shutil.copytree(demo_folder(), local)
+    shutil.copytree(run / "clients" / "ann", client)
+    description = json.loads((client / DESCRIPTION).read_text())
+    (client / DESCRIPTION).write_text(json.dumps({**description, "backbone": str(local)}))
+    export(client, tmp_path / "out", "shapes")
+    for file in ("README.md", "config.json"):
+        text = (tmp_path / "out" / file).read_text()
+        assert "anna" not in text
+        assert "flava" in text
+    described = msgspec.structs.replace(read_description(client), backbone="owner/unlisted")
+    assert ModelCard(card(described, "shapes", "tap", {})).data.base_model == "owner/unlisted"
 
 
 def test_what_cannot_be_exported_or_loaded_is_told(run: Path, tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ def test_what_cannot_be_loaded_is_told(place: Path) -> None:
     with pytest.raises(StorageError, match="client 'ann' has no run 'last' in .*; it has [0-9a-f]{32}"):
         load_personal(Net("digits"), "ann", "last", state_dir=place / "state")
     (folder,) = (place / "state" / "ann").iterdir()
+    with pytest.raises(PersonalError, match="is a folder of client 'ann', not of 'bob': name that client, or"):
+        load_personal(Net("digits"), "bob", folder)
     with pytest.raises(PersonalError, match="has no model 'best': it has personal, server\\+finetune, tap"):
         load_module(Net("digits"), folder, "best")
     with pytest.raises(PersonalError, match="the module has the tensor 'heads.mood.bias', which the model lacks"):
