@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -29,20 +30,23 @@ def restore_command(
     ] = False,
 ) -> None:
     """Go back to a client's earlier state, for example after a round that has spoiled its model."""
-    from tap_flower.client.state import FIRST, PERSONAL, SERVER
+    from tap_flower.client.state import FIRST, PERSONAL, PREVIOUS, SERVER
     from tap_flower.personal.folders import client_folder
 
-    folder = place if (place / PERSONAL).exists() else client_folder(place, client)
-    undone, restored = go_back(folder, best)
-    say(
-        Console(), f"{folder}: back from round {undone} to round {restored}; the state of round {undone} is in {UNDONE}"
-    )
+    is_state = any((place / file).exists() for file in (PERSONAL, PREVIOUS))
+    folder = place if is_state else client_folder(place, client)
+    replaced, (undone, restored) = (folder / PERSONAL).exists(), go_back(folder, best)
+    if undone is not None:
+        words = f"back from round {undone} to round {restored}; the state of round {undone} is in {UNDONE}"
+    else:
+        words = f"back to round {restored}" + (f"; the damaged state is in {UNDONE}" if replaced else "")
+    say(Console(), f"{folder}: {words}")
     state = {Path(file).stem for file in (PERSONAL, FIRST, SERVER)}
     if made := sorted({path.stem for path in folder.glob("*.safetensors") if "." not in path.stem} - state):
         say(Console(), f"what stage 2 has made stays as it is, and `predict` goes on using it: {', '.join(made)}")
 
 
-def go_back(folder: Path, to_kept: bool) -> tuple[int, int]:
+def go_back(folder: Path, to_kept: bool) -> tuple[int | None, int]:
     """Puts a client's earlier state in place of its latest, which is kept as `personal.undone.safetensors`.
 
     Args:
@@ -50,7 +54,8 @@ def go_back(folder: Path, to_kept: bool) -> tuple[int, int]:
         to_kept: goes back to the state with the best validation scores, in place of the one before the last round.
 
     Returns:
-        The round of the state that was taken away, and the round of that in its place.
+        The round of the state that was taken away, None where it is missing or cannot be read; and the round of that in
+        its place.
 
     Raises:
         StorageError: there is no earlier state, or it is damaged.
@@ -65,14 +70,17 @@ def go_back(folder: Path, to_kept: bool) -> tuple[int, int]:
             + (
                 "its node keeps one where its configuration says keep-best=true"
                 if to_kept
-                else "there was one round alone"
+                else "the client has taken part in only one round"
             )
         )
     with FileLock(folder / ".lock"):
         tensors, record = read_tensors(source)  # with its checksum
-        undone = read_record(folder / PERSONAL)["round"] if (folder / PERSONAL).exists() else 0
-        keep_as(folder / PERSONAL, folder / UNDONE)
+        undone = None
+        if (folder / PERSONAL).exists():
+            with suppress(StorageError, KeyError):  # a damaged state is a reason to go back
+                undone = int(read_record(folder / PERSONAL)["round"])
+            keep_as(folder / PERSONAL, folder / UNDONE)
         write_tensors(folder / PERSONAL, tensors, record)
         write_json(folder / "state.json", record)
         (folder / PREVIOUS).unlink(missing_ok=True)
-    return int(undone), int(record["round"])
+    return undone, int(record["round"])

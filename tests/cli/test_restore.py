@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 from tap_flower.cli import app
@@ -28,6 +29,20 @@ def test_a_node_keeps_its_best_state_and_goes_back_to_it(federation: ToyFederati
     assert done.exit_code == 0, done.output
     assert f"back from round 4 to round {best['round']}" in " ".join(done.output.split())
     assert read_record(folder / PERSONAL) == best
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_going_back_from_a_state_that_is_damaged_or_missing(federation: ToyFederation, damaged: bool) -> None:
+    federation.strategy().start(federation.grid())
+    folder = federation.state("bob")
+    (folder / PERSONAL).unlink()
+    if damaged:
+        (folder / PERSONAL).write_bytes(b"torn")
+    done = CliRunner().invoke(app, ["restore", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert ("back to round 1; the damaged state is in personal.undone" in " ".join(done.output.split())) == damaged
+    assert read_record(folder / PERSONAL)["round"] == 1
+    assert (folder / "personal.undone.safetensors").exists() == damaged
 
 
 def test_going_back_a_round(federation: ToyFederation) -> None:

@@ -233,7 +233,7 @@ def test_going_back_to_the_state_before(tmp_path: Path) -> None:
     assert (losses(store.load()), store.round) == (0.2, 2)
     assert read_json(tmp_path / "state.json")["round"] == 2
     assert read_tensors(tmp_path / UNDONE)[1]["round"] == 4  # nothing is lost
-    with pytest.raises(StorageError, match=f"holds no {PREVIOUS}: there was one round alone"):
+    with pytest.raises(StorageError, match=f"holds no {PREVIOUS}: the client has taken part in only one round"):
         go_back(tmp_path, to_kept=False)
 
 
