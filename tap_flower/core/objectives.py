@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tap_flower.core.components import ComponentModel
-from tap_flower.core.tasks import TaskKind
-from tap_flower.core.training import CALL, Batch, PairModel, comparable
+from tap_flower.core.tasks import TASK_KINDS, TaskKind
+from tap_flower.core.tracing import of_the_user
+from tap_flower.core.training import CALL, Batch, comparable
+from tap_flower.errors import ClientError
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Distillation:
         temperature: T of the softened distributions (classification and text).
     """
 
-    teacher: PairModel
+    teacher: ComponentModel
     kinds: Mapping[str, TaskKind]
     weights: Mapping[str, float] = field(default_factory=dict)
     temperature: float = 1.0
@@ -41,19 +42,31 @@ class Distillation:
 
         Returns:
             A scalar.
+
+        Raises:
+            ClientError: in a loop of the project's own, the kind cannot compare what the module returns.
         """
         kind = self.kinds[batch.task]
         weight = self.weights.get(batch.task, 0.0)
         if weight == 0.0:
             return torch.zeros(())
         self.teacher.eval()
-        with torch.no_grad():
-            if CALL in batch.inputs:  # in a loop of the project's own, the teacher is called as the student was
-                args, kwargs = batch.inputs[CALL]
-                target = comparable(cast(ComponentModel, self.teacher).own_module(*args, **kwargs))
-            else:
+        if CALL not in batch.inputs:
+            with torch.no_grad():
                 target = self.teacher(batch.task, batch.inputs)
-        return weight * kind.divergences(output, target, batch.target, self.temperature).mean()
+            return weight * kind.divergences(output, target, batch.target, self.temperature).mean()
+        # In a loop of the project's own, the teacher is called as the student was.
+        args, kwargs = batch.inputs[CALL]
+        with torch.no_grad():
+            target = comparable(self.teacher.own_module(*args, **kwargs))
+        if kind.name in TASK_KINDS and not isinstance(output, Tensor):
+            raise ClientError(
+                f"task {batch.task!r}: the output of the module is a {type(output).__name__}, which the kind {kind.name!r} "
+                f"cannot distil: return a tensor, or an output with `logits`"
+            )
+        what = f"task {batch.task!r}: the divergences of kind {kind.name!r}, whose target is None with `fit`,"
+        with of_the_user(what, kind.divergences):
+            return weight * kind.divergences(output, target, batch.target, self.temperature).mean()
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,7 @@ class Proximal:
         weight: μ of FedProx, λ of Ditto and pFedMe.
     """
 
-    model: PairModel
+    model: nn.Module
     anchor: Mapping[str, Tensor]
     weight: float
 

@@ -9,10 +9,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tap_flower.core.tasks import Statistics, TaskKind, computing
 from tap_flower.errors import ClientError, DivergedError, users_line
@@ -43,45 +43,11 @@ def comparable(output: Any) -> Any:
     return getattr(output, "logits", output)
 
 
-class PairModel(Protocol):
-    """A `torch.nn.Module` that runs one pair at a time."""
-
-    def __call__(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
-        """The output of `task` for a batch of inputs."""
-        ...
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """As `torch.nn.Module.named_parameters`."""
-        ...
-
-    def train(self, mode: bool = True) -> Any:
-        """As `torch.nn.Module.train`."""
-        ...
-
-    def eval(self) -> Any:
-        """As `torch.nn.Module.eval`."""
-        ...
-
-
-class Objective(Protocol):
-    """A loss added to the task's own, distillation for example."""
-
-    def __call__(self, batch: Batch, output: Tensor) -> Tensor:
-        """A scalar for one batch and the model's output for it."""
-        ...
-
-
-class Update(Protocol):
-    """What happens with the gradients of a step, in place of the optimiser's own step."""
-
-    def __call__(self, number: int, optimizer: torch.optim.Optimizer) -> None:
-        """Changes the parameters; their gradients have been computed and clipped.
-
-        Args:
-            number: of the step, counted from 0.
-            optimizer: over the parameters.
-        """
-        ...
+Objective = Callable[[Batch, Tensor], Tensor]
+"""(batch, the model's output for it) -> a scalar that is added to the task's own loss, of distillation for example."""
+Update = Callable[[int, torch.optim.Optimizer], None]
+"""(number of the step, counted from 0, optimiser) changes the parameters in place of the optimiser's own step, after the
+gradients have been computed and clipped."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +138,7 @@ def torch_algorithms(deterministic: bool) -> Iterator[None]:
 
 
 def train(
-    model: PairModel,
+    model: nn.Module,
     kinds: Mapping[str, TaskKind],
     batches: Iterator[Batch],
     optimisation: Optimisation,
@@ -182,7 +148,7 @@ def train(
     """Trains `model` in place. Losses stay on its device until the last step: no step waits for a GPU to tell a number.
 
     Args:
-        model: its parameters with `requires_grad` are trained.
+        model: called with (task, inputs); its parameters with `requires_grad` are trained.
         kinds: task name -> kind.
         batches: an endless iterator; `steps · accumulation` batches are taken.
         optimisation: steps, learning rate and so on.
@@ -193,7 +159,7 @@ def train(
         Task name -> mean training loss over all units seen (samples or tokens), without the further loss.
 
     Raises:
-        DivergedError: a loss was NaN or infinite; the message names the task and the step.
+        DivergedError: a loss was NaN or infinite; the message names the task.
     """
     optimizer, parameters = adamw(model.named_parameters(), optimisation)
     loss_sum: dict[str, Tensor] = {}
@@ -236,12 +202,12 @@ Observer = Callable[[Batch, Tensor], None]
 
 @torch.no_grad()
 def evaluate(
-    model: PairModel, kinds: Mapping[str, TaskKind], batches: Iterable[Batch], observe: Observer | None = None
+    model: nn.Module, kinds: Mapping[str, TaskKind], batches: Iterable[Batch], observe: Observer | None = None
 ) -> dict[str, dict[str, float]]:
     """Metrics of `model` over all of `batches`, each computed from sums over the whole data set.
 
     Args:
-        model: run in evaluation mode, without gradients.
+        model: called with (task, inputs), in evaluation mode and without gradients.
         kinds: task name -> kind.
         batches: a finite iterable over the data of one or more tasks.
         observe: gathers what metrics of other libraries need, the texts that were written for example.

@@ -30,15 +30,16 @@ def try_loops(session: Session, method: Method) -> None:
 
     Raises:
         ClientError: a loop returned what cannot be used, cannot train on its smallest batch, trains nothing, or does not
-            call the module where the method must see its outputs.
+            call the module where the method must see its outputs; or these outputs cannot be distilled.
     """
     if all(task.fit is None for task in session.tasks):
         return
     model, steps, metrics = session.model(), session.steps, session.metrics
     before = cpu_state(model)
     seed_torch(named_seed(session.settings.seed, session.name, "trial"))
-    # A distillation whose weights are all 0 is there to be reached.
-    objective = Distillation(model, session.kinds) if method.distils(session.settings) else None
+    objective = None
+    if method.distils(session.settings):
+        objective = Distillation(session.model(), session.kinds, dict.fromkeys(session.kinds, 1.0))
     with session.algorithms():
         session.fit_own(model, objective, part=extremes)
     if all(value.equal(before[name]) for name, value in cpu_state(model).items()):

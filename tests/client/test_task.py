@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
-from tap_flower import IMAGE_CLASSIFICATION, Client, TapClientApp, TapResult, TapStrategy, Task, load_config
+from tap_flower import IMAGE_CLASSIFICATION, Client, TapClientApp, TapResult, TapStrategy, Task, TaskKind, load_config
 from tap_flower.config import HyperParameters
 from tap_flower.config.options import Compute, Train
 from tap_flower.errors import ClientError, RunError
@@ -283,6 +283,49 @@ def test_an_error_of_a_loop_comes_before_the_first_round(tmp_path: Path, fit: An
     settings = ["rounds=1", "clients_per_round=1", "replacement.evidence=validation", *FEW]
     strategy = TapStrategy(config=load_config("plug-in", settings=settings), run_folder=tmp_path / "run")
     with pytest.raises(RunError, match=words):
+        strategy.start(InProcessGrid(app, [{}], {}), train_config=ConfigRecord({"lr": 0.1}))
+    assert strategy.progress.round == 0
+
+
+class Two(Net):
+    def forward(self, x: torch.Tensor) -> Any:
+        latent = torch.relu(self.trunk(x))
+        return self.head(latent), latent
+
+
+def by_target(student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, temperature: float) -> torch.Tensor:
+    return (student - teacher).square().mean(-1) * (target >= 0)
+
+
+@pytest.mark.parametrize(
+    ("net", "kind", "words"),
+    [
+        (
+            Two,
+            IMAGE_CLASSIFICATION,
+            "the output of the module is a tuple, which .*: return a tensor, or an output with",
+        ),
+        (
+            Net,
+            replace(IMAGE_CLASSIFICATION, name="own", divergences=by_target),
+            r"the divergences of kind 'own', whose target is None with `fit`, raised TypeError: test_task.py:\d+",
+        ),
+    ],
+)
+def test_what_an_own_loop_cannot_distil_is_told_before_the_first_round(
+    tmp_path: Path, net: Any, kind: TaskKind, words: str
+) -> None:
+    def fit(net: nn.Module, data: DataLoader[Any], config: Mapping[str, Any]) -> None:
+        for x, y in data:
+            output = net(x)
+            F.cross_entropy(output[0] if isinstance(output, tuple) else output, y).backward()
+
+    score = {"loss": 1.0, "accuracy": 0.5}
+    own = replace(Loop().task(fit=fit, score=lambda *_: score), kind=kind)
+    app = TapClientApp()
+    app.client()(lambda _: Client("ann", net, [own], state_dir=tmp_path / "state"))
+    strategy = TapStrategy(config=load_config("plug-in", settings=["clients_per_round=1", *FEW]), run_folder=tmp_path)
+    with pytest.raises(RunError, match=f"task 'digits': {words}"):
         strategy.start(InProcessGrid(app, [{}], {}), train_config=ConfigRecord({"lr": 0.1}))
     assert strategy.progress.round == 0
 
