@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
-import yaml
-
 from tap_flower.plain import counted
+from tap_flower.report.configuration import completed, different
 from tap_flower.report.results import SPREAD, headlines, models_in
 from tap_flower.report.run_record import RunRecord
 from tap_flower.report.svg import number
@@ -42,21 +41,15 @@ def groups(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
     """Groups runs that differ in nothing but their seed, in the order in which the first of each was given."""
     found: dict[str, list[RunRecord]] = {}
     for run in runs:
-        config = _config(run)
-        key = repr(sorted(config.items())) if config else repr([run.results[k] for k in ("method", "preset", "rounds")])
-        found.setdefault(f"{run.results['method']} {key}", []).append(run)
+        settings = completed(run.settings) if run.settings else {k: run.results[k] for k in ("preset", "rounds")}
+        found.setdefault(repr((run.results["method"], sorted(settings.items()))), []).append(run)
     return list(found.values())
 
 
 def differences(runs: Sequence[RunRecord]) -> list[str]:
-    """The keys, besides the seed, in which the configurations of runs differ."""
-    configs = [_config(run) for run in runs]
-    return sorted({key for config in configs for key in config if any(config[key] != c.get(key) for c in configs)})
-
-
-def _config(run: RunRecord) -> dict[str, Any]:
-    config = yaml.safe_load(run.config) if run.config else {}
-    return {key: value for key, value in config.items() if key != "seed"} if isinstance(config, dict) else {}
+    """The options, besides the seed, in which the configurations of runs differ."""
+    first, *others = [run.settings for run in runs if run.settings] or [{}]
+    return sorted({key for other in others for key in different(first, other)})
 
 
 def headline_table(runs: Sequence[Mapping[str, Any]]) -> Table:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tap_flower.errors import StorageError
+from tap_flower.plain import parse_yaml
 from tap_flower.report.client_records import DecisionRecord, read_decisions, read_examples, read_gradients
+from tap_flower.report.configuration import config_file, portable
 from tap_flower.report.events import read_events
 from tap_flower.report.results import read_results
 
@@ -40,6 +42,7 @@ class RunRecord:
         rounds: events of complete rounds, in order.
         config: content of `config.yaml`, or nothing.
         clients: client name -> its own records.
+        settings: the configuration as `portable` gives it, or nothing.
     """
 
     name: str
@@ -47,6 +50,7 @@ class RunRecord:
     rounds: Sequence[Mapping[str, Any]]
     config: str
     clients: Mapping[str, ClientRecord]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -76,14 +80,15 @@ def read_run(run: Path) -> RunRecord:
     results = read_results(run)
     try:
         events = [event for event in read_events(run) if event["event"] == "round"]
-        config = run / "config.yaml"
-        text = config.read_text(encoding="utf-8") if config.exists() else ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        file = config_file(run)
+        config = file.read_text(encoding="utf-8") if file else ""
+        settings = portable(parse_yaml(config)) if file else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(
             f"{run}: metrics.jsonl or config.yaml is damaged: {error}; restore it, or remove it"
         ) from error
     clients = {name: _client(run / "clients", name) for name in results["clients"]}
-    return RunRecord(run.resolve().name, results, events, text, clients)
+    return RunRecord(run.resolve().name, results, events, config, clients, settings)
 
 
 def _client(parent: Path, name: str) -> ClientRecord:

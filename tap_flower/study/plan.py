@@ -10,8 +10,8 @@ from typing import Any
 from tap_flower.config import Config, client_specs, load_config, plain, read_yaml
 from tap_flower.errors import ConfigError
 from tap_flower.methods.registry import find_method
+from tap_flower.report.configuration import different, portable, recorded
 from tap_flower.report.results import RESULTS
-from tap_flower.study.kept import different, portable, recorded
 
 _KEYS = ("preset", "config", "seeds", "set", "methods", "budgets")
 ROUNDS, STEPS = "rounds", "steps"

@@ -10,9 +10,12 @@ import pytest
 from tap_flower.config import Config, plain, to_yaml
 from tap_flower.core.headline import Headline
 from tap_flower.errors import ConfigError
+from tap_flower.report.configuration import different, portable, recorded
+from tap_flower.report.result_tables import differences, groups
 from tap_flower.report.results import results
+from tap_flower.report.run_record import read_runs
 from tap_flower.study.comparison import compare
-from tap_flower.study.kept import different, keep, portable, recorded
+from tap_flower.study.kept import keep
 from tap_flower.study.plan import read_sweep
 from tap_flower.study.sweep_tables import comparison_tables, markdown
 
@@ -60,6 +63,17 @@ def test_tables_are_made_again_from_small_files(tmp_path: Path) -> None:
     (tmp_path / "kept" / "tap" / "config.yaml").unlink()
     with pytest.raises(ConfigError, match="seed-1 holds results without config.yaml"):
         recorded(tmp_path / "kept" / "tap" / "seed-1")
+
+
+def test_the_report_averages_kept_runs_of_one_configuration_alone(tmp_path: Path) -> None:
+    for rounds in (2, 3):
+        for seed in (1, 2):
+            write_run(tmp_path / f"rounds-{rounds}" / f"seed-{seed}", Config(rounds=rounds, seed=seed), clients=1)
+    runs = sorted(tmp_path.glob("rounds-*/seed-*"))
+    keep(runs, tmp_path / "kept")
+    found = read_runs([tmp_path / "kept" / run.relative_to(tmp_path) for run in runs] + runs[:1])
+    assert [len(group) for group in groups(found)] == [3, 2]
+    assert differences(found) == ["rounds"]
 
 
 def test_clients_are_compared_wherever_their_files_lie() -> None:
