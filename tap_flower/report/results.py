@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -217,6 +217,20 @@ def models_in(tasks: Metrics) -> list[str]:
 
 
 def scores(found: Mapping[str, Any], model: str) -> dict[str, float]:
-    """Task name -> score of a model in the results of a run: the headline metric, or 1 minus it where lower is better."""
+    """Task name -> score of a model in the results of a run: the headline metric, or 1 minus it where lower is better.
+
+    Tasks without results of the model are left out: stage 2 may have failed on all clients that have them.
+    """
     judged_by = headlines(found)
-    return {task: judged_by[task].score(by_model[model]) for task, by_model in found["tasks"].items()}
+    return {
+        task: judged_by[task].score(by_model[model]) for task, by_model in found["tasks"].items() if model in by_model
+    }
+
+
+def unmeasured(tasks: Metrics, models: Iterable[str]) -> list[str]:
+    """A sentence for each task of a run, in its results, that has none of some models."""
+    return [
+        f"task {task!r} has no results of {', '.join(missing)}, and is left out"
+        for task, by_model in tasks.items()
+        if (missing := [model for model in models if model not in by_model])
+    ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tap_flower.report.results import SPREAD, dropped_answers, headlines, read_results, scores
+from tap_flower.report.results import SPREAD, dropped_answers, headlines, read_results, scores, unmeasured
 from tap_flower.study.plan import ROUNDS, STEPS, Sweep
 from tap_flower.study.statistics import Estimate, estimate, holm, mean_ranks, paired
 
@@ -94,7 +94,8 @@ def compare(sweep: Sweep, budget: str = ROUNDS) -> Comparison:
         for task, score in of_run.items():
             metrics = results["tasks"][task][sweep.result[label]]
             measured[task][label][seed], scored[task][label][seed] = metrics[judged_by[task].metric], score
-        measured[OVERALL][label][seed] = scored[OVERALL][label][seed] = fmean(of_run.values())
+        if len(of_run) == len(results["tasks"]):  # else it would be a mean over other tasks
+            measured[OVERALL][label][seed] = scored[OVERALL][label][seed] = fmean(of_run.values())
         costs["MB to clients"][label][seed] = results["bytes"]["down"] / 1e6
         costs["MB back"][label][seed] = results["bytes"]["up"] / 1e6
         costs["rounds"][label][seed] = results["rounds"]
@@ -119,7 +120,7 @@ def compare(sweep: Sweep, budget: str = ROUNDS) -> Comparison:
     notes += [
         f"{label}, seed {seed}: {sentence}."
         for (label, seed), results in found.items()
-        for sentence in dropped_answers(results)
+        for sentence in (*dropped_answers(results), *unmeasured(results["tasks"], [sweep.result[label]]))
     ]
     return Comparison(
         budget,
@@ -161,8 +162,9 @@ def _spread(found: Found, result: Mapping[str, str], units: Mapping[str, str]) -
     rows = {(task, key): Values() for task in units for key in SPREAD}
     for (label, seed), results in found.items():
         for task, by_model in results["tasks"].items():
-            for key in SPREAD.keys() & by_model[result[label]].keys():
-                rows[task, key].setdefault(label, {})[seed] = by_model[result[label]][key]
+            metrics = by_model.get(result[label], {})
+            for key in SPREAD.keys() & metrics.keys():
+                rows[task, key].setdefault(label, {})[seed] = metrics[key]
         if of_clients := list(_client_scores(results, result[label]).values()):
             over = (
                 min(of_clients),

@@ -23,10 +23,9 @@ from tap_flower.data.spec import SPLITS, Source, TaskSpec
 from tap_flower.errors import ConfigError
 from tap_flower.files import write_atomically
 from tap_flower.methods.registry import find_method
-from tap_flower.report.results import read_results
 from tap_flower.study.comparison import ALONE, OVERALL
 from tap_flower.study.plan import PlannedRun
-from tap_flower.study.studies import Study, Values
+from tap_flower.study.studies import Study, Tell, Values, results_of
 
 KINDS = ("image_classification", "text_classification")
 SHARE = 0.5
@@ -92,23 +91,21 @@ def heterogeneity_study(
                 for method in names
             }
 
-    def measure() -> Iterator[tuple[float, Values]]:
+    def measure(tell: Tell) -> Iterator[tuple[float, Values]]:
         for (alpha, _), by_method in runs.items():
-            found = {
-                method: {
-                    task: by_model[find_method(method).result]
-                    for task, by_model in read_results(run.folder)["tasks"].items()
-                    if task in skewed
-                }
-                for method, run in by_method.items()
-            }
+            found: dict[str, dict[str, Mapping[str, float]]] = {}
+            for method, run in by_method.items():
+                model = find_method(method).result
+                of_tasks = results_of(run, sorted(skewed), [model], tell)
+                found[method] = {task: by_model[model] for task, by_model in of_tasks.items() if model in by_model}
             overall = {
                 method: fmean(judged_by[task].score(metrics) for task, metrics in of_tasks.items())
                 for method, of_tasks in found.items()
+                if len(of_tasks) == len(skewed)
             }
             yield log10(alpha), {(OVERALL.capitalize(), "score (higher is better)"): overall}
             for task in sorted(skewed):
-                values = {method: of_tasks[task][judged_by[task].metric] for method, of_tasks in found.items()}
+                values = {method: of[task][judged_by[task].metric] for method, of in found.items() if task in of}
                 yield log10(alpha), {(task, judged_by[task].in_words): values}
 
     return Study(

@@ -20,7 +20,7 @@ from tap_flower.report.charts import Axis, Point, Series, line_chart
 from tap_flower.report.figures import Figure
 from tap_flower.report.html_report import write_study
 from tap_flower.report.result_tables import Table
-from tap_flower.report.results import headlines, read_results, scores
+from tap_flower.report.results import headlines, read_results, scores, unmeasured
 from tap_flower.report.svg import number
 from tap_flower.study.comparison import OVERALL
 from tap_flower.study.plan import PlannedRun
@@ -30,8 +30,7 @@ Values = Mapping[tuple[str, str], Mapping[str, float]]
 """(title, unit) of a figure -> name of a line -> value, with one seed."""
 Curves = Mapping[str, Mapping[float, Estimate]]
 """Name of a line -> x -> mean and interval over seeds."""
-Losses = Mapping[str, Mapping[str, float]]
-"""Task -> model -> test loss."""
+Tell = Callable[[str], None]
 COMPARED = ("server", "personal", "tap")
 """The models of the study of pairs."""
 
@@ -46,7 +45,8 @@ class Study:
         lead: how it is measured.
         axis: name of the quantity that changes.
         runs: all its runs.
-        measure: called after the runs; gives (x, values) for every x and seed.
+        measure: called after the runs, with what is called with a sentence for each value that is left out; gives
+            (x, values) for every x and seed.
         by_doubling: whether the slope of each line over log₂ x is shown, with its interval over seeds.
     """
 
@@ -55,12 +55,13 @@ class Study:
     lead: str
     axis: str
     runs: tuple[PlannedRun, ...]
-    measure: Callable[[], Iterable[tuple[float, Values]]]
+    measure: Callable[[Tell], Iterable[tuple[float, Values]]]
     by_doubling: bool = False
 
     def write(self, out: Path) -> Path:
         """Writes the page, and the numbers as CSV, into a folder; returns the page's file."""
-        collected = _collected(self.measure())
+        left_out: list[str] = []
+        collected = _collected(self.measure(left_out.append))
         found, slopes = _curves(collected), _slopes(collected) if self.by_doubling else {}
         lines: list[Sequence[object]] = [
             (title, line, x, *astuple(one))
@@ -75,7 +76,7 @@ class Study:
         write_atomically(out / f"{self.name}.csv", text.encode())
         shown = [_slope_figure(slopes)] if slopes else []
         shown += [_figure(title, unit, self.axis, curves) for (title, unit), curves in found.items()]
-        write_study(self.title, self.lead, shown, out / f"{self.name}.html")
+        write_study(self.title, " ".join([self.lead, *left_out]), shown, out / f"{self.name}.html")
         return out / f"{self.name}.html"
 
 
@@ -120,22 +121,23 @@ def pairs_study(preset: str, config: str, settings: Sequence[str], seeds: Sequen
                 run = PlannedRun(f"{size} pairs", seed, preset, str(file.resolve()), own, folder)
                 runs.setdefault((seed, size), []).append((run, group))
 
-    def measure() -> Iterator[tuple[float, Values]]:
-        alone: dict[int, Losses] = {}
-        for (seed, size), of_size in runs.items():
-            losses = {
-                task: {model: metrics["loss"] for model, metrics in read_results(run.folder)["tasks"][task].items()}
-                for run, group in of_size
-                for task in group
-            }
-            alone.setdefault(seed, losses)  # groups of one come first
-            relative = {
-                model: fmean(by_model[model] / alone[seed][task][model] for task, by_model in losses.items())
-                for model in COMPARED
-            }
-            yield size, {("Test loss, relative to the pair alone", "loss / loss alone (lower is better)"): relative}
-            for task, by_model in sorted(losses.items()):
-                yield size, {(task, "test loss (lower is better)"): {model: by_model[model] for model in COMPARED}}
+    def measure(tell: Tell) -> Iterator[tuple[float, Values]]:
+        for seed in seeds:
+            found: dict[int, dict[str, Mapping[str, Mapping[str, float]]]] = {}
+            for size in sizes:
+                for run, group in runs[seed, size]:
+                    found[size] = found.get(size, {}) | results_of(run, group, COMPARED, tell)
+            alone = found[sizes[0]]
+            whole = [task for task in sorted(alone) if all(of[task].keys() >= {*COMPARED} for of in found.values())]
+            for size, by_task in found.items() if whole else ():
+                relative = {
+                    model: fmean(by_task[task][model]["loss"] / alone[task][model]["loss"] for task in whole)
+                    for model in COMPARED
+                }
+                yield size, {("Test loss, relative to the pair alone", "loss / loss alone (lower is better)"): relative}
+                for task in whole:
+                    losses = {model: by_task[task][model]["loss"] for model in COMPARED}
+                    yield size, {(task, "test loss (lower is better)"): losses}
 
     return Study(
         "pairs",
@@ -149,6 +151,24 @@ def pairs_study(preset: str, config: str, settings: Sequence[str], seeds: Sequen
         measure,
         by_doubling=True,
     )
+
+
+def results_of(
+    run: PlannedRun, tasks: Iterable[str], models: Iterable[str], tell: Tell
+) -> dict[str, Mapping[str, Mapping[str, float]]]:
+    """Task -> model -> metric -> value of a finished run, for some of its tasks.
+
+    Args:
+        run: the run.
+        tasks: names of the tasks.
+        models: names of the models that they should have results of.
+        tell: called with a sentence for each task that has not.
+    """
+    of_run = read_results(run.folder)["tasks"]
+    found = {task: of_run.get(task, {}) for task in tasks}
+    for sentence in unmeasured(found, models):
+        tell(f"{run.label}, seed {run.seed}: {sentence}.")
+    return found
 
 
 def _divisors(number: int) -> list[int]:
@@ -181,13 +201,16 @@ def margin_study(
         for margin in margins
     }
 
-    def measure() -> Iterator[tuple[float, Values]]:
+    def measure(tell: Tell) -> Iterator[tuple[float, Values]]:
         for (margin, _), run in runs.items():
             found, models = read_results(run.folder), ("personal", "tap")
-            overall = {model: fmean(scores(found, model).values()) for model in models}
+            results_of(run, found["tasks"], models, tell)
+            scored = {model: scores(found, model) for model in models}
+            overall = {model: fmean(of.values()) for model, of in scored.items() if len(of) == len(found["tasks"])}
             yield margin, {(OVERALL.capitalize(), "score (higher is better)"): overall}
             for task, judged_by in headlines(found).items():
-                values = {model: found["tasks"][task][model][judged_by.metric] for model in models}
+                by_model = found["tasks"].get(task, {})
+                values = {model: by_model[model][judged_by.metric] for model in models if model in by_model}
                 yield margin, {(task, judged_by.in_words): values}
             replaced = sum(sum(by_task.values()) for by_task in found["replacements"].values())
             yield margin, {("Replacements", "in a run, all clients and pairs"): {"replacements": replaced}}
@@ -254,7 +277,7 @@ def _figure(title: str, unit: str, axis: str, curves: Curves) -> Figure:
         )
         for name, by_x in curves.items()
     ]
-    rows = [[f"{x:g}", *(_said(by_x[x]) for by_x in curves.values())] for x in marks]
+    rows = [[f"{x:g}", *(_said(by_x[x]) if x in by_x else "–" for by_x in curves.values())] for x in marks]
     chart = line_chart(series, Axis(axis, marks), unit, f"{title}: {', '.join(curves)} by {axis}")
     return Figure(title, chart, Table(f"{title}: {unit}", [axis, *curves], rows), list(curves))
 

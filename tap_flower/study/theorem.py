@@ -26,7 +26,7 @@ from tap_flower.core.seeds import named_seed
 from tap_flower.core.tasks import TaskKind
 from tap_flower.run.in_process import InProcessGrid
 from tap_flower.server.strategy import TapStrategy
-from tap_flower.study.studies import COMPARED, Study, Values
+from tap_flower.study.studies import COMPARED, Study, Tell, Values
 
 INPUTS, OUTPUTS, NOISE = 8, 4, 0.1
 """Sizes of x and y, and the standard deviation of the noise in each number of y."""
@@ -81,7 +81,7 @@ def pairs_in_theory(seeds: Sequence[int], disagreement: float, tell: Callable[[s
         tell: called with a line for each seed that is done.
     """
 
-    def measure() -> Iterator[tuple[float, Values]]:
+    def measure(_: Tell) -> Iterator[tuple[float, Values]]:
         for number, seed in enumerate(seeds, 1):
             for pairs in PAIRS:
                 yield pairs, measured(pairs, seed, disagreement)

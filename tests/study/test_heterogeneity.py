@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tap_flower.errors import ConfigError
+from tap_flower.files import write_json
 from tap_flower.study.heterogeneity import dealt, heterogeneity_study
 from tests.federations import DATES, LANGUAGES, source, sources
 
@@ -61,6 +62,12 @@ def test_the_clients_of_a_task_share_out_its_rows_anew(tmp_path: Path) -> None:
         assert len(set(texts["test"])) == 30  # no row twice
         largest[run.label] = sum(shares) / len(shares)
     assert largest["tap, alpha-0.05"] > 0.5 > largest["tap, alpha-50"]
+    for run in study.runs:
+        keys = ("preset", "method", "seed", "rounds", "clients", "kinds", "replacements", "bytes")
+        tasks = {"languages": {"local": {"accuracy": 0.5}}}  # stage 2 of `tap` has failed
+        write_json(run.folder / "results.json", {"schema": 2, **{key: {} for key in keys}, "tasks": tasks})
+    page = study.write(tmp_path).read_text()
+    assert "tap, alpha-50, seed 1: task &#39;languages&#39; has no results of tap, and is left out." in page
 
 
 def test_what_cannot_be_skewed_is_an_error(tmp_path: Path) -> None:

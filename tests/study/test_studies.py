@@ -90,6 +90,20 @@ def test_one_task_is_no_study(tmp_path: Path) -> None:
         pairs_study("demo", str(config), [], [1], tmp_path)
 
 
+def test_a_pair_whose_second_stage_has_failed_is_left_out_of_its_seed(pairs: Study, tmp_path: Path) -> None:
+    for run in pairs.runs:
+        tasks = sorted({client["tasks"][0]["name"] for client in clients_of(run.config)})
+        found = {task: {model: {"loss": 1.0} for model in ("server", "personal", "tap")} for task in tasks}
+        if failed := run.seed == 2 and len(tasks) == 6:
+            del found[tasks[0]]["tap"]
+        keys = ("preset", "method", "seed", "rounds", "clients", "kinds", "replacements", "bytes")
+        write_json(run.folder / "results.json", {"schema": 2, **{key: {} for key in keys}, "tasks": found})
+    assert failed
+    assert f"6 pairs, seed 2: task &#39;{tasks[0]}&#39; has no results of tap" in pairs.write(tmp_path).read_text()
+    with (tmp_path / "pairs.csv").open() as file:
+        assert {row["figure"]: row["seeds"] for row in csv.DictReader(file)}[tasks[0]] == "1"
+
+
 def test_margins(tmp_path: Path) -> None:
     study = margin_study("demo", "", ["rounds=2"], [1, 2], [0.0, 0.5], tmp_path)
     assert len(study.runs) == 4
@@ -100,7 +114,10 @@ def test_margins(tmp_path: Path) -> None:
         values = {"kinds": {"t": "text_classification"}, "replacements": {"ann": {"t": 3 - int(4 * margin)}}}
         keys = ("preset", "method", "seed", "rounds", "clients", "bytes")
         write_json(run.folder / "results.json", {"schema": 2, **{key: {} for key in keys}, **values, "tasks": found})
-    study.write(tmp_path)
+    found["t"].pop("tap")  # of the last run, whose stage 2 has failed
+    write_json(run.folder / "results.json", {"schema": 2, **{key: {} for key in keys}, **values, "tasks": found})
+    page = study.write(tmp_path).read_text()
+    assert "margin 0.5, seed 2: task &#39;t&#39; has no results of tap, and is left out." in page
     with (tmp_path / "margin.csv").open() as file:
         rows = {(row["figure"], row["line"], float(row["margin"])): float(row["mean"]) for row in csv.DictReader(file)}
     assert rows["t", "tap", 0.5] == rows["Mean of scores", "tap", 0.5] == 1.0

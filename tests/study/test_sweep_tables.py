@@ -71,6 +71,20 @@ def test_nothing_has_finished(tmp_path: Path) -> None:
     assert to_csv([none]).splitlines() == ["budget,what,name,unit,method,mean,half_interval_95,seeds,p,p_holm"]
 
 
+def test_a_task_whose_second_stage_has_failed_is_left_out_and_told(tmp_path: Path) -> None:
+    runs = {("tap", seed): PlannedRun("tap", seed, "demo", "", (), tmp_path / str(seed)) for seed in (1, 2)}
+    for (_, seed), run in runs.items():
+        written = results("tap", "tap", 0.5 * seed, 0.5, seed)
+        if seed == 2:
+            written["tasks"]["digits_1"] = {"server": {"accuracy": 0.5}}
+        write_json(run.folder / "results.json", written)
+    found = compare(Sweep({"rounds": runs}, {"tap": "tap"}, "tap"))
+    assert {row.name: (row.values["tap"].mean, row.values["tap"].count) for row in found.quality} == {
+        "digits_1": (0.5, 1), "images": (0.5, 2), OVERALL: (0.5, 1),
+    }  # fmt: skip
+    assert found.note == "tap, seed 2: task 'digits_1' has no results of tap, and is left out."
+
+
 def test_a_method_without_a_second_stage_is_named_where_steps_are_equal(tmp_path: Path) -> None:
     model, runs = {"tap": "tap", "fedavg": "server"}, {}
     for label, name in model.items():
