@@ -9,7 +9,7 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,13 @@ def counted(files: Counter[str]) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in sorted(files.items()))
 
 
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The suffixes, in small letters, of files that are read as images."""
+    Image.init()
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+
 def _split_folder(folder: Path, split: str) -> Path:
     if not folder.is_dir():
         raise ValueError(f"Unable to find the folder {folder}")
@@ -219,8 +226,7 @@ def _listing(folder: Path) -> tuple[tuple[str, ...], Counter[str]]:
     Raises:
         ValueError: a link leads to a folder that is read already.
     """
-    Image.init()
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    suffixes = image_suffixes()
     images: list[str] = []
     others: Counter[str] = Counter()
     read: dict[str, str] = {}

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tap_flower.cli.init import guessed_task
+from tap_flower.cli.guess import guessed_task
 
 
 def pictures(folder: Path, count: int) -> None:
@@ -164,10 +164,10 @@ def test_a_name_that_check_would_refuse_is_refused(command: Any, tmp_path: Path)
 
 def test_a_folder_above_the_one_that_is_split_is_refused(command: Any, tmp_path: Path) -> None:
     for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
-        pictures(tmp_path / "data" / "pets" / name, 2)
+        pictures((data := tmp_path / "data") / "pets" / name, 2)
     code, _, err = command("init", "data")
     assert code == 1
-    assert "data is not split, and pets in it is: give" in err
+    assert f"{data} has no train and test folders, but {data / 'pets'} has: give that folder" in err
     assert not (tmp_path / "client.yaml").exists()
 
 
@@ -190,12 +190,79 @@ def test_what_it_leaves_out_or_puts_together_is_told(command: Any, tmp_path: Pat
 
     code, out, err = command("init", "shop/orders-train.csv", "--out", "train.yaml")
     assert code == 0, err
-    assert f"orders-train.csv alone is read: if orders-test.csv beside it is its other split, give {shop}" in out
+    assert f"orders-train.csv alone is read: if orders-test.csv beside it belongs to it, give {shop} instead" in out
 
     (shop / "orders-test.csv").rename(shop / "orders-old.csv")
     code, out, err = command("init", "shop", "--out", "one.yaml")
     assert code == 0, err
     assert "read as one table: orders-old.csv, orders-train.csv" in out
+
+
+def test_a_metadata_file_gives_labels_by_the_rule_of_tables(command: Any, tmp_path: Path) -> None:
+    pictures(tmp_path / "scans", 40)
+    rows = "".join(f"{n}.png,{'ill' if n % 3 else 'well'},{n % 9},{n}\n" for n in range(40))
+    (tmp_path / "scans" / "metadata.csv").write_text(f"file_name,diagnosis,patient,age\n{rows}")
+    code, out, err = command("init", "scans")
+    assert code == 0, err
+    assert "left out: the columns age" in out
+    (task,) = yaml.safe_load((tmp_path / "client.yaml").read_text())["tasks"]
+    assert (task["kind"], task["classes"]) == ("image_classification", ["ill", "well"])
+    assert (task["columns"], task["train"]["by"]) == ({"image": "image", "label": "diagnosis"}, ["patient"])
+    code, out, err = command("check", "client.yaml")
+    assert code == 0, out + err
+
+
+def test_an_image_beside_the_folders_of_classes_is_refused(command: Any, tmp_path: Path) -> None:
+    pets = classes_of_images(tmp_path)
+    Image.new("RGB", (9, 9)).save(pets / "logo.png")
+    code, _, err = command("init", "pets")
+    assert code == 1
+    assert f"{pets} has folders of classes (cat, dog), and 1 image beside them (logo.png): move each into" in err
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "test"),
+    [
+        (("train.csv", "train_old.csv", "test.csv"), "train.csv", "test.csv"),
+        (("train.CSV", "test.csv"), "train.CSV", "test.csv"),
+        (("train-00000-of-00002.csv", "train-00001-of-00002.csv", "test-00000-of-00001.csv"),
+         "train-*-of-00002*.csv", "test-*-of-00001*.csv"),
+    ],
+)  # fmt: skip
+def test_which_files_are_a_split(names: tuple[str, ...], train: str, test: str, command: Any, tmp_path: Path) -> None:
+    (tmp_path / "x[1]").mkdir()
+    rows = "".join(f"note number {n},{'ill' if n % 3 else 'well'}\n" for n in range(30))
+    for name in names:
+        (tmp_path / "x[1]" / name).write_text(f"note,finding\n{name} {rows}")
+    code, out, err = command("init", "x[1]", "--name", "7", "--out", "deep/client.yaml")
+    assert code == 0, err
+    spec = yaml.safe_load((tmp_path / "deep" / "client.yaml").read_text())
+    (task,) = spec["tasks"]
+    assert (spec["name"], Path(task["train"]["path"]).name, Path(task["test"]["path"]).name) == ("7", train, test)
+    code, out, err = command("check", "deep/client.yaml")
+    assert code == 0, out + err
+
+
+def test_folders_beside_the_splits_are_told(command: Any, tmp_path: Path) -> None:
+    for name in ("train", "train_old", "test"):
+        for kind in ("cat", "dog"):
+            pictures(tmp_path / "pets" / name / kind, 2)
+    code, out, err = command("init", "pets")
+    assert code == 0, err
+    assert "read as train data: train, test data: test; left out: train_old" in out
+    (task,) = yaml.safe_load((tmp_path / "client.yaml").read_text())["tasks"]
+    assert (task["train"]["split"], task["test"]["split"]) == ("train", "test")
+
+
+@pytest.mark.parametrize("others", [["b.csv", "metadata.csv"], ["b.CSV"]])
+def test_a_pattern_that_would_read_other_files_is_refused(others: list[str], command: Any, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("a.csv", *others):
+        (tmp_path / "data" / name).write_text("note,finding\n" + "all is well,ill\nno,well\n" * 9)
+    code, _, err = command("init", "data")
+    assert code == 1
+    assert f"data has the tables a.csv, {others[0]}, but *.csv reads a.csv" in err
+    assert "rename or move the others" in err
 
 
 def test_why_a_column_is_no_label_is_told(command: Any, tmp_path: Path) -> None:
