@@ -13,9 +13,9 @@ import msgspec
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from tap_flower.config import Config, plain, to_yaml
+from tap_flower.config import Config, plain
 from tap_flower.errors import ConfigError, StorageError
-from tap_flower.files import read_json, read_tensors, write_atomically, write_json, write_tensors
+from tap_flower.files import read_json, read_tensors, write_json, write_tensors
 from tap_flower.plain import leaves, shown
 from tap_flower.server.early_stopping import Validation
 from tap_flower.server.privacy import Ledger
@@ -130,15 +130,19 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(words[:5] + [f"{len(words) - 5} more"] * (len(words) > 5))
 
 
-def check_free(folder: Path) -> None:
+def check_free(folder: Path) -> Progress | None:
     """Checks that a new run may begin in a folder: it is empty or not there, or its run has no complete round.
+
+    Returns:
+        What that run has done, if there is one.
 
     Raises:
         ConfigError: it holds another run, or something else.
         StorageError: the checkpoint there cannot be read.
     """
-    if has_begun(folder):
-        free = not load(folder / "server").progress.round
+    before = load(folder / "server").progress if has_begun(folder) else None
+    if before is not None:
+        free = not before.round
     else:
         files = (file for file in folder.rglob("*") if not file.is_dir())  # a process that was killed leaves .tmp
         free = not folder.is_file() and all(file.name == _LOCK or file.suffix == ".tmp" for file in files)
@@ -146,6 +150,7 @@ def check_free(folder: Path) -> None:
         raise ConfigError(
             f"{folder} is not empty: give another folder (`--out`, run_folder), or go on (`--resume`, resume=True)"
         )
+    return before
 
 
 @contextmanager
@@ -185,8 +190,7 @@ def start_or_resume(config: Config, folder: Path, resume: bool) -> Checkpoint:
     """Where a run begins: anew, or after its last complete round.
 
     Nothing is written yet, so that a run which cannot begin after all is not in the way of the next. Neither is a run that
-    failed before its first round was complete: a new one takes its place, as a new history of it, so that what its clients
-    have written is void.
+    failed before its first round was complete: a new one takes its place, and what its clients have written is void.
 
     Args:
         config: the resolved configuration.
@@ -199,20 +203,12 @@ def start_or_resume(config: Config, folder: Path, resume: bool) -> Checkpoint:
     """
     if resume:
         return resumable(folder, config)
-    check_free(folder)
-    if has_begun(folder):
-        before = load(folder / "server").progress
+    before = check_free(folder)
+    if (
+        before is not None and (folder / "clients").exists()
+    ):  # a simulation's clients know the folder's run by its identity
         return Checkpoint(Progress(before.run, plain(config), before.epochs))
     return Checkpoint(Progress(uuid.uuid4().hex, plain(config)))
-
-
-def record_config(config: Config, folder: Path) -> None:
-    """Writes a new run's configuration to its folder.
-
-    Raises:
-        StorageError: the folder cannot be written.
-    """
-    write_atomically(folder / "config.yaml", to_yaml(config).encode())
 
 
 def save(folder: Path, progress: Progress, tensors: Mapping[str, Tensor], best: Mapping[str, Tensor]) -> None:

@@ -39,8 +39,9 @@ class FirstValues:
 
     Args:
         roster: clients of the run; `roster.first` has the values.
-        initial_arrays: as in `TapStrategy.start`.
+        initial_arrays: as in `TapStrategy.start`; tensors that a resumed run knows already keep their values.
         folder: folder of the server in the run folder.
+        resume: whether the first values there are those of the run.
         timeout: seconds that a client may take to answer.
         query: makes the content of a query.
 
@@ -48,18 +49,23 @@ class FirstValues:
         sent: `down` and `up` -> bytes of the first values that have travelled.
     """
 
-    def __init__(self, roster: Roster, initial_arrays: ArrayRecord, folder: Path, timeout: float, query: Query) -> None:
+    def __init__(
+        self, roster: Roster, initial_arrays: ArrayRecord, folder: Path, resume: bool, timeout: float, query: Query
+    ) -> None:
         self._roster, self._arrays, self._file, self._timeout = roster, initial_arrays, folder / FIRST, timeout
         self._query, self.sent = query, {"down": 0, "up": 0}
         self._digests: dict[str, str] = {}
-        self._holder: dict[str, str] = {}
         self._given: set[str] = set()
         self._settled: set[str] = set()
-        if self._file.exists():
+        if resume and self._file.exists():
             roster.first, record = read_tensors(self._file)
             if record.get("schema") != SCHEMA:
                 raise StorageError(f"{self._file} was written by another version of tap-flower: use that version")
             self._digests, self._given, self.sent = dict(record["digests"]), set(record["given"]), record["sent"]
+
+    def given(self) -> dict[str, Tensor]:
+        """What `initial_arrays` has given to the run: tensor name -> first value (float32)."""
+        return {name: self._roster.first[name] for name in self._given}
 
     def admit(self, grid: Grid, node: int, manifest: Manifest) -> None:
         """Admits a client, and asks it for the first values that nobody else has.
@@ -70,14 +76,11 @@ class FirstValues:
             manifest: of the client.
 
         Raises:
-            MessageError: the client does not fit the others, or its values cannot be had.
-            RunError: an array of `initial_arrays` is not as the client's tensor, or not finite.
+            MessageError: the client does not fit the others or `initial_arrays`, or its values cannot be had.
         """
         shapes = {name: info.shape for name, info in manifest.tensors.items()}
-        new = {
-            name: _given(name, self._arrays[name], shapes.get(name))
-            for name in sorted({*shapes, *manifest.built} & self._arrays.keys() - self._given)
-        }
+        named = {*shapes, *manifest.built} & self._arrays.keys() - self._known()
+        new = {name: _given(manifest.client, name, self._arrays[name], shapes.get(name)) for name in sorted(named)}
         before = dict(self._roster.first)
         self._roster.first |= new
         try:
@@ -89,7 +92,6 @@ class FirstValues:
         self._digests |= {name: digest(value) for name, value in new.items()}
         for name, found in manifest.built.items():
             self._digests.setdefault(name, found)
-            self._holder.setdefault(name, manifest.client)
         self._settled.discard(manifest.client)
 
     def hand_out(self, grid: Grid) -> list[tuple[int, str]]:
@@ -133,31 +135,41 @@ class FirstValues:
         """Refuses `initial_arrays` of which no client has any tensor, and tells of those of which none has this one.
 
         Raises:
-            RunError: with two names.
+            RunError: no client has any of them.
         """
-        if self._arrays and not self._given:
-            have = min(self._roster.tensors, default="none")
+        known = self._known()
+        if self._arrays and not self._arrays.keys() & known:
             raise RunError(
-                f"initial_arrays names no tensor that a client trains: it has {min(self._arrays)!r}, the clients have "
-                f"{have!r}: give the names of the clients' own model, as its `state_dict` has them"
+                f"none of the names in initial_arrays is a tensor of any client: it has {min(self._arrays)!r}, the clients "
+                f"have {min(known, default='none')!r}: give the names of their model, as its `state_dict` has them"
             )
-        known = {self._digests[name] for name in self._given}  # by another name, where weights are tied
-        others = {n: as_float32(torch.from_numpy(self._arrays[n].numpy())) for n in self._arrays.keys() - self._given}
-        if left := sorted(name for name, value in others.items() if value is None or digest(value) not in known):
+        digests = {self._digests[name] for name in self._given}  # by another name, where weights are tied
+        others = {n: as_float32(torch.from_numpy(self._arrays[n].numpy())) for n in self._arrays.keys() - known}
+        if left := sorted(name for name, value in others.items() if value is None or digest(value) not in digests):
             log.warning(
                 "initial_arrays names %d tensors that no client has, such as %r: they stay in `arrays` as they are; the "
                 "clients have %r and others",
-                *(len(left), left[0], min(self._roster.tensors)),
+                *(len(left), left[0], min(known)),
             )
+
+    def _known(self) -> set[str]:
+        """The tensors whose first values the run has decided on."""
+        return {*self._digests, *self._roster.tensors}
+
+    def _holder(self, name: str) -> str:
+        """The first client by name that is there and whose module was built with the run's first value; empty for none."""
+        manifests, digest_ = self._roster.manifests, self._digests[name]
+        return next((client for client in self._roster.names if manifests[client].built.get(name) == digest_), "")
 
     def _fetch(self, grid: Grid, client: str, names: list[str]) -> None:
         """Gets the values of tensors that are not trained from a client that has them, and tells of the difference."""
-        unknown = [name for name in names if name not in self._roster.first]
-        for holder in sorted({self._holder.get(name, "") for name in unknown}):
-            theirs = [name for name in unknown if self._holder.get(name, "") == holder]
-            if holder not in self._roster.nodes:
+        holders = {name: self._holder(name) for name in names if name not in self._roster.first}
+        for holder in sorted(set(holders.values())):
+            theirs = [name for name, its in holders.items() if its == holder]
+            if not holder:
                 raise MessageError(
-                    f"the run's first value of {theirs[0]!r} is {holder!r}'s, which has gone: start it again"
+                    f"client {client!r} has built {theirs[0]!r} with another value than the run's, which no client that is "
+                    f"there has: start a client that has it, or give {client!r} the module that it began with"
                 )
             log.warning(
                 "client %r has built %d frozen tensors or buffers, such as %r, with other values than %r: those of %r hold",
@@ -183,18 +195,18 @@ class FirstValues:
         return content
 
 
-def _given(name: str, array: Array, shape: tuple[int, ...] | None) -> Tensor:
-    """A first value from `initial_arrays`, checked."""
+def _given(client: str, name: str, array: Array, shape: tuple[int, ...] | None) -> Tensor:
+    """A first value from `initial_arrays`, checked for a client."""
     tensor = torch.from_numpy(array.numpy())
     value = as_float32(tensor)
     if value is None:
-        raise RunError(
+        raise MessageError(
             f"initial_arrays: {name!r} is {tensor.dtype}, or holds a value that is not finite or that float32 cannot hold: "
             f"give finite torch.float32 values, such as those of `model.float().state_dict()`"
         )
     if shape is not None and tuple(value.shape) != shape:
-        raise RunError(
-            f"initial_arrays: {name!r} has shape {tuple(value.shape)}, the clients' tensor {shape}: give the values of the "
-            f"clients' own model"
+        raise MessageError(
+            f"initial_arrays: {name!r} has shape {tuple(value.shape)}, the tensor of client {client!r} {shape}: give the "
+            f"values of the clients' own model"
         )
     return value

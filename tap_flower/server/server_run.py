@@ -19,9 +19,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from torch import Tensor
 
-from tap_flower.config import Config, Encoding, sent_hyper_parameters
+from tap_flower.config import Config, Encoding, sent_hyper_parameters, to_yaml
 from tap_flower.errors import ConfigError, MessageError, RunError
-from tap_flower.files import write_json
+from tap_flower.files import write_atomically, write_json
 from tap_flower.methods.registry import find_method
 from tap_flower.plain import printable
 from tap_flower.report.events import END, FAILED, EventLog
@@ -29,8 +29,8 @@ from tap_flower.report.results import RESULTS
 from tap_flower.report.trackers import Tracked, open_trackers
 from tap_flower.server import checkpoint
 from tap_flower.server.attendance import Attendance
-from tap_flower.server.checkpoint import record_config, start_or_resume
-from tap_flower.server.first_values import FirstValues
+from tap_flower.server.checkpoint import start_or_resume
+from tap_flower.server.first_values import FIRST, FirstValues
 from tap_flower.server.grid import SILENT, UNSENT, StreamingGrid, content_of
 from tap_flower.server.likely_mistakes import frozen_and_trained, likely_mistakes, without_effect
 from tap_flower.server.outgoing import Outgoing, Values
@@ -101,9 +101,9 @@ class ServerRun:
         self._note_train_config()
         self._best = found.best
         self.initial_arrays = ArrayRecord() if initial_arrays is None else initial_arrays
-        self.values = Values(self.initial_arrays)
         patience = min(config.start_timeout, config.round_timeout)  # a newcomer that hangs holds up a round no longer
-        self.first = FirstValues(self.roster, self.initial_arrays, folder / "server", patience, self._query)
+        self.first = FirstValues(self.roster, self.initial_arrays, folder / "server", resume, patience, self._query)
+        self.values = Values({**self.initial_arrays, **encode_tensors(self.first.given(), Encoding.float32)})
         self._round_size = round_size
         budget = budget_of(config, round_size(len(config.clients) or sys.maxsize))
         self.privacy = None if budget is None else Privacy(budget, self.progress.privacy)
@@ -111,8 +111,9 @@ class ServerRun:
         trackers = open_trackers(config.trackers, Tracked(folder, config, self.progress.run, after_round))
         self.progress.begin()
         if not resume:  # from here on the run can be resumed
+            (folder / "server" / FIRST).unlink(missing_ok=True)  # of an attempt that failed before its first round
             checkpoint.save(folder / "server", self.progress, {}, {})
-            record_config(config, folder)
+            write_atomically(folder / "config.yaml", to_yaml(config).encode())
         self.events = EventLog(folder, after_round, trackers)
         self._hyper_parameters = sent_hyper_parameters(config)
         self.result = TapResult()

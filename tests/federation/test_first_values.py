@@ -23,6 +23,7 @@ from tap_flower.server.first_values import FIRST, FirstValues
 from tap_flower.server.roster import Roster
 from tap_flower.wire import messages
 from tap_flower.wire.tensors import encode_tensors
+from tests.grid import round_of
 from tests.own_clients import digits
 
 SHORT = ["rounds=1", "clients_per_round=2", "train.steps=2", "distill.iterations=2", "start_timeout=1"]
@@ -59,6 +60,7 @@ def run(
     nodes: int = 2,
     sent: Sent | None = None,
     tamper: Tamper | None = None,
+    resume: bool = False,
     **more: Any,
 ) -> TapResult:
     """A run of clients c0, c1, …; `model` gives the one's function by its number."""
@@ -76,8 +78,19 @@ def run(
         return reply if tamper is None else tamper(instruction, reply)
 
     grid = InProcessGrid(app, [{"partition-id": i} for i in range(nodes)], {}, tamper=watch)
-    strategy = TapStrategy(config=load_config("plug-in", settings=[*SHORT, *settings]), run_folder=folder / "run")
+    config = load_config("plug-in", settings=[*SHORT, *settings])
+    strategy = TapStrategy(config=config, run_folder=folder / "run", resume=resume)
     return strategy.start(grid, None if initial is None else ArrayRecord(initial))
+
+
+def fails_in(server_round: int) -> Tamper:
+    """All clients fail in a round of stage 1."""
+
+    def fail(instruction: Message, reply: Message) -> Message:
+        fails = instruction.metadata.message_type == "train" and round_of(instruction) == server_round
+        return Message(Error(0, "no room"), reply_to=instruction) if fails else reply
+
+    return fail
 
 
 def test_training_starts_from_what_the_first_client_has_built(tmp_path: Path) -> None:
@@ -144,7 +157,45 @@ def test_a_client_that_fails_at_first_values_is_refused_with_the_reason(
 def test_first_values_of_another_version_are_refused(tmp_path: Path) -> None:
     write_tensors(tmp_path / FIRST, {}, {"schema": 99})
     with pytest.raises(StorageError, match="was written by another version of tap-flower: use that version"):
-        FirstValues(Roster(41), ArrayRecord(), tmp_path, 1.0, lambda *_: RecordDict())
+        FirstValues(Roster(41), ArrayRecord(), tmp_path, True, 1.0, lambda *_: RecordDict())
+
+
+def test_a_new_run_has_no_first_values_of_an_attempt_that_failed(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no room"):
+        run(tmp_path, lambda _: Normed, initial={"head.weight": torch.ones(3, 6)}, tamper=fails_in(1))
+    sent: Sent = {}
+    run(tmp_path, lambda _: Normed, sent=sent)
+    assert not sent["train", 0]["head.weight"].any()
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_a_resumed_run_goes_on_with_its_own_frozen_values(tmp_path: Path, changed: int) -> None:
+    def filled(value: float) -> type[Normed]:
+        class Filled(Normed):
+            def __init__(self) -> None:
+                super().__init__()
+                nn.init.constant_(self.trunk.bias, value)
+
+        return Filled
+
+    before, now = filled(1.0), filled(2.0)
+    nets = [now if number == changed else before for number in (0, 1)]
+    with pytest.raises(RunError, match="no room"):
+        run(tmp_path, lambda _: before, "rounds=2", tamper=fails_in(2))
+    other = {"trunk.bias": torch.full((6,), 5.0), "norm.bias": torch.full((6,), 5.0)}
+    result = run(tmp_path, lambda number: nets[number], "rounds=2", initial=other, resume=True)
+    for number, net in enumerate(nets):
+        own = load_personal(net(), f"c{number}", state_dir=tmp_path / "state")
+        assert own.trunk.bias.tolist() == [1.0] * 6
+        assert own.norm.bias.abs().max() < 1
+    assert result.missing == {}
+    alone = tmp_path / "alone"
+    with pytest.raises(RunError, match="no room"):
+        run(alone, lambda _: before, "rounds=2", tamper=fails_in(2))
+    with pytest.raises(
+        RunError, match="'trunk.bias' with another value than the run's, which no client that is there has"
+    ):
+        run(alone, lambda _: now, "rounds=2", resume=True)
 
 
 def test_equal_modules_are_built_from_the_seed_and_nothing_is_sent(tmp_path: Path) -> None:
@@ -169,9 +220,24 @@ def test_initial_arrays_go_first_whatever_they_name(tmp_path: Path) -> None:
 
 def test_initial_arrays_that_fit_nothing(tmp_path: Path) -> None:
     with pytest.raises(
-        RunError, match="initial_arrays: 'head.weight' has shape \\(2, 6\\), the clients' tensor \\(3, 6\\)"
+        RunError, match=r"initial_arrays: 'head.weight' has shape \(2, 6\), the tensor of client 'c0' \(3, 6\)"
     ):
         run(tmp_path, lambda _: Normed, initial={"head.weight": torch.zeros(2, 6)})
+
+
+def test_a_client_that_initial_arrays_do_not_fit_is_refused_and_the_run_goes_on(tmp_path: Path) -> None:
+    class Wide(Normed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Linear(6, 7)
+
+        def see(self, x: Tensor) -> Tensor:
+            return super().see(x) + self.wide(self.mask).mean()
+
+    initial = {**Normed().state_dict(), "wide.bias": torch.zeros(5)}
+    result = run(tmp_path, lambda number: Wide if number == 2 else Normed, initial=initial, nodes=3)
+    assert result.missing.keys() == {"node 102"}
+    assert "'wide.bias' has shape (5,), the tensor of client 'c2' (7,)" in result.missing["node 102"]
 
 
 def test_initial_arrays_that_fit_in_part_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -183,6 +249,9 @@ def test_initial_arrays_that_fit_in_part_are_told(tmp_path: Path, caplog: pytest
     assert (
         "initial_arrays names 1 tensors that no client has, such as 'head.lora_A.weight': they stay in" in caplog.text
     )
+    caplog.clear()
+    run(tmp_path / "local", lambda _: Normed, "method=local", initial={**state, "more": torch.rand(2)})
+    assert "initial_arrays names 1 tensors that no client has, such as 'more'" in caplog.text
 
 
 @pytest.mark.parametrize("encoding", ["bfloat16", "int8"])

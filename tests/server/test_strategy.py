@@ -188,7 +188,9 @@ def test_initial_arrays_are_where_a_run_begins(make_federation: Make) -> None:
 
 def test_initial_arrays_of_another_shape_are_refused(make_federation: Make) -> None:
     federation = make_federation(TOYS[3:])
-    with pytest.raises(RunError, match=r"initial_arrays: 'trunk.0.bias' has shape \(9,\), the clients' tensor \(6,\)"):
+    with pytest.raises(
+        RunError, match=r"initial_arrays: 'trunk.0.bias' has shape \(9,\), the tensor of client 'dan' \(6,\)"
+    ):
         of(federation).start(federation.grid(), initial_arrays=ArrayRecord({"trunk.0.bias": torch.zeros(9)}))
 
 
@@ -197,7 +199,10 @@ def test_initial_arrays_of_another_shape_are_refused(make_federation: Make) -> N
     [
         ({"trunk.0.bias": torch.full((6,), 0.1, dtype=torch.float64)}, "'trunk.0.bias' is torch.float64"),
         ({"trunk.0.bias": torch.full((6,), math.nan)}, "'trunk.0.bias' is torch.float32, or holds a value that is not"),
-        ({"module.trunk.0.bias": torch.zeros(6)}, "names no tensor that a client trains: it has 'module.trunk.0.bias'"),
+        (
+            {"module.trunk.0.bias": torch.zeros(6)},
+            "is a tensor of any client: it has 'module.trunk.0.bias', the clients have",
+        ),
     ],
     ids=["dtype", "nan", "names"],
 )
