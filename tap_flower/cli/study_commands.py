@@ -125,7 +125,9 @@ def newcomers_command(
     set_: Settings = None,
     seed: Seeds = None,
     method: Methods = None,
-    share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Hold out at most this share of the clients.")] = 0.2,
+    share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Hold out at most this share of the clients, but at least one.")
+    ] = 0.2,
     out: StudyFolder = Path("runs/study-newcomers"),
     cpus_per_run: CpusPerRun = None,
     gpus_per_run: GpusPerRun = None,

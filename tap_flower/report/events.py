@@ -35,9 +35,10 @@ class EventLog:
         write_atomically(self._path, "".join(f"{json.dumps(event)}\n" for event in kept).encode())
 
     def write(self, event: str, **values: Any) -> None:
-        """Appends an event with its values; a reader sees it at once, and what ends the run when the trackers have ended.
+        """Appends an event with its values.
 
-        Whoever reads that a run has ended may stop its process, in which a tracker would still be sending what it has.
+        Readers see an event at once; the one that ends the run is written after the trackers have closed. Whoever reads that
+        a run has ended may stop its process, in which a tracker would still be sending what it has.
         """
         if self._trackers and (found := scalars({"event": event, **values})):
             self._tell(lambda tracker: tracker.log(values["round"], found))

@@ -179,7 +179,7 @@ def _worse(found: Mapping[str, Any], task: str) -> list[str]:
     if any(headline.ahead(after, value) >= 0 for value in before):
         return []
     return [
-        f"task {task!r}: on test data, stage 2 did not pay: {headline.metric} is {after:.3g} after it, and was "
+        f"task {task!r}: stage 2 made the test result worse: {headline.metric} is {after:.3g} after it, and was "
         f"{before[0]:.3g} (personal) and {before[1]:.3g} (server)"
     ]
 
@@ -190,7 +190,7 @@ def _uneven(found: Mapping[str, Any], task: str) -> list[str]:
         return []
     parts = [f"{model} over {counts[model]}" for model in models_in({task: found["tasks"][task]})]
     return [
-        f"task {task!r}: its means are over different numbers of clients, and not to be compared: {', '.join(parts)}"
+        f"task {task!r}: its means are over different numbers of clients, so they cannot be compared: {', '.join(parts)}"
     ]
 
 

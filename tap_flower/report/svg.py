@@ -59,7 +59,7 @@ def mark(shape: str, tip: str, kind: str = "", **place: float) -> str:
 
 
 def group(series: int | None, content: str, tips: str = "") -> str:
-    """Marks whose tips begin alike: of a series, which has a colour, dashes and can be switched off, or of a row (None)."""
+    """Groups marks that share the start of their tooltips: a series (coloured, can be switched off) or, with None, a row."""
     beginning = f' data-of="{escape(tips)}"' if tips else ""
     if series is not None:
         beginning += f' class="series s{series % SERIES} d{series // SERIES % 3}" data-series="{series}"'

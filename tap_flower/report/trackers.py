@@ -167,7 +167,7 @@ def open_trackers(names: str, run: Tracked) -> list[Tracker]:
         run: the run that they show.
 
     Raises:
-        ConfigError: a name is unknown, a package is not installed, or a tracker cannot begin; those before it are closed.
+        ConfigError: a name is unknown, a package is not installed, or a tracker could not start; those before it are closed.
     """
     found: list[Tracker] = []
     for name in tracker_names(names):
@@ -183,8 +183,9 @@ def open_trackers(names: str, run: Tracked) -> list[Tracker]:
 def _why_not(name: str, error: Exception) -> str:
     if isinstance(error, ImportError):
         return f"trackers has {name!r}, whose package is not installed ({error}): {install(name)}"
-    remedy = "log in with `wandb login`, or set WANDB_MODE=offline" if name == "wandb" else "see to it"
-    return f"trackers has {name!r}, which cannot begin ({type(error).__name__}: {error}): {remedy}, or leave it out"
+    remedy = "log in with `wandb login`, or set WANDB_MODE=offline" if name == "wandb" else "fix that"
+    reason = f"{type(error).__name__}: {error}"
+    return f"trackers has {name!r}, which could not start ({reason}): {remedy}, or remove it from `trackers`"
 
 
 def scalars(event: Mapping[str, Any]) -> dict[str, float]:

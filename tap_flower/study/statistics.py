@@ -61,7 +61,7 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Estim
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """P-values corrected for their number, which reject a true hypothesis at all with the level's probability at most.
+    """Holm-corrected p-values: they bound the probability of rejecting any true hypothesis by the level.
 
     The step-down procedure of Holm (Scandinavian Journal of Statistics 6, 1979): the i-th smallest of m, counted from 1, is
     multiplied by m + 1 − i, and is at least as large as those before it, and at most 1.

@@ -41,7 +41,7 @@ def test_a_task_that_stage_two_made_worse_is_told() -> None:
     models = found["tasks"]["match"]
     models["personal"], models["server"]["hits"] = {"hits": 6.5, "loss": 0.1}, 5.5
     assert remarks(found) == [
-        "task 'match': on test data, stage 2 did not pay: hits is 5 after it, and was 6.5 (personal) and 5.5 (server)"
+        "task 'match': stage 2 made the test result worse: hits is 5 after it, and was 6.5 (personal) and 5.5 (server)"
     ]
     models["server"]["hits"] = 5.0
     assert remarks(found) == []

@@ -194,8 +194,8 @@ open_trackers("wandb", Tracked(Path.cwd(), load_config("demo"), "0123abcd"))
     )
     assert process.returncode == 1
     last = process.stderr.splitlines()[-1]
-    assert "ConfigError: trackers has 'wandb', which cannot begin" in last
-    assert "log in with `wandb login`, or set WANDB_MODE=offline, or leave it out" in last
+    assert "ConfigError: trackers has 'wandb', which could not start" in last
+    assert "log in with `wandb login`, or set WANDB_MODE=offline, or remove it from `trackers`" in last
 
 
 def test_an_unknown_tracker(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_tracker_that_cannot_begin(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(TRACKERS, "tensorboard", lambda *_: Opened())  # type: ignore[index]
     monkeypatch.setitem(TRACKERS, "mlflow", refused)  # type: ignore[index]
     with pytest.raises(
-        ConfigError, match=r"'mlflow', which cannot begin \(ConnectionError: no server at localhost:5000\)"
+        ConfigError, match=r"'mlflow', which could not start \(ConnectionError: no server at localhost:5000\)"
     ):
         open_trackers("tensorboard,mlflow", tracked(tmp_path))
     assert closed == [False]

@@ -34,7 +34,7 @@ def test_a_run_whose_tracker_cannot_begin_is_not_in_the_way_of_the_next(
 
     monkeypatch.setitem(TRACKERS, "mlflow", refused)  # type: ignore[index]
     federation.settings.append("trackers=mlflow")
-    with pytest.raises(ConfigError, match="'mlflow', which cannot begin"):
+    with pytest.raises(ConfigError, match="'mlflow', which could not start"):
         federation.strategy().start(federation.grid())
     federation.settings.remove("trackers=mlflow")
     federation.strategy().start(federation.grid())
