@@ -213,10 +213,9 @@ class _Checker:
             problems += [Problem(problem) for problem in too_few_rows(split, sizes)]
         if split == "train" and hold_out and not self.task.validation and sizes:
             aside = sum(map(number_aside, sizes.values()))
-            what = (
-                f"{aside:,} of {sum(sizes.values()):,} training rows decide what is taken over, and are not trained on"
-            )
-            problems.append(Problem(f"it has no `validation`, so that {what}", is_note=True))
+            rows = f"{aside:,} of {sum(sizes.values()):,} training rows"
+            what = "are held out to decide on replacements and are not trained on"
+            problems.append(Problem(f"no `validation` source: {rows} {what}", is_note=True))
             if 1 in sizes.values():
                 problems.append(
                     Problem("train has a source with 1 row, which is trained on and held out", is_note=True)

@@ -18,7 +18,7 @@ _KINDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
     key: (words, types)
     for keys, words, types in (
         (
-            "name backbone kind domain format split path config data fit background delimiter encoding",
+            "name backbone kind domain format split path config data fit background delimiter encoding quote",
             "a text: put it in quotes",
             (str,),
         ),

@@ -79,7 +79,9 @@ def read_labels(
         return found, errors + placed
     if by_place:
         order = _list([f"{number} is {name}" for number, name in enumerate(task.classes)])
-        errors.append(SourceNote(f"has numbers as labels, which are read as places in `classes`: {order}"))
+        errors.append(
+            SourceNote(f"has numeric labels; they are read as positions in `classes`, counted from 0: {order}")
+        )
     return found, errors
 
 

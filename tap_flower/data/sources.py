@@ -20,7 +20,7 @@ from tap_flower.data import packaged
 from tap_flower.data.examples import permutation
 from tap_flower.data.fields import Field
 from tap_flower.data.spec import Source
-from tap_flower.data.tables import counted, csv_table, image_folder, json_table, parquet_files, passed_over
+from tap_flower.data.tables import counted, csv_table, image_folder, joined_rows, json_table, parquet_files, passed_over
 from tap_flower.errors import TapFlowerError
 from tap_flower.hub import fetch_command
 
@@ -53,6 +53,10 @@ class RowError(SourceError):
     def __init__(self, what: str, row: int, rest: str, reason: str = "") -> None:
         super().__init__(f"{what} in row {row}{rest}" + (f": {reason}" if reason else ""))
         self.what, self.row, self.rest, self.reason = what, row, rest, reason
+
+
+class JoinedRowsNote(RowError, SourceNote):
+    """A value of a CSV file may be several rows behind a quote that nothing closes."""
 
 
 def open_source(source: Source, root: str = "") -> datasets.Dataset:
@@ -149,7 +153,7 @@ def _opened(source: Source, root: str) -> datasets.Dataset:
             return _from_mirror(source, Path(root)) if root else _from_hub(source)
         files = _files(source.path)
         if source.format == "csv":
-            return csv_table(files, source.delimiter or ",", source.encoding, source.missing)
+            return csv_table(files, source.delimiter or ",", source.encoding, source.missing, source.quote)
         if source.format == "json":
             return json_table(files)
         return _parquet(files)
@@ -185,6 +189,13 @@ def notes_of(source: Source) -> Iterator[SourceNote]:
         passed := passed_over(Path(source.path), source.split, open_source(source)["file"])
     ):
         yield SourceNote(f"has {sum(passed.values()):,} files that are passed over: {counted(passed)}")
+    if source.format == "csv" and source.quote:
+        for row in joined_rows(open_source(source), source.delimiter or ","):
+            yield JoinedRowsNote(
+                "has a value that spans lines and may hold whole rows",
+                row,
+                f": if a {source.quote} opens it that is part of the text, double it, or set `quote: ''`",
+            )
 
 
 def _load(reader: str, name: str | None = None, **arguments: object) -> datasets.Dataset:
@@ -210,7 +221,9 @@ def _from_hub(source: Source) -> datasets.Dataset:
         found = _in_folder(Path(snapshot), source) if snapshot else None
         if found is None:
             reason, command = _reason(error), fetch_command(source.name, source.revision)
-            raise SourceError(f"needs {source}, which cannot be had ({reason}): fetch it with `{command}`") from error
+            raise SourceError(
+                f"needs {source}, which could not be loaded ({reason}): fetch it with `{command}`"
+            ) from error
         return found
 
 

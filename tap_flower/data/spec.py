@@ -26,7 +26,7 @@ FORMATS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "packaged": (("name", "split"), ("name", "split")),
     "hub": (("name", "split"), ("name", "config", "revision", "split")),
     **dict.fromkeys(("parquet", "json"), (("path",), ("path",))),
-    "csv": (("path",), ("path", "delimiter", "encoding", "missing")),
+    "csv": (("path",), ("path", "delimiter", "encoding", "missing", "quote")),
     **dict.fromkeys(("imagefolder", "disk"), (("path",), ("path", "split"))),
 }
 """Format -> (what a source of it must say about where it lies, what it may say)."""
@@ -52,6 +52,7 @@ class Source:
         delimiter: of a CSV file's fields; nothing is a comma.
         encoding: of a CSV file, such as `latin-1`; nothing is UTF-8.
         missing: words that stand for a missing value in a CSV file, beside the empty field.
+        quote: around a field of a CSV file that holds the delimiter or a line break; an empty text where no field is quoted.
         domain: of these rows, where it is not the task's.
         columns: role -> column or columns, where they are not the task's.
         templates: role -> template, where they are not the task's.
@@ -68,6 +69,7 @@ class Source:
     delimiter: str = ""
     encoding: str = ""
     missing: tuple[str, ...] = ()
+    quote: str = '"'
     part: tuple[float, float] | None = None
     by: tuple[str, ...] = ()
     domain: str | None = None
@@ -302,10 +304,15 @@ def _source(values: Mapping[str, Any], where: str) -> Source:
     if "part" in given and not _is_part(given["part"]):
         raise SpecError(f"{where} has part {shown(given['part'])}: give two fractions, from and to, such as [0, 0.8]")
     if ("part" in given) != bool(given.get("by")):
-        raise SpecError(f"{where} has part or by alone: give `part: [0, 0.8]` and `by: [column]`, or neither")
+        raise SpecError(f"{where} sets only one of `part` and `by`: give both, or neither")
     delimiter = given.get("delimiter", ",")
     if len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\r\n':
         raise SpecError(f"{where} has delimiter {shown(delimiter)}: give one character of ASCII, such as ; or a tab")
+    quote = given.get("quote", '"')
+    if len(quote) > 1 or not quote.isascii() or quote in ("\r", "\n", delimiter):
+        raise SpecError(
+            f"{where} has quote {shown(quote)}: give one character of ASCII, or '' where no field is quoted"
+        )
     try:
         "".encode(given.get("encoding", "utf-8"))
     except (LookupError, ValueError) as error:

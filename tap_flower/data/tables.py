@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 from PIL import Image
@@ -22,7 +24,7 @@ from PIL import Image
 from tap_flower.plain import shown
 
 _UNDECODED = re.compile("[\ud800-\udfff]")
-"""A byte of a file's name that is no UTF-8, for which a data set has no place."""
+"""A byte of a file's name that is not valid UTF-8, for which a data set has no place."""
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """A file of an image folder that gives the images other columns than a class; its column `file_name` names them."""
 
@@ -31,7 +33,7 @@ _LONGEST_LINE = 1 << 26
 
 
 def csv_table(
-    files: Sequence[str], delimiter: str = ",", encoding: str = "", missing: Sequence[str] = ()
+    files: Sequence[str], delimiter: str = ",", encoding: str = "", missing: Sequence[str] = (), quote: str = '"'
 ) -> datasets.Dataset:
     """The rows of CSV files, every value a text as it is written; an empty field is a missing value.
 
@@ -40,6 +42,7 @@ def csv_table(
         delimiter: between fields.
         encoding: of the files; nothing is UTF-8.
         missing: words that stand for a missing value too.
+        quote: character around a field that holds the delimiter or a line break; nothing where no field is quoted.
 
     Raises:
         ValueError: a line has other fields than the header, a column is named twice, or the encoding is another.
@@ -47,12 +50,12 @@ def csv_table(
     tables = []
     for file in files:
         # A line break within quotes is part of a text.
-        parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+        parse = pyarrow.csv.ParseOptions(delimiter=delimiter, quote_char=quote or False, newlines_in_values=True)
         # In one thread, errors say the line.
         read = pyarrow.csv.ReadOptions(encoding=encoding or "utf8", block_size=_LONGEST_LINE, use_threads=False)
         with Path(file).open("rb") as opened:
             if not encoding and opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise ValueError(f"{file} is UTF-16: say `encoding: utf-16`")
+                raise ValueError(f"{file} is UTF-16: set `encoding: utf-16`")
         try:
             with pyarrow.csv.open_csv(file, read_options=read, parse_options=parse) as header:
                 names = header.schema.names
@@ -65,11 +68,13 @@ def csv_table(
         except (pa.ArrowInvalid, UnicodeDecodeError) as error:
             if isinstance(error, UnicodeDecodeError) or "UTF8" in str(error):
                 known = encoding or "UTF-8"
-                raise ValueError(f"{file} is no {known}: say its `encoding`, such as latin-1 or cp1252") from error
+                raise ValueError(
+                    f"{file} is not valid {known}: set `encoding`, for example latin-1 or cp1252"
+                ) from error
             if torn := re.search(r"Row #(\d+): Expected (\d+) columns, got (\d+)", str(error)):
                 raise ValueError(
                     f"line {torn[1]} of {file} has {torn[3]} fields and its header {torn[2]}, with the delimiter "
-                    f"{delimiter!r}: say another `delimiter`, or put fields that hold it in quotes"
+                    f"{delimiter!r}: set another `delimiter`, or put fields that hold it in quotes"
                 ) from error
             raise
         if names != tables[0].column_names:
@@ -77,6 +82,15 @@ def csv_table(
                 f"{file} has the columns {', '.join(names)}, and {files[0]} {', '.join(tables[0].column_names)}"
             )
     return datasets.Dataset(pa.concat_tables(tables))
+
+
+def joined_rows(data: datasets.Dataset, delimiter: str) -> list[int]:
+    """Rows of a CSV table with a value that holds as many delimiters as the lines that it spans: a quote may be open."""
+    found: set[int] = set()
+    for column in data.data.columns:
+        breaks, delimiters = (np.asarray(pc.count_substring(column, part).fill_null(0)) for part in ("\n", delimiter))
+        found.update(np.flatnonzero((breaks > 0) & (delimiters >= breaks * (data.num_columns - 1))).tolist())
+    return sorted(found) if data.num_columns > 1 else []
 
 
 def json_table(files: Sequence[str]) -> datasets.Dataset:
@@ -95,10 +109,12 @@ def json_table(files: Sequence[str]) -> datasets.Dataset:
             columns[name] = pa.array([row.get(name) for row in rows])
         except OverflowError as error:
             raise ValueError(
-                f"column {name!r} holds a whole number of more than 64 bits: write it as a text"
+                f"column {name!r} holds a whole number outside the signed 64-bit range: write it as a text"
             ) from error
         except UnicodeEncodeError as error:
-            raise ValueError(f"column {name!r} holds half of a character: {error}") from error
+            raise ValueError(
+                f"column {name!r} holds an unpaired surrogate (half of a UTF-16 character): {error}"
+            ) from error
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise ValueError(f"column {name!r} holds values of several types: {str(error).splitlines()[0]}") from error
     return datasets.Dataset(pa.table(columns))
@@ -108,7 +124,7 @@ def _objects(file: str) -> Iterator[dict[str, Any]]:
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8: write it so") from error
+        raise ValueError(f"{file} is not valid UTF-8: save it as UTF-8") from error
     number = 0
     try:
         if text.lstrip().startswith("["):

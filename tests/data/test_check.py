@@ -111,7 +111,7 @@ def test_every_problem_is_named_with_its_rows(tmp_path: Path) -> None:
         f"{where} 'pets': test {pets} has label 'dog' in row 3, {no_label} 'ape', 'cat'",
         f"{where} 'answers': train {blank} has no column 'body' for target: choose among title, note, urgency",
         f"{where} 'answers': train {blank} cannot fill its template in rows 0, 1 (row 0: 'str object' has no attribute",
-        f"{where} 'answers': test needs 'owner/none' 'test', which cannot be had (",
+        f"{where} 'answers': test needs 'owner/none' 'test', which could not be loaded (",
     ]
     assert len(problems) == len(expected)
     for start in expected:
@@ -206,7 +206,7 @@ def test_problems_of_the_client_hide_none_of_its_tasks() -> None:
 def test_rows_that_are_set_aside_are_told(tmp_path: Path) -> None:
     spec = client_spec(spec_of(good_notes(tmp_path)))
     rows = {one.split: one.rows for one in check_data(spec, 8, 41)[0]}["train"]
-    told = f"task 'triage': it has no `validation`, so that 1 of {rows} training rows decide what is taken over, and are not"
+    told = f"task 'triage': no `validation` source: 1 of {rows} training rows are held out to decide on replacements and are"
     for hold_out in (True, False):
         notes = [str(problem) for problem in check_data(spec, 8, 41, hold_out=hold_out)[1] if problem.is_note]
         assert any(told in note for note in notes) == hold_out

@@ -69,7 +69,7 @@ def test_labels_are_names_before_they_are_places(labels: Any, classes: Any, expe
         by_place = not {str(label).removesuffix(".0").lower() for label in labels} <= {
             str(c).removesuffix(".0").lower() for c in classes
         }
-        assert ("read as places in `classes`: '0 is a', '1 is b'" in found.notes) is by_place
+        assert ("read as positions in `classes`, counted from 0: '0 is a', '1 is b'" in found.notes) is by_place
 
 
 def test_booleans_in_a_csv_file_keep_their_case(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_class_label_column_counts_by_name(tmp_path: Path) -> None:
     assert "and the data have 'neg', 'pos'" in check(source, classes=["positive", "negative"]).problems
     counted = check(source, classes=2)
     assert (counted.labels, counted.problems) == (["1", "0"], "")
-    assert "read as places" in counted.notes
+    assert "read as positions" in counted.notes
     written = check(source, "text_generation", columns={"text": "text", "target": "label"})
     assert written.train is not None
     assert [example.found["target"] for example in written.train.examples] == ["pos", "neg"]  # not "1" and "0"

@@ -33,7 +33,7 @@ def test_no_word_stands_for_a_missing_value_unless_asked(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "encoding", "more", "problem"),
     [
-        ("text,label\nrouge é,a\n", "latin-1", {}, "is no UTF-8: say its `encoding`"),
+        ("text,label\nrouge é,a\n", "latin-1", {}, "is not valid UTF-8: set `encoding`, for example latin-1"),
         ("text,label\nrouge é,a\n", "latin-1", {"encoding": "latin-1"}, ""),
         ("text,label\nrouge é,a\n", "utf-8-sig", {}, ""),
         ("text,label\nrouge é,a\n", "utf-16", {"encoding": "utf-16"}, ""),
@@ -50,10 +50,13 @@ def test_no_word_stands_for_a_missing_value_unless_asked(tmp_path: Path) -> None
         ("text,label\n\nrouge é,a\n\n\n", "utf-8", {}, ""),
         (",text,label\n0,rouge é,a\n", "utf-8", {}, ""),
         ("text, label\nx, a\n", "utf-8", {}, "has no column 'label' for label: choose among text, ' label'"),
-        ("text,label\nx,a\n", "utf-16", {}, "is UTF-16: say `encoding: utf-16`"),
+        ("text,label\nx,a\n", "utf-16", {}, "is UTF-16: set `encoding: utf-16`"),
         ("text,label\nx,a\n", "utf-8", {"encoding": "base64"}, "has encoding 'base64': give one that Python knows"),
         ("text,label\nx,a\n", "utf-8", {"delimiter": "§"}, "has delimiter '§': give one character of ASCII"),
         ("text,label\nx,a\n", "utf-8", {"delimiter": '"'}, "has delimiter '\"': give one character of ASCII"),
+        ("text,label\n'rouge é',a\n", "utf-8", {"quote": "'"}, ""),
+        ("text,label\nx,a\n", "utf-8", {"quote": "''"}, "has quote \"''\": give one character of ASCII, or ''"),
+        ("text,label\nx,a\n", "utf-8", {"quote": ","}, "has quote ',': give one character"),
         ("text,label\nx,a\n", "utf-8", {"encoding": "utf-9"}, "has encoding 'utf-9': give one that Python knows"),
         ("text,label\nx,a\n", "utf-8", {"delimiter": "::"}, "has delimiter '::': give one character"),
     ],
@@ -64,6 +67,16 @@ def test_csv_files(text: str, encoding: str, more: Any, problem: str, tmp_path: 
         assert problem in found.problems
     else:
         assert (found.problems, found.texts) == ("", ["rouge é"])
+
+
+def test_rows_that_a_quote_joins_are_told(tmp_path: Path) -> None:
+    text = 'text,label\n"5 inch,a\nsaw,b\n"8 inch,a\n"two\nlines",b\n'
+    found = check(csv(tmp_path, text))
+    assert 'has a value that spans lines and may hold whole rows in row 0: if a " opens it' in found.notes
+    assert found.texts == ["5 inch,a\nsaw,b\n8 inch", "two\nlines"]
+    found = check(csv(tmp_path, text.replace('"two\nlines"', "two"), quote=""))
+    assert (found.texts, found.labels) == (['"5 inch', "saw", '"8 inch'], ["a", "b", "a"])
+    assert "spans lines" not in found.notes
 
 
 @pytest.mark.parametrize(
@@ -77,8 +90,11 @@ def test_csv_files(text: str, encoding: str, more: Any, problem: str, tmp_path: 
         ([{"label": "a"}, {"label": "b", "text": "x"}], "has no text in row 0"),
         ([{"text": "x"}, {"label": "b", "text": "x"}], "has no label in row 0"),
         (['{"text": NaN, "label": "a"}'], "has no text in row 0"),
-        (['{"text": "\\ud800", "label": "a"}'], "column 'text' holds half of a character"),
-        ([{"text": 10**30, "label": "a"}], "column 'text' holds a whole number of more than 64 bits"),
+        (
+            ['{"text": "\\ud800", "label": "a"}'],
+            "column 'text' holds an unpaired surrogate (half of a UTF-16 character)",
+        ),
+        ([{"text": 10**30, "label": "a"}], "column 'text' holds a whole number outside the signed 64-bit range"),
         ([{"text": "x", "label": True}, {"text": "y", "label": 1}], "column 'label' holds values of several types"),
         (['[{"text": "x", "label": "a"},]'], "write a list of objects, or one object a line"),
         (["[]"], "it holds no rows"),
@@ -176,7 +192,7 @@ def test_parts_by_hash_keep_what_belongs_together(tmp_path: Path) -> None:
     assert "share" not in train.notes
     assert "lacks" not in train.problems
     assert "has no column 'person' for `by`" in check(source | {"part": [0, 0.5], "by": ["person"]}).problems
-    assert "has part or by alone" in check(source | {"part": [0, 0.5]}).problems
+    assert "sets only one of `part` and `by`: give both" in check(source | {"part": [0, 0.5]}).problems
 
 
 def test_inputs_that_splits_share_are_told(tmp_path: Path) -> None:
