@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tap_flower.core.components import ComponentMap, Pair, State, load_trainable_state
+from tap_flower.core.components import ComponentMap, Pair, State, load_trainable_state, trainable_state
 
 PARTS = (0.25, 0.5, 0.75)
 """The α between 0 and 1 that are tried."""
@@ -108,9 +108,9 @@ def replace(
     for decision in decisions:
         for name in component_map.tensors_of(decision.pair) if decision.replaced else ():
             shares[name] = max(decision.share, shares.get(name, 0.0))
-    mine = dict(personal.named_parameters())
+    mine = {name: value.float() for name, value in trainable_state(personal).items()}  # a count has whole numbers
     taken = {
-        name: source[name] if share == 1 else mine[name].detach().lerp(source[name].to(mine[name]), share)
+        name: source[name] if share == 1 else mine[name].lerp(source[name].to(mine[name]), share)
         for name, share in shares.items()
     }
     load_trainable_state(personal, taken, taken.keys())

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tap_flower.core.components import ComponentMap, Pair
-from tap_flower.core.replacement import decide, replace
+from tap_flower.core.replacement import Decision, decide, replace
 
 READ, SEE = Pair("read", ("text",)), Pair("see", ("image",))
 
@@ -64,3 +64,23 @@ def test_exactly_the_tensors_that_the_pair_reaches_are_copied(replaced: set[str]
     decisions = decide(MAP, losses, {"read": 1.0, "see": 1.0}, {"read": 0.1, "see": 0.1})
     assert replace(personal, source, MAP, decisions) == moved
     assert {name for name, value in personal.named_parameters() if value[0] == 2.0} == moved
+
+
+class Normed(nn.Module):
+    moving = frozenset({"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+
+@pytest.mark.parametrize(("share", "mean", "batches"), [(1.0, 4.0, 7), (0.25, 1.0, 1)])
+def test_buffers_that_training_changes_are_mixed_too(share: float, mean: float, batches: int) -> None:
+    model = Normed()
+    source = {name: torch.full_like(value, 4.0) for name, value in model.state_dict().items()}
+    source["norm.num_batches_tracked"] = torch.tensor(7.0)  # as `cpu_state` gives it
+    component_map = ComponentMap(dict.fromkeys(source, "norm"), {READ: frozenset({"norm"})})
+    assert replace(model, source, component_map, [Decision(READ, 0.0, 1.0, 0.0, share)]) == set(source)
+    assert model.norm.running_mean is not None
+    assert model.norm.running_mean.tolist() == [mean, mean]  # of 0 and 4
+    assert int(model.norm.num_batches_tracked or 0) == batches  # of 0 and 7, rounded down
