@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from flwr.app import MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result
 
 from tap_flower.config import Config
+from tap_flower.errors import MessageError
+from tap_flower.plain import shown
 from tap_flower.report.results import results
 from tap_flower.server.checkpoint import Progress
 from tap_flower.server.privacy import Privacy
@@ -55,16 +58,38 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
     Args:
         contents: of the replies; the metrics are numbers, or lists of equal length.
         weighted_by_key: key of the weight.
+
+    Raises:
+        MessageError: a weight cannot be used, or lists of one name differ in length.
     """
     sums: dict[str, Any] = {}
     weights: dict[str, float] = {}
     for record in (record for content in contents for record in content.metric_records.values()):
-        weight = float(cast(float, record[weighted_by_key]))
+        weight = weight_of(record, weighted_by_key)
         for name, value in record.items():
             if name != weighted_by_key and weight:
-                sums[name] = sums.get(name, 0.0) + weight * np.asarray(value, np.float64)
+                values = weight * np.asarray(value, np.float64)
+                if np.shape(sums.get(name, values)) != values.shape:
+                    raise MessageError(f"metric {shown(name)} has another length on some clients than on others")
+                sums[name] = sums.get(name, 0.0) + values
                 weights[name] = weights.get(name, 0.0) + weight
     return MetricRecord({name: (total / weights[name]).tolist() for name, total in sums.items()})
+
+
+def weight_of(record: MetricRecord, weighted_by_key: str) -> float:
+    """The weight of a client's metrics in their mean.
+
+    Raises:
+        MessageError: it is missing, or no finite number from 0 on.
+    """
+    weight = record.get(weighted_by_key)
+    if isinstance(weight, int | float) and 0 <= weight < math.inf:
+        return float(weight)
+    found = "is missing" if weight is None else f"is {shown(weight)}"
+    raise MessageError(
+        f"the metric {weighted_by_key!r}, by which weighted_by_key weights the others, {found}: return a number from 0 on, "
+        f"or set weighted_by_key to a metric that all clients return"
+    )
 
 
 def told(names: Collection[str]) -> str:

@@ -6,7 +6,7 @@ import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -16,13 +16,13 @@ from flwr.serverapp.strategy import Strategy
 from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
 from tap_flower.config import Config, load_config
-from tap_flower.errors import ConfigError, RunError
+from tap_flower.errors import ConfigError, MessageError, RunError
 from tap_flower.methods.registry import find_method
 from tap_flower.report.results import RESULTS
 from tap_flower.server import checkpoint
 from tap_flower.server.checkpoint import Progress
 from tap_flower.server.grid import StreamingGrid
-from tap_flower.server.result import TapResult, mean_metrics, round_in_words, told
+from tap_flower.server.result import TapResult, mean_metrics, round_in_words, told, weight_of
 from tap_flower.server.roster import Roster
 from tap_flower.server.server_run import ServerRun
 from tap_flower.wire import messages
@@ -51,7 +51,7 @@ class TapStrategy(Strategy):
         min_train_nodes: fewest clients that train in a round; by default 2 where `fraction_train` is given, else none.
         min_available_nodes: number of clients that a run waits for at its start, `config.start_timeout` seconds at most. By
             default those that the configuration names, or as many as train in a round.
-        weighted_by_key: key of the weight in the clients' MetricRecords.
+        weighted_by_key: key of the weight in the clients' MetricRecords; a round drops a reply without a usable weight.
         train_metrics_aggr_fn: aggregates the clients' MetricRecords of a round; by default the weighted mean of each metric
             over the clients that have it.
         evaluate_metrics_aggr_fn: aggregates the clients' MetricRecords of the evaluation; by default the same mean.
@@ -271,6 +271,9 @@ class TapStrategy(Strategy):
             report = messages.decode(content, Report, "the reply")
             report.check(run.roster.manifests[name], server_round)
             run.attendance.check_state(name, report.state)
+            if self.train_metrics_aggr_fn is mean_metrics:
+                for record in content.metric_records.values():
+                    weight_of(record, self.weighted_by_key)
             average.add(name, messages.tensors_of(content, self.config.wire.encoding))
             run.reports[name] = report
             run.count(run.progress.up, content)
@@ -332,7 +335,13 @@ class TapStrategy(Strategy):
         return self._aggregated(self.evaluate_metrics_aggr_fn, good)
 
     def _aggregated(self, aggregate: Aggregate, contents: list[RecordDict]) -> MetricRecord | None:
-        return aggregate(contents, self.weighted_by_key) if contents else None
+        if not contents:
+            return None
+        try:
+            return aggregate(contents, self.weighted_by_key)
+        except MessageError as error:  # of the default mean: the clients' results do not depend on it
+            log(WARNING, "The clients' metrics are not aggregated: %s", error)
+            return None
 
     def _evaluate_globally(self, evaluate_fn: EvaluateFn | None, server_round: int, arrays: ArrayRecord) -> None:
         """Calls the project's own evaluation on the server."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from tap_flower.data.batching import ClientData
@@ -18,6 +18,7 @@ from tap_flower.errors import DivergedError, RunError
 from tap_flower.methods import tap
 from tap_flower.methods.registry import METHODS
 from tap_flower.report.events import read_events
+from tap_flower.wire.messages import METRICS
 from tap_flower.wire.tensors import decode_tensors
 from tests.federation.runs import (
     EVERYBODY,
@@ -87,6 +88,43 @@ def test_a_bad_reply_is_dropped_and_logged_and_the_round_goes_on(
     assert rounds[1]["dropped"] == []
     assert results["clients"].keys() == EVERYBODY
     assert all(bool(t.isfinite().all()) for t in strategy.roster.tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("weight", "found"), [(None, "is missing"), ([1, 2], r"is \[1, 2\]"), (-1, "is -1"), (math.nan, "is nan")]
+)
+def test_a_weight_that_cannot_be_used_is_named_and_no_result_is_lost(
+    federation: ToyFederation, replies: Replies, weight: Any, found: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = MetricRecord({"train-loss": 1.0} if weight is None else {"train-loss": 1.0, "num-examples": weight})
+
+    def of_ann(message: Message, reply: Message) -> Message:
+        if message.metadata.dst_node_id != 100 or METRICS not in reply.content:
+            return reply
+        return Message(RecordDict({**reply.content, METRICS: record}), reply_to=message)
+
+    result = federation.strategy().start(Playback(replies, tamper=of_ann))
+    dropped = [(e["who"], e["problem"]) for e in read_events(federation.out) if e["event"] == "dropped"]
+    assert [who for who, _ in dropped] == ["client 'ann'"] * 2  # of each round
+    assert re.search(f"the metric 'num-examples', by which weighted_by_key weights the others, {found}", dropped[0][1])
+    assert result.train_metrics_clientapp.keys() == {1, 2}
+    assert result.clients.keys() == EVERYBODY
+    assert (result.personalise_metrics_clientapp, result.evaluate_metrics_clientapp) == ({}, {})
+    assert caplog.text.count("The clients' metrics are not aggregated: the metric 'num-examples'") == 2
+
+
+def test_metrics_of_other_lengths_are_not_aggregated(
+    federation: ToyFederation, replies: Replies, caplog: pytest.LogCaptureFixture
+) -> None:
+    def growing(message: Message, reply: Message) -> Message:
+        if METRICS not in reply.content:
+            return reply
+        curve = MetricRecord({"num-examples": 1, "curve": [1.0] * (message.metadata.dst_node_id - 98)})
+        return Message(RecordDict({**reply.content, METRICS: curve}), reply_to=message)
+
+    result = federation.strategy().start(Playback(replies, tamper=growing))
+    assert (result.clients.keys(), result.train_metrics_clientapp) == (EVERYBODY, {})
+    assert "metric 'curve' has another length on some clients than on others" in caplog.text
 
 
 @each_kind
