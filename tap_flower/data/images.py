@@ -22,7 +22,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from tap_flower import hub
 from tap_flower.data.fields import ImageForm
-from tap_flower.data.sources import OPEN, RowError, open_source
+from tap_flower.data.sources import OPEN, RowError, SourceError, folder_of, open_source
 from tap_flower.data.spec import ClientSpec, Source
 from tap_flower.errors import BackboneError
 
@@ -226,13 +226,13 @@ class LazyImages:
         data: a data set.
         column: of images, of the bytes of their files, or of the files' paths.
         form: that the images are brought to.
-        folder: where relative paths start.
+        folder: where relative paths start; None allows none.
 
     Attributes:
         decodes: how many images have been decoded.
     """
 
-    def __init__(self, data: datasets.Dataset, column: str, form: ImageForm, folder: Path = Path()) -> None:
+    def __init__(self, data: datasets.Dataset, column: str, form: ImageForm, folder: Path | None = Path()) -> None:
         self._data = data.select_columns([column])
         if isinstance(self._data.features[column], datasets.Image):
             self._data = self._data.cast_column(column, datasets.Image(decode=False))
@@ -249,7 +249,9 @@ class LazyImages:
         with _lock:
             pixels = _decoded.get(key)
         if pixels is None:
-            pixels = pixels_of(self.original(row), self.form)
+            image = self.original(row)
+            with self._row_told(row):
+                pixels = pixels_of(image, self.form)
             with _lock:
                 if pixels.nbytes <= _decoded.maxsize:
                     _decoded[key] = pixels
@@ -287,16 +289,24 @@ class LazyImages:
             return open_image(self._file(row), self.form.background, self.form.size)
 
 
-def _file(value: object, folder: Path) -> Path | BytesIO:
+def _path(value: str, folder: Path | None) -> Path:
+    if _ADDRESS.match(value):
+        raise ValueError(f"{value} is an address: download the file, and give its path")
+    if folder is None and not Path(value).is_absolute():
+        raise ValueError(
+            f"{value} starts at the table's folder, and the tables lie in several: list each as a source of its own"
+        )
+    return Path(folder or "", value)
+
+
+def _file(value: object, folder: Path | None) -> Path | BytesIO:
     """The file of an image column's value."""
     if isinstance(value, Mapping):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, bytes):
         return BytesIO(value)
     if isinstance(value, str) and value:
-        if _ADDRESS.match(value):
-            raise ValueError(f"{value} is an address: download the file, and give its path")
-        return folder / value
+        return _path(value, folder)
     what = "is empty" if value in (None, "") else f"holds a {type(value).__name__}"
     raise ValueError(f"the column {what}: give an image, its file's bytes, or its file's path")
 
@@ -313,4 +323,20 @@ def images_of(source: Source, root: str, column: str, form: ImageForm) -> LazyIm
 
 @lru_cache(maxsize=OPEN)
 def _images(source: Source, root: str, column: str, form: ImageForm) -> LazyImages:
-    return LazyImages(open_source(source, root), column, form, Path(source.path).parent)
+    return LazyImages(open_source(source, root), column, form, folder_of(source))
+
+
+def with_absolute_paths(data: datasets.Dataset, column: str, source: Source) -> datasets.Dataset:
+    """The rows of a source with its images' paths made absolute, so that they can be kept elsewhere.
+
+    Raises:
+        SourceError: a path is relative, and the source's files lie in several folders.
+    """
+    if data.features[column] != datasets.Value("string"):
+        return data
+    folder = folder_of(source)
+    try:
+        paths = [str(_path(value, folder).absolute()) if value else value for value in data[column]]
+    except ValueError as error:
+        raise SourceError(f"column {column!r} of {source}: {error}") from error
+    return data.remove_columns(column).add_column(column, paths)

@@ -173,6 +173,14 @@ def _files(path: str) -> list[str]:
     return files
 
 
+def folder_of(source: Source) -> Path | None:
+    """The folder that a source lies in; None where a pattern finds its files in several."""
+    if source.format not in ("csv", "json", "parquet"):
+        return Path(source.path).parent
+    folders = {Path(file).parent for file in _files(source.path)}
+    return folders.pop() if len(folders) == 1 else None
+
+
 def _reason(error: BaseException) -> str:
     """The reader's own reason: `datasets` puts a sentence that says nothing in front of it."""
     while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:

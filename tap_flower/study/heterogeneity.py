@@ -18,6 +18,7 @@ import yaml
 from tap_flower.config import Config, client_specs, load_config, plain
 from tap_flower.core.seeds import named_seed
 from tap_flower.core.tasks import TASK_KINDS
+from tap_flower.data.images import with_absolute_paths
 from tap_flower.data.sources import open_source, rows_of, values_of
 from tap_flower.data.spec import SPLITS, Source, TaskSpec
 from tap_flower.errors import ConfigError
@@ -178,20 +179,25 @@ def _skewed(config: Config, alpha: float, seed: int, folder: Path) -> tuple[list
             deal = dealt(pool.labels, list(pool.counts.values()), of_clients, named_seed(seed, "deal", name, split))
             for number, places in zip(pool.counts, deal, strict=True):
                 source, rows = pool.sources[number], [pool.rows[at] for at in places]
-                place = _written(source, rows, root, folder / name, f"{specs[number].name}-{split}")
+                image = tasks[number].fields(source).get("image")
+                columns = image.columns if image else ()
+                place = _written(source, rows, root, folder / name, f"{specs[number].name}-{split}", columns)
                 kept = {"domain": source.domain, "columns": source.columns, "templates": source.templates}
                 (entry,) = (task for task in clients[number]["tasks"] if task["name"] == name)
                 entry[split] = {"format": "disk", "path": str(place.resolve()), **{k: v for k, v in kept.items() if v}}
     return clients, set(held)
 
 
-def _written(source: Source, rows: Sequence[int], root: str, folder: Path, name: str) -> Path:
-    """The folder that holds these rows, which other rows of that name do not have."""
-    digest = hashlib.sha256(repr((source.place, rows)).encode()).hexdigest()[:12]
+def _written(source: Source, rows: Sequence[int], root: str, folder: Path, name: str, images: Sequence[str]) -> Path:
+    """The folder that holds these rows, which other rows of that name do not have; paths of `images` become absolute."""
+    digest = hashlib.sha256(repr((source.place, rows, images)).encode()).hexdigest()[:12]
     place, part = folder / f"{name}-{digest}", folder / f"{name}.part"
     if not place.exists():
         shutil.rmtree(part, ignore_errors=True)  # of a study that was killed
-        open_source(source, root).select(rows).save_to_disk(str(part))
+        data = open_source(source, root).select(rows)
+        for column in images:
+            data = with_absolute_paths(data, column, source)
+        data.save_to_disk(str(part))
         part.rename(place)
     return place
 

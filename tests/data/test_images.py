@@ -8,13 +8,15 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
 
 from tap_flower.data.fields import ImageForm
-from tap_flower.data.images import open_image, pixels_of
+from tap_flower.data.images import LazyImages, open_image, pixels_of
+from tap_flower.data.sources import RowError
 from tests.data.people import BLUE, RED, check, csv, one_image, parquet, picture
 
 RAMP = np.tile(np.linspace(0, 1, 64), (64, 1))
@@ -45,6 +47,27 @@ def test_deep_images_are_scaled_by_what_their_type_says(values: Any, suffix: str
 )
 def test_images_without_a_scale_are_refused(values: Any, problem: str, tmp_path: Path) -> None:
     assert problem in one_image(tmp_path, Image.fromarray(values), "tif").problems
+
+
+@pytest.mark.parametrize(
+    ("pattern", "problem"), [("[[]*/rows.csv", "list each as a source of its own"), ("[[]a]/r*.csv", "")]
+)
+def test_paths_start_at_the_folder_of_the_files_that_a_pattern_finds(
+    pattern: str, problem: str, tmp_path: Path
+) -> None:
+    for name in ("[a]", "[b]"):
+        picture(tmp_path / name / "1.png")
+        (tmp_path / name / "rows.csv").write_text("image,label\n1.png,a\n")
+    found = check({"format": "csv", "path": str(tmp_path / pattern)}, "image_classification").problems
+    assert problem in found
+    assert problem or not found
+
+
+def test_an_image_that_is_too_thin_names_its_row(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 9000)).save(tmp_path / "1.png")
+    data = datasets.Dataset.from_dict({"image": [str(tmp_path / "1.png")]})
+    with pytest.raises(RowError, match="has no image in row 0 of column 'image'"):
+        LazyImages(data, "image", ImageForm(8, "pad"))[0]
 
 
 def test_twelve_bits_in_sixteen_are_told(tmp_path: Path) -> None:

@@ -70,6 +70,23 @@ def test_the_clients_of_a_task_share_out_its_rows_anew(tmp_path: Path) -> None:
     assert "tap, alpha-50, seed 1: task &#39;languages&#39; has no results of tap, and is left out." in page
 
 
+def test_paths_of_images_still_lead_to_them(tmp_path: Path) -> None:
+    task = {"name": "t", "kind": "image_classification", "modalities": ["image"], "domain": "d", "classes": ["a", "b"]}
+    clients = []
+    for name in ("ann", "bob"):
+        split = {"format": "csv", "path": "scans/rows.csv", "rows": [0, 20] if name == "ann" else [20, 40]}
+        whole = {**task, "columns": {"image": "file", "label": "label"}, "train": split, "test": split}
+        clients.append({"name": name, "backbone": "demo", "tasks": [whole]})
+    (tmp_path / "scans").mkdir()
+    rows = "".join(f"{n}.png,{'ab'[n % 2]}\n" for n in range(40))
+    (tmp_path / "scans" / "rows.csv").write_text(f"file,label\n{rows}")
+    (tmp_path / "clients.yaml").write_text(yaml.safe_dump({"clients": clients}))
+    study = heterogeneity_study("demo", str(tmp_path / "clients.yaml"), [], [1], ["tap"], [1.0], tmp_path / "out")
+    made = yaml.safe_load(Path(study.runs[0].config).read_text())["clients"]
+    files = datasets.load_from_disk(made[0]["tasks"][0]["train"]["path"])["file"]
+    assert {Path(file).parent for file in files} == {tmp_path / "scans"}
+
+
 def test_what_cannot_be_skewed_is_an_error(tmp_path: Path) -> None:
     def plan(clients: list[dict[str, Any]], alpha: float) -> None:
         (tmp_path / "clients.yaml").write_text(yaml.safe_dump({"clients": clients}))
