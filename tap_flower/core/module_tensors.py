@@ -46,12 +46,12 @@ class Names:
         """Plain name and value of each parameter."""
         return ((self.plain(name), parameter) for name, parameter in module.named_parameters())
 
-    def buffers(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Plain name and value of each buffer that the module's `state_dict` has; others are its caches."""
+    def buffers(self, module: nn.Module, persistent: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Plain name and value of each buffer that the module's `state_dict` has, or of the others, which are its caches."""
         parts = dict(module.named_modules(remove_duplicate=False))
         for name, buffer in module.named_buffers():
             path, _, last = name.rpartition(".")
-            if last not in parts[path]._non_persistent_buffers_set:
+            if persistent is (last not in parts[path]._non_persistent_buffers_set):
                 yield self.plain(name), buffer
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
@@ -138,6 +138,8 @@ class BuiltModule:
             ((n, p) for n, p in self.names.parameters(module) if p.requires_grad), self.names.buffers(self._template)
         )
         self.values: dict[str, Tensor] = {name: value.detach().cpu().clone() for name, value in kept}
+        caches = self.names.buffers(self._template, persistent=False)
+        self._caches = {name: value.detach().cpu().clone() for name, value in caches}
         self.unstable: State | None = None
         self._given = [weakref.ref(tensor) for tensor in self.names.tensors(module).values()]
 
@@ -195,3 +197,8 @@ class BuiltModule:
                 self.values[name] = tensor.detach().cpu().clone()
             if name in self.values:
                 tensor.copy_(first.get(name, self.values[name]))
+        for name, cache in self.names.buffers(module, persistent=False):
+            value = self._caches.get(name)
+            alike = value is not None and (value.shape, value.dtype) == (cache.shape, cache.dtype)
+            if value is not None and alike and not value.equal(cache.cpu()):
+                cache.copy_(value)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ Forward = Callable[[Any, Any], Any]
 """(module, batch) -> output of a task."""
 Patterns = Mapping[str, str | Sequence[str]]
 """Component, or task -> patterns (`*`, `?`) of the names of its tensors."""
+_Lists = Mapping[str, Sequence[str]]
 PERSONAL, AVERAGE = "personal", "average"
 """What becomes of buffers that training changes: they stay on the client, or are averaged like parameters."""
 _EXAMPLES = (2, 8)
@@ -102,7 +104,8 @@ def parts_of(
     Raises:
         ClientError: a task cannot be run, or a pattern does not fit.
     """
-    given, module = dict(reach or {}), built.take()
+    given, grouped = _lists(reach) or {}, _lists(patterns)
+    module = built.take().cpu()  # its last use may have been on a GPU
     if unknown := sorted(given.keys() - {task.pair.task for task in tasks}):
         raise ClientError(f"`reach` names the task {unknown[0]!r}: the client has no such task")
     still = {id(buffer) for part in still_norms(module) for buffer in part.buffers()}
@@ -114,16 +117,24 @@ def parts_of(
         if id(buffer) not in still
     }
     reached: dict[Pair, set[str]] = {}
+    caches = _marks(built.names.buffers(module, persistent=False))
     with seeded(named_seed(seed, "trace")):
         for task in tasks:
-            name, before, found = task.pair.task, _marks(built, module), set(built.trainable)
+            name, before, found = task.pair.task, _marks(_fixed(built, module)), set(built.trainable)
             if task.forward is not None:
-                found = _tried(task, built, module.cpu(), name in given)
+                found = _tried(task, built, module, name in given)
             elif not task.own_loop:
                 raise ClientError(f"task {name!r}: it has no `forward`: give (module, batch) -> output")
-            moved = {tensor for tensor, mark in _marks(built, module).items() if before[tensor] != mark}
+            moved = {tensor for tensor, mark in _marks(_fixed(built, module)).items() if before[tensor] != mark}
             moving |= moved
             reached[task.pair] = (_fitting(name, given[name], built.trainable) if name in given else found) | moved
+    for name, (place, version) in _marks(built.names.buffers(module, persistent=False)).items():
+        if name in caches and caches[name][0] == place and caches[name][1] != version:
+            log.warning(
+                "training changes %r, a buffer with persistent=False: it is not kept, and each model starts with the value "
+                "that it was built with; register it with persistent=True if that value matters",
+                name,
+            )
     built.give_back(module)
     for name in sorted(moving):
         if name not in built.values:
@@ -135,7 +146,7 @@ def parts_of(
     for names in reached.values():
         layers = {_layer(name) for name in names}
         names |= {name for name in moving if _layer(name) in layers}
-    return _parts(built, reached, moving, patterns, buffers)
+    return _parts(built, reached, moving, grouped, buffers)
 
 
 def _tried(task: TracedTask, built: BuiltModule, module: nn.Module, given: bool) -> set[str]:
@@ -161,8 +172,7 @@ def _tried(task: TracedTask, built: BuiltModule, module: nn.Module, given: bool)
         if kind.name in TASK_KINDS:
             _check_tensor(f"task {name!r}: `forward`", output, "of a classifier the logits [examples, classes]")
             check_comparison(kind, name, output, target)
-        told = of_the_user(f"task {name!r}: the losses of kind {kind.name!r}", kind.losses, task.forward, task.target)
-        with told, computing(name):
+        with _losses_told(task), computing(name):
             losses = kind.losses(output, target)
         _check_units(f"task {name!r}: the losses", losses)
         _check_not_stretched(task, output, target, losses)
@@ -195,12 +205,19 @@ def _check_tensor(what: str, found: Any, form: str) -> None:
         raise ClientError(f"{what} returned a {type(found).__name__}{told}: return a tensor, {form}")
 
 
+def _losses_told(task: TracedTask) -> AbstractContextManager[None]:
+    what = f"task {task.pair.task!r}: the losses of kind {task.kind.name!r}"
+    return of_the_user(what, task.kind.losses, task.forward, task.target)
+
+
 def _check_not_stretched(task: TracedTask, output: Any, target: Any, losses: Tensor) -> None:
     """Refuses [B, 1] against [B], which torch would stretch to [B, B]: losses of a part of the batch differ then."""
     both = isinstance(output, Tensor) and isinstance(target, Tensor)
-    if not both or output.shape == target.shape or output.numel() != target.numel() or len(output) < 2:
+    if not both or output.shape == target.shape or output.numel() != target.numel():
         return
-    with torch.no_grad():
+    if output.shape[:1] != target.shape[:1] or len(output) < 2:
+        return
+    with torch.no_grad(), _losses_told(task):
         first = task.kind.losses(output[:1], target[:1])
     if not torch.allclose(first, losses[: len(first)], rtol=1e-3, equal_nan=True):
         raise ClientError(
@@ -216,15 +233,19 @@ def _check_units(what: str, found: Any) -> None:
         raise ClientError(f"{what} are one for each example or token, a tensor of shape [units], not of {told}")
 
 
-def _marks(built: BuiltModule, module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Name -> what changes when a tensor that is not trained does."""
-    names = built.names
-    frozen = [(name, parameter) for name, parameter in names.parameters(module) if not parameter.requires_grad]
-    return {name: (tensor.data_ptr(), tensor._version) for name, tensor in [*frozen, *names.buffers(module)]}
+def _fixed(built: BuiltModule, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each tensor that is not trained."""
+    frozen = ((name, parameter) for name, parameter in built.names.parameters(module) if not parameter.requires_grad)
+    return chain(frozen, built.names.buffers(module))
+
+
+def _marks(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[int, int]]:
+    """Name -> what changes when a tensor does: where it is, and how often it was changed there."""
+    return {name: (tensor.data_ptr(), tensor._version) for name, tensor in tensors}
 
 
 def _parts(
-    built: BuiltModule, reached: Mapping[Pair, set[str]], moving: set[str], patterns: Patterns | None, buffers: str
+    built: BuiltModule, reached: Mapping[Pair, set[str]], moving: set[str], patterns: _Lists | None, buffers: str
 ) -> Parts:
     """Which tensor belongs to which component, and which components each pair reaches."""
     anywhere = set().union(*reached.values())
@@ -241,11 +262,11 @@ def _parts(
                 )
     else:
         component_of = _matched([n for n in held if n not in moving], patterns)
-        component_of |= {n: _fits(n, patterns)[0] if _fits(n, patterns) else _layer(n) for n in held if n in moving}
+        component_of |= {n: (_fits(n, patterns) or [_layer(n)])[0] for n in held if n in moving}
     if local := [name for name in built.trainable if name not in anywhere]:
         log.warning(
-            "no task reaches the trainable tensors %s: what no task reaches is not averaged and stays on the client; say by "
-            "`reach` what a task reaches that its first examples do not show",
+            "no task reaches the trainable tensors %s: they are not averaged and stay on the client; if a task uses them on "
+            "other examples, list them in `reach`",
             ", ".join(map(repr, local[:5])) + (f" and {len(local) - 5} more" if len(local) > 5 else ""),
         )
     counts = {name for name in moving if not built.values[name].is_floating_point()}  # of batches, say
@@ -259,14 +280,19 @@ def _layer(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
-def _fits(name: str, patterns: Patterns) -> list[str]:
+def _lists(patterns: Patterns | None) -> _Lists | None:
+    if patterns is None:
+        return None
+    return {key: [wanted] if isinstance(wanted, str) else wanted for key, wanted in patterns.items()}
+
+
+def _fits(name: str, patterns: _Lists) -> list[str]:
     """The components, or tasks, one of whose patterns a name fits."""
-    lists = {key: [p] if isinstance(p, str) else p for key, p in patterns.items()}
-    return [key for key, wanted in lists.items() if any(fnmatchcase(name, p) for p in wanted)]
+    return [key for key, wanted in patterns.items() if any(fnmatchcase(name, p) for p in wanted)]
 
 
-def _fitting(task: str, wanted: str | Sequence[str], names: Sequence[str]) -> set[str]:
-    for pattern in [wanted] if isinstance(wanted, str) else wanted:
+def _fitting(task: str, wanted: Sequence[str], names: Sequence[str]) -> set[str]:
+    for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ClientError(
                 f"`reach` of task {task!r}: {pattern!r} fits no trainable tensor: the model has {', '.join(names[:5])} …"
@@ -274,7 +300,7 @@ def _fitting(task: str, wanted: str | Sequence[str], names: Sequence[str]) -> se
     return {name for name in names if _fits(name, {task: wanted})}
 
 
-def _matched(names: Sequence[str], patterns: Patterns) -> dict[str, str]:
+def _matched(names: Sequence[str], patterns: _Lists) -> dict[str, str]:
     component_of = {}
     for name in names:
         fits = _fits(name, patterns)

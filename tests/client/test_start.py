@@ -174,6 +174,61 @@ def test_what_moves_and_cannot_be_kept_is_refused(model: type[nn.Module], proble
         session(Client("ann", model, [digits(0)]))
 
 
+class Away(nn.Module):
+    """On its way to the CPU its tensors get other places, as from a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.still, self.own = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 3)
+        self.register_buffer("mask", torch.ones(4))
+
+    def cpu(self) -> Away:
+        return self._apply(torch.clone)
+
+    def see(self, x: Tensor) -> Tensor:
+        return self.own(self.still(x) * self.mask)
+
+
+def test_a_change_of_device_is_no_change_by_training() -> None:
+    outline = session(Client("ann", Away, [digits(0)])).outline
+    assert outline.moving == frozenset()
+
+
+class Centred(nn.Module):
+    """Keeps a mean that is not in its `state_dict`, and a constant."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(4), persistent=False)
+        self.register_buffer("scale", torch.ones(4), persistent=False)
+
+    def see(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.mean(0).detach(), 0.1)
+        return self.own((x - self.mean) * self.scale)
+
+
+def test_a_buffer_that_is_not_kept_is_told_and_starts_as_it_was_built(caplog: pytest.LogCaptureFixture) -> None:
+    made = session(Client("ann", Centred, [digits(0)]))
+    assert "training changes 'mean', a buffer with persistent=False" in caplog.text
+    assert "'scale'" not in caplog.text
+    model = made.model()
+    assert not model.own_module.mean.any()  # type: ignore[operator, union-attr]
+
+
+def per_token(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(output.reshape(-1), target, reduction="none")
+
+
+def test_losses_of_tokens_may_have_a_flat_target() -> None:
+    kind = TaskKind.of("tokens", per_token, lambda s, t, y, k: (s - t).square().reshape(-1))
+    target = lambda batch: nn.functional.one_hot(batch[1], 3).float().reshape(-1)  # noqa: E731
+    assert session(Client("ann", net, [replace(digits(0), kind=kind, target=target)])).outline.component_map.reach
+
+
 def test_a_choice_for_buffers_that_there_is_not() -> None:
     with pytest.raises(ClientError, match="client 'ann' has buffers='mean': use 'personal' or 'average'"):
         Client("ann", net, [digits(0)], buffers="mean")
