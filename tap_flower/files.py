@@ -139,7 +139,12 @@ def write_tensors(
     """
     text = json.dumps(record)
     metadata = {_RECORD: text, _CHECKSUM: _checksum(text, tensors)}
-    return write_atomically(path, save(dict(tensors), metadata=metadata), durable)
+    own, places = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():  # safetensors refuses two names of one memory
+        place = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if place in places else tensor
+        places.add(place)
+    return write_atomically(path, save(own, metadata=metadata), durable)
 
 
 def _checksum(record: str, tensors: Mapping[str, Tensor]) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,27 @@ def test_precedence(tmp_path: Path) -> None:
             "the configuration: train.accumulation = 5000 is out of bounds",
         ),
         (["clients=[3]"], r"client '\?' is 3"),
+        (
+            ["clients=[]", "groups=3"],
+            r"setting 'groups=3': groups makes no clients where setting 'clients=\[\]' lists them",
+        ),
+        (["preset=flava"], "setting 'preset=flava' has preset 'flava', and the run has 'demo': choose one"),
+        (
+            ["train.start_learning_rate=0.01"],
+            "train.start_learning_rate = 0.01 is above train.learning_rate = 0.001, its peak",
+        ),
     ],
 )
 def test_a_wrong_setting_names_key_value_and_remedy(settings: list[str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         client_specs(load_config("demo", "", settings))
+
+
+def test_a_file_of_another_preset_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("preset: flava\n")
+    with pytest.raises(ConfigError, match="run.yaml' has preset 'flava', and the run has 'demo': .*--preset flava"):
+        load_config("demo", str(tmp_path / "run.yaml"))
+    assert load_config("flava", str(tmp_path / "run.yaml")).preset == "flava"
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:
@@ -108,6 +125,7 @@ def test_the_learning_rate_warms_up() -> None:
     assert train.optimisation(1).learning_rate == pytest.approx(1e-4)
     assert train.optimisation(11).learning_rate == pytest.approx(2e-4)
     assert train.optimisation(21).learning_rate == train.optimisation(150).learning_rate == pytest.approx(3e-4)
+    assert Train(learning_rate=0.5).optimisation(1).learning_rate == 0.5
     assert Distill(iterations=9, learning_rate=0.5).optimisation(train).steps == 9
 
 
@@ -186,6 +204,14 @@ def test_flowers_run_configuration_is_a_run(tmp_path: Path, monkeypatch: pytest.
     assert (config.preset, config.rounds, config.train.steps) == ("demo", 7, 3)
     assert folder == tmp_path / "tap-flower-runs" / "demo-12"
     assert simulated_run({**given, "out": "/runs/one"}, 13) == (config, Path("/runs/one"))
+    assert simulated_run({}, 13)[0].preset == "demo"
+    listed = shlex.join(["data.root=/my data", "admission.clients=[client-0, client-1]"])
+    found, _ = simulated_run({**given, "set": listed}, 13)
+    assert (found.data.root, found.admission.clients, found.seed) == ("/my data", ["client-0", "client-1"], 41)
+    with pytest.raises(ConfigError, match="set = .*No closing quotation; put a value with spaces in quotes"):
+        simulated_run({**given, "set": "data.root='/my"}, 13)
+    with pytest.raises(ConfigError, match="out = 'runs/one' is relative.*give an absolute path"):
+        simulated_run({**given, "out": "runs/one"}, 13)
     assert [spec.name for spec in simulated_clients(given)] == [f"client-{n}" for n in range(12)]
     with pytest.raises(ConfigError, match="rounds = 0 is out of bounds"):
         simulated_run({**given, "set": "rounds=0"}, 14)

@@ -15,7 +15,10 @@ from tap_flower.config.run_config import NotedConfig
         (lambda noted: noted.get("lr"), ("epochs",)),
         (lambda noted: "lr" in noted, ("epochs",)),
         (lambda noted: noted.get("momentum", 0.9), ("epochs", "lr")),
+        (lambda noted: noted.pop("lr"), ("epochs",)),
+        (lambda noted: noted.setdefault("lr", 1.0), ("epochs",)),
         (list, ()),
+        (lambda noted: noted.copy(), ()),
         (lambda noted: list(noted.keys()), ()),
         (lambda noted: list(noted.values()), ()),
         (lambda noted: list(noted.items()), ()),
@@ -28,5 +31,5 @@ def test_what_is_read_of_a_run_configuration_is_noted(
     values = {"lr": 0.1, "epochs": 2}
     noted = NotedConfig(values)
     assert noted.unread == ("epochs", "lr")
-    assert read(noted) == read(values)  # type: ignore[arg-type]
+    assert read(noted) == read(dict(values))  # type: ignore[arg-type]
     assert noted.unread == unread

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Context, Message
+from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
@@ -43,35 +43,24 @@ class TapClientApp(ClientApp):
         self._make_client: MakeClient | None = None
         self._handlers: Handlers | None = None
 
-        @self.query("manifest")
-        def manifest(message: Message, context: Context) -> Message:
-            return self._loaded().manifest(message, context)
-
-        @self.query("values")
-        def values(message: Message, context: Context) -> Message:
-            return self._loaded().values(message, context)
-
-        @self.train()
-        def train(message: Message, context: Context) -> Message:
-            return self._loaded().train(message, context)
-
-        @self.train("personalise")
-        def personalise(message: Message, context: Context) -> Message:
-            return self._loaded().personalise(message, context)
-
-        @self.evaluate()
-        def evaluate(message: Message, context: Context) -> Message:
-            return self._loaded().evaluate(message, context)
+        types = self.query("manifest"), self.query("values"), self.train(), self.train("personalise"), self.evaluate()
+        for register in types:
+            register(lambda message, context: self._loaded().answer(message, context))
 
     def client(self) -> Callable[[MakeClient], MakeClient]:
         """Registers the function that makes the client of a node; a process calls it once for each node and run.
 
-        The function takes Flower's `Context`, and if it has a second parameter the run's `HyperParameters`.
+        The function takes Flower's `Context`, and if it has a second parameter without a default the run's
+        `HyperParameters`.
         """
 
         def register(make: MakeClient) -> MakeClient:
-            takes_settings = len(inspect.signature(make).parameters) > 1
-            self._make_client = make if takes_settings else lambda context, _: make(context)
+            try:
+                inspect.signature(make).bind(None)  # the context alone
+            except TypeError:
+                self._make_client = make
+            else:
+                self._make_client = lambda context, _: make(context)
             return make
 
         return register

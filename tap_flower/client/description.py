@@ -19,7 +19,7 @@ from tap_flower.core.components import Pair
 from tap_flower.core.tasks import IMAGE_GENERATION
 from tap_flower.data.fields import ImageForm
 from tap_flower.data.spec import ClientSpec, check_kind, class_names
-from tap_flower.errors import SpecError, StorageError
+from tap_flower.errors import ConfigError, SpecError, StorageError
 from tap_flower.files import read_json, write_json
 from tap_flower.methods.registry import find_method
 from tap_flower.wire.fields import Epoch, Name
@@ -107,7 +107,6 @@ class Description(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True,
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"client {self.client!r} has two tasks of one name: {names}")
-        find_method(self.settings.method)
 
     @cached_property
     def settings(self) -> HyperParameters:
@@ -163,12 +162,16 @@ def read_description(folder: Path) -> Description:
 
     Raises:
         StorageError: there is none, or it is damaged.
+        ConfigError: its method is not installed here.
     """
     path = folder / DESCRIPTION
     values = read_json(path)
     if values.get("schema") != SCHEMA:
         raise StorageError(f"{path} has schema {values.get('schema')}, not {SCHEMA}: use the version that wrote it")
     try:
-        return msgspec.convert(values, Description)
-    except msgspec.ValidationError as error:
+        found = msgspec.convert(values, Description)
+        method = found.settings.method
+    except (msgspec.ValidationError, ConfigError) as error:
         raise StorageError(f"{path} is damaged: {error}; restore it") from error
+    find_method(method)
+    return found

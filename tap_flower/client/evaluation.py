@@ -86,12 +86,15 @@ def evaluate_models(session: Session, models: Mapping[str, State | None], observ
             with _diagnostic("metrics of generated texts", skipped):
                 further = texts.metrics()
         for task, values in found.items():
-            for metric, value in values.items():
-                if not isfinite(value):
+            for metric in [metric for metric, value in values.items() if not isfinite(value)]:
+                what = f"{metric} of the model {name!r}"
+                if metric in ("loss", session.kinds[task].headline):
                     raise DivergedError(
-                        f"task {task!r}: {metric} of the model {name!r} is {value} on the test data: look there for values "
-                        f"that are not finite, or lower the learning rate"
+                        f"task {task!r}: {what} is {values[metric]} on the test data: look there for values that are not "
+                        f"finite, or lower the learning rate"
                     )
+                skipped[f"task {task!r}: {what}"] = f"it is {values.pop(metric)} on the test data"
+                log.warning("task %r: %s is not finite on the test data, and left out", task, what)
             metrics[task][name] = {**values, **further.get(task, {})}
     samples = {} if observer is None else observer.samples.tasks
     return Found(metrics, list(models)[-1], samples, cosines, skipped)
@@ -99,7 +102,7 @@ def evaluate_models(session: Session, models: Mapping[str, State | None], observ
 
 @contextmanager
 def _diagnostic(what: str, skipped: dict[str, str]) -> Iterator[None]:
-    """What is interesting besides the metrics costs no result: where it fails, it is skipped, and said to be."""
+    """A diagnostic that fails is skipped with a warning; it never costs the evaluation."""
     try:
         yield
     except Exception as error:  # a user's module may raise anything

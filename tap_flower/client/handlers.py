@@ -6,7 +6,7 @@ import json
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +20,7 @@ from tap_flower.client.description import hash_of_classes
 from tap_flower.client.evaluation import evaluate_models
 from tap_flower.client.known_parts import KnownParts
 from tap_flower.client.module import unstable
-from tap_flower.client.node import Limits, limits_of, state_folder
+from tap_flower.client.node import Limits, limits_of, state_folder, switch
 from tap_flower.client.state import ClientState, StateFolder
 from tap_flower.client.task import Client
 from tap_flower.config import Encoding, HyperParameters, NotedConfig, hyper_parameters_of
@@ -28,8 +28,9 @@ from tap_flower.core.averaging import check_form
 from tap_flower.core.components import State, trainable_state
 from tap_flower.core.module_tensors import digest
 from tap_flower.core.own_loop import recorded_steps
-from tap_flower.errors import MessageError, SpecError, StateLostError, TapFlowerError, task_of, users_line
+from tap_flower.errors import ClientError, MessageError, SpecError, StateLostError, TapFlowerError, task_of, users_line
 from tap_flower.methods.method import Memory, Method
+from tap_flower.methods.own_results import NUM_EXAMPLES, TRAIN_LOSS
 from tap_flower.methods.registry import find_method
 from tap_flower.methods.session import Session
 from tap_flower.methods.trial import try_evidence, try_loops
@@ -144,31 +145,9 @@ class Handlers:
         default_factory=lambda: LRUCache(OPEN_CLIENTS), init=False
     )
 
-    def manifest(self, message: Message, context: Context) -> Message:
-        """`query.manifest`: who the client is, what it has, which tensors it exchanges."""
-        return self._answer(message, context, _manifest)
-
-    def values(self, message: Message, context: Context) -> Message:
-        """`query.values`: takes over first values of the run, and sends those that the server asks for."""
-        return self._answer(message, context, _values)
-
-    def train(self, message: Message, context: Context) -> Message:
-        """`train`: one round of stage 1."""
-        return self._answer(message, context, _train)
-
-    def personalise(self, message: Message, context: Context) -> Message:
-        """`train.personalise`: stage 2."""
-        return self._answer(message, context, _personalise)
-
-    def evaluate(self, message: Message, context: Context) -> Message:
-        """`evaluate`: the metrics of every model that the client has, on its test data."""
-        return self._answer(message, context, _evaluate)
-
-    def _answer(
-        self, message: Message, context: Context, handler: Callable[[Participant, Message], RecordDict]
-    ) -> Message:
-        """Runs a handler; an error is answered in plain words."""
-        name = ""
+    def answer(self, message: Message, context: Context) -> Message:
+        """Runs the handler of a message's type; an error is answered in plain words."""
+        name, handler = "", _HANDLERS[message.metadata.message_type]
         try:
             limits = limits_of(context.node_config)
             with limits.time(message.metadata.ttl):
@@ -177,8 +156,9 @@ class Handlers:
                 name = client.name if handler is _manifest else ""  # later, the server knows whom it has asked
                 place = state_folder(client, context, instruction.run)
                 folder = StateFolder(place, instruction.run, instruction.epochs)
-                keeps_best = bool(context.node_config.get("keep-best"))
-                participant = Participant(client, session, folder, instruction, keeps_best)
+                participant = Participant(
+                    client, session, folder, instruction, switch(context.node_config, "keep-best")
+                )
                 session.config, session.metrics = dict(message.content.config_records.get(messages.CONFIG, {})), {}
                 with folder.locked(), recorded_steps(client.folder and client.folder / STEPS):
                     participant.take_first_values(folder.load_first(), message.metadata.message_type)
@@ -211,6 +191,11 @@ class Handlers:
             noted = copy(context)
             noted.run_config = run_config = NotedConfig(context.run_config)
             client = self.make_client(noted, settings)
+            if not isinstance(client, Client):
+                raise ClientError(
+                    f"the function that @app.client() decorates returned a {type(client).__name__}: return a "
+                    f"tap_flower.Client"
+                )
             place = state_folder(client, context, instruction.run)
             session = client.session(settings, KnownParts(place, instruction.run, anew))
             # A client spec may stand for the run configuration, and a loop of the project's own reads it later.
@@ -226,6 +211,7 @@ def _by_name(name: str, reason: str) -> str:
 
 
 def _manifest(participant: Participant, _: Message) -> RecordDict:
+    """`query.manifest`: who the client is, what it has, which tensors it exchanges."""
     session, exchanged = participant.session, participant.exchanged
     model = session.outline
     participant.method.suits(model)
@@ -241,6 +227,8 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
                 held_out[task.name],
                 count,
             )
+    if participant.keeps_best and not any(held_out.values()):
+        log.warning("keep-best does nothing: no held-out examples say which state is best")
     kept = set(exchanged.values())
     classes = {task.name: task.classes for task in participant.client.tasks}
     return messages.encode(
@@ -274,6 +262,7 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
 
 
 def _values(participant: Participant, message: Message) -> RecordDict:
+    """`query.values`: takes over first values of the run, and sends those that the server asks for."""
     session, kept = participant.session, State()
     if messages.ARRAYS in message.content:
         own = session.built_values()
@@ -291,6 +280,7 @@ def _values(participant: Participant, message: Message) -> RecordDict:
 
 
 def _train(participant: Participant, message: Message) -> RecordDict:
+    """`train`: one round of stage 1."""
     session, folder, instruction = participant.session, participant.folder, participant.instruction
     # Step 1: the state before this round, also where the server repeats it.
     state = folder.load(before_round=instruction.round)
@@ -326,6 +316,7 @@ def _train(participant: Participant, message: Message) -> RecordDict:
 
 
 def _personalise(participant: Participant, message: Message) -> RecordDict:
+    """`train.personalise`: stage 2."""
     session, folder, instruction = participant.session, participant.folder, participant.instruction
     state, steps = participant.state_after_stage_1(), session.steps
     result = participant.method.second_stage(session, participant.receive(message, state), _memory(state))
@@ -344,6 +335,7 @@ def _personalise(participant: Participant, message: Message) -> RecordDict:
 
 
 def _evaluate(participant: Participant, message: Message) -> RecordDict:
+    """`evaluate`: the metrics of every model that the client has, on its test data."""
     session, method, folder = participant.session, participant.method, participant.folder
     state = participant.state_after_stage_1()
     received, memory = participant.receive(message, state), _memory(state)
@@ -354,16 +346,16 @@ def _evaluate(participant: Participant, message: Message) -> RecordDict:
     judged = [
         session.kinds[task].judged_by.score(models[found.last]) for task, models in found.metrics.items() if models
     ]
-    metrics: dict[str, int | float] = {"num-examples": sum(session.data.sizes("test").values())}
+    metrics: dict[str, int | float] = {NUM_EXAMPLES: sum(session.data.sizes("test").values())}
     metrics |= {"score": fmean(judged)} if judged else {}  # a client may have nothing to test on
     return messages.encode(Evaluation(found.metrics, folder.round), metrics=MetricRecord(dict(metrics)))
 
 
 def _metrics(report: Report, session: Session) -> MetricRecord:
     """Flower's record of a round: examples, the mean loss over the client's tasks, what its own loops returned."""
-    found: dict[str, int | float] = {**session.metrics, "num-examples": sum(report.examples.values())}
+    found: dict[str, int | float] = {**session.metrics, NUM_EXAMPLES: sum(report.examples.values())}
     if report.losses:
-        found["train-loss"] = fmean(report.losses.values())
+        found[TRAIN_LOSS] = fmean(report.losses.values())
     return MetricRecord(dict(found))
 
 
@@ -376,3 +368,12 @@ def _own_scores(participant: Participant, received: State, memory: Memory) -> di
 
 def _memory(state: ClientState | None) -> Memory:
     return Memory() if state is None else state.memory
+
+
+_HANDLERS: Mapping[str, Callable[[Participant, Message], RecordDict]] = {
+    messages.MANIFEST: _manifest,
+    messages.VALUES: _values,
+    messages.TRAIN: _train,
+    messages.PERSONALISE: _personalise,
+    messages.EVALUATE: _evaluate,
+}

@@ -20,6 +20,7 @@ from tap_flower.config import HyperParameters, Metrics, read_yaml, simulated_cli
 from tap_flower.data.spec import ClientSpec, client_spec
 from tap_flower.errors import ConfigError, MessageError, RunError, SpecError
 from tap_flower.files import default_state_dir
+from tap_flower.methods.registry import find_method
 
 GRACE, LAST = 60.0, 60.0
 """Seconds for which work goes on after the server has given it up, and a process that does not stop after its deadline."""
@@ -35,7 +36,7 @@ class Limits:
     """The most that a server may ask of a node; None leaves it at the bounds of the options.
 
     Attributes:
-        steps: optimiser steps of a round, and of each model of stage 2.
+        steps: optimiser steps of each model in a round, and in stage 2; a method may train several models.
         batch_size: examples of an optimiser step.
         text_length: tokens of a text.
         rounds: number of the last round.
@@ -69,11 +70,9 @@ class Limits:
             MessageError: with the value and the limit.
         """
         train = settings.train
-        further, times = "", 1
-        if settings.method == "fedala":
-            further, times = " · (1 + baselines.fedala_start)", 1 + settings.baselines.fedala_start
-        self.check("steps", f"train.steps{further}", train.steps * times)
-        self.check("steps", f"distill.iterations{further}", settings.distill.iterations * times)
+        asked = ("train.steps", train.steps), ("distill.iterations", settings.distill.iterations)
+        for (key, steps), times in zip(asked, find_method(settings.method).longest(settings), strict=True):
+            self.check("steps", key if times == 1 else f"{times} · {key}", times * steps)
         self.check("batch_size", "train.batch_size · train.accumulation", train.batch_size * train.accumulation)
         self.check("text_length", "model.text_length", settings.model.text_length)
 
@@ -172,10 +171,10 @@ def this_node(context: Context) -> Node:
         if "state-dir" not in node:
             raise SpecError('the node has a client-spec but no state-dir: add state-dir="FOLDER" to its --node-config')
         spec = client_spec(read_yaml(Path(str(node["client-spec"])), "client spec"))
-        metrics = Metrics(_switch(node, "meteor"), str(node.get("bertscore-model", "")))
+        metrics = Metrics(switch(node, "meteor"), str(node.get("bertscore-model", "")))
         data_root = str(node.get("data-root", ""))
         state_dir, workers = Path(str(node["state-dir"])), _count(node, "loader-workers", 0)
-        return Node(spec, state_dir, None, data_root, metrics, _switch(node, "compile"), workers)
+        return Node(spec, state_dir, None, data_root, metrics, switch(node, "compile"), workers)
     if "partition-id" not in node:
         raise SpecError(
             'the node has no client-spec: start it with --node-config \'client-spec="FILE" state-dir="FOLDER"\''
@@ -192,7 +191,12 @@ def this_node(context: Context) -> Node:
     return Node(spec, None, folder, config.data.root, config.metrics, compute.compile, compute.loader_workers)
 
 
-def _switch(node: Mapping[str, object], name: str) -> bool:
+def switch(node: Mapping[str, object], name: str) -> bool:
+    """A setting of a node's `--node-config` that is true or false, or is not there.
+
+    Raises:
+        SpecError: it is something else.
+    """
     value = node.get(name, False)
     if not isinstance(value, bool):
         raise SpecError(f"the node's {name} is {value!r}: write {name}=true or {name}=false in its --node-config")

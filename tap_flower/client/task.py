@@ -99,6 +99,8 @@ class Task:
             raise ClientError(f"task {self.name!r} has the modalities {self.modalities!r}: give a list of at least one")
         if self.margin is not None and not self.margin >= 0:
             raise ClientError(f"task {self.name!r} has margin {self.margin}: give a number from 0 on")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ClientError(f"task {self.name!r} has batch_size {self.batch_size}: give a whole number from 1 on")
         if self.fit is not None and self.score is None and (self.forward is None or self.target is None):
             raise ClientError(
                 f"task {self.name!r} has `fit`, and nothing to evaluate by: give `score`, or `forward` and `target`"
@@ -158,8 +160,8 @@ class Task:
             )
         if len(source) == 0 < len(source.dataset):  # type: ignore[arg-type]
             raise ClientError(
-                f"task {self.name!r} has a DataLoader that gives no batch: its rows are fewer than one, and drop_last "
-                f"leaves them out"
+                f"task {self.name!r} has a DataLoader that yields no batch: it has fewer rows than one batch, and drop_last "
+                f"discards them"
             )
         return OwnLoader(self.name, source, None if scored else self.target)
 
@@ -262,7 +264,8 @@ class Client:
         with _told(f"client {self.name!r}"):
             own, method = {task.name: task.fit is not None for task in self.tasks}, find_method(settings.method)
             check_own_loops(own, method.name, method.own_loop)
-        data = self.data(settings.seed, settings.needs_validation)
+        needed = method.compares(settings) or settings.stopping.patience > 0
+        data = self.data(settings.seed, settings.needs_validation, needed)
         build, outline = self._models(data, settings.seed, known)
         session = Session(
             name=self.name,
@@ -277,17 +280,19 @@ class Client:
             data=data,
             settings=settings,
             fingerprint=self.fingerprint,
+            compares=method.compares(settings),
         )
         with _told(f"client {self.name!r}"):
             try_batches(session, method)
         return session
 
-    def data(self, seed: int, hold_out: bool) -> ClientData:
+    def data(self, seed: int, hold_out: bool, needed: bool = True) -> ClientData:
         """Its examples.
 
         Args:
             seed: seed of the run, which decides what is set aside.
             hold_out: whether a task without validation data sets a share of its training examples aside.
+            needed: whether a task with `validation=None` is refused then.
 
         Raises:
             ClientError: a data set cannot be used.
@@ -298,7 +303,7 @@ class Client:
                 train, test = task.parts("train", task.train), task.parts("test", task.test)
                 given = task.validation
                 held = [] if given is None or isinstance(given, int | float) else task.parts("validation", given)
-                if hold_out and not held:
+                if hold_out and not held and (needed or given is not None):
                     train, held = task.halves(train, partial(named_seed, seed, self.name, task.name, "held out"))
                 for split, parts in zip(splits, (train, held, test), strict=True):
                     splits[split][task.name] = parts

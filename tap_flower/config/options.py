@@ -141,8 +141,11 @@ class Train:
     )
     learning_rate: float = option(3e-4, "peak learning rate of AdamW", 0.0, 0.1)
     head_factor: float = option(1.0, "learning rate of the heads, as a multiple of the others'", 0.0, 100.0)
-    start_learning_rate: float = option(
-        1e-4, "learning rate of the first round; it rises linearly to the peak", 0.0, 0.1
+    start_learning_rate: float | None = option(
+        None,
+        "learning rate of the first round, which rises linearly to the peak; null: the peak from the first",
+        0.0,
+        0.1,
     )
     warmup_rounds: int = option(20, "rounds from the first to the one at the peak", 1, 100_000)
     weight_decay: float = option(0.01, "weight decay of AdamW", 0.0, 0.5)
@@ -157,8 +160,8 @@ class Train:
 
     def optimisation(self, server_round: int) -> Optimisation:
         """The optimisation of one participation in `server_round` (counted from 1): the learning rate warms up linearly."""
-        progress = min((server_round - 1) / self.warmup_rounds, 1.0)
-        learning_rate = self.start_learning_rate + (self.learning_rate - self.start_learning_rate) * progress
+        start = self.learning_rate if self.start_learning_rate is None else self.start_learning_rate
+        learning_rate = start + (self.learning_rate - start) * min((server_round - 1) / self.warmup_rounds, 1.0)
         return Optimisation(self.steps, learning_rate, self.weight_decay, self.accumulation, self.clip_norm)
 
 

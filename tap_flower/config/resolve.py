@@ -58,13 +58,26 @@ def load_config(preset: str = "demo", config: str = "", settings: Sequence[str] 
     layers: list[Layer] = [(f"preset {preset!r}", read_yaml(known[preset]))]
     if config:
         layers.append((f"file {config!r}", read_yaml(Path(config))))
-    layers += [_setting(setting) for setting in settings]
+    own = [_setting(setting) for setting in settings]
+    layers += own
+    for where, values in layers:
+        if (other := values.get("preset", preset)) != preset:
+            raise ConfigError(
+                f"{where} has preset {other!r}, and the run has {preset!r}: choose one (`--preset {other}`)"
+            )
     resolved = cast(Config, _merged(Config, [*layers, ("preset name", {"preset": preset})]))
     if resolved.data.root and not Path(resolved.data.root).is_absolute():
         raise ConfigError(f"data.root = {resolved.data.root!r} is relative: give an absolute path in a setting")
     _check_replacement(resolved)
+    _check_learning_rate(resolved)
     _check_privacy(resolved)
-    if not any("clients" in values for _, values in layers):  # an explicit empty list means no clients
+    listed = next((where for where, values in layers if "clients" in values), None)
+    for where, values in own:
+        if listed and (idle := values.keys() & {"patterns", "groups", "datasets"}):
+            raise ConfigError(
+                f"{where}: {min(idle)} makes no clients where {listed} lists them: leave one of the two out"
+            )
+    if listed is None:  # an explicit empty list means no clients
         try:
             resolved.clients = list(expand(resolved.patterns, resolved.groups, resolved.datasets))
         except SpecError as error:
@@ -109,6 +122,16 @@ def _check_replacement(settings: HyperParameters) -> None:
         )
 
 
+def _check_learning_rate(settings: HyperParameters) -> None:
+    """Refuses a warm-up that begins above the peak."""
+    train = settings.train
+    if train.start_learning_rate is not None and train.start_learning_rate > train.learning_rate:
+        raise ConfigError(
+            f"train.start_learning_rate = {train.start_learning_rate:g} is above train.learning_rate = "
+            f"{train.learning_rate:g}, its peak: lower it, or set train.start_learning_rate=null for no warm-up"
+        )
+
+
 def _check_privacy(config: Config) -> None:
     """Refuses what does not go together with differential privacy."""
     if config.privacy.epsilon is None:
@@ -148,6 +171,7 @@ def hyper_parameters(values: Mapping[str, Any]) -> HyperParameters:
         raise ConfigError("the server: interpolations (${...}) are not accepted in hyper-parameters")
     found = cast(HyperParameters, _merged(HyperParameters, [("the server", values)]))
     _check_replacement(found)
+    _check_learning_rate(found)
     return found
 
 

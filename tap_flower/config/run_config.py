@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+import shlex
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from tap_flower.config.options import Config
 from tap_flower.config.resolve import client_specs, load_config
 from tap_flower.data.spec import ClientSpec
+from tap_flower.errors import ConfigError
+from tap_flower.hub import DEMO
 
 _KNOWN = 8
 """Configurations that a process remembers: all messages of a run have the same one."""
@@ -27,45 +30,30 @@ class NotedConfig(dict[str, Any]):
         """Keys that nobody has read, sorted."""
         return tuple(sorted(self._unread))
 
-    def __getitem__(self, key: str) -> Any:
-        self._unread.discard(key)
-        return super().__getitem__(key)
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key, or `default`."""
-        self._unread.discard(key)
-        return super().get(key, default)
+def _noting(name: str, whole: bool) -> Callable[..., Any]:
+    """A method of `dict` for `NotedConfig`, which notes the key that it is called with, or all keys."""
+    own = getattr(dict, name)
 
-    def __contains__(self, key: object) -> bool:
-        self._unread.discard(str(key))
-        return super().__contains__(key)
+    def method(self: NotedConfig, *arguments: Any) -> Any:
+        self._unread -= self._unread if whole else {str(arguments[0])}
+        return own(self, *arguments)
 
-    def __iter__(self) -> Iterator[str]:
-        self._unread.clear()
-        return super().__iter__()
+    return method
 
-    def keys(self) -> KeysView[str]:  # type: ignore[override]
-        """All keys."""
-        self._unread.clear()
-        return super().keys()
 
-    def values(self) -> ValuesView[Any]:  # type: ignore[override]
-        """All values."""
-        self._unread.clear()
-        return super().values()
-
-    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
-        """All keys and values."""
-        self._unread.clear()
-        return super().items()
+for _name in ("__getitem__", "__contains__", "get", "pop", "setdefault"):
+    setattr(NotedConfig, _name, _noting(_name, whole=False))
+for _name in ("__iter__", "keys", "values", "items", "copy"):
+    setattr(NotedConfig, _name, _noting(_name, whole=True))
 
 
 def simulated_run(run_config: Mapping[str, object], run_id: int) -> tuple[Config, Path]:
     """Resolves Flower's run configuration.
 
     Args:
-        run_config: has `preset`, `config` (path of a YAML file), `set` (`key=value`, separated by spaces) and `out`, the run
-            folder; each may be missing or empty.
+        run_config: has `preset` (by default demo), `config` (path of a YAML file), `set` (`key=value`, separated by spaces;
+            quotes hold a value with spaces together, as in a shell) and `out`, the run folder; each may be missing or empty.
         run_id: Flower's number of the run.
 
     Returns:
@@ -73,10 +61,14 @@ def simulated_run(run_config: Mapping[str, object], run_id: int) -> tuple[Config
         `tap-flower-runs/PRESET-RUN_ID` in the user's home: Flower's own folder is temporary.
 
     Raises:
-        ConfigError: the preset, the file, a key or a value is wrong.
+        ConfigError: the preset, the file, a key or a value is wrong, or `out` is relative.
     """
     config = _config(*_texts(run_config))
     out = str(run_config.get("out", ""))
+    if out and not Path(out).is_absolute():
+        raise ConfigError(
+            f"out = {out!r} is relative, and Flower's processes have folders of their own: give an absolute path"
+        )
     return config, Path(out) if out else Path.home() / "tap-flower-runs" / f"{config.preset}-{run_id}"
 
 
@@ -94,12 +86,16 @@ def simulated_clients(run_config: Mapping[str, object]) -> list[ClientSpec]:
 
 def _texts(run_config: Mapping[str, object]) -> tuple[str, str, str]:
     preset, config, settings = (str(run_config.get(key, "")) for key in ("preset", "config", "set"))
-    return preset, config, settings
+    return preset or DEMO, config, settings
 
 
 @lru_cache(maxsize=_KNOWN)
 def _config(preset: str, config: str, settings: str) -> Config:
-    return load_config(preset, config, settings.split())
+    try:
+        parts = shlex.split(settings)
+    except ValueError as error:
+        raise ConfigError(f"set = {settings!r}: {error}; put a value with spaces in quotes, as in a shell") from error
+    return load_config(preset, config, parts)
 
 
 @lru_cache(maxsize=_KNOWN)

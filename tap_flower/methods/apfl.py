@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from tap_flower.core.components import State, cpu_state, trainable_state
 from tap_flower.core.training import Batch
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage, two_models_in_a_round
-from tap_flower.methods.mixture import LOCAL, SHARE, Mixture, mixed_models, mixture
+from tap_flower.methods.method import Memory, Method, Participation, SecondStage
+from tap_flower.methods.mixture import LOCAL, OWN_LOOP, SHARE, Mixture, mixed_models, mixture
 from tap_flower.methods.session import Session
 
 NAME = "apfl"
@@ -48,7 +48,4 @@ def second_stage(session: Session, received: State, memory: Memory) -> SecondSta
     return SecondStage({NAME: finetuned}, losses)
 
 
-OWN_LOOP = "trains two models step by step on the same batches, which are the loop's own"
-METHOD = Method(
-    NAME, participate, second_stage, (NAME,), mixed_models, own_loop=OWN_LOOP, trained=two_models_in_a_round
-)
+METHOD = Method(NAME, participate, second_stage, (NAME,), mixed_models, own_loop=OWN_LOOP, trained=lambda _: (2, 1))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tap_flower.core.components import ComponentModel, State
 from tap_flower.core.training import Batch
 from tap_flower.errors import ConfigError
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage
+from tap_flower.methods.method import Memory, Method, Participation, finetunes
 from tap_flower.methods.session import Session
 
 NAME, WEIGHT = "disentafl", 0.5
@@ -59,13 +59,6 @@ def participate(session: Session, server_round: int, received: State, memory: Me
     return Participation(*session.train_round(server_round, received, "server", Disentanglement))
 
 
-def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
-    """Fine-tunes the server's copy, without the further loss."""
-    del memory
-    finetuned, losses = session.finetune(received, "server")
-    return SecondStage({NAME: finetuned}, losses)
-
-
 def has_latents(model: ComponentModel) -> None:
     """Refuses a model without latents by modality and kind of task.
 
@@ -77,4 +70,4 @@ def has_latents(model: ComponentModel) -> None:
 
 
 OWN_LOOP = "compares latents of one batch with those of others, which only tap-flower's own loop takes in turn"
-METHOD = Method(NAME, participate, second_stage, (NAME,), suits=has_latents, own_loop=OWN_LOOP)
+METHOD = Method(NAME, participate, finetunes(NAME), (NAME,), suits=has_latents, own_loop=OWN_LOOP)

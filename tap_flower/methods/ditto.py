@@ -6,13 +6,11 @@ the client received in round t.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from tap_flower.core.components import State
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage, two_models_in_a_round
+from tap_flower.methods.method import PERSONAL, Memory, Method, Participation, SecondStage, server_and_personal
 from tap_flower.methods.session import Session
 
-NAME, PERSONAL = "ditto", "personal"
+NAME = "ditto"
 
 
 def participate(session: Session, server_round: int, received: State, memory: Memory) -> Participation:
@@ -30,10 +28,4 @@ def second_stage(session: Session, received: State, memory: Memory) -> SecondSta
     return SecondStage({NAME: personal}, losses)
 
 
-def models(received: State, memory: Memory, first: Callable[[], State]) -> dict[str, State | None]:
-    """The server's copy, and the personal model, which a client that was never sampled has with its initial values."""
-    del first
-    return {"server": received, PERSONAL: memory.models.get(PERSONAL)}
-
-
-METHOD = Method(NAME, participate, second_stage, (NAME,), models, trained=two_models_in_a_round)
+METHOD = Method(NAME, participate, second_stage, (NAME,), server_and_personal, trained=lambda _: (2, 1))

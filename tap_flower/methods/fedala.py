@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch.optim import Optimizer
 
-from tap_flower.config import Config
+from tap_flower.config import Config, HyperParameters
 from tap_flower.core.components import State
 from tap_flower.core.training import Optimisation
 from tap_flower.methods.fedper import check_heads
@@ -95,6 +95,12 @@ def trained(config: Config) -> tuple[float, float]:
     return 1.0 + share * passes / rounds, 1.0 + share * (began + (1.0 - began) * first)
 
 
+def longest(settings: HyperParameters) -> tuple[int, int]:
+    """The first time, W is learned in `fedala_start` passes."""
+    passes = max(math.ceil(settings.baselines.fedala_share * settings.baselines.fedala_start), 1)
+    return passes, passes
+
+
 OWN_LOOP = "learns the weights of its heads between optimiser steps, which are the loop's own"
 METHOD = Method(
     NAME,
@@ -105,4 +111,5 @@ METHOD = Method(
     suits=partial(check_heads, NAME),
     own_loop=OWN_LOOP,
     trained=trained,
+    longest=longest,
 )

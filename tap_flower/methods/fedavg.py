@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tap_flower.core.components import State
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage
+from tap_flower.methods.method import Memory, Method, Participation, SecondStage, finetunes
 from tap_flower.methods.session import Session
 
 FINETUNED = "server+finetune"
@@ -21,12 +21,5 @@ def nothing(session: Session, received: State, memory: Memory) -> SecondStage:
     return SecondStage()
 
 
-def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
-    """Fine-tunes the server's copy."""
-    del memory
-    finetuned, losses = session.finetune(received, "server")
-    return SecondStage({FINETUNED: finetuned}, losses)
-
-
 FEDAVG = Method("fedavg", participate, nothing, (), trained=lambda _: (1, 0))
-METHOD = Method("fedavg+finetune", participate, second_stage, (FINETUNED,))
+METHOD = Method("fedavg+finetune", participate, finetunes(FINETUNED), (FINETUNED,))

@@ -6,7 +6,7 @@ A client minimises `F(w) + μ/2 · ||w − w_t||²`, where w_t is what it receiv
 from __future__ import annotations
 
 from tap_flower.core.components import State
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage
+from tap_flower.methods.method import Memory, Method, Participation, finetunes
 from tap_flower.methods.session import Session
 
 NAME = "fedprox"
@@ -19,11 +19,4 @@ def participate(session: Session, server_round: int, received: State, memory: Me
     return Participation(*session.train_round(server_round, received, "server", penalty))
 
 
-def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
-    """Fine-tunes the server's copy, without the penalty."""
-    del memory
-    finetuned, losses = session.finetune(received, "server")
-    return SecondStage({NAME: finetuned}, losses)
-
-
-METHOD = Method(NAME, participate, second_stage, (NAME,))
+METHOD = Method(NAME, participate, finetunes(NAME), (NAME,))

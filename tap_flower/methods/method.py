@@ -70,33 +70,25 @@ def server_copy(received: State, memory: Memory, first: Callable[[], State]) -> 
     return {"server": received}
 
 
-def every_tensor(component: str, tensor: str) -> bool:
-    """The `exchanges` of a method that exchanges all tensors."""
-    del component, tensor
-    return True
+PERSONAL = "personal"
+"""In the memory of TAP and Ditto: the personal model."""
 
 
-def any_model(model: ComponentModel) -> None:
-    """The `suits` of a method that works with any model."""
-    del model
+def server_and_personal(received: State, memory: Memory, first: Callable[[], State]) -> dict[str, State | None]:
+    """The `models` of a method with a personal model: a client that was never sampled has its first values there."""
+    del first
+    return {"server": received, PERSONAL: memory.models.get(PERSONAL)}
 
 
-def never(settings: HyperParameters) -> bool:
-    """The `compares` of a method that decides nothing by held-out examples, and the `distils` of one that does not."""
-    del settings
-    return False
+def finetunes(result: str) -> Callable[[Session, State, Memory], SecondStage]:
+    """The `second_stage` of a method that fine-tunes the server's last model, and calls it `result`."""
 
+    def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
+        del memory
+        finetuned, losses = session.finetune(received, "server")
+        return SecondStage({result: finetuned}, losses)
 
-def one_model(config: Config) -> tuple[float, float]:
-    """The `trained` of a method that trains one model in a round, and one in stage 2."""
-    del config
-    return 1, 1
-
-
-def two_models_in_a_round(config: Config) -> tuple[float, float]:
-    """The `trained` of a method that trains two models in a round, and one in stage 2."""
-    del config
-    return 2, 1
+    return second_stage
 
 
 Combine = Callable[[Tensor, Tensor], Tensor]
@@ -134,12 +126,15 @@ class Method:
         second_stage: (session, received, memory) -> result of stage 2, after the last round.
         results: names of the models that stage 2 makes; each has a file and a column of the results.
         models: makes the models that are evaluated as stage 1 left them.
-        exchanges: (name of a component, name of a tensor in it) -> whether server and clients exchange the tensor.
+        exchanges: (name of a component, name of a tensor in it) -> whether server and clients exchange the tensor; all by
+            default.
         suits: raises a ConfigError where the method cannot work with a client's model.
         own_loop: why a project's own loop (`Task.fit`) cannot train for the method, after its name; empty where it can.
         server: what the server does with the differences; None is the weighted mean.
         trained: (configuration of a run) -> how many models a client trains, for `train.steps` optimiser steps each in a
             round, and for `distill.iterations` each in stage 2. A sweep with equal steps shares them out by it.
+        longest: (hyper-parameters) -> the multiples of `train.steps` and of `distill.iterations` for which one model is
+            trained at most; a node's limit counts them.
         compares: whether a client compares losses of held-out examples, which a project's own `score` must then return.
         distils: whether a further loss compares the module's outputs, for which a project's own loop must call the module.
     """
@@ -149,13 +144,14 @@ class Method:
     second_stage: Callable[[Session, State, Memory], SecondStage]
     results: tuple[str, ...]
     models: Models = server_copy
-    exchanges: Callable[[str, str], bool] = every_tensor
-    suits: Callable[[ComponentModel], None] = any_model
+    exchanges: Callable[[str, str], bool] = lambda *_: True
+    suits: Callable[[ComponentModel], None] = lambda _: None
     own_loop: str = ""
     server: ServerHalf | None = None
-    trained: Callable[[Config], tuple[float, float]] = one_model
-    compares: Callable[[HyperParameters], bool] = never
-    distils: Callable[[HyperParameters], bool] = never
+    trained: Callable[[Config], tuple[float, float]] = lambda _: (1, 1)
+    longest: Callable[[HyperParameters], tuple[int, int]] = lambda _: (1, 1)
+    compares: Callable[[HyperParameters], bool] = lambda _: False
+    distils: Callable[[HyperParameters], bool] = lambda _: False
 
     @property
     def result(self) -> str:

@@ -14,6 +14,7 @@ from tap_flower.methods.session import Session
 
 LOCAL, SHARE = "local", "share"
 """In a memory: the client's own part of the mixture, and its share."""
+OWN_LOOP = "trains two models step by step on the same batches, which are the loop's own"
 
 
 class Mixture:

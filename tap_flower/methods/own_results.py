@@ -12,6 +12,8 @@ from tap_flower.core.tasks import TASK_KINDS, TaskKind
 from tap_flower.errors import ClientError
 
 log = logging.getLogger("tap_flower")
+TRAIN_LOSS, NUM_EXAMPLES = "train-loss", "num-examples"
+"""Metrics that every reply to `train` has; the second is its weight, as in Flower."""
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]{0,63}")
 
 
@@ -62,13 +64,19 @@ def metrics_of(task: str, returned: Any) -> dict[str, float]:
     """What `fit` returned: nothing, a number, which is the mean training loss, or numbers by name.
 
     Raises:
-        ClientError: it is something else.
+        ClientError: it is something else, or has a name that the reply's own metrics have.
     """
     if returned is None:
         return {}
     if not isinstance(returned, Mapping):
         returned = {"loss": returned}
-    return _numbers(f"task {task!r}: `fit`", returned)
+    found = _numbers(f"task {task!r}: `fit`", returned)
+    if taken := found.keys() & {TRAIN_LOSS, NUM_EXAMPLES}:
+        raise ClientError(
+            f"task {task!r}: `fit` returned {min(taken)!r}, which the reply has anyway: return the loss as 'loss', and give "
+            f"other numbers other names"
+        )
+    return found
 
 
 def scores_of(task: str, kind: TaskKind, returned: Any) -> dict[str, float]:
@@ -80,7 +88,7 @@ def scores_of(task: str, kind: TaskKind, returned: Any) -> dict[str, float]:
     what = f"task {task!r}: `score`"
     if not isinstance(returned, Mapping):
         raise ClientError(
-            f"{what} returned {returned!r}: return numbers by name, such as {{'loss': 0.3, 'accuracy': 0.9}}"
+            f"{what} returned a {type(returned).__name__}: return numbers by name, such as {{'loss': 0.3, 'accuracy': 0.9}}"
         )
     found = _numbers(what, returned)
     if kind.headline not in found:
@@ -114,12 +122,19 @@ def check_losses(found: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def _numbers(what: str, returned: Mapping[Any, Any]) -> dict[str, float]:
+    """What a loop returned as numbers by name. Errors do not quote it: the server gets them, and must see no data."""
     found = {}
     for name, value in returned.items():
         if not _WORD.fullmatch(str(name)):
-            raise ClientError(f"{what} returned {name!r}: name metrics by letters, digits, '_', '+', '.' and '-'")
+            log.error("%s returned a metric named %r", what, name)
+            raise ClientError(
+                f"{what} returned a metric whose name the node's log shows: use letters, digits, '_', '+', '.' and '-'"
+            )
         try:
             found[str(name)] = float(value)
         except (TypeError, ValueError) as error:
-            raise ClientError(f"{what} returned {name} = {value!r}: return numbers by name") from error
+            log.error("%s returned %s = %r", what, name, value)
+            raise ClientError(
+                f"{what} returned {name} of type {type(value).__name__}: return numbers by name"
+            ) from error
     return found

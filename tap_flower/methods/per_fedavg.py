@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from tap_flower.core.components import State
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage
+from tap_flower.methods.method import Memory, Method, Participation, finetunes
 from tap_flower.methods.session import Session
 
 NAME = "per-fedavg"
@@ -60,12 +60,5 @@ def participate(session: Session, server_round: int, received: State, memory: Me
     return Participation(returned, losses)
 
 
-def second_stage(session: Session, received: State, memory: Memory) -> SecondStage:
-    """The adaptation: fine-tunes the server's copy."""
-    del memory
-    finetuned, losses = session.finetune(received, "server")
-    return SecondStage({NAME: finetuned}, losses)
-
-
 OWN_LOOP = "looks ahead in every other optimiser step, which is the loop's own"
-METHOD = Method(NAME, participate, second_stage, (NAME,), own_loop=OWN_LOOP)
+METHOD = Method(NAME, participate, finetunes(NAME), (NAME,), own_loop=OWN_LOOP)

@@ -53,6 +53,7 @@ class Session:
         settings: the run's hyper-parameters, as the server sent them.
         fingerprint: fingerprint of the frozen backbone, on which all clients of a run must agree.
         device: device of models and batches.
+        compares: whether the method compares losses, which a project's own loop must then return.
         first: tensor name -> first value (float32) that the run has and a module built here has not.
         steps: optimiser steps that this session has made, of all models.
         config: Flower's `config` record of the message that is being answered.
@@ -69,6 +70,7 @@ class Session:
     settings: HyperParameters
     fingerprint: str
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    compares: bool = True
     first: State = field(default_factory=dict, init=False)
     steps: int = field(default=0, init=False)
     config: Mapping[str, Any] = field(default_factory=dict, init=False)
@@ -205,7 +207,7 @@ class Session:
                     f"the training loss of task {name!r} is {loss}: look at the learning rate of its `fit`, and for values "
                     f"that are not finite in its data"
                 )
-            if loss is None and self.settings.replacement.evidence is ReplacementEvidence.training:
+            if loss is None and self.compares and self.settings.replacement.evidence is ReplacementEvidence.training:
                 raise ClientError(
                     f"task {name!r}: `fit` returned no loss, and replacement.evidence = training compares it: return the "
                     f"mean training loss, or set replacement.evidence=validation"

@@ -11,18 +11,18 @@ docs/concepts.md says why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import inf
 
 from tap_flower.config import Config, HyperParameters, ReplacementEvidence, ReplacementMode, ReplacementSource, StageTwo
 from tap_flower.core.components import ComponentModel, State, cpu_state, load_trainable_state
 from tap_flower.core.objectives import Distillation
 from tap_flower.core.replacement import PARTS, Decision, decide, mixture, replace
-from tap_flower.methods.method import Memory, Method, Participation, SecondStage
+from tap_flower.methods.method import PERSONAL, Memory, Method, Participation, SecondStage, server_and_personal
 from tap_flower.methods.session import Session
 
-PERSONAL, LOSSES = "personal", "personal_losses"
-"""In the memory: the personal model, and task name -> its mean training loss in its last round."""
+LOSSES = "personal_losses"
+"""In the memory: task name -> the personal model's mean training loss in its last round."""
 
 
 def participate(session: Session, server_round: int, received: State, memory: Memory) -> Participation:
@@ -159,12 +159,6 @@ def decided(
     return cpu_state(student), decisions
 
 
-def models(received: State, memory: Memory, first: Callable[[], State]) -> dict[str, State | None]:
-    """The server's copy and the personal model; a client that was never sampled has its first values."""
-    del first
-    return {"server": received, "personal": memory.models.get(PERSONAL)}
-
-
 def trained(config: Config) -> tuple[float, float]:
     """Two models in the rounds that train both, and in stage 2 teacher and student, or what the ablation says."""
     without = min(config.train.personal_from - 1, config.rounds) if config.replacement.enabled else 0
@@ -172,8 +166,8 @@ def trained(config: Config) -> tuple[float, float]:
 
 
 def compares(settings: HyperParameters) -> bool:
-    """Whether components are replaced at all."""
-    return settings.replacement.enabled
+    """Whether components are replaced, or pairs distilled, by the losses of held-out examples."""
+    return settings.replacement.enabled or settings.distill.only_better
 
 
 def distils(settings: HyperParameters) -> bool:
@@ -186,8 +180,9 @@ METHOD = Method(
     participate,
     second_stage,
     ("server+finetune", "tap"),
-    models,
+    server_and_personal,
     trained=trained,
+    longest=lambda settings: (1, 2 if settings.distill.stage is StageTwo.finetuning_twice else 1),
     compares=compares,
     distils=distils,
 )

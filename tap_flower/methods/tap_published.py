@@ -57,5 +57,7 @@ METHOD = replace(
     participate=participate,
     second_stage=second_stage,
     trained=trained,
+    longest=lambda _: (1, 1),
+    compares=lambda settings: tap.compares(as_published(settings)),
     distils=distils,
 )

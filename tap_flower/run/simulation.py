@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 import subprocess
 import tempfile
@@ -241,7 +242,7 @@ def _submit(launch: Launch, out: Path, flower: Flower) -> int:
     values = {
         "preset": launch.preset,
         "config": str(Path(launch.config).resolve()) if launch.config else "",
-        "set": " ".join(launch.settings),
+        "set": shlex.join(launch.settings),
         "out": str(out),
         "resume": launch.resume,
     }

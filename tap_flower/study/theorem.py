@@ -34,7 +34,7 @@ EXAMPLES = {"train": 64, "validation": 32, "test": 128}
 PAIRS = (1, 2, 4, 8, 16)
 SETTINGS = (
     "rounds=4", "train.steps=8", "train.batch_size=16", "train.accumulation=1", "train.learning_rate=0.08",
-    "train.start_learning_rate=0.08", "train.weight_decay=0", "distill.iterations=12", "distill.learning_rate=0.04",
+    "train.weight_decay=0", "distill.iterations=12", "distill.learning_rate=0.04",
 )  # fmt: skip
 GAP = "Gap to the pair's own optimum", "squared error above that of the optimum (lower is better)"
 GRADIENT = "Gradient of the pair's own loss", "norm (0 at the pair's optimum)"

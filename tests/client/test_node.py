@@ -18,7 +18,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from tap_flower.client import from_spec
 from tap_flower.client import node as node_module
 from tap_flower.client.node import Limits, limits_of, this_node
-from tap_flower.config import HyperParameters, Metrics
+from tap_flower.config import HyperParameters, Metrics, StageTwo
 from tap_flower.errors import MessageError, RunError, SpecError
 from tap_flower.methods.session import Session
 from tap_flower.wire import messages
@@ -133,15 +133,21 @@ def test_a_node_refuses_what_is_above_its_limits(make_federation: Make, limit: d
     assert not fresh.answer(Message(asked.content, dst_node_id=100, message_type=messages.TRAIN)).has_error()
 
 
-def test_steps_that_a_method_makes_besides_count_for_the_limit() -> None:
+def test_a_limit_counts_the_steps_that_a_method_trains_a_model_for() -> None:
     settings = HyperParameters(method="fedala")
-    settings.train.steps, settings.distill.iterations, settings.baselines.fedala_start = 20, 30, 10
-    with pytest.raises(MessageError, match=r"train.steps · \(1 \+ baselines.fedala_start\) = 220, and .* allows 219"):
-        Limits(steps=219).check_settings(settings)
-    with pytest.raises(MessageError, match=r"distill.iterations · \(1 \+ baselines.fedala_start\) = 330"):
-        Limits(steps=329).check_settings(settings)
-    Limits(steps=330).check_settings(settings)
+    settings.train.steps, settings.distill.iterations = 20, 30
+    settings.baselines.fedala_start, settings.baselines.fedala_share = 10, 0.75
+    with pytest.raises(MessageError, match=r"8 · train.steps = 160, and .* allows 159"):
+        Limits(steps=159).check_settings(settings)
+    with pytest.raises(MessageError, match=r"8 · distill.iterations = 240"):
+        Limits(steps=239).check_settings(settings)
+    Limits(steps=240).check_settings(settings)
     settings.method = "pfedme"  # its steps of θ are those of the run
+    Limits(steps=30).check_settings(settings)
+    settings.method, settings.distill.stage = "tap", StageTwo.finetuning_twice
+    with pytest.raises(MessageError, match=r"2 · distill.iterations = 60"):
+        Limits(steps=59).check_settings(settings)
+    settings.method = "tap-published"
     Limits(steps=30).check_settings(settings)
 
 

@@ -397,6 +397,15 @@ def test_a_remembered_state_cannot_be_changed_from_outside(tmp_path: Path) -> No
 RECORD = {"schema": SCHEMA, "run": "r1", "history": "h1", "round": 1, "models": [], "record": {}, "replacements": {}}
 
 
+def test_one_tensor_may_have_two_names(tmp_path: Path) -> None:
+    kept = torch.arange(6.0).reshape(2, 3)
+    write_tensors(tmp_path / "x.safetensors", {"a": kept, "b": kept, "row": kept[0]}, {})
+    found, _ = read_tensors(tmp_path / "x.safetensors")
+    assert found["a"].equal(kept)
+    assert found["b"].equal(kept)
+    assert found["row"].equal(kept[0])
+
+
 @pytest.mark.parametrize(
     ("record", "problem"),
     [

@@ -83,7 +83,9 @@ class Loop:
         return task(train, **{"forward": None, "target": None, "fit": self.fit, "score": self.score, **more})
 
 
-def run(folder: Path, tasks: Callable[[int], Task], *settings: str, rate: float = 0.05, nodes: int = 2) -> TapResult:
+def run(
+    folder: Path, tasks: Callable[[int], Task], *settings: str, rate: float = 0.05, nodes: int = 2, **node: Any
+) -> TapResult:
     app = TapClientApp()
 
     @app.client()
@@ -95,7 +97,7 @@ def run(folder: Path, tasks: Callable[[int], Task], *settings: str, rate: float 
         config=load_config("plug-in", settings=["rounds=1", f"clients_per_round={nodes}", *FEW, *settings]),
         run_folder=folder / "run",
     )
-    grid = InProcessGrid(app, [{"partition-id": i} for i in range(nodes)], {})
+    grid = InProcessGrid(app, [{"partition-id": i, **node} for i in range(nodes)], {})
     return strategy.start(grid, train_config=ConfigRecord({"lr": rate}))
 
 
@@ -134,12 +136,14 @@ def test_validation_is_a_share_or_data_or_none(data: Any) -> None:
         session(task(data, validation=None))
     with pytest.raises(ClientError, match="task 'digits' has validation 1.5: give a share between 0 and 1"):
         task(data, validation=1.5)
+    with pytest.raises(ClientError, match="task 'digits' has batch_size 0: give a whole number from 1 on"):
+        task(pixels(4, 0), batch_size=0)
 
 
 def test_a_batch_size_beside_a_loaders_own_is_refused() -> None:
     with pytest.raises(ClientError, match="has batch_size=2 and a DataLoader, which has its own batch size"):
         session(task(batch_size=2))
-    with pytest.raises(ClientError, match="has a DataLoader that gives no batch"):
+    with pytest.raises(ClientError, match="has a DataLoader that yields no batch"):
         session(task(loader(3, drop_last=True)))
 
 
@@ -344,8 +348,9 @@ def test_a_loop_that_trains_another_model_is_told(tmp_path: Path, caplog: pytest
 @pytest.mark.parametrize(
     ("returns", "words"),
     [
-        (lambda loss: "fine", "`fit` returned loss = 'fine': return numbers by name"),
-        (lambda loss: {"my loss": loss}, "`fit` returned 'my loss': name metrics by letters"),
+        (lambda loss: "fine", "`fit` returned loss of type str: return numbers by name"),
+        (lambda loss: {"my loss": loss}, "`fit` returned a metric whose name the node's log shows: use letters"),
+        (lambda loss: {"train-loss": loss}, "`fit` returned 'train-loss', which the reply has anyway"),
         (lambda loss: float("nan"), "the training loss of task 'digits' is nan"),
     ],
 )
@@ -355,6 +360,70 @@ def test_what_a_loop_returns_is_checked(
     with caplog.at_level(logging.WARNING, "tap_flower"), suppress(RunError):
         run(tmp_path, lambda _: Loop(returns).task())
     assert words in caplog.text
+
+
+@pytest.mark.parametrize("returned", [{"loss": "Ann has HIV"}, {"Ann has HIV": 1.0}, "Ann has HIV"])
+def test_the_server_is_not_told_what_a_loop_returned(
+    tmp_path: Path, returned: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for own in ({"fit": lambda *_: returned}, {"score": lambda *_: returned}):
+        with pytest.raises(RunError) as error:
+            run(tmp_path / min(own), lambda _, own=own: Loop().task(**own))  # type: ignore[misc]
+        assert "HIV" not in str(error.value)
+    assert "Ann has HIV" in caplog.text  # on the node
+
+
+def test_a_method_that_compares_nothing_needs_neither_held_out_examples_nor_a_loss(tmp_path: Path) -> None:
+    def silent(_: int) -> Task:
+        return Loop(lambda loss: None).task(validation=None)
+
+    assert run(tmp_path / "a", silent, "method=fedavg").clients
+    assert run(tmp_path / "b", silent, "method=fedavg", "replacement.evidence=training").clients
+    with pytest.raises(RunError, match="has validation=None, and the run compares losses"):
+        run(tmp_path / "c", silent, "replacement.enabled=false", "distill.only_better=true")
+
+
+def test_a_further_metric_that_is_not_finite_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def score(net: nn.Module, data: DataLoader[Any]) -> dict[str, float]:
+        return {**Loop().score(net, data), "auc": math.nan}
+
+    found = run(tmp_path, lambda _: Loop().task(score=score), "method=fedavg").clients
+    assert found["c0"]["digits"]["server"].keys() == {"loss", "accuracy"}
+    assert "task 'digits': auc of the model 'server' is not finite on the test data, and left out" in caplog.text
+
+
+def test_keep_best_is_true_or_false_and_needs_held_out_examples(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(RunError, match="the log of the node says where"):
+        run(tmp_path / "a", lambda _: task(), **{"keep-best": "false"})
+    assert "the node's keep-best is 'false': write keep-best=true or keep-best=false" in caplog.text
+    run(tmp_path / "b", lambda _: task(), "replacement.evidence=training", **{"keep-best": True})
+    assert "keep-best does nothing: no held-out examples say which state is best" in caplog.text
+
+
+def test_what_is_no_client_is_told(tmp_path: Path) -> None:
+    app = TapClientApp()
+    app.client()(lambda context: None)  # type: ignore[arg-type, return-value]
+    strategy = TapStrategy(config=load_config("plug-in", settings=FEW), run_folder=tmp_path)
+    grid = InProcessGrid(app, [{"partition-id": i} for i in range(2)], {})
+    with pytest.raises(RunError, match=r"@app.client\(\) decorates returned a NoneType: return a tap_flower.Client"):
+        strategy.start(grid)
+
+
+def test_a_parameter_with_a_default_keeps_it(tmp_path: Path) -> None:
+    seen, app = list[Any](), TapClientApp()
+
+    @app.client()
+    def make(context: Context, debug: bool = False) -> Client:
+        seen.append(debug)
+        return Client(f"c{context.node_config['partition-id']}", Net, [task()], COMPONENTS, state_dir=tmp_path)
+
+    config = load_config("plug-in", settings=["rounds=1", *FEW])
+    TapStrategy(config=config, run_folder=tmp_path / "run").start(
+        InProcessGrid(app, [{"partition-id": i} for i in range(2)], {})
+    )
+    assert seen == [False, False]
 
 
 def test_a_loss_that_decides_must_be_returned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -443,7 +512,7 @@ def test_an_operation_that_cannot_be_deterministic_is_refused_at_the_start() -> 
 @pytest.mark.parametrize(
     ("returned", "words"),
     [
-        (0.5, "`score` returned 0.5: return numbers by name"),
+        (0.5, "`score` returned a float: return numbers by name"),
         ({"loss": 1.0}, "`score` returned loss, and the kind 'image_classification' is judged by 'accuracy'"),
         ({"loss": 1.0, "accuracy": 87.5}, "`score` returned accuracy = 87.5, .* return the share, not a percentage"),
         ({"accuracy": 1.0}, "`score` returned no 'loss', and replacement.evidence = validation compares it"),

@@ -68,7 +68,7 @@ def test_fedavg(alone: ToyClient) -> None:
     done = fedavg.participate(alone.local, 1, state(**ONE), Memory())
     assert base(done.returned) == 0.64
     assert done.losses["t"] == pytest.approx((1 + 0.8**2) / 2)
-    assert base(fedavg.second_stage(alone.local, state(**ONE), Memory()).models["server+finetune"]) == 0.8
+    assert base(fedavg.METHOD.second_stage(alone.local, state(**ONE), Memory()).models["server+finetune"]) == 0.8
     assert fedavg.nothing(alone.local, state(**ONE), Memory()).models == {}
 
 
@@ -77,7 +77,7 @@ def test_fedprox(alone: ToyClient) -> None:
     done = fedprox.participate(alone.local, 1, state(**ONE), Memory())
     # 1 -> 0.8 (no distance yet); 0.8 - 0.1 (1.6 + 1 · (0.8 - 1)) = 0.66
     assert base(done.returned) == 0.66
-    assert base(fedprox.second_stage(alone.local, state(**ONE), Memory()).models["fedprox"]) == 0.8
+    assert base(fedprox.METHOD.second_stage(alone.local, state(**ONE), Memory()).models["fedprox"]) == 0.8
 
 
 def test_ditto(alone: ToyClient) -> None:

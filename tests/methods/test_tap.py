@@ -224,11 +224,11 @@ def test_a_client_that_was_never_sampled_starts_from_the_initial_values(
 
 def test_what_is_evaluated(client: TapClient) -> None:
     received, memory = state(one=1.0), remembered(0.5)
-    assert tap.models(received, memory, client.initial_values) == {
+    assert tap.METHOD.models(received, memory, client.initial_values) == {
         "server": received,
         "personal": memory.models["personal"],
     }
-    assert tap.models(received, Memory(), client.initial_values) == {"server": received, "personal": None}
+    assert tap.METHOD.models(received, Memory(), client.initial_values) == {"server": received, "personal": None}
     assert (tap.METHOD.results, tap.METHOD.result) == (("server+finetune", "tap"), "tap")
 
 

@@ -57,7 +57,7 @@ class ToyClient:
 
     def __post_init__(self) -> None:
         self.settings.train.steps, self.settings.distill.iterations = 2, 1
-        self.settings.train.learning_rate = self.settings.train.start_learning_rate = 0.1
+        self.settings.train.learning_rate = 0.1
         self.settings.distill.learning_rate = 0.1
         self.settings.train.accumulation, self.settings.train.clip_norm = 1, 1e6
 
