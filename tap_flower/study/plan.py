@@ -5,19 +5,45 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
+
+import msgspec
 
 from tap_flower.config import Config, client_specs, load_config, plain, read_yaml
 from tap_flower.errors import ConfigError
 from tap_flower.methods.registry import find_method
+from tap_flower.plain import as_text, shown
 from tap_flower.report.configuration import different, portable, recorded
 from tap_flower.report.results import RESULTS
 
-_KEYS = ("preset", "config", "seeds", "set", "methods", "budgets")
 ROUNDS, STEPS = "rounds", "steps"
 """Budgets: every method with the steps that the configuration says, or each with as many as the published TAP makes."""
 _COUNTED = "train.steps", "distill.iterations", "rounds", "clients_per_round"
 """Settings that the budget `steps` decides, or counts on."""
+
+_REMEDIES = {
+    "preset": "give the name of a preset",
+    "config": "give the path of a YAML file",
+    "seeds": "list different whole numbers, such as [41, 42, 43]",
+    "set": "write `key: value` lines, with dots in the key, such as `train.steps: 10`",
+    "methods": "list names of methods, or write `label: settings` lines, such as `near: {method: fedprox, train.steps: 10}`",
+    "budgets": f"list {ROUNDS}, {STEPS} or both, such as [{ROUNDS}, {STEPS}]",
+}
+"""Key of a sweep file -> what to write there."""
+_NotEmpty = msgspec.Meta(min_length=1)
+_Seed = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+_Settings = dict[str, str | int | float | bool | None]
+
+
+class _SweepFile(msgspec.Struct):
+    """What a sweep file says, see `read_sweep`."""
+
+    seeds: Annotated[list[_Seed], _NotEmpty]
+    methods: Annotated[list[str], _NotEmpty] | Annotated[dict[str, _Settings | None], _NotEmpty]
+    preset: str = "demo"
+    config: str = ""
+    set: _Settings = {}
+    budgets: Annotated[list[Literal["rounds", "steps"]], _NotEmpty] = msgspec.field(default_factory=lambda: ["rounds"])
 
 
 @dataclass(frozen=True)
@@ -109,22 +135,11 @@ def read_sweep(file: Path, out: Path, kept: Path | None = None) -> Sweep:
     Raises:
         ConfigError: something in the file is wrong, or a folder holds a finished run of another configuration.
     """
-    values = read_yaml(file, "sweep file")
-    if unknown := values.keys() - set(_KEYS):
-        raise ConfigError(f"{file}: unknown {', '.join(sorted(map(repr, unknown)))}: use {', '.join(_KEYS)}")
-    seeds = values.get("seeds", [])
-    if not isinstance(seeds, list) or not seeds or not all(map(_is_seed, seeds)) or len({*seeds}) < len(seeds):
-        raise ConfigError(f"{file}: seeds is {seeds!r}: list different whole numbers, such as [41, 42, 43]")
-    methods = _labelled(file, values.get("methods", []))
-    common = _settings(file, "set", values.get("set", {}))
-    config = str(file.resolve().parent / values["config"]) if "config" in values else ""
-    preset = str(values.get("preset", "demo"))
-    budgets = values.get("budgets", [ROUNDS])
-    if not isinstance(budgets, list) or not budgets or not {*map(str, budgets)} <= {ROUNDS, STEPS}:
-        raise ConfigError(
-            f"{file}: budgets is {budgets!r}: list {ROUNDS}, {STEPS} or both, such as [{ROUNDS}, {STEPS}]"
-        )
-
+    given = _read(file)
+    methods = _labelled(file, given.methods)
+    common = _settings(file, "set", given.set)
+    config = str(file.resolve().parent / given.config) if given.config else ""
+    seeds, budgets, preset = given.seeds, given.budgets, given.preset
     places = [out] if kept is None else [out, kept]
 
     def folder(run: str) -> Path:
@@ -156,8 +171,20 @@ def read_sweep(file: Path, out: Path, kept: Path | None = None) -> Sweep:
     return Sweep(found, result, "tap" if "tap" in methods else next(iter(methods)))
 
 
-def _is_seed(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= 2**62
+def _read(file: Path) -> _SweepFile:
+    """The content of a sweep file; a key without a value counts as left out."""
+    written = {key: value for key, value in read_yaml(file, "sweep file").items() if value is not None}
+    if unknown := written.keys() - _REMEDIES.keys():
+        raise ConfigError(f"{file}: unknown {', '.join(sorted(map(repr, unknown)))}: use {', '.join(_REMEDIES)}")
+    values = {"seeds": [], "methods": [], **written}
+    try:
+        found = msgspec.convert(values, _SweepFile)
+        if len(set(found.seeds)) == len(found.seeds):
+            return found
+        wrong = "seeds"
+    except msgspec.ValidationError as error:  # its path begins with the key: "Expected `int` - at `$.seeds[0]`"
+        wrong = str(error).rpartition("`$.")[2].partition("[")[0].rstrip("`")
+    raise ConfigError(f"{file}: {wrong} is {shown(values[wrong])}: {_REMEDIES[wrong]}")
 
 
 def _check_own_steps(file: Path, label: str, own: Sequence[str]) -> None:
@@ -181,38 +208,25 @@ def steps_as_tap(own: Config, tap: Config) -> tuple[str, ...]:
     return () if (*equal,) == steps else (f"train.steps={equal[0]}", f"distill.iterations={equal[1]}")
 
 
-def _labelled(file: Path, methods: Any) -> dict[str, tuple[str, tuple[str, ...]]]:
+def _labelled(
+    file: Path, methods: Sequence[str] | Mapping[str, _Settings | None]
+) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Label -> (method, settings)."""
-    if not isinstance(methods, Mapping | list) or not methods:
-        raise ConfigError(f"{file}: methods is {methods!r}: list names of methods, or write `label: settings` lines")
     found = {}
-    for label, settings in ({name: {} for name in methods} if isinstance(methods, list) else methods).items():
-        own = dict(settings or {}) if isinstance(settings, Mapping) or settings is None else None
-        if own is None or Path(str(label)).name != str(label):
-            raise ConfigError(
-                f"{file}: methods has {label!r}: {settings!r}; write a plain label and its settings, such as "
-                f"`no-replacement: {{method: tap, replacement.enabled: false}}`"
-            )
-        method = str(own.pop("method", label))
-        found[str(label)] = method, _settings(file, str(label), own)
+    for label, settings in (methods if isinstance(methods, Mapping) else dict.fromkeys(methods)).items():
+        if Path(label).name != label:
+            raise ConfigError(f"{file}: methods has the label {label!r}, which names a folder: leave the path out")
+        own = dict(settings or {})
+        method = str(own.pop("method", None) or label)
+        found[label] = method, _settings(file, label, own)
     return found
 
 
-def _settings(file: Path, where: str, values: Any) -> tuple[str, ...]:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{file}: {where} is {values!r}: write `key: value` lines, such as `train.steps: 10`")
+def _settings(file: Path, where: str, values: _Settings) -> tuple[str, ...]:
     for key, value in values.items():
-        if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
-            raise ConfigError(
-                f"{file}: {where} has {key}: {value!r}; write one line for each number, with dots in its key"
-            )
         if " " in str(value):
             raise ConfigError(f"{file}: {where} has {key}: {value!r}; a value with spaces goes into the `config` file")
-    return tuple(f"{key}={_plain(value)}" for key, value in values.items())
-
-
-def _plain(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return tuple(f"{key}={'null' if value is None else as_text(value)}" for key, value in values.items())
 
 
 def checked(runs: Sequence[PlannedRun]) -> Config:

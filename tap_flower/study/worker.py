@@ -92,7 +92,7 @@ def _run(task: Task, folder: Path) -> str:
     resume = has_begun(folder)
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / "config.yaml"
-        file.write_text(task.config)
+        file.write_text(task.config, encoding="utf-8")
         run_config = {"preset": task.preset, "config": str(file), "set": "", "out": str(folder), "resume": resume}
         try:
             config = load_config(task.preset, str(file))

@@ -194,7 +194,7 @@ def test_label_skew_is_planned_by_its_options(
 
     def planned(*options: Any) -> Study:
         asked.append(options)
-        return Study("heterogeneity", "What?", "", "alpha", (), lambda: [(0.0, {("t", "score"): {"tap": 0.5}})])
+        return Study("heterogeneity", "What?", "", "alpha", (), lambda _: [(0.0, {("t", "score"): {"tap": 0.5}})])
 
     monkeypatch.setattr(heterogeneity, "heterogeneity_study", planned)
     status, out, _ = command(

@@ -44,9 +44,14 @@ def test_labelled_variants(plan: Any) -> None:
     assert sweep.reference == "near"  # without a label `tap`, the first
 
 
+def test_a_setting_may_be_null(plan: Any) -> None:
+    assert plan(set={"model.image_size": None}).runs[0].resolved.model.image_size is None
+
+
 def test_a_config_file_lies_beside_the_sweep(plan: Any, tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text("rounds: 3\n")
     assert plan(config="more.yaml").runs[0].resolved.rounds == 3
+    assert plan(config=None).runs[0].resolved.rounds != 3
 
 
 def test_equal_steps_give_a_method_with_one_model_twice_the_steps_of_tap(plan: Any, tmp_path: Path) -> None:
@@ -83,10 +88,17 @@ def test_a_tap_with_fewer_steps_of_its_personal_models_gets_them_for_the_servers
         ({"seeds": ["a"]}, r"seeds is \['a'\]"),
         ({"methods": []}, r"methods is \[\]: list names of methods"),
         ({"methods": ["tapp"]}, r"tapp: unknown method 'tapp' \(did you mean 'tap'\?\)"),
-        ({"methods": {"a/b": {"method": "tap"}}}, r"methods has 'a/b'.*write a plain label"),
-        ({"methods": {"tap": 3}}, r"methods has 'tap': 3"),
+        (
+            {"methods": {"a/b": {"method": "tap"}}},
+            r"methods has the label 'a/b', which names a folder: leave the path out",
+        ),
+        ({"methods": {"tap": 3}}, r"methods is \{'tap': 3\}: list names"),
+        ({"methods": [{"tap": {"train.steps": 3}}]}, r"methods is \[\{'tap': .*or write `label: settings` lines"),
+        ({"methods": {"tap": {"train": {"steps": 3}}}}, r"methods is \{'tap': "),
+        ({"methods": None}, r"methods is \[\]: list names"),
+        ({"config": 3}, r"config is 3: give the path of a YAML file"),
         ({"set": [1]}, r"set is \[1\]: write `key: value` lines"),
-        ({"set": {"train": {"steps": 3}}}, r"set has train: .*with dots in its key"),
+        ({"set": {"train": {"steps": 3}}}, r"set is \{'train': .*with dots in the key"),
         ({"set": {"data.root": "a b"}}, r"a value with spaces goes into the `config` file"),
         ({"set": {"train.stepps": 3}}, r"tap: .*train.stepps"),
         ({"preset": "demoo"}, r"tap: unknown preset 'demoo'"),
