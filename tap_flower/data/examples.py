@@ -28,6 +28,7 @@ from torch.utils.data import WeightedRandomSampler as Weighted
 from tap_flower.core.seeds import named_seed, seeded
 from tap_flower.core.training import Batch
 from tap_flower.errors import in_task
+from tap_flower.plain import counted
 
 OWN = "batch"
 """Name of the only model input that a user's own data set gives: whatever its collate function returned."""
@@ -254,7 +255,7 @@ def split_off(loader: DataLoader[Any], share: float, seed: int) -> tuple[DataLoa
         seed: decides which.
 
     Raises:
-        TypeError: it draws fewer than two rows.
+        TypeError: it draws fewer than two rows, or the others make no batch.
     """
     rows = sorted(set(_rows(loader)))
     if len(rows) < 2:
@@ -267,6 +268,11 @@ def split_off(loader: DataLoader[Any], share: float, seed: int) -> tuple[DataLoa
         rest = _changed(loader, sampler=kept, batch_sampler=BatchSampler(kept, loader.batch_size, loader.drop_last))
     else:
         rest = _changed(loader, batch_sampler=kept)
+    if not len(cast(Sized, rest.batch_sampler)):
+        raise TypeError(
+            f"its loader yields no batch once {counted(len(held), 'row')} of {len(rows)} are held out: lower its batch size, "
+            f"set drop_last=False, or give `validation` data"
+        )
     some: Any = Subset(loader.dataset, sorted(held))
     size = loader.batch_size or max(map(len, cast(Iterable[Any], _drawn_batches(loader))))
     in_order = SequentialSampler(some)

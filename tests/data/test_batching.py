@@ -296,6 +296,12 @@ def test_a_share_of_the_samplers_rows_is_set_aside(sampler: Sampler[int], batche
     assert [row for b in pass_over(split_off(loader, 0.3, seed=1)[1]) for row in b] == aside
 
 
+def test_a_loader_without_a_batch_once_rows_are_held_out_is_refused() -> None:
+    loader = DataLoader(Rows(10), batch_size=10, drop_last=True)
+    with pytest.raises(TypeError, match="yields no batch once 2 rows of 10 are held out: lower its batch size"):
+        split_off(loader, 0.2, 1)
+
+
 def test_looking_at_a_loader_leaves_its_generator_where_it_was() -> None:
     generator = torch.Generator().manual_seed(5)
     loader = DataLoader(Rows(8), batch_size=4, shuffle=True, generator=generator)
