@@ -64,13 +64,32 @@ class Factor:
                 self.value = self.value / divisor
 
 
-def _sums(node: Any) -> bool:
-    """Whether a loss is a sum over examples, or made of such sums."""
-    if node is None:
-        return False
-    if node.name() == "SumBackward0" or getattr(node, "_saved_reduction", None) == 2:  # torch's number for a sum
-        return True
-    return node.name() in ("AddBackward0", "SubBackward0", *_THROUGH) and any(_sums(n) for n, _ in node.next_functions)
+def _sums(root: Any) -> bool:
+    """Whether a loss is a sum over examples, or made of such sums; a sum over parameters is none."""
+    nodes = [root]
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        if node.name() == "SumBackward0" or getattr(node, "_saved_reduction", None) == 2:  # torch's number for a sum
+            if _of_output(node):
+                return True
+        elif node.name() in ("AddBackward0", "SubBackward0", *_THROUGH):
+            nodes += [below for below, _ in node.next_functions]
+    return False
+
+
+def _of_output(root: Any) -> bool:
+    """Whether a value was computed from an output of the module."""
+    nodes, seen = [root], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            if node.name() == "_WithBackward":
+                return True
+            seen.add(node)
+            nodes += [below for below, _ in node.next_functions]
+    return False
 
 
 @dataclass
@@ -132,14 +151,22 @@ def further_loss(module: nn.Module, task: str, objective: Objective | None) -> I
     def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         tensors = _tensors(output)
         factor.rows = next((len(tensor) for tensor in tensors if tensor.dim()), 0)
-        if isinstance(objective, Proximal) or not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
             return output
-        batch = Batch(task, {CALL: (args, kwargs)}, None)  # type: ignore[arg-type]
-        value = objective(batch, comparable(output))
+        if isinstance(objective, Proximal):
+            value = torch.zeros(())  # its gradients come by the hooks on parameters
+        else:
+            batch = Batch(task, {CALL: (args, kwargs)}, None)  # type: ignore[arg-type]
+            value = objective(batch, comparable(output))
         term = _Term(value, factor)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
 
         def with_term(tensor: Tensor) -> Tensor:
-            return cast(Tensor, _With.apply(tensor, value, term)) if tensor.requires_grad else tensor  # type: ignore[no-untyped-call]
+            # Of a router, say, whose weight in the loop's loss is none of the term's.
+            auxiliary = not tensor.dim() and tensor is not output and tensor is not loss
+            if auxiliary or not tensor.requires_grad:
+                return tensor
+            return cast(Tensor, _With.apply(tensor, value, term))  # type: ignore[no-untyped-call]
 
         return _mapped(output, with_term)
 

@@ -139,6 +139,51 @@ def test_a_module_that_computes_its_own_loss_gets_the_term_once(uses: str) -> No
         torch.testing.assert_close(parameter.grad, 8 * gradient, atol=1e-5, rtol=1e-5)
 
 
+class WithAFurtherLoss(Net):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        logits = self.net(x)
+        return {"logits": logits, "router": logits.square().mean()}
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.01])
+def test_the_weight_of_a_further_loss_of_the_module_does_not_scale_the_term(weight: float) -> None:
+    net, (x, _) = WithAFurtherLoss(), data()[0]
+    found = []
+    for objective in (None, lambda batch, output: output.sum()):
+        net.zero_grad()
+        with further_loss(net, "t", objective):
+            out = net(x)
+            explicit = 0.0 if objective else out["logits"].sum()
+            (0 * out["logits"].mean() + weight * out["router"] + explicit).backward()
+        found.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("term", ["sum", "proximal"])
+def test_a_sum_over_parameters_is_no_sum_over_examples(term: str) -> None:
+    net, (x, y) = Net(), data(size=4)[0]
+    anchor = {name: torch.zeros_like(value) for name, value in net.named_parameters()}
+    objective = Proximal(net, anchor, 1.0) if term == "proximal" else lambda batch, output: output.sum()
+    found = []
+    for weight in (None, 0.0):
+        net.zero_grad()
+        with further_loss(net, "t", objective):
+            loss = F.cross_entropy(net(x), y)
+            loss = loss if weight is None else loss + weight * net.net[0].weight.square().sum()
+            (loss / 4).backward()  # of four that are accumulated; there are four rows, too
+        found.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    torch.testing.assert_close(*found)
+
+
+def test_a_loss_of_many_additions() -> None:
+    net, (x, y) = Net(), data()[0]
+    with further_loss(net, "t", distillation(Net())):
+        loss = F.cross_entropy(net(x), y)
+        for _ in range(2000):
+            loss = loss + 1
+        (loss / 2).backward()
+
+
 def test_under_autocast_the_term_is_that_of_the_explicit_sum() -> None:
     net, teacher = pair()
     x, y = data()[0]
