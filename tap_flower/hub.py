@@ -192,7 +192,7 @@ def _download(name: str, **options: Any) -> Path:
 
 def _not_had(name: str, error: Exception) -> BackboneError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return BackboneError(f"{name} cannot be had from the hub: {reason}")
+    return BackboneError(f"{name} cannot be downloaded from the hub: {reason}")
 
 
 def _converted(folder: Path) -> Path:

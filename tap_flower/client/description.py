@@ -22,7 +22,9 @@ from tap_flower.data.spec import ClientSpec, check_kind, class_names
 from tap_flower.errors import ConfigError, SpecError, StorageError
 from tap_flower.files import read_json, write_json
 from tap_flower.methods.registry import find_method
+from tap_flower.methods.session import Session
 from tap_flower.wire.fields import Epoch, Name
+from tap_flower.wire.messages import Instruction
 
 DESCRIPTION = "model.json"
 SCHEMA = 2
@@ -114,37 +116,27 @@ class Description(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True,
         return hyper_parameters(msgspec.to_builtins(self.stated))
 
 
-def describe(
-    folder: Path,
-    spec: ClientSpec,
-    fingerprint: str,
-    settings: HyperParameters,
-    run: str,
-    epochs: Sequence[Epoch],
-    best: int | None,
-) -> None:
-    """Writes `model.json`, unless it is there already.
+def describe(spec: ClientSpec, folder: Path, session: Session, instruction: Instruction) -> None:
+    """Writes `model.json` into the state folder of a client, unless it is there already.
 
     Args:
-        folder: state folder of the client.
         spec: the client spec.
-        fingerprint: fingerprint of its backbone.
-        settings: the run's hyper-parameters.
-        run: identity of the run.
-        epochs: the run's start and its resumes.
-        best: round as of which the client's own model counts, where the run may stop early.
+        folder: state folder of the client.
+        session: the client at work.
+        instruction: the server's, which says the run and its epochs.
 
     Raises:
         StorageError: the folder cannot be written.
     """
+    settings = session.settings
     found = Description(
-        run=run,
-        epochs=tuple(epochs),
-        best=best,
+        run=instruction.run,
+        epochs=instruction.epochs,
+        best=instruction.best,
         client=spec.name,
         backbone=spec.backbone,
         revision=spec.revision,
-        fingerprint=fingerprint,
+        fingerprint=session.fingerprint,
         stated=_Settings(
             settings.method, settings.seed, asdict(settings.model), {"precision": settings.compute.precision.value}
         ),

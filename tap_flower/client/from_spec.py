@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -30,7 +29,6 @@ from tap_flower.methods.method import Method
 from tap_flower.methods.session import Session
 from tap_flower.models.cpu import prepare_allocation
 from tap_flower.models.load import load_backbone
-from tap_flower.wire.messages import Instruction
 
 
 def client_of_node(context: Context, settings: HyperParameters) -> Client:
@@ -96,7 +94,7 @@ def client_from_spec(node: Node, settings: HyperParameters) -> Client:
         fingerprint=backbone.fingerprint,
         outline=partial(outlined, build),
         observe=partial(_observer, spec, node.metrics),
-        describe=partial(_describe, spec),
+        describe=partial(describe, spec),
     )
 
 
@@ -118,8 +116,3 @@ def _observer(spec: ClientSpec, metrics: Metrics, session: Session, method: Meth
     writes = [task.name for task in spec.tasks if task.kind == TEXT_GENERATION.name]
     texts = partial(TextMetrics, writes, decode, end, meteor=metrics.meteor, bertscore=metrics.bertscore)
     return TestObserver(Samples(session, spec.tasks, decode, end, {"server", "personal", method.result}), texts)
-
-
-def _describe(spec: ClientSpec, folder: Path, session: Session, instruction: Instruction) -> None:
-    """Writes `model.json` into the client's state folder."""
-    describe(folder, spec, session.fingerprint, session.settings, instruction.run, instruction.epochs, instruction.best)

@@ -78,7 +78,7 @@ class OwnModel(ComponentModel):
         self._built.reset(self.own_module, values)
 
     def discard(self) -> None:
-        """Says that the frozen parameters of the module have changed: the next model is of another build."""
+        """Marks the shared module as changed, so that the next model is built anew."""
         for key in [key for key, (built, _) in _built.items() if built is self._built]:
             del _built[key]
 

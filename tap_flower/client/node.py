@@ -23,7 +23,8 @@ from tap_flower.files import default_state_dir
 from tap_flower.methods.registry import find_method
 
 GRACE, LAST = 60.0, 60.0
-"""Seconds for which work goes on after the server has given it up, and a process that does not stop after its deadline."""
+"""GRACE: seconds of work after the server has stopped waiting. LAST: seconds until a process that ignores its deadline is
+killed."""
 
 GPU_WORKERS = 4
 """Threads that read ahead of training on a GPU, where nothing is said."""

@@ -83,7 +83,7 @@ class ClientState:
     score: float | None = None
 
     def check_finite(self) -> None:
-        """Refuses a state that could not be gone on with.
+        """Refuses a state that training cannot continue from.
 
         Raises:
             DivergedError: a model holds a value that is not finite.
@@ -92,8 +92,8 @@ class ClientState:
             for name, tensor in tensors.items():
                 if not bool(tensor.isfinite().all()):
                     raise DivergedError(
-                        f"round {self.round} left a value that is not finite in {name!r} of the model {model!r}, which "
-                        f"stays as it was: lower the learning rate, or look for broken examples"
+                        f"round {self.round} made {name!r} of model {model!r} non-finite; the previous state was kept: "
+                        f"lower the learning rate, or look for broken examples"
                     )
 
 
@@ -257,14 +257,11 @@ class StateFolder:
 
     def load_first(self) -> State | None:
         """The first values that are kept, or None where there is no file of them."""
-        found, on_disk = _states.get(self.folder / FIRST), identity(self.folder / FIRST)
-        if on_disk is None:
+        if not (self.folder / FIRST).exists():
             return None
-        if found is None or found[0] != on_disk:
-            found = (on_disk, *read_tensors(self.folder / FIRST))
-            self._remember(FIRST, *found)
-        self._check(FIRST, found[2], _FileRecord)
-        return dict(found[1])
+        tensors, record = self._cached(FIRST)
+        self._check(FIRST, record, _FileRecord)
+        return tensors
 
     def save_server(self, tensors: State, server_round: int) -> None:
         """Keeps the tensors that the server sent for a round; a power failure may take the copy away."""
@@ -281,7 +278,7 @@ class StateFolder:
         return tensors
 
     def _counts(self, record: _RoundRecord) -> bool:
-        """Whether a state belongs to the run as the server goes on with it."""
+        """Whether a state fits the point from which the server resumed the run."""
         ends = [epoch.start for epoch in self.epochs[1:]]
         for epoch, end in zip(self.epochs, [*ends, record.round], strict=True):
             if epoch.history == record.history:
@@ -302,15 +299,8 @@ class StateFolder:
         return counting[0] if counting else None
 
     def _read(self, name: str) -> ClientState:
-        found, on_disk = _states.get(self.folder / name), identity(self.folder / name)
-        if found is not None and found[0] == on_disk:
-            _, tensors, plain = found
-        else:
-            tensors, plain = read_tensors(self.folder / name)
-            if on_disk is not None and identity(self.folder / name) == on_disk:  # else it was replaced meanwhile
-                self._remember(name, on_disk, tensors, plain)
+        tensors, plain = self._cached(name)
         record = self._check(name, plain, _StateRecord)
-        tensors = dict(tensors)
         residual, local = _taken(tensors, _RESIDUAL), _taken(tensors, _LOCAL)
         # Those under their own names, the personal model's, are what is left at the end.
         models = {model: _taken(tensors, _prefix(model)) for model in sorted(record.models, key=_prefix, reverse=True)}
@@ -322,6 +312,16 @@ class StateFolder:
             local,
             record.score,
         )
+
+    def _cached(self, name: str) -> tuple[State, dict[str, Any]]:
+        """Tensors and record of a file, which is read only where it has changed."""
+        found, on_disk = _states.get(self.folder / name), identity(self.folder / name)
+        if found is not None and found[0] == on_disk:
+            return dict(found[1]), found[2]
+        tensors, record = read_tensors(self.folder / name)
+        if on_disk is not None and identity(self.folder / name) == on_disk:  # else it was replaced meanwhile
+            self._remember(name, on_disk, tensors, record)
+        return tensors, record
 
     def _remember(self, name: str, content: Identity, tensors: State, record: dict[str, Any]) -> None:
         kept = (content, dict(tensors), record)

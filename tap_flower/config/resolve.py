@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
-from enum import Enum
+from dataclasses import fields
+from datetime import date, datetime
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
+import msgspec
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -105,8 +106,8 @@ def _check_replacement(settings: HyperParameters) -> None:
     chosen = settings.replacement
     if chosen.source is ReplacementSource.received and chosen.evidence is ReplacementEvidence.training:
         raise ConfigError(
-            "replacement.source = received and replacement.evidence = training: the received weights are not those that the "
-            "training losses are of; set replacement.evidence=validation, or replacement.source=trained"
+            "replacement.source = received and replacement.evidence = training: training losses are measured on the "
+            "trained weights, not on the received ones; set replacement.evidence=validation, or replacement.source=trained"
         )
     held_out = [
         ("replacement.mode = mix", "replacement.mode=hard", chosen.mode is ReplacementMode.mix),
@@ -212,13 +213,7 @@ def plain(config: HyperParameters) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    return value.name if isinstance(value, Enum) else value
+    return msgspec.to_builtins(value, builtin_types=(date, datetime))  # which YAML writes as such
 
 
 def to_yaml(config: Config) -> str:

@@ -8,11 +8,12 @@ it came; a local A_s, which stays on the client. The dual-adapter teacher answer
 
 each with the other's answers z as constants: mutual distillation, at temperature T, by the divergence of the kind of task.
 
-What is other here. An adapter is everything that a client trains and exchanges, heads included, as clients here share
-those of a task; experts of a pair are shared by the pair's holders alone, in the teacher as everywhere. The teacher has the
-mean of the *weights*, `θ_DAT = ½ θ_s + ½ θ̂_c`, in place of the mean of the adapters' outputs in each layer, so that it is a
-model of the client's own form, which can be kept and exported. For a LoRA pair the two differ by `¼ (B_s − B̂_c)(A_s − Â_c)`,
-of second order in what the adapters differ by; so that this is small, A_s starts as what the client receives first.
+How this differs from the paper. An adapter is everything that a client trains and exchanges, heads included, as clients
+here share those of a task; experts of a pair are shared by the pair's holders alone, in the teacher as everywhere. The
+teacher has the mean of the *weights*, `θ_DAT = ½ θ_s + ½ θ̂_c`, in place of the mean of the adapters' outputs in each
+layer, so that it is a model of the client's own form, which can be kept and exported. For a LoRA pair the two differ by `¼
+(B_s − B̂_c)(A_s − Â_c)`, of second order in what the adapters differ by; so that this is small, A_s starts as what the
+client receives first.
 """
 
 from __future__ import annotations

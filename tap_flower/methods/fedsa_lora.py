@@ -40,8 +40,8 @@ def has_lora(model: ComponentModel) -> None:
         )
     if lone := sorted(a for a, b in found.items() if b not in names):
         raise ConfigError(
-            f"method={NAME} exchanges LoRA's matrices A, and {lone[0]!r} is no such matrix, as {found[lone[0]]!r} is not "
-            f"trainable: rename it, or use another method"
+            f"method={NAME} exchanges LoRA's matrices A, and {lone[0]!r} is named like one, but there is no trainable "
+            f"{found[lone[0]]!r}: rename it, or use another method"
         )
 
 

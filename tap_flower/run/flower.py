@@ -63,7 +63,7 @@ def environment() -> dict[str, str]:
             httpx.Client(proxy=found[name] or None, trust_env=False).close()
         except (ImportError, ValueError) as error:
             del found[name]
-            log.warning("Flower's processes do without %s, which cannot be used: %s", name, error)
+            log.warning("%s is not passed on to Flower's processes, as it cannot be used: %s", name, error)
     if len(tempfile.gettempdir()) > _LONGEST_FOLDER and os.access(_SHORT, os.W_OK):
         found.setdefault("RAY_TMPDIR", _SHORT)
     return found

@@ -46,26 +46,15 @@ class InProcessGrid(Grid):
         self._waiting: dict[str, Message] = {}
         self._ids = itertools.count(1)
 
-    def set_run(self, run: Any) -> None:
-        """Not used."""
-        raise AssertionError("not used", run)
-
-    @property
-    def run(self) -> Any:
-        """Not used."""
+    def _unused(self, *_: Any, **__: Any) -> Any:
         raise AssertionError("not used")
 
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Not used."""
-        raise AssertionError("not used", args, kwargs)
+    set_run = create_message = get_nodes = _unused
+    run = property(_unused)
 
     def get_node_ids(self) -> Iterable[int]:
         """All nodes."""
         return list(self.contexts)
-
-    def get_nodes(self) -> Iterable[Any]:
-        """Not used."""
-        raise AssertionError("not used")
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Takes messages; returns their identities."""

@@ -27,6 +27,7 @@ import psutil
 
 from tap_flower import errors
 from tap_flower.errors import SimulationError
+from tap_flower.files import identity
 from tap_flower.plain import printable
 from tap_flower.report.events import END, FAILED, METRICS, read_events
 from tap_flower.report.results import read_results
@@ -101,7 +102,7 @@ def simulate(
     out = launch.out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     # The events of a resumed run are rewritten when it starts: wait for that.
-    before = _identity(out / METRICS)
+    before = _file(out / METRICS)
     with (
         ends_when_told(),
         tempfile.TemporaryDirectory(prefix="tap-flower-") as work,
@@ -110,7 +111,7 @@ def simulate(
         run_id = _submit(launch, out, flower)
         seen, last, status = 0, time.monotonic(), ""
         while True:
-            new = list(read_events(out, seen)) if _identity(out / METRICS) != before else []
+            new = list(read_events(out, seen)) if _file(out / METRICS) != before else []
             for event in new:
                 on_event(event)
                 if event["event"] == FAILED:
@@ -303,13 +304,9 @@ def _answers(port: int) -> bool:
         return False
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """A value that changes when the file is replaced, not when it grows; None where there is no file."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_dev
+def _file(path: Path) -> tuple[int, ...]:
+    """A value that changes when the file is replaced, not when it grows; empty where there is no file."""
+    return (identity(path) or ())[:2]
 
 
 def cause(words: str) -> str:

@@ -55,7 +55,9 @@ class NodeLaunch:
             ConfigError: a file is missing, a folder cannot be written, or options contradict each other.
         """
         if self.insecure and (self.root_certificates or self.key):
-            raise ConfigError("--insecure is without TLS and keys: leave it out, or --root-certificates and --key")
+            raise ConfigError(
+                "--insecure cannot be combined with --root-certificates or --key: leave out one or the other"
+            )
         arguments = ["--insecure"] if self.insecure else []
         for option, file in (
             ("--root-certificates", self.root_certificates),

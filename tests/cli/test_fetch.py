@@ -83,7 +83,7 @@ def test_a_hub_that_does_not_answer_is_one_line(command: Any, monkeypatch: pytes
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
     code, out, err = command("fetch", "owner/old")
-    assert (code, err.strip()) == (1, "error: owner/old cannot be had from the hub: no network")
+    assert (code, err.strip()) == (1, "error: owner/old cannot be downloaded from the hub: no network")
     assert "Traceback" not in out
     assert hub.DEMO == "demo"
 

@@ -208,7 +208,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     from tap_flower.errors import ConfigError
 
     (tmp_path / "spec.yaml").write_text("name: a\ntasks:\n- kind: x\n  kind: y\n")
-    with pytest.raises(ConfigError, match="the key 'kind' stands twice, in lines 3 and 4"):
+    with pytest.raises(ConfigError, match="the key 'kind' appears twice, in lines 3 and 4"):
         read_yaml(tmp_path / "spec.yaml")
     (tmp_path / "spec.yaml").write_text("base: &b {kind: x}\none: {<<: *b, kind: y}\ntwo: {<<: *b}\n")
     assert read_yaml(tmp_path / "spec.yaml")["one"] == {"kind": "y"}

@@ -263,7 +263,7 @@ def test_fedsa_lora_exchanges_the_matrices_a() -> None:
         fedsa_lora.has_lora(with_tensors(a, b, "head.weight"))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="fedsa-lora exchanges LoRA's matrices A, and no trainable tensor is named A"):
         fedsa_lora.has_lora(with_tensors("head.weight", "lone.B"))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="'camera.A' is no such matrix, as 'camera.B' is not trainable"):
+    with pytest.raises(ConfigError, match="'camera.A' is named like one, but there is no trainable 'camera.B'"):
         fedsa_lora.has_lora(with_tensors("up.A", "up.B", "camera.A"))  # type: ignore[arg-type]
 
 

@@ -81,7 +81,7 @@ def test_tls_and_the_key_are_flowers_own_options(tmp_path: Path) -> None:
     ):
         assert command[command.index(option) + 1] == value
     assert "--insecure" not in command
-    with pytest.raises(ConfigError, match="--insecure is without TLS and keys"):
+    with pytest.raises(ConfigError, match="--insecure cannot be combined with"):
         NodeLaunch(tmp_path / "ann.yaml", "server:8000", tmp_path, authority, insecure=True).command()
 
 
