@@ -56,7 +56,7 @@ def examples_of(
     task = TaskSpec(
         "t", "image_generation", ("image",), "d", (source,), (source,), columns={"image": "image"}, image=form
     )
-    examples = read_source(task, source, None, None, 0, "", lambda *_: None).examples(workers)
+    examples = read_source(task, source, None, None, 0, "")[0].examples(workers)
     return examples, [(0, range(start, min(start + batch, count))) for start in range(0, count, batch)]
 
 

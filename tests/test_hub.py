@@ -19,11 +19,12 @@ import pytest
 CHECK = """
 import json, logging, sys, time
 logging.basicConfig(format="%(message)s")
-from tap_flower.data.check import check_data, check_spec
+from tap_flower.data.check import check_data
+from tap_flower.data.spec import read_spec
 from tap_flower.errors import BackboneError
 from tap_flower.models.load import outline
 from tap_flower.client.text_metrics import missing
-spec, _ = check_spec(json.loads(sys.argv[1]))
+spec, _ = read_spec(json.loads(sys.argv[1]))
 began = time.monotonic()
 problems = [str(problem) for problem in check_data(spec, 8, 41)[1]]
 try:

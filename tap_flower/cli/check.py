@@ -82,13 +82,14 @@ def _nothing(name: Any) -> dict[str, Any]:
 def _checked(console: Console, values: Any, run: Config) -> dict[str, Any]:
     """Checks a client spec and its data, and prints what the model gets; returns what was found."""
     from tap_flower.client.client_model import exchanged
-    from tap_flower.data.check import Problem, check_data, check_spec
+    from tap_flower.data.check import Problem, check_data
     from tap_flower.data.images import with_image_forms
-    from tap_flower.data.spec import SPLITS
+    from tap_flower.data.spec import SPLITS, read_spec
     from tap_flower.report.terminal_tables import data_table, example_table, exchange_line
 
     found = _nothing(values.get("name") if isinstance(values, Mapping) else None)
-    client, problems = check_spec(values)
+    client, errors = read_spec(values)
+    problems = [Problem(str(error)) for error in errors]
     if client is not None:
         with console.status("reading the data"):
             summaries, wrong = check_data(client, run.model.text_length, run.seed, run.data.root, run.needs_validation)
@@ -155,7 +156,8 @@ def node_command(
     """Run a client on this machine: check its spec and data, then join the server as a Flower SuperNode."""
     from tap_flower.client.text_metrics import missing
     from tap_flower.config import Model, read_yaml
-    from tap_flower.data.check import check_data, check_spec
+    from tap_flower.data.check import Problem, check_data
+    from tap_flower.data.spec import read_spec
 
     console = Console()
     launch = NodeLaunch(
@@ -163,7 +165,8 @@ def node_command(
         loader_workers, keep_best, limit or (),
     )  # fmt: skip
     launch.command()  # what is wrong with it is said before all data are read
-    client, problems = check_spec(read_yaml(spec, "client spec"))
+    client, errors = read_spec(read_yaml(spec, "client spec"))
+    problems = [Problem(str(error)) for error in errors]
     if client is not None:
         with console.status("reading the data"):
             root = "" if data_root is None else str(data_root.resolve())

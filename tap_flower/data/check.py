@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain, combinations, islice
 from typing import Any
 
@@ -16,9 +15,9 @@ from tap_flower.data.examples import number_aside
 from tap_flower.data.fields import LIKE_MISSING
 from tap_flower.data.images import DARK, pixels_of, with_image_forms
 from tap_flower.data.labels import NO_CLASS
-from tap_flower.data.loading import SourceRows, read_source, too_few_rows
+from tap_flower.data.loading import Errors, SourceRows, read_source, too_few_rows
 from tap_flower.data.sources import RowError, SourceError, SourceNote, open_source
-from tap_flower.data.spec import ClientSpec, Source, TaskSpec, read_spec
+from tap_flower.data.spec import ClientSpec, Source, TaskSpec
 from tap_flower.data.text import load_tokenizer, texts_of, token_ids
 from tap_flower.errors import BackboneError
 from tap_flower.hub import locate
@@ -113,19 +112,6 @@ def listed(values: Sequence[object]) -> str:
     return ", ".join(str(value) for value in values[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def check_spec(values: Mapping[str, Any]) -> tuple[ClientSpec | None, list[Problem]]:
-    """Reads a client spec, and goes on after a wrong task.
-
-    Args:
-        values: as `client_spec` takes them.
-
-    Returns:
-        The spec with the tasks that are right, None where no task is; and what is wrong with it.
-    """
-    spec, errors = read_spec(values)
-    return spec, [Problem(str(error)) for error in errors]
-
-
 def check_data(
     spec: ClientSpec, text_length: int, seed: int, root: str = "", hold_out: bool = True
 ) -> tuple[list[SplitSummary], list[Problem]]:
@@ -195,11 +181,8 @@ class _Checker:
         problems: list[Problem] = []
         sizes = dict[Source, int]()
         for source in sources:
-            errors: dict[str, list[SourceError]] = defaultdict(list)
             try:
-                read = read_source(
-                    self.task, source, self.tokenizer, None, self.seed, self.root, partial(_gather, errors)
-                )
+                read, errors = read_source(self.task, source, self.tokenizer, None, self.seed, self.root)
             except SourceError as error:
                 problems.append(Problem(f"{split} {error}"))
                 summary.labelled = False
@@ -249,9 +232,7 @@ class _Checker:
         remedy = f"equal values of {listed(source.by)} stay together: move the bounds of `part`, or choose `rows`"
         return [Problem(f"{what}: {remedy}", is_note=True)]
 
-    def _add(
-        self, source: Source, read: SourceRows, errors: dict[str, list[SourceError]], summary: SplitSummary
-    ) -> None:
+    def _add(self, source: Source, read: SourceRows, errors: Errors, summary: SplitSummary) -> None:
         """Adds the rows of a source to the summary of its split, and what is wrong with images to the errors."""
         summary.rows += len(read)
         summary.labelled &= "label" in read.columns
@@ -284,7 +265,9 @@ class _Checker:
                     for place, row in enumerate(read.rows):
                         inputs[row].update(column[place].tobytes())
         bad = _rows(chain(*errors.values()))
-        summary.inputs |= {found.digest(): row for row, found in inputs.items() if row not in bad}
+        known = read.columns if self.tokenizer is not None else read.columns.keys() - {"text"}
+        if all(role in known for role in self.task.modalities):
+            summary.inputs |= {found.digest(): row for row, found in inputs.items() if row not in bad}
         good = (place for place, row in enumerate(read.rows) if row not in bad)
         summary.examples += [
             self._example(source, read, place) for place in islice(good, EXAMPLES - len(summary.examples))
@@ -315,10 +298,6 @@ class _Checker:
             return text, text
         (ids,) = token_ids([text], self.tokenizer, self.text_length, is_target)
         return str(self.tokenizer.decode(ids)), text
-
-
-def _gather(errors: dict[str, list[SourceError]], role: str, error: SourceError) -> None:
-    errors[role].append(error)
 
 
 def _rows(errors: Iterable[SourceError]) -> set[int]:

@@ -270,8 +270,8 @@ def split_off(loader: DataLoader[Any], share: float, seed: int) -> tuple[DataLoa
         rest = _changed(loader, batch_sampler=kept)
     if not len(cast(Sized, rest.batch_sampler)):
         raise TypeError(
-            f"its loader yields no batch once {counted(len(held), 'row')} of {len(rows)} are held out: lower its batch size, "
-            f"set drop_last=False, or give `validation` data"
+            f"its loader yields no batch once {counted(len(held), 'row')} of {len(rows)} are held out: "
+            f"lower its batch size, set drop_last=False, or give `validation` data"
         )
     some: Any = Subset(loader.dataset, sorted(held))
     size = loader.batch_size or max(map(len, cast(Iterable[Any], _drawn_batches(loader))))

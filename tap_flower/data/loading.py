@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -23,8 +25,8 @@ from tap_flower.data.spec import SPLITS, ClientSpec, Source, TaskSpec
 from tap_flower.data.text import EmptyTextError, TokenIds, Tokens, pad_inputs, pad_targets, tokenised
 from tap_flower.errors import SpecError
 
-Report = Callable[[str, SourceError], None]
-"""Is told each problem of a source: the role (image, text, label, target) that it is with, nothing for the whole source."""
+Errors = dict[str, list[SourceError]]
+"""Role (image, text, label, target; nothing for the whole source) -> what is wrong with it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +139,7 @@ def load_client_data(
         where = f"client {spec.name!r}: task {task.name!r}"
         for split, sources in task.splits.items():
             try:
-                found = [read_source(task, source, tokenizer, text_length, seed, root, _raise) for source in sources]
+                found = [_right(*read_source(task, source, tokenizer, text_length, seed, root)) for source in sources]
             except SourceError as error:
                 raise SpecError(f"{where}: {split} {error}") from error
             for problem in too_few_rows(split, dict(zip(sources, map(len, found), strict=True))):
@@ -163,12 +165,11 @@ def read_source(
     text_length: int | None,
     seed: int,
     root: str,
-    report: Report,
-) -> SourceRows:
+) -> tuple[SourceRows, Errors]:
     """Reads one source of a task; images are decoded later, when they are used.
 
-    Where `report` returns, reading goes on: without the roles whose columns are missing, with all rows where there are
-    fewer than wanted, and with an empty text or the label `NO_CLASS` for a row with a problem.
+    Reading goes on after a problem: without the roles whose columns are missing, with all rows where there are fewer than
+    wanted, and with an empty text or the label `NO_CLASS` for a row with a problem.
 
     Args:
         task: that reads it, with the whole form of its images (see `with_image_forms`).
@@ -177,38 +178,37 @@ def read_source(
         text_length: longest text and longest target, in tokens; None cuts none.
         seed: of the run.
         root: a folder with a mirror of hub data sets; nothing to use the hub.
-        report: is told each problem.
+
+    Returns:
+        The rows, and all problems and notes.
 
     Raises:
-        SourceError: the data set cannot be opened, or what `report` raises.
+        SourceError: the data set cannot be opened.
     """
     data = open_source(source, root)
-    for note in notes_of(source):
-        report("", note)
+    errors: Errors = defaultdict(list, {"": list(notes_of(source))})
     fields = task.fields(source)
     for role, problem in list(missing_columns(data, fields)):
-        report("", SourceError(problem))
+        errors[""].append(SourceError(problem))
         fields.pop(role, None)
     try:
         rows = rows_of(source, root, seed)
     except SourceError as error:
-        report("", error)
+        errors[""].append(error)
         source = replace(source, part=None, by=(), rows=None, shuffle=False)
         rows = rows_of(source, root, seed)
 
     columns: dict[str, Any] = {}
     for role, read in fields.items():
-        errors: Sequence[SourceError] = ()
         if role == "image":
             columns[role] = images_of(source, root, read.columns[0], task.image)
         elif role == "label":
-            columns[role], errors = read_labels(task, data, rows, read.columns[0])
+            columns[role], errors[role] = read_labels(task, data, rows, read.columns[0])
         else:
-            columns[role], errors = tokenised(source, root, seed, read, tokenizer, text_length, role == "target")
-        for found in errors:
-            report(role, found)
+            columns[role], wrong = tokenised(source, root, seed, read, tokenizer, text_length, role == "target")
+            errors[role] += wrong
     pad = cast(int, tokenizer.pad_token_id) if tokenizer else 0
-    return SourceRows(task, source.domain or task.domain, rows, columns, pad)
+    return SourceRows(task, source.domain or task.domain, rows, columns, pad), errors
 
 
 def too_few_rows(split: str, sizes: Mapping[Source, int]) -> Iterator[str]:
@@ -233,8 +233,9 @@ def _unreadable(source: Source, rows: SourceRows) -> str:
     return ""
 
 
-def _raise(role: str, error: SourceError) -> None:
-    """The report of loading: it stops at the first problem that training could not do with."""
-    del role
-    if not isinstance(error, EmptyTextError | SourceNote):
-        raise error
+def _right(rows: SourceRows, errors: Errors) -> SourceRows:
+    """The rows of a source, if nothing is wrong with them that training could not do with."""
+    for error in chain(*errors.values()):
+        if not isinstance(error, EmptyTextError | SourceNote):
+            raise error
+    return rows

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tap_flower.data.check import SplitSummary, check_data, check_spec
+from tap_flower.data.check import Problem, SplitSummary, check_data
+from tap_flower.data.spec import read_spec
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 AB = ("a", "b")
@@ -50,7 +51,8 @@ def check(source: dict[str, Any], kind: str = "text_classification", **task: Any
         "name": "t", "kind": kind, "modalities": ["image" if image else "text"], "domain": "d", "columns": columns,
         "classes": list(AB) if kind.endswith("classification") else [], "train": source, "test": source,
     }  # fmt: skip
-    spec, problems = check_spec({"name": "c", "backbone": "demo", "tasks": [values | task]})
+    spec, errors = read_spec({"name": "c", "backbone": "demo", "tasks": [values | task]})
+    problems = [Problem(str(error)) for error in errors]
     summaries: list[SplitSummary] = []
     if spec is not None:
         summaries, more = check_data(spec, 40, 41)

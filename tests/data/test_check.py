@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from tap_flower.config import client_specs, load_config
-from tap_flower.data.check import Problem, check_data, check_spec
+from tap_flower.data.check import Problem, check_data
 from tap_flower.data.loading import load_client_data
-from tap_flower.data.spec import ClientSpec, client_spec
+from tap_flower.data.spec import ClientSpec, client_spec, read_spec
 from tap_flower.data.text import load_tokenizer
 from tap_flower.errors import SpecError
 from tap_flower.hub import locate
@@ -85,7 +85,7 @@ def everything_wrong(folder: Path) -> dict[str, Any]:
 
 
 def test_every_problem_is_named_with_its_rows(tmp_path: Path) -> None:
-    spec, wrong = check_spec(everything_wrong(tmp_path))
+    spec, wrong = read_spec(everything_wrong(tmp_path))
     assert [str(problem) for problem in wrong] == [
         "client 'hospital-a': task 'broken' has the unknown key 'trian' (did you mean 'train'?)"
     ]
@@ -191,14 +191,21 @@ def test_a_backbone_without_a_tokenizer_stops_nothing(tmp_path: Path) -> None:
     assert all(note.is_note for note in notes)
 
 
+@pytest.mark.parametrize("column", ["title", "gone"])
+def test_inputs_that_cannot_be_read_are_not_shared(column: str, tmp_path: Path) -> None:
+    task = good_notes(tmp_path) | {"columns": {"text": column, "label": "urgency"}}
+    notes = [str(problem) for problem in check_data(client_spec(spec_of(task)), 8, 41)[1] if problem.is_note]
+    assert any("share" in note for note in notes) == (column == "title")
+
+
 def test_a_spec_without_a_right_task() -> None:
-    spec, problems = check_spec(spec_of({**READ, "trian": {}}, {**READ, "kind": "smelling", "train": [], "test": []}))
+    spec, problems = read_spec(spec_of({**READ, "trian": {}}, {**READ, "kind": "smelling", "train": [], "test": []}))
     assert spec is None
     assert ["trian" in str(problems[0]), "smelling" in str(problems[1]), len(problems)] == [True, True, 2]
 
 
 def test_problems_of_the_client_hide_none_of_its_tasks() -> None:
-    spec, problems = check_spec({**spec_of({**READ, "kind": "smelling", "train": [], "test": []}), "nmae": "a"})
+    spec, problems = read_spec({**spec_of({**READ, "kind": "smelling", "train": [], "test": []}), "nmae": "a"})
     assert spec is None
     assert ["nmae" in str(problems[0]), "smelling" in str(problems[1]), len(problems)] == [True, True, 2]
 
