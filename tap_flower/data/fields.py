@@ -149,11 +149,13 @@ def check_columns(columns: Mapping[Any, Any], templates: Mapping[Any, Any], wher
     """Checks that roles are read from texts, before `fields_of` takes them.
 
     Raises:
-        SpecError: one is not; `where` begins the message.
+        SpecError: one is not, or is read from both; `where` begins the message.
     """
+    if both := sorted(map(str, columns.keys() & templates.keys())):
+        raise SpecError(f"{where} reads {both[0]!r} from `columns` and from `templates`: keep one of the two")
     templates = dict(templates)
     for role, names in columns.items():
-        if isinstance(names, Mapping) and names.keys() == {"template"} and role not in templates:
+        if isinstance(names, Mapping) and names.keys() == {"template"}:
             templates[role] = names["template"]
             continue
         listed = names if isinstance(names, list | tuple) else [names]

@@ -223,6 +223,8 @@ def _task(values: Mapping[str, Any], where: str) -> TaskSpec:
         raise SpecError(f"{where} has margin {given['margin']}: use a number of at least 0")
     if not 1 <= given.get("batch_size", 1) <= MOST:
         raise SpecError(f"{where} has batch_size {given['batch_size']!r}: use a whole number from 1 to {MOST}")
+    if not given["kind"].endswith("_classification") and (idle := [k for k in ("classes", "labels") if given.get(k)]):
+        raise SpecError(f"{where} has {idle[0]}, which kind {given['kind']!r} does not use: leave {idle[0]} out")
     classes = class_names(given.get("classes"), given["kind"], where)
     labels = tuple(given.get("labels", ()))
     _check_scalars(labels, f"{where} has label")

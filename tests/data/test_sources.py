@@ -29,6 +29,7 @@ from tests.mirror import KEYS, ROWS, TEST_ROWS, write_mirror
 
 CPU = torch.device("cpu")
 NOTES = {"title": ["a red dog", "the law"], "note": ["runs", "asks why"], "urgency": ["routine", "urgent"]}
+LABEL = {"label": "urgency"}
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +242,11 @@ def test_what_was_downloaded_before_is_found_offline(tmp_path: Path, monkeypatch
     ("changes", "problem"),
     [
         ({"labels": [5, 6]}, "has label 'routine' in row 0, .*2 classes with labels 5, 6: correct"),
-        ({"templates": {"text": "{{ body }}"}}, "has no column 'body' for text: choose among title"),
-        ({"templates": {"text": "{{ title.nothing }}"}}, "cannot fill its template in row 0: .*no attribute 'nothing'"),
+        ({"columns": LABEL, "templates": {"text": "{{ body }}"}}, "has no column 'body' for text: choose among title"),
+        (
+            {"columns": LABEL, "templates": {"text": "{{ title.nothing }}"}},
+            "cannot fill its template in row 0: ",
+        ),
     ],
 )
 def test_what_does_not_fit_the_data(changes: dict[str, Any], problem: str, tmp_path: Path) -> None:
@@ -254,7 +258,7 @@ def test_what_does_not_fit_the_data(changes: dict[str, Any], problem: str, tmp_p
 def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
     source = write(datasets.Dataset.from_dict(NOTES), tmp_path, "csv")
     with pytest.raises(SpecError, match="unsafe"):
-        data(triage(source, templates={"text": "{{ title.__class__.__mro__ }}"}))
+        data(triage(source, columns=LABEL, templates={"text": "{{ title.__class__.__mro__ }}"}))
 
 
 def test_a_row_without_text_is_named(tmp_path: Path) -> None:

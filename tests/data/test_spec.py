@@ -24,6 +24,10 @@ TASK: dict[str, Any] = {
 
 def spec(**changes: Any) -> dict[str, Any]:
     task = {key: value for key, value in {**TASK, **changes}.items() if value is not None}
+    if "columns" not in changes:
+        task["columns"] = {
+            role: name for role, name in TASK["columns"].items() if role not in task.get("templates", {})
+        }
     return {"name": "hospital-a", "backbone": "demo", "tasks": [task]}
 
 
@@ -87,6 +91,9 @@ def test_no_or_double_tasks_are_refused() -> None:
             "reads 'image', which it does not have: use label, text",
         ),
         ({"train": {**SOURCE, "domain": "a/b"}}, "train has domain 'a/b'"),
+        ({"columns": TASK["columns"], "templates": {"text": "{{ a }}"}}, "reads 'text' from `columns` and from `templ"),
+        ({"kind": "text_generation"}, "has classes, which kind 'text_generation' does not use: leave classes out"),
+        ({"kind": "text_generation", "classes": None, "labels": [1]}, "has labels, which kind 'text_generation'"),
     ],
 )
 def test_a_wrong_source_or_field(changes: dict[str, Any], problem: str) -> None:
