@@ -122,8 +122,8 @@ class Averaging:
             )
         if self._arrived[component] >= self._asked.get(component, 0):
             raise MessageError(
-                f"client {client!r}: component {component!r} has come from the {self._arrived[component]} clients that "
-                f"were asked for it"
+                f"client {client!r}: component {component!r} was returned by more clients than the "
+                f"{self._arrived[component]} that were asked for it"
             )
 
     def _sum(self, component: str, weight: int, names: list[str]) -> _Sum:
@@ -258,7 +258,10 @@ def _out_of_range(update: Mapping[str, Tensor]) -> str:
     largest = float(update[name].abs().max())
     if not math.isfinite(largest):
         return f"tensor {name!r} holds a value that is not finite"
-    return f"tensor {name!r} holds {largest:g}; values from {LARGEST_VALUE:g} on are refused"
+    return (
+        f"tensor {name!r} holds {largest:g}; values of {LARGEST_VALUE:g} or more are refused: scale the inputs, lower the "
+        f"learning rate, or use buffers='personal'"
+    )
 
 
 def clip(change: Mapping[str, Tensor], longest: float) -> tuple[dict[str, Tensor], float]:

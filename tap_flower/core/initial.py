@@ -17,7 +17,7 @@ from tap_flower.core.seeds import named_seed
 
 Distribution = Literal["constant", "identity", "normal", "uniform"]
 LARGEST_SCALE = 2.0**8
-"""Scale from which on an initial value is refused: no value of it is near `aggregation.LARGEST_VALUE`."""
+"""Initial values must have a smaller scale than this, which keeps them far below `averaging.LARGEST_VALUE`."""
 
 
 @dataclass(frozen=True)

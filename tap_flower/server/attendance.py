@@ -197,7 +197,7 @@ class Attendance:
                 self._refusals()
                 or f"{len(roster.nodes)} of {awaited} clients are there after {config.start_timeout:g} s"
                 + (f", without {', '.join(missing)}" if missing else "")
-                + f": start more nodes (`num-supernodes={awaited}` in a simulation) or lower clients_per_round"
+                + f": start more nodes (`num-supernodes={awaited}` in a simulation){_or_lower(config, known, expected)}"
             )
         for name in missing:
             self._absent[name] = f"it has not come back within {config.start_timeout:g} s after the run was resumed"
@@ -325,6 +325,14 @@ class Attendance:
         names = sorted(self.roster.manifests.keys() - set(evaluated))
         missing = {name: self.problems.get(name) or self._absent.get(name, "its node has gone") for name in names}
         return missing | {f"node {node}": problem for node, problem in sorted(self.gathering.refused.items())}
+
+
+def _or_lower(config: Config, known: Collection[str], expected: int) -> str:
+    """Which option asks for as many clients, where one does."""
+    if known or config.clients:
+        return ""
+    options = "clients_per_round" if expected == config.clients_per_round else "min_available_nodes or min_train_nodes"
+    return f", or lower {options}"
 
 
 def _tell_unread(roster: Roster) -> None:

@@ -29,13 +29,13 @@ class Validation:
             scores: client -> task -> score, of the clients that took part.
 
         Returns:
-            The mean over all clients that have a score. Whoever took part for the first time moves it, too: a round in
-            which a client comes in cannot be compared with the rounds before, and counts as the best.
+            The mean over all clients that have a score. A client's first score also changes the mean, so a round with a new
+            client cannot be compared with earlier rounds and counts as the best.
         """
-        new = scores.keys() - self.latest.keys()
+        before = len(self.latest)
         self.latest |= {client: fmean(by_task.values()) for client, by_task in scores.items() if by_task}
         mean = fmean(self.latest.values()) if self.latest else 0.0
-        if new or mean > self.best_score or not self.best_round:
+        if len(self.latest) > before or mean > self.best_score or not self.best_round:
             self.best_round, self.best_score = server_round, mean
         return mean
 

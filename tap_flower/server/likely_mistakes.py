@@ -1,4 +1,4 @@
-"""What is allowed and hardly meant, told as a run begins: a misspelt task, more clients a round than there are."""
+"""Settings that are allowed but probably a mistake, told as a run begins: a misspelt task, too many clients a round."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ from collections.abc import Collection, Iterable, Mapping
 from difflib import SequenceMatcher
 from itertools import pairwise
 
-from tap_flower.config import Config
+from tap_flower.config import Config, plain
 from tap_flower.data.spec import ClientSpec
+from tap_flower.plain import leaves
 
 _ALIKE = 0.8
 """Share of letters, after difflib's `ratio`, from which on two names are alike."""
+_OF_SPECS = (
+    "model.", "metrics.", "compute.precision", "compute.recompute", "compute.compile", "compute.loader_workers",
+    "train.group_by_length",
+)  # fmt: skip
+"""Options of clients that a client spec describes."""
 Held = tuple[str, str, str]
 """(client, task, kind of task)."""
 
 
 def likely_mistakes(clients_per_round: int, fraction_train: float | None, held: Iterable[Held]) -> list[str]:
-    """Sentences about what is allowed and hardly meant.
+    """Sentences about settings that are allowed but probably a mistake.
 
     Args:
         clients_per_round: of the configuration.
@@ -70,10 +76,25 @@ def one_list_of_classes(specs: Iterable[ClientSpec]) -> list[str]:
     ]
 
 
-def without_effect(config: Config) -> list[str]:
-    """Sentences about options that change nothing in this run, or not what one may expect."""
-    said = []
-    first, rounds = config.train.personal_from, config.rounds
+def without_effect(config: Config, own_modules: bool = False) -> list[str]:
+    """Sentences about options that change nothing in this run, or not what one may expect.
+
+    Args:
+        config: of the run.
+        own_modules: whether all clients have modules of their own, which no option builds.
+    """
+    said, train = [], config.train
+    first, rounds = train.personal_from, config.rounds
+    if own_modules:
+        usual, chosen = (dict(leaves(plain(one))) for one in (Config(), config))
+        idle = [f"{key} = {chosen[key]}" for key in chosen if key.startswith(_OF_SPECS) and chosen[key] != usual[key]]
+        if idle:
+            said.append(f"{', '.join(idle)}: without effect on clients with modules of their own")
+    if train.start_learning_rate not in (None, train.learning_rate) and 0 < rounds <= train.warmup_rounds:
+        said.append(
+            f"train.warmup_rounds = {train.warmup_rounds} and rounds = {rounds}: the learning rate ends at "
+            f"{train.optimisation(rounds).learning_rate:.3g} and does not reach train.learning_rate = {train.learning_rate:g}"
+        )
     if config.method == "tap" and config.replacement.enabled and first > rounds:
         said.append(
             f"train.personal_from = {first} and rounds = {rounds}: stage 1 trains no personal model, which changes by "

@@ -29,6 +29,8 @@ _TOLD = 10
 class TapResult(Result):
     """Flower's `Result`, and what TAP adds to it.
 
+    The result of a resumed run has the metrics of the rounds after the resume; `metrics.jsonl` has the losses of all.
+
     Attributes:
         personalise_metrics_clientapp: aggregated metrics of stage 2's fine-tuning, under the number of the last round.
         clients: client -> task -> model (`server`, `personal`, `tap`, …) -> metric -> value on the client's test data.

@@ -76,7 +76,13 @@ class Roster:
             )
         check_admission(manifest, self.manifests.values(), self.tensors, self.admission)
         before = self.manifests.get(name)
-        if before is not None and before.tensors.keys() != manifest.tensors.keys():
+        if before is not None and (changed := sorted(before.tensors.keys() ^ manifest.tensors.keys())):
+            if before.reach.keys() == manifest.reach.keys():
+                how = "is gone" if changed[0] in before.tensors else "is new"
+                raise MessageError(
+                    f"client {name!r} now has other tensors than before ({changed[0]!r} {how}): use the module it began "
+                    f"with, or another name"
+                )
             raise MessageError(
                 f"client {name!r} has come back with the tasks {sorted(manifest.reach)}, and had {sorted(before.reach)} "
                 f"before: give it its client spec again, or another name"

@@ -89,7 +89,7 @@ class MethodAverage(WeightedAverage):
         """The server's new values (float32).
 
         Raises:
-            RunError: the method returned another tensor than it got, or a value that is not finite.
+            RunError: the method returned a tensor of another name or shape, or a value that is not finite.
         """
         means = {name: self._combined(kept) for name, kept in self._kept.items()} or self._averaging.means()
         moves: Mapping[str, Tensor] = means
@@ -98,7 +98,8 @@ class MethodAverage(WeightedAverage):
             self._memory.clear()
             self._memory.update({name: value.float() for name, value in kept.items()})  # as a checkpoint keeps it
         for name, move in moves.items():
-            if name not in means or move.shape != means[name].shape or not bool(move.isfinite().all()):
+            known = name in means and move.shape == self._roster.tensors[name].shape
+            if not known or not bool(move.isfinite().all()):
                 raise RunError(
                     f"the method's server half gave {name!r} a value that is not finite, or of another name or shape than "
                     f"the mean difference: correct its `combine` or `step`"

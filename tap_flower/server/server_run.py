@@ -132,13 +132,17 @@ class ServerRun:
             log(ERROR, "The run has failed after %d complete rounds: %s", self.progress.round, error)
             if self.progress.round:
                 how = f"`tap-flower simulate --out {self.folder} --resume`, or TapStrategy(run_folder=..., resume=True)"
-                log(ERROR, "Mend that, then go on with %s", how)
+                log(ERROR, "Fix this, then go on with %s", how)
             else:
-                log(ERROR, "Mend that, then run it again; no round is lost with the folder %s", self.folder)
+                log(
+                    ERROR,
+                    "No round was completed: fix this and start the run again; it can use the folder %s",
+                    self.folder,
+                )
         self.events.close(complete=error is None)
 
     def gather(self, grid: StreamingGrid, expected: int, fraction_train: float | None) -> None:
-        """Waits for the clients, takes what they bring, and tells what they have hardly meant.
+        """Waits for the clients, takes what they bring, and warns about likely mistakes.
 
         Raises:
             RunError: clients are missing; see `Attendance.begin`.
@@ -147,7 +151,7 @@ class ServerRun:
         self.first.check_names()
         manifests = self.roster.manifests
         for sentence in (
-            *without_effect(self.config),
+            *without_effect(self.config, all(manifest.built for manifest in manifests.values())),
             *likely_mistakes(self.config.clients_per_round, fraction_train, self.roster.held()),
             *frozen_and_trained(
                 {n: m.tensors for n, m in manifests.items()}, {n: m.built for n, m in manifests.items()}
@@ -165,18 +169,18 @@ class ServerRun:
         self, message_type: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, names: list[str]
     ) -> Iterator[Message]:
         """A message for each client with the tensors of its own components, made when it is sent."""
-        config["server-round"] = server_round
         tensors = self.values.tensors(arrays, self.roster.tensors)
         outgoing = Outgoing(self.roster, arrays, tensors, self.config.wire.encoding)
         # Most tensors first: these clients take longest, and where several share a machine its actors then end together.
         for name in sorted(names, key=lambda name: (-len(self.roster.manifests[name].tensors), name)):
-            content = messages.encode(self._instruction(server_round), outgoing.arrays_for(name), config=config)
+            own = ConfigRecord({**config, "server-round": server_round})
+            content = messages.encode(self._instruction(server_round), outgoing.arrays_for(name), config=own)
             self.count(self.progress.down, content)
             yield Message(content, self.roster.nodes[name], message_type, group_id=str(server_round))
 
     def _note_train_config(self) -> None:
         """Tells where a resumed run has another `train_config` than before: a lower rate may well be meant."""
-        given = msgspec.to_builtins({k: v for k, v in self._train_config.items() if k != "server-round"})
+        given = msgspec.to_builtins(dict(self._train_config))
         before, self.progress.train_config = self.progress.train_config, given
         if before is not None and (different := checkpoint.differences(before, given)):
             log(WARNING, "The run goes on with another train_config: %s", different)
@@ -243,24 +247,30 @@ class ServerRun:
                 good.append(RecordDict(dict(reply.content.metric_records)))
                 self.attendance.problems.pop(name, None)
             except MessageError as error:
-                problem = printable(str(error))
+                problem = printable(str(error)).removeprefix(f"client {name!r}: ")
                 self.attendance.problems[name] = problem
                 self.attendance.drop(server_round, f"client {name!r}", problem)
                 self.reasons.append(f"client {name!r}: {problem}")
         log(INFO, "%s: Received %s results and %s failures", where, len(good), len(self.asked) - len(good))
         return good
 
-    def check_replies(self, phase: str, good: int) -> None:
-        """Ends the run where fewer than `config.min_replies` replies of a phase could be used.
+    def check_replies(self, phase: str, good: int, asked: int) -> None:
+        """Ends the run where fewer than `config.min_replies` clients have given a usable answer.
+
+        Args:
+            phase: as the error names it.
+            good: how many clients have given one.
+            asked: how many were to.
 
         Raises:
             RunError: with the reasons.
         """
         if good < self.config.min_replies:
             reasons = "; ".join(self.reasons[:3]) + (f" and {len(self.reasons) - 3} more" if self.reasons[3:] else "")
+            go_on = ", then go on with `--resume`" if self.progress.round else ""
             raise RunError(
-                f"{phase}: {good} of {len(self.asked)} replies can be used, min_replies is {self.config.min_replies}: "
-                f"{reasons or 'nobody was there to be asked'}; mend or start the nodes, then go on with `--resume`"
+                f"{phase}: {good} of {asked} clients have given a usable answer, min_replies is {self.config.min_replies}: "
+                f"{reasons or 'nobody was there to be asked'}; fix or start the nodes{go_on}"
             )
 
     def complete_round(self, server_round: int, arrays: ArrayRecord, began: float) -> None:

@@ -80,8 +80,8 @@ class TapStrategy(Strategy):
         if method is not None:
             self.config.method = method
         find_method(self.config.method)
-        if fraction_train is not None and not 0 <= fraction_train <= 1:
-            raise ConfigError(f"fraction_train is {fraction_train}: give a share of the clients, from 0 to 1")
+        if fraction_train is not None and not 0 < fraction_train <= 1:
+            raise ConfigError(f"fraction_train is {fraction_train}: give a share of the clients above 0, at most 1")
         named = time.strftime("%Y%m%d-%H%M%S")
         self.run_folder = Path.home() / "tap-flower-runs" / named if run_folder is None else Path(run_folder)
         self.resume = resume
@@ -125,9 +125,9 @@ class TapStrategy(Strategy):
 
         Args:
             grid: Flower's grid.
-            initial_arrays: first values of tensors by name (float32, finite); those of other tensors come from the run's
-                seed. Names that no client exchanges are kept in `TapResult.arrays` as they are. A resumed run goes on with
-                its own values.
+            initial_arrays: first values of tensors by name (float32, finite). Other tensors start from the values the
+                clients' own modules were built with; for tap-flower's models, from the run's seed. Names that no client
+                exchanges are kept in `TapResult.arrays` as they are. A resumed run goes on with its own values.
             num_rounds: rounds of stage 1; by default `config.rounds`. With 0 all clients begin with stage 2.
             timeout: seconds that a client may take to answer; by default `config.round_timeout`.
             train_config: sent to clients with every round, with stage 2, and with the queries before the first round, whose
@@ -137,11 +137,13 @@ class TapStrategy(Strategy):
 
         Raises:
             ConfigError: the folder holds another run, or another process runs in it; the configuration differs from the one
-                to be resumed, or a tracker or differential privacy cannot be had.
+                to be resumed, `num_rounds` is negative, or a tracker or differential privacy cannot be had.
             RunError: clients are missing at the start, since they are not there or cannot take part; or none is left.
             StorageError: the run folder cannot be read or written.
         """
         if num_rounds is not None:
+            if num_rounds < 0:
+                raise ConfigError(f"num_rounds is {num_rounds}: give a number of rounds, or 0 for stage 2 alone")
             self.config.rounds = num_rounds
         if timeout is not None:
             self.config.round_timeout = timeout
@@ -199,7 +201,7 @@ class TapStrategy(Strategy):
             arrays = run.arrays()  # a newcomer may have brought tensors
             replies = run.exchange(grid, self.configure_train(server_round, arrays, train_config, grid))
             new_arrays, metrics = self.aggregate_train(server_round, replies)
-            run.check_replies(f"round {server_round}", len(run.reports))
+            run.check_replies(f"round {server_round}", len(run.reports), len(run.asked))
             result.arrays = arrays if new_arrays is None else new_arrays
             result.train_metrics_clientapp |= _logged(server_round, metrics)
             run.complete_round(server_round, result.arrays, began)
@@ -213,7 +215,7 @@ class TapStrategy(Strategy):
             replies = run.exchange(grid, self.configure_personalise(server_round, arrays, train_config, grid))
             metrics = self.aggregate_personalise(server_round, replies)
             result.personalise_metrics_clientapp |= _logged(server_round, metrics)
-        run.check_replies("stage 2", len(run.personalised))
+        run.check_replies("stage 2", len(run.personalised), len(run.roster.manifests))
         clock.append(time.monotonic())
 
         # --- EVALUATION: every client evaluates its models ---------------------------------------------------------------
@@ -221,7 +223,7 @@ class TapStrategy(Strategy):
             replies = run.exchange(grid, self.configure_evaluate(server_round, arrays, evaluate_config, grid))
             metrics = self.aggregate_evaluate(server_round, replies)
             result.evaluate_metrics_clientapp |= _logged(server_round, metrics)
-        run.check_replies("the evaluation", len(result.clients))
+        run.check_replies("the evaluation", len(result.clients), len(run.roster.manifests))
         clock.append(time.monotonic())
 
         phases = zip(("start", "rounds", "distillation", "evaluation"), clock, clock[1:], strict=False)
@@ -254,7 +256,7 @@ class TapStrategy(Strategy):
         run = self.run
         sampled = run.roster.sample(server_round, self.round_size(len(run.roster.names)))
         if not sampled:
-            raise RunError(f"round {server_round}: no client is there; start the nodes again, then `--resume`")
+            raise RunError(f"round {server_round}: no client is there: start the nodes again")
         log(INFO, "configure_train: Sampled %s nodes (out of %s)", len(sampled), len(run.roster.names))
         log(INFO, "\t├──> %s", told(sampled))
         run.events.write("round_start", round=server_round, clients=sampled)

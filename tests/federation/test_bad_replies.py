@@ -81,7 +81,8 @@ def test_a_bad_reply_is_dropped_and_logged_and_the_round_goes_on(
     (event,) = [e for e in read_events(federation.out) if e["event"] == "dropped"]
     assert event["who"] == "client 'ann'"
     assert re.search(problem, event["problem"])
-    assert event["problem"] in caplog.text
+    assert f"the reply of client 'ann': {event['problem']}" in caplog.text
+    assert not event["problem"].startswith("client")
     rounds = [e for e in read_events(federation.out) if e["event"] == "round"]
     assert rounds[0]["dropped"] == ["ann"]
     assert sorted(rounds[0]["clients"]) == ["bob", "cleo", "dan"]

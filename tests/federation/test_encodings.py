@@ -140,7 +140,9 @@ def test_a_broken_scale_names_client_and_tensor(make_federation: Make) -> None:
             return Message(RecordDict({**reply.content, ARRAYS: ArrayRecord(changed)}), reply_to=message)
         return reply
 
-    with pytest.raises(RunError, match="round 1: 0 of 1 replies can be used, min_replies is 1: client 'ann': tensor"):
+    with pytest.raises(
+        RunError, match="round 1: 0 of 1 clients have given a usable answer, min_replies is 1: client 'ann': tensor"
+    ):
         federation.strategy().start(federation.grid(tamper=tamper))
     (event,) = [e for e in read_events(federation.out) if e["event"] == "dropped"]
     assert event["who"] == "client 'ann'"

@@ -16,7 +16,7 @@ from tap_flower.errors import MessageError, RunError
 from tap_flower.server.roster import Roster
 from tap_flower.wire.messages import Manifest, TensorInfo
 from tests.federations import Make
-from tests.server.test_rounds import manifest
+from tests.server.test_rounds import manifest, roster
 
 
 def admitted(first: Manifest, second: Manifest, **admission: Any) -> Roster:
@@ -88,6 +88,13 @@ def test_clients_with_classes_in_another_order_are_refused_by_name(make_federati
         with pytest.raises(RunError, match="task 'languages' has other classes on client 'bob' than on"):
             federation.strategy().start(grid)
     assert not [m for m in grid.received if b"pt" in str(m.content.config_records["tap"]["json"]).encode().split(b'"')]
+
+
+def test_a_client_that_comes_back_with_other_tensors_is_told_which() -> None:
+    made = roster(ann={"a": 5})
+    made.leave("ann")
+    with pytest.raises(MessageError, match=r"client 'ann' now has other tensors than before \('x.0' is new\): use"):
+        made.admit(7, many("ann", "x", 1))
 
 
 def many(name: str, prefix: str, count: int, size: int = 1) -> Manifest:

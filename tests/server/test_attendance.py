@@ -251,7 +251,7 @@ def test_a_phase_without_a_usable_reply_fails_with_the_reasons(
     federation: ToyFederation, phase: str, named: str
 ) -> None:
     problem = (
-        f"{named}: 0 of 4 replies can be used, min_replies is 1: client '.*; .*; .* and 1 more; mend or start the nodes"
+        f"{named}: 0 of 4 clients have given a usable answer, min_replies is 1: client '.*; .*; .* and 1 more; fix"
     )
     with pytest.raises(RunError, match=problem):
         federation.strategy().start(federation.grid(tamper=failing(phase)))
@@ -262,9 +262,17 @@ def test_a_phase_without_a_usable_reply_fails_with_the_reasons(
 def test_the_fewest_replies_are_an_option(make_federation: Make) -> None:
     federation = make_federation(TOYS, "min_replies=3")
     with pytest.raises(
-        RunError, match="round 1: 2 of 4 replies can be used, min_replies is 3: client 'bob': .*client 'ann': "
+        RunError, match="1: 2 of 4 clients have given a usable answer, min_replies is 3: client 'bob': .*client 'ann': "
     ):
         federation.strategy().start(federation.grid(tamper=failing(TRAIN, (100, 101))))
+
+
+def test_stage_2_counts_the_clients_of_both_times(make_federation: Make) -> None:
+    federation = make_federation(TOYS, "min_replies=4")
+    with pytest.raises(
+        RunError, match="stage 2: 3 of 4 clients have given a usable answer, min_replies is 4: .*--resume"
+    ):
+        federation.strategy().start(federation.grid(tamper=failing(PERSONALISE, [101])))
 
 
 def test_an_evaluation_is_asked_again(federation: ToyFederation) -> None:

@@ -35,6 +35,13 @@ def test_the_best_round_is_that_of_the_best_mean_over_all_clients_so_far() -> No
     assert (validation.best_round, validation.best_score) == (4, pytest.approx(0.5))
 
 
+def test_a_client_that_never_has_a_score_is_not_new_for_ever() -> None:
+    validation = Validation()
+    for server_round in (1, 2, 3):
+        validation.take(server_round, {"ann": {"a": 0.5}, "bob": {}})
+    assert (validation.best_round, validation.waited(3)) == (1, 2)
+
+
 def test_without_scores_nothing_is_better() -> None:
     validation = Validation()
     assert [validation.take(n, {}) for n in (1, 2)] == [0.0, 0.0]

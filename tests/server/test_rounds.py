@@ -14,10 +14,11 @@ from torch import Tensor
 from tap_flower.config import Encoding
 from tap_flower.core.averaging import LARGEST_WEIGHT
 from tap_flower.core.initial import Initial
-from tap_flower.errors import MessageError
+from tap_flower.errors import MessageError, RunError
+from tap_flower.methods.method import Combine, ServerHalf
 from tap_flower.report.events import read_events
 from tap_flower.server.roster import Roster
-from tap_flower.server.rounds import WeightedAverage
+from tap_flower.server.rounds import MethodAverage, WeightedAverage
 from tap_flower.wire.messages import Manifest, TaskInfo, TensorInfo
 from tap_flower.wire.tensors import decode_tensors
 from tests.federations import Make
@@ -94,6 +95,17 @@ def test_a_bad_update_is_refused_with_clipping_as_without(bad: Tensor, problem: 
         average.add("ann", {**difference(made, "ann"), "trunk.w": bad})
     assert told == []
     assert all(value is made.tensors[name] for name, value in average.finish().items())
+
+
+@pytest.mark.parametrize("combine", [lambda found, _: found.mean(), lambda found, _: found], ids=["scalar", "stack"])
+def test_a_combination_of_another_shape_is_refused(combine: Combine) -> None:
+    made = roster(ann={"a": 1})
+    average = MethodAverage(ServerHalf(combine), {}, 1, made, ["ann"], None, lambda *_, **__: None)
+    average.add("ann", difference(made, "ann", trunk=[3.0, 4.0, 0.0]))
+    with pytest.raises(
+        RunError, match="the method's server half gave '.*' a value that is not finite, or of another name"
+    ):
+        average.finish()
 
 
 def test_a_clients_update_in_a_run(make_federation: Make) -> None:

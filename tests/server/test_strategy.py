@@ -47,10 +47,15 @@ def lines() -> Iterator[list[str]]:
     FLOWER_LOGGER.removeHandler(handler)
 
 
-@pytest.mark.parametrize("share", [5.0, -0.5])
+@pytest.mark.parametrize("share", [5.0, -0.5, 0.0])
 def test_a_fraction_is_a_share_of_the_clients(share: float) -> None:
-    with pytest.raises(ConfigError, match=f"fraction_train is {share}: give a share of the clients, from 0 to 1"):
+    with pytest.raises(ConfigError, match=f"fraction_train is {share}: give a share of the clients above 0, at most 1"):
         TapStrategy(fraction_train=share)
+
+
+def test_rounds_are_not_negative(federation: ToyFederation) -> None:
+    with pytest.raises(ConfigError, match="num_rounds is -3: give a number of rounds, or 0 for stage 2 alone"):
+        of(federation).start(federation.grid(), num_rounds=-3)
 
 
 def test_it_is_a_strategy_with_flowers_names() -> None:
@@ -82,6 +87,20 @@ def test_a_subclass_chooses_who_trains(federation: ToyFederation) -> None:
     assert [e["dropped"] for e in rounds] == [[], []]  # nobody else was asked
     assert strategy.progress.dropped == {}
     assert set(result.clients) == {"ann", "bob", "cleo", "dan"}
+
+
+def test_every_client_may_get_a_configuration_of_its_own(federation: ToyFederation) -> None:
+    class Slower(TapStrategy):
+        def configure_train(self, *args: Any) -> Iterable[Message]:
+            for number, message in enumerate(list(super().configure_train(*args))):
+                message.content[CONFIG]["lr"] = float(number)
+                yield message
+
+    given, grid = ConfigRecord({"lr": 9.0}), federation.grid()
+    of(federation, Slower).start(grid, num_rounds=1, train_config=given)
+    rates = [dict(m.content[CONFIG]) for m in grid.sent if m.metadata.message_type == TRAIN]
+    assert rates == [{"lr": float(number), "server-round": 1} for number in range(4)]
+    assert dict(given) == {"lr": 9.0}
 
 
 def test_a_subclass_adds_a_metric_and_changes_the_values(federation: ToyFederation) -> None:
@@ -168,7 +187,9 @@ def test_a_minimum_counts_beside_the_configurations_number(
 
 
 def test_a_run_waits_for_the_nodes_that_must_be_there(federation: ToyFederation) -> None:
-    with pytest.raises(RunError, match="4 of 5 clients are there after 1 s"):
+    with pytest.raises(
+        RunError, match="4 of 5 clients are there after 1 s: start more nodes .*, or lower min_available_"
+    ):
         of(federation, min_available_nodes=5).start(federation.grid())
 
 
