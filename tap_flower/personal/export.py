@@ -103,6 +103,7 @@ def load_export(folder: Path | str, device: Device = None) -> PersonalModel:
 
     Raises:
         StorageError: the folder is no export, or is damaged.
+        PersonalError: the device cannot be used.
     """
     folder = Path(folder)
     values = read_json(folder / CONFIG)
@@ -117,13 +118,14 @@ def load_export(folder: Path | str, device: Device = None) -> PersonalModel:
         if other := sorted(tensors.keys() ^ model.state_dict().keys()):
             raise ValueError(f"{len(other)} tensors are missing or unknown, such as {other[0]!r}")
         model.load_state_dict(tensors)
-        return PersonalModel(described, str(values["model"]), model, load_tokenizer(str(folder)), device)
+        which, tokenizer = str(values["model"]), load_tokenizer(str(folder))
     except (KeyError, TypeError, msgspec.ValidationError) as error:
         raise StorageError(
             f"{folder / CONFIG} is damaged, or was not written by `tap-flower export`: {error}"
         ) from error
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise StorageError(f"{folder} is not what its {CONFIG} says: {shown(str(error))}; export it again") from error
+    return PersonalModel(described, which, model, tokenizer, device)
 
 
 def card(described: Description, task: str, which: str, metrics: Mapping[str, float]) -> str:

@@ -46,6 +46,9 @@ class PersonalModel:
         tokenizer: tokenizer of its backbone.
         device: where it computes; without it, a GPU if there is one.
 
+    Raises:
+        PersonalError: the device cannot be used.
+
     Attributes:
         tasks: name -> task, with kind, modalities, domains and classes.
     """
@@ -59,8 +62,14 @@ class PersonalModel:
         device: Device = None,
     ) -> None:
         self.description, self.which, self.tokenizer = description, which, tokenizer
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = model.to(self.device).eval()
+        try:
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self.model = model.to(self.device).eval()
+        except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+            reason = str(error).partition("\n")[0]
+            raise PersonalError(
+                f"device {str(device)!r} cannot be used ({reason}): give cpu, cuda or cuda:1"
+            ) from error
         self.tasks: dict[str, TaskDescription] = {task.name: task for task in description.tasks}
 
     @classmethod
@@ -78,7 +87,7 @@ class PersonalModel:
 
         Raises:
             StorageError: the folder holds no models, or is damaged.
-            PersonalError: it has no such model, or its backbone cannot be used.
+            PersonalError: it has no such model, or its backbone or the device cannot be used.
         """
         folder = Path(folder)
         description = read_description(folder)
@@ -252,12 +261,14 @@ def _pixels(picture: Picture, form: ImageForm) -> Tensor:
             raise PersonalError(
                 f"an image is an array {picture.shape} of {picture.dtype}: give [height, width, 3] or [height, width], uint8"
             )
-        return pixels_of(Image.fromarray(picture), form)
-    if isinstance(picture, Image.Image):
-        return pixels_of(ImageOps.exif_transpose(picture), form)
+        picture = Image.fromarray(picture)
     try:
+        if isinstance(picture, Image.Image):
+            return pixels_of(ImageOps.exif_transpose(picture), form)
         return pixels_of(open_image(Path(picture), form.background, form.size), form)
     except Exception as error:  # whatever the decoders of all image formats raise
+        if isinstance(picture, Image.Image):
+            raise PersonalError(f"an image of mode {picture.mode} cannot be used: {error}") from error
         raise PersonalError(f"image {str(picture)!r} cannot be read: {error}; give a PNG, JPEG or WebP") from error
 
 

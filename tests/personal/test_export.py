@@ -101,6 +101,8 @@ def test_what_cannot_be_exported_or_loaded_is_told(run: Path, tmp_path: Path) ->
         load_export(folder)
     export(folder, tmp_path / "out", "shapes")
     assert str(demo_folder()) not in (tmp_path / "out" / "config.json").read_text()
+    with pytest.raises(PersonalError, match=r"device 'gpu' cannot be used \(.*\): give cpu, cuda or cuda:1"):
+        load_export(tmp_path / "out", "gpu")
     shutil.copy(folder / "tap.safetensors", tmp_path / "out" / "model.safetensors")
     with pytest.raises(StorageError, match=r"is not what its config.json says: .* tensors are missing or"):
         load_export(tmp_path / "out")

@@ -117,6 +117,11 @@ def test_a_photograph_is_turned_as_its_camera_says(run: Path, tmp_path: Path) ->
         ({"task": "shapes", "image": "/none/x.png"}, "image '/none/x.png' cannot be read: .*No such file"),
         ({"task": "shapes", "image": __file__}, "cannot be read: .*give a PNG, JPEG or WebP"),
         ({"task": "shapes", "image": np.zeros((4, 4))}, r"an array \(4, 4\) of float64: give .* uint8"),
+        (
+            {"task": "shapes", "image": Image.new("I", (8, 8))},
+            "an image of mode I cannot be used: it has whole numbers",
+        ),
+        ({"task": "shapes", "image": Image.new("F", (8, 8), 7.0)}, "an image of mode F cannot be used: it has 32-bit"),
         ({"task": "shapes", "image": "x.png", "domain": "y"}, "has no domain 'y': use one of shapes"),
     ],
 )
