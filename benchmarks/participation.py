@@ -235,9 +235,9 @@ def _sent(local: TimedClient, number: int, received: State, result: Participatio
     from tap_flower.wire import messages
     from tap_flower.wire.tensors import encode_tensors, make_update
 
-    update = make_update(received, result.returned, {}, Encoding.float32)
+    difference, _ = make_update(received, result.returned, {}, Encoding.float32)
     report = messages.Report(round=number, examples=local.data.sizes("train"), losses=result.losses, steps=local.steps)
-    content = messages.encode(report, encode_tensors(update.difference, Encoding.float32))
+    content = messages.encode(report, encode_tensors(difference, Encoding.float32))
     messages.tensors_of(content, Encoding.float32)
 
 

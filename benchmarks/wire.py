@@ -73,7 +73,7 @@ def measure(preset: str) -> list[Row]:
         arrived = messages.tensors_of(down, encoding)
         received = moved_to(arrived, initial, encoding)
         trained = {name: value + step(value, UP, name, "up") for name, value in received.items()}
-        difference = make_update(received, trained, {}, encoding).difference
+        difference, _ = make_update(received, trained, {}, encoding)
         tasks = dict.fromkeys(model.tasks, 1)
         up = messages.encode(
             Report(round=1, examples=tasks, losses=dict.fromkeys(tasks, math.pi), steps=1, replacements=tasks),

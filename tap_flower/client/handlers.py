@@ -291,7 +291,8 @@ def _train(participant: Participant, message: Message) -> RecordDict:
     result = participant.method.participate(session, instruction.round, received, _memory(state))
     # Step 3: what the server gets, Δ = trained − received, and what stays here.
     returned = {name: value for name, value in result.returned.items() if name in participant.exchanged}
-    update = make_update(received, returned, {} if state is None else state.residual, participant.encoding)
+    residual = {} if state is None else state.residual
+    difference, residual = make_update(received, returned, residual, participant.encoding)
     local = {name: result.returned.get(name, received[name]) for name in session.outline.local}
     replaced = {decision.pair.task: int(decision.replaced) for decision in result.decisions}
     wanted = instruction.best is not None or participant.keeps_best
@@ -305,13 +306,13 @@ def _train(participant: Participant, message: Message) -> RecordDict:
         replacements=replaced,
         validation={} if instruction.best is None else scores,
     )
-    tensors = encode_tensors(update.difference, participant.encoding)
+    tensors = encode_tensors(difference, participant.encoding)
     content = messages.encode(report, tensors, metrics=_metrics(report, session))
     # Step 4: the new state is on the disk before the answer leaves.
     counts = Counter(replaced) + (Counter() if state is None else state.replacements)
     record_decisions(folder.folder, instruction.run, instruction.round, result.decisions)
     score = fmean(scores.values()) if participant.keeps_best and scores else None
-    folder.save(ClientState(instruction.round, result.memory, counts, update.residual, local, score))
+    folder.save(ClientState(instruction.round, result.memory, counts, residual, local, score))
     return content
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tap_flower.core.initial import Initial, initialise
+from tap_flower.core.initial import Initial
 
 State = dict[str, Tensor]
 """Tensor name -> value (float32), on the CPU."""
@@ -113,11 +113,6 @@ class ComponentModel(nn.Module):
     def forward(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
         """The output of a task for a batch of inputs."""
         raise NotImplementedError
-
-    def initialise(self, seed: int) -> Self:
-        """Sets every trainable tensor to the value that `seed` and its name give; returns the model itself."""
-        initialise(self, self.initials, seed)
-        return self
 
     def first_values(self, seed: int) -> State:
         """The first value of every tensor of the model's state; the model may be without memory."""

@@ -69,27 +69,12 @@ class Initial:
         return tensor.uniform_(-self.scale, self.scale, generator=generator)
 
 
-@torch.no_grad()
-def initialise(model: nn.Module, initials: Mapping[str, Initial], seed: int) -> None:
-    """Sets every trainable parameter of `model` to its initial value.
-
-    Args:
-        model: changed in place.
-        initials: tensor name -> how it starts; a name for every trainable parameter.
-        seed: of the run.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.copy_(initials[name].value(name, tuple(parameter.shape), seed))
-
-
 def initial_values(
     module: nn.Module, special: Callable[[nn.Module, str], Initial | None] | None = None
 ) -> dict[str, Initial]:
     """Parameter name -> how it starts, by the type of the module that owns it; as PyTorch's own where nothing else is said.
 
-    Linear and convolution: uniform ± 1/√fan_in. Norms: 1 and 0. Embedding: normal, deviation 1. GRU, LSTM, RNN: uniform
-    ± 1/√hidden. MultiheadAttention: Glorot's uniform, and 0. PReLU: 0.25. A module whose class has a dictionary `INITIALS`
+    Linear and convolution: uniform ± 1/√fan_in. LayerNorm: 1 and 0. A module whose class has a dictionary `INITIALS`
     (name of a parameter of its own, or of a part's as `part.name` -> Initial) says for these itself.
 
     Args:
@@ -120,24 +105,10 @@ def initial_values(
     return initials
 
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm)
-_CONVOLUTIONS = nn.modules.conv._ConvNd
-
-
 def _by_type(part: nn.Module, name: str) -> Initial | None:
     """How a parameter of one of PyTorch's own modules starts."""
-    zero, bias = Initial("constant", 0.0), name == "bias"
-    if isinstance(part, nn.Linear | _CONVOLUTIONS):
+    if isinstance(part, nn.Linear | nn.modules.conv._ConvNd):
         return Initial("uniform", 1 / math.sqrt(part.weight[0].numel()))
-    if isinstance(part, _NORMS):
-        return zero if bias else Initial("constant", 1.0)
-    if isinstance(part, nn.Embedding | nn.EmbeddingBag):
-        return Initial("normal", 1.0)
-    if isinstance(part, nn.RNNBase):
-        return Initial("uniform", 1 / math.sqrt(part.hidden_size))
-    if isinstance(part, nn.MultiheadAttention):
-        weight = getattr(part, name)
-        return Initial("uniform", math.sqrt(6 / sum(weight.shape))) if weight.ndim == 2 else zero
-    if isinstance(part, nn.PReLU):
-        return Initial("constant", 0.25)
+    if isinstance(part, nn.LayerNorm):
+        return Initial("constant", 0.0 if name == "bias" else 1.0)
     return None

@@ -53,7 +53,7 @@ class TapModel(ComponentModel):
 
     Attributes:
         component_map: which tensor belongs to which component, and what each pair reaches.
-        initials: tensor name -> how `initialise` starts it.
+        initials: tensor name -> how it starts.
     """
 
     def __init__(self, backbone: Backbone, tasks: Sequence[ModelTask]) -> None:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
@@ -63,7 +63,6 @@ class Budget:
     Attributes:
         epsilon: ε that was asked for.
         delta: δ.
-        rounds: the largest number of rounds in which a client can take part.
         clip_norm: C.
         noise_multiplier: z, the smallest with ε(rounds) ≤ ε.
         holders_needed: holders that a component must have in a round to be released.
@@ -71,7 +70,6 @@ class Budget:
 
     epsilon: float
     delta: float
-    rounds: int
     clip_norm: float
     noise_multiplier: float
     holders_needed: int
@@ -106,7 +104,7 @@ def budget_of(config: Config, most: int | None = None) -> Budget | None:
             f"{len(config.clients)} clients in the configuration): nothing would ever be released. Have more clients in a "
             f"round, fewer rounds, a larger epsilon, or from privacy.max_noise = {noise_multiplier / most:.3g} on"
         )
-    return Budget(wanted.epsilon, wanted.delta, config.rounds, wanted.clip_norm, noise_multiplier, needed)
+    return Budget(wanted.epsilon, wanted.delta, wanted.clip_norm, noise_multiplier, needed)
 
 
 @cache
@@ -185,15 +183,7 @@ class Privacy:
                 "%d of %d components are held by too few of the clients that are there, and keep their values: %s",
                 len(never), len(holders), _few(never, budget.holders_needed),
             )  # fmt: skip
-        tell(
-            "privacy",
-            epsilon=budget.epsilon,
-            delta=budget.delta,
-            clip_norm=budget.clip_norm,
-            noise_multiplier=budget.noise_multiplier,
-            holders_needed=budget.holders_needed,
-            never=never,
-        )
+        tell("privacy", **asdict(budget), never=never)
 
     def spent(self, roster: Roster) -> dict[str, Any]:
         """What `results.json` says of it."""

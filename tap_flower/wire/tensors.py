@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from typing import Any, TypeVar
@@ -53,23 +52,10 @@ _From = TypeVar("_From")
 _To = TypeVar("_To")
 
 
-@dataclass(frozen=True)
-class Update:
-    """What a client returns of one round, and what it keeps.
-
-    Attributes:
-        difference: tensor name -> Δ (float32), with the residual of the rounds before, as it is to be encoded.
-        residual: tensor name -> what the encoding takes from it (float32); empty in float32.
-    """
-
-    difference: dict[str, Tensor]
-    residual: dict[str, Tensor]
-
-
 def make_update(
     received: Mapping[str, Tensor], trained: Mapping[str, Tensor], residual: Mapping[str, Tensor], encoding: Encoding
-) -> Update:
-    """The difference that a client returns.
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The difference that a client returns of one round, and what it keeps.
 
     Args:
         received: tensor name -> value that training started from (float32, CPU).
@@ -77,16 +63,20 @@ def make_update(
         residual: from the client's round before; zero where a name is missing.
         encoding: encoding of the run.
 
+    Returns:
+        The difference, tensor name -> Δ (float32) with the residual of the rounds before, as it is to be encoded; and the
+        residual, tensor name -> what the encoding takes from it (float32), empty in float32.
+
     Raises:
         MessageError: a value is not finite; the message names the tensor.
     """
     difference = {name: value - received[name] for name, value in trained.items()}
     if encoding is Encoding.float32:
-        return Update(difference, {})
+        return difference, {}
     for name in difference.keys() & residual.keys():
         difference[name] += residual[name]
     decoded = decode_tensors(encode_tensors(difference, encoding), encoding)
-    return Update(difference, {name: value - decoded[name] for name, value in difference.items()})
+    return difference, {name: value - decoded[name] for name, value in difference.items()}
 
 
 def moved_from(values: Mapping[str, Tensor], first: Mapping[str, Tensor], encoding: Encoding) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tap_flower.core.components import Pair
+from tap_flower.core.components import Pair, load_trainable_state
 from tap_flower.models import backbone, cpu, heads, load
 from tap_flower.models.load import load_backbone
 from tap_flower.models.model import ModelTask, TapModel
@@ -39,7 +39,8 @@ INPUTS: dict[str, dict[str, Any]] = {
 
 
 def model(name: str = "demo", **options: Any) -> TapModel:
-    made = TapModel(load_backbone(name, 1, **options), TASKS).initialise(3)
+    made = TapModel(load_backbone(name, 1, **options), TASKS)
+    load_trainable_state(made, made.first_values(3))
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.requires_grad and name.endswith(".B"):  # zero at first

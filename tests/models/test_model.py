@@ -120,7 +120,7 @@ def test_dropout_is_only_in_training() -> None:
 
 def test_equal_names_start_equal_whatever_else_a_client_holds() -> None:
     def tensors(*tasks: ModelTask) -> dict[str, Tensor]:
-        return trainable_state(TapModel(load_backbone("demo", 1), tasks).initialise(7))
+        return TapModel(load_backbone("demo", 1), tasks).first_values(7)
 
     read = ModelTask(Pair("read", ("text",)), "text_classification", ("names",), classes=3)
     see = ModelTask(Pair("see", ("image",)), "image_classification", ("shapes",), classes=5)

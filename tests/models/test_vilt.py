@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import ViltConfig, ViltModel
 
-from tap_flower.core.components import Pair, trainable_state
+from tap_flower.core.components import Pair, load_trainable_state, trainable_state
 from tap_flower.models.load import from_config, from_model
 from tap_flower.models.model import ModelTask, TapModel
 
@@ -59,7 +59,8 @@ def test_it_starts_from_the_checkpoints_own_image_tokens() -> None:
     reference = ViltModel(config()).eval()
     nn.init.normal_(reference.embeddings.position_embeddings)
     nn.init.normal_(reference.embeddings.cls_token)
-    model = TapModel(from_model(reference, 1, image_size=32), [SEE]).initialise(0).eval()
+    model = TapModel(from_model(reference, 1, image_size=32), [SEE]).eval()
+    load_trainable_state(model, model.first_values(0))
     encoder = model.components["encoder/image"]
     encoder.adaptor = nn.Identity()
     encoder.output = nn.Identity()

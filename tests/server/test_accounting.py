@@ -54,7 +54,7 @@ def test_the_exact_formula_itself() -> None:
 @pytest.mark.parametrize("rounds", [1, 7, 200, 1_000_000])
 def test_the_noise_is_enough_and_little_more(epsilon: float, delta: float, rounds: int) -> None:
     noise_multiplier = calibrate(epsilon, delta, rounds)
-    spent = Budget(epsilon, delta, rounds, 1.0, noise_multiplier, 1).spent(rounds)
+    spent = Budget(epsilon, delta, 1.0, noise_multiplier, 1).spent(rounds)
     assert spent <= epsilon
     assert spent == pytest.approx(epsilon, rel=1e-3)
     exact = exact_epsilon(noise_multiplier, rounds, delta)

@@ -46,7 +46,7 @@ def no_noise(count: int) -> bytes:
 
 
 def private(needed: int = 1, clip_norm: float = 6.5, noise_multiplier: float = 2.0, source: Any = no_noise) -> Privacy:
-    return Privacy(Budget(8.0, 1e-5, 10, clip_norm, noise_multiplier, needed), Ledger(), source)
+    return Privacy(Budget(8.0, 1e-5, clip_norm, noise_multiplier, needed), Ledger(), source)
 
 
 def averaged(

@@ -190,11 +190,10 @@ def test_what_arrives_adds_up_to_what_was_trained(encoding: Encoding, seed: int,
     for number in range(rounds):
         step = state(seed + number + 1, 0.01)
         trained = {name: value + step[name] for name, value in received.items()}
-        update = make_update(received, trained, residual, encoding)
-        residual = update.residual
+        difference, residual = make_update(received, trained, residual, encoding)
         for name in true:
             true[name] = true[name] + (trained[name] - received[name]).double()
-            arrived[name] = arrived[name] + rounded(update.difference[name], encoding).double()
+            arrived[name] = arrived[name] + rounded(difference[name], encoding).double()
     for name, value in true.items():
         gap = value - arrived[name]
         torch.testing.assert_close(gap, residual[name].double(), atol=1e-7, rtol=0)
@@ -207,17 +206,17 @@ def test_without_feedback_small_steps_would_be_lost() -> None:
     trained, residual = {"a": torch.zeros(1, 200)}, State()
     trained["a"][0, :2] = torch.tensor([1.0, 1 / 300])
     for _ in range(300):
-        update = make_update(received, trained, residual, Encoding.int8)
-        residual, sums = update.residual, sums + rounded(update.difference["a"], Encoding.int8)
+        difference, residual = make_update(received, trained, residual, Encoding.int8)
+        sums = sums + rounded(difference["a"], Encoding.int8)
     assert rounded(trained["a"], Encoding.int8)[0, 1] == 0.0
     torch.testing.assert_close(sums[0, :2], torch.tensor([300.0, 1.0]), atol=0.005, rtol=0)
 
 
 def test_in_float32_a_difference_is_sent_as_it_is_and_nothing_is_kept() -> None:
     received, trained = state(1), state(2)
-    update = make_update(received, trained, {}, Encoding.float32)
-    assert all(torch.equal(update.difference[name], value - received[name]) for name, value in trained.items())
-    assert update.residual == {}
+    difference, residual = make_update(received, trained, {}, Encoding.float32)
+    assert all(torch.equal(difference[name], value - received[name]) for name, value in trained.items())
+    assert residual == {}
 
 
 def test_a_value_that_is_not_finite_is_named() -> None:
