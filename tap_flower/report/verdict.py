@@ -8,6 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from tap_flower.core.headline import Headline
+from tap_flower.errors import ConfigError
+from tap_flower.methods.registry import find_method
 from tap_flower.report.result_tables import Table, spread
 from tap_flower.report.results import headlines, models_in
 from tap_flower.report.run_record import RunRecord
@@ -95,8 +97,9 @@ def verdict(grouped: Sequence[Group]) -> list[str]:
         theirs = {name: _result(group) for name, group in zip(names, grouped, strict=True) if group is not ours}
         return _sentences(names[list(grouped).index(ours)], _result(ours), theirs, grouped)
     (group,) = grouped
-    *others, result = _models(group)
-    return _sentences(_in_words(result), _result(group), {_in_words(m): _result(group, m) for m in others}, grouped)
+    result = _result_model(group)
+    others = {_in_words(model): _result(group, model) for model in _models(group) if model != result}
+    return _sentences(_in_words(result), _result(group), others, grouped)
 
 
 def _sentences(
@@ -145,13 +148,20 @@ def _in_words(model: str) -> str:
 
 
 def _models(group: Group) -> list[str]:
-    """The models of a group; the last one is the method's result."""
     return models_in({f"{n} {task}": m for n, run in enumerate(group) for task, m in run.results["tasks"].items()})
+
+
+def _result_model(group: Group) -> str:
+    """The model that is the method's result; of a method that is not installed here, the last one that is shown."""
+    try:
+        return find_method(group[0].results["method"]).result
+    except ConfigError:
+        return _models(group)[-1]
 
 
 def _result(group: Group, model: str = "") -> Values:
     """The values of a model; by default of the method's result."""
-    return {what: _values(group, model or _models(group)[-1], what) for what in _WHAT}
+    return {what: _values(group, model or _result_model(group), what) for what in _WHAT}
 
 
 def _values(group: Group, model: str, what: str = "") -> dict[str, float]:
@@ -183,16 +193,12 @@ def _names(names: Sequence[str]) -> str:
 
 
 def attendance(found: Mapping[str, Any]) -> str:
-    """Who was evaluated, who was missing, and how many replies were lost, in the results of a run; one sentence or two."""
-    here, missing, dropped = len(found["clients"]), sorted(found["missing"]), found["dropped"]
+    """How many clients were evaluated, and how many replies were lost, in the results of a run; `remarks` names them."""
+    here, missing, lost = len(found["clients"]), len(found["missing"]), sum(found["dropped"].values())
     said = f"All {here} clients were evaluated." if here > 1 else "The one client was evaluated."
     if missing:
-        are = "are" if len(missing) > 1 else "is"
-        said = f"{len(missing)} of {here + len(missing)} clients {are} missing: {_names(missing)}."
-    if lost := sum(dropped.values()):
-        whose = _names([f"{who} ({count})" for who, count in sorted(dropped.items())])
-        said += f" {lost} {'replies' if lost > 1 else 'reply'} could not be used: {whose}."
-    return said
+        said = f"{missing} of {here + missing} clients {'are' if missing > 1 else 'is'} missing."
+    return said + (f" {lost} {'replies' if lost > 1 else 'reply'} could not be used." if lost else "")
 
 
 def privacy(found: Mapping[str, Any]) -> str:
@@ -209,7 +215,7 @@ def privacy(found: Mapping[str, Any]) -> str:
 def method_table(grouped: Sequence[Group]) -> Table:
     """Task × method: the mean over clients of each method's result, and its worst client."""
     judged_by, rows, stand_out = _headlines(grouped), [], set()
-    columns = [(group, _models(group)[-1]) for group in grouped]
+    columns = [(group, _result_model(group)) for group in grouped]
     for place, task in enumerate(sorted(judged_by)):
         means = [_values(group, model).get(task) for group, model in columns]
         cells = []
