@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import glob
 import json
 import os
 import posixpath
@@ -198,7 +199,7 @@ def image_folder(folder: Path, split: str = "") -> datasets.Dataset:
 def _with_metadata(folder: Path, file: Path) -> datasets.Dataset:
     readers = {".csv": csv_table, ".jsonl": json_table}
     read = readers.get(file.suffix)
-    data = read([str(file)]) if read else datasets.Dataset.from_parquet(str(file))
+    data = read([str(file)]) if read else datasets.Dataset.from_parquet(glob.escape(str(file)))
     if "file_name" not in data.column_names:
         raise ValueError(f"{file} has no column 'file_name', which names the images")
     if taken := [name for name in ("image", "file") if name in data.column_names]:

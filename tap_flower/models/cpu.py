@@ -11,7 +11,7 @@ import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,6 +97,11 @@ class PatchProjection(nn.Module):
 _Frozen = nn.Linear | nn.Conv2d
 
 
+def bias_of(frozen: _Frozen) -> Tensor:
+    """The bias of a frozen map, [out]; zeros where it has none."""
+    return frozen.weight.new_zeros(len(frozen.weight)) if frozen.bias is None else frozen.bias
+
+
 def lora_linears(
     x: Tensor,
     maps: Sequence[_Frozen],
@@ -146,7 +151,7 @@ def _with_sums(x: Tensor, maps: Sequence[_Frozen], a: Sequence[Tensor], b: Seque
         own = slice(number * stack, (number + 1) * stack)
         delta = torch.stack(list(b[own])).to(x.dtype), torch.stack(list(a[own])).to(x.dtype)
         sums = torch.baddbmm(frozen.weight.flatten(1)[None], *delta, alpha=scale)
-        torch.baddbmm(cast(Tensor, frozen.bias), x[number % len(x)], sums.transpose(1, 2), out=output)
+        torch.baddbmm(bias_of(frozen), x[number % len(x)], sums.transpose(1, 2), out=output)
     return outputs
 
 
@@ -200,7 +205,7 @@ class _LoRALinear(torch.autograd.Function):
             else:
                 torch.matmul(x[number % len(x)].flatten(0, 1), weight.T, out=target.flatten(0, 1))
         # The bias is one more column of B, whose input is 1: adding it costs no pass of its own.
-        bias = torch.cat([cast(Tensor, frozen.bias).expand(stack // groups, -1) for frozen in maps])
+        bias = torch.cat([bias_of(frozen).expand(stack // groups, -1) for frozen in maps])
         columns = torch.cat([b * ctx.factor, bias[..., None]], -1).transpose(1, 2).to(x.dtype)
         keep = kept((groups, *x.shape[1:]), dropped)
         low = a.new_ones(stack, a.shape[1] + 1, x.shape[2])

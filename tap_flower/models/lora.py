@@ -52,7 +52,7 @@ class LoRA(nn.Module):
     def merged(self) -> dict[str, Tensor]:
         """`weight` [out, in] and `bias` [out] of the frozen map and the adapter as one linear map, without dropout."""
         weight = self.frozen.weight.detach().flatten(1) + self.scale * self.B.detach() @ self.A.detach()
-        return {"weight": weight, "bias": cast(Tensor, self.frozen.bias).detach()}
+        return {"weight": weight, "bias": cpu.bias_of(self.frozen).detach()}
 
 
 Adapter = LoRA | nn.Linear

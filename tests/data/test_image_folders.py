@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.data.people import BLUE, check, folder_of, picture
@@ -67,6 +69,12 @@ def test_a_metadata_file_names_the_images(tmp_path: Path) -> None:
     picture(tmp_path / "images/1.png")
     (tmp_path / "images/metadata.csv").write_text("file_name,label\n1.png,b\n")
     assert check(folder_of(tmp_path), "image_classification").labels == ["b"]
+
+
+def test_a_metadata_file_in_a_folder_whose_name_is_a_pattern(tmp_path: Path) -> None:
+    picture(tmp_path / "g[1]/images/1.png")
+    pq.write_table(pa.table({"file_name": ["1.png"], "label": ["b"]}), tmp_path / "g[1]/images/metadata.parquet")
+    assert check(folder_of(tmp_path / "g[1]"), "image_classification").labels == ["b"]
 
 
 def test_hidden_files_and_folders_are_passed_over_and_counted(tmp_path: Path) -> None:

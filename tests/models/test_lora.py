@@ -46,6 +46,20 @@ FORMS = pytest.mark.parametrize(
 """Groups of adapters, maps that they adapt, inputs that they share or have."""
 
 
+@pytest.mark.parametrize("mode", ["plain", "merged first", "training"])
+def test_a_map_without_a_bias(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    adapter = LoRA(nn.Linear(SIZE, FEATURES, bias=False).requires_grad_(False), LoraSettings(3, 6, 0.0))
+    nn.init.normal_(adapter.A)
+    nn.init.normal_(adapter.B)
+    adapter.train(mode == "training")
+    monkeypatch.setattr(cpu, "_pays", lambda x, weight: mode == "merged first")
+    x = torch.randn(1, 4, SIZE)
+    with torch.no_grad():
+        torch.testing.assert_close(lora_linear([adapter], x), x @ adapter.merged()["weight"].T)
+    assert not adapter.merged()["bias"].any()
+
+
 @FORMS
 @pytest.mark.parametrize("merged_first", [False, True])
 def test_without_dropout_it_is_its_equation(
