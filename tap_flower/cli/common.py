@@ -10,9 +10,6 @@ from rich.console import Console
 
 from tap_flower.run.resources import CLUSTER
 
-DEMO = "demo"
-"""Name of the backbone inside the package."""
-
 Preset = Annotated[str, typer.Option(help="Start from this preset; `tap-flower presets` lists them.")]
 ConfigFile = Annotated[str, typer.Option(metavar="FILE", help="Override the preset by this YAML file.")]
 Settings = Annotated[

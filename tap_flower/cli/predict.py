@@ -95,10 +95,10 @@ def demo_command(
     ] = 7860,
 ) -> None:
     """Compare the models of a run's clients side by side, on a page in the browser."""
-    from tap_flower.personal.demo_page import serve
+    from tap_flower.personal.demo_page import HOST, serve
 
     blocks = serve(run, port)
-    say(Console(), f"to look at: http://127.0.0.1:{port}; Ctrl+C ends it")
+    say(Console(), f"to look at: http://{HOST}:{port}; Ctrl+C ends it")
     blocks.block_thread()
 
 

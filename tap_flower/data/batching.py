@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from tap_flower.core.seeds import named_seed
 from tap_flower.core.training import Batch
@@ -25,8 +25,10 @@ Read = tuple[int, list[Any]]
 """A batch that was read: position of its source among all sources, its examples."""
 
 
-class TrainingSampler(Sampler[Drawn]):
-    """Endless shuffled batches: tasks take turns by name, each in epochs of its own. Every iteration gives the same ones.
+def training_order(
+    sources: Sequence[Examples], batch_size: int, seed: int, group_by_length: bool = False
+) -> Iterator[Drawn]:
+    """Endless shuffled batches: tasks take turns by name, each in epochs of its own.
 
     A batch comes from one source, and so from one domain.
 
@@ -36,36 +38,30 @@ class TrainingSampler(Sampler[Drawn]):
         seed: decides the order.
         group_by_length: whether texts of about one length share a batch.
     """
+    of_task: dict[str, dict[int, Examples]] = defaultdict(dict)
+    for number, examples in enumerate(sources):
+        of_task[examples.task][number] = examples
+    streams = [_epochs(of_task[task], batch_size, named_seed(seed, task), group_by_length) for task in sorted(of_task)]
+    while True:
+        for stream in streams:
+            yield next(stream)
 
-    def __init__(self, sources: Sequence[Examples], batch_size: int, seed: int, group_by_length: bool = False) -> None:
-        self.sources, self.batch_size, self.seed, self.group_by_length = sources, batch_size, seed, group_by_length
 
-    def __iter__(self) -> Iterator[Drawn]:
-        of_task: dict[str, list[int]] = defaultdict(list)
-        for number, examples in enumerate(self.sources):
-            of_task[examples.task].append(number)
-        streams = [self._epochs(of_task[task], named_seed(self.seed, task)) for task in sorted(of_task)]
-        while True:
-            for stream in streams:
-                yield next(stream)
-
-    def _epochs(self, numbers: Sequence[int], seed: int) -> Iterator[Drawn]:
-        """Endless epochs over the sources of one task."""
-        batch_size = self.sources[numbers[0]].batch_size or self.batch_size
-        epoch = 0
-        while True:
-            # Shuffle each source and cut it into batches.
-            batches: list[Drawn] = []
-            for at, number in enumerate(numbers):
-                examples = self.sources[number]
-                order = permutation(len(examples), named_seed(seed, epoch, at))
-                size = min(batch_size, len(examples))
-                batches += [(number, some) for some in batches_of(examples, order, size, self.group_by_length)]
-            # Mix the batches, where otherwise one source, or one length, would come after the other.
-            if len(numbers) > 1 or self.group_by_length:
-                batches = [batches[turn] for turn in permutation(len(batches), named_seed(seed, epoch))]
-            yield from batches
-            epoch += 1
+def _epochs(sources: Mapping[int, Examples], batch_size: int, seed: int, group_by_length: bool) -> Iterator[Drawn]:
+    """Endless epochs over the sources of one task, by their positions among all sources."""
+    epoch = 0
+    while True:
+        # Shuffle each source and cut it into batches.
+        batches: list[Drawn] = []
+        for at, (number, examples) in enumerate(sources.items()):
+            order = permutation(len(examples), named_seed(seed, epoch, at))
+            size = min(examples.batch_size or batch_size, len(examples))
+            batches += [(number, some) for some in batches_of(examples, order, size, group_by_length)]
+        # Mix the batches, where otherwise one source, or one length, would come after the other.
+        if len(sources) > 1 or group_by_length:
+            batches = [batches[turn] for turn in permutation(len(batches), named_seed(seed, epoch))]
+        yield from batches
+        epoch += 1
 
 
 def batches_of(examples: Examples, order: Sequence[int], size: int, group_by_length: bool) -> Iterator[Sequence[int]]:
@@ -149,14 +145,14 @@ class ClientData:
         """Endless batches of the training examples on `device`; tasks take turns by name.
 
         Args:
-            batch_size: see `TrainingSampler`, as for `seed` and `group_by_length`; a loader of the user's own has its own.
+            batch_size: see `training_order`, as for `seed` and `group_by_length`; a loader of the user's own has its own.
             seed: decides the order, as far as a loader of the user's own does not.
             device: of the batches.
             group_by_length: whether texts of about one length share a batch.
             count: batches that will be taken.
         """
-        sampler = TrainingSampler(self._sources("train"), batch_size, seed, group_by_length)
-        tasks, drawn = sorted(self.splits["train"]), self._read("train", sampler, device)
+        order = training_order(self._sources("train"), batch_size, seed, group_by_length)
+        tasks, drawn = sorted(self.splits["train"]), self._read("train", order, device)
         loaders = {own.task: own for own in self._loaders_of("train")}
         own = {
             task: loader.passes(named_seed(seed, task), count // len(tasks), device) for task, loader in loaders.items()

@@ -74,7 +74,7 @@ def processor_form(backbone: str, revision: str | None = None) -> ImageForm:
     place = hub.locate(backbone)
     hub.check_folder(place)
     hub.prepare(place)
-    remedy = "say `image: {size: …, fit: …, mean: …, std: …}` in the task"
+    remedy = "set `image: {size: …, fit: …, mean: …, std: …}` in the task"
     try:
         found: Mapping[str, Any] = ImageProcessingMixin.get_image_processor_dict(place, revision=revision)[0]
     except Exception as error:  # whatever transformers and the hub's library raise

@@ -20,7 +20,7 @@ from tap_flower.data import packaged
 from tap_flower.data.examples import permutation
 from tap_flower.data.fields import Field
 from tap_flower.data.spec import Source
-from tap_flower.data.tables import counted, csv_table, image_folder, joined_rows, json_table, parquet_files, passed_over
+from tap_flower.data.tables import by_kind, csv_table, image_folder, joined_rows, json_table, parquet_files, passed_over
 from tap_flower.errors import TapFlowerError
 from tap_flower.hub import fetch_command
 
@@ -196,7 +196,7 @@ def notes_of(source: Source) -> Iterator[SourceNote]:
     if source.format == "imagefolder" and (
         passed := passed_over(Path(source.path), source.split, open_source(source)["file"])
     ):
-        yield SourceNote(f"has {sum(passed.values()):,} files that are passed over: {counted(passed)}")
+        yield SourceNote(f"has {sum(passed.values()):,} files that are passed over: {by_kind(passed)}")
     if source.format == "csv" and source.quote:
         for row in joined_rows(open_source(source), source.delimiter or ","):
             yield JoinedRowsNote(

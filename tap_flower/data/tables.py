@@ -186,7 +186,7 @@ def image_folder(folder: Path, split: str = "") -> datasets.Dataset:
     images, others = _listing(folder)
     if not images:
         raise ValueError(
-            f"{folder} holds no images" + (f", but files that are none: {counted(others)}" if others else "")
+            f"{folder} holds no images" + (f", but files that are none: {by_kind(others)}" if others else "")
         )
     labels = [file.split("/")[0] if "/" in file else None for file in images]
     text = datasets.Value("string")
@@ -215,7 +215,7 @@ def passed_over(folder: Path, split: str, read: Collection[str]) -> Counter[str]
     return others + Counter({"that the metadata file does not name": len(unnamed)})
 
 
-def counted(files: Counter[str]) -> str:
+def by_kind(files: Counter[str]) -> str:
     """Files by kind, in words."""
     return ", ".join(f"{count:,} {kind}" for kind, count in sorted(files.items()))
 

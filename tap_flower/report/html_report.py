@@ -36,14 +36,14 @@ def write_report(folders: Sequence[Path], file: Path) -> None:
 def page(runs: Sequence[RunRecord]) -> str:
     """The HTML report of one run or several."""
     grouped = result_tables.groups(runs)
+    results = [[run.results for run in group] for group in grouped]
     return _template("report.html").render(
         runs=[_run_page(run) for run in runs],
         verdict=verdict.verdict(grouped),
         methods=verdict.method_table(grouped) if len(grouped) > 1 else None,
         headlines=[
-            (group, result_tables.headline_table(results), result_tables.clients_table(results))
-            for group in grouped
-            for results in [[run.results for run in group]]
+            (group, result_tables.headline_table(of_group), result_tables.clients_table(of_group))
+            for group, of_group in zip(grouped, results, strict=True)
         ],
         side_by_side=result_tables.side_by_side(grouped) if len(runs) > 1 else None,
         differences=result_tables.differences(runs),

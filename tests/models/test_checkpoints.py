@@ -138,7 +138,7 @@ def test_the_form_of_images_is_the_processors(
 
 
 def test_a_backbone_without_a_processor_says_what_to_write(tmp_path: Path) -> None:
-    with pytest.raises(BackboneError, match="has no image processor .*: say `image: {size"):
+    with pytest.raises(BackboneError, match="has no image processor .*: set `image: {size"):
         processor_form(str(tmp_path))
 
 
