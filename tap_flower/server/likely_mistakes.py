@@ -92,8 +92,8 @@ def without_effect(config: Config, own_modules: bool = False) -> list[str]:
             said.append(f"{', '.join(idle)}: without effect on clients with modules of their own")
     if train.start_learning_rate not in (None, train.learning_rate) and 0 < rounds <= train.warmup_rounds:
         said.append(
-            f"train.warmup_rounds = {train.warmup_rounds} and rounds = {rounds}: the learning rate ends at "
-            f"{train.optimisation(rounds).learning_rate:.3g} and does not reach train.learning_rate = {train.learning_rate:g}"
+            f"train.warmup_rounds = {train.warmup_rounds} and rounds = {rounds}: the learning rate does not reach "
+            f"train.learning_rate = {train.learning_rate:g}, and ends at {train.optimisation(rounds).learning_rate:.3g}"
         )
     if config.method == "tap" and config.replacement.enabled and first > rounds:
         said.append(

@@ -70,6 +70,25 @@ def test_personal_models_that_stage_1_does_not_train() -> None:
     assert without_effect(load_config(settings=["rounds=4", "method=ditto"])) == []
 
 
+def test_options_of_client_specs_on_modules_of_ones_own() -> None:
+    config = load_config("plug-in", settings=["compute.precision=bfloat16", "model.layers=2", "train.steps=3"])
+    assert without_effect(config) == []
+    (sentence,) = without_effect(config, own_modules=True)
+    assert sentence == (
+        "model.layers = 2, compute.precision = bfloat16: without effect on clients with modules of their own"
+    )
+    assert without_effect(load_config("plug-in"), own_modules=True) == []
+
+
+def test_a_warm_up_that_does_not_reach_the_peak() -> None:
+    (sentence,) = without_effect(load_config(settings=["train.start_learning_rate=5e-4"]))
+    assert sentence == (
+        "train.warmup_rounds = 20 and rounds = 8: the learning rate does not reach train.learning_rate = 0.001, and ends at "
+        "0.000675"
+    )
+    assert without_effect(load_config(settings=["train.start_learning_rate=5e-4", "train.warmup_rounds=7"])) == []
+
+
 def test_a_backbone_that_no_client_has() -> None:
     config = load_config(settings=["backbone=facebook/flava-full"])
     assert without_effect(config) == []  # the preset's clients name none
