@@ -5,8 +5,6 @@ from __future__ import annotations
 import hmac
 import json
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,13 +16,11 @@ from tap_flower.config import HyperParameters, hyper_parameters
 from tap_flower.core.components import Pair
 from tap_flower.core.tasks import IMAGE_GENERATION
 from tap_flower.data.fields import ImageForm
-from tap_flower.data.spec import ClientSpec, check_kind, class_names
+from tap_flower.data.spec import check_kind, class_names
 from tap_flower.errors import ConfigError, SpecError, StorageError
-from tap_flower.files import read_json, write_json
+from tap_flower.files import read_json
 from tap_flower.methods.registry import find_method
-from tap_flower.methods.session import Session
 from tap_flower.wire.fields import Epoch, Name
-from tap_flower.wire.messages import Instruction
 
 DESCRIPTION = "model.json"
 SCHEMA = 2
@@ -71,7 +67,9 @@ def hash_of_classes(run: str, task: str, classes: Sequence[str]) -> str:
     return hmac.new(run.encode(), words, "sha256").hexdigest()[:16] if classes else ""
 
 
-class _Settings(Struct, frozen=True, forbid_unknown_fields=True):
+class StatedSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """The hyper-parameters that a model depends on; see `HyperParameters`."""
+
     method: str
     seed: int
     model: dict[str, Any]
@@ -102,7 +100,7 @@ class Description(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True,
     backbone: str
     revision: str | None
     fingerprint: str
-    stated: _Settings = msgspec.field(name="settings")
+    stated: StatedSettings = msgspec.field(name="settings")
     tasks: Annotated[tuple[TaskDescription, ...], Meta(min_length=1)]
 
     def __post_init__(self) -> None:
@@ -116,41 +114,8 @@ class Description(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True,
         return hyper_parameters(msgspec.to_builtins(self.stated))
 
 
-def describe(spec: ClientSpec, folder: Path, session: Session, instruction: Instruction) -> None:
-    """Writes `model.json` into the state folder of a client, unless it is there already.
-
-    Args:
-        spec: the client spec.
-        folder: state folder of the client.
-        session: the client at work.
-        instruction: the server's, which says the run and its epochs.
-
-    Raises:
-        StorageError: the folder cannot be written.
-    """
-    settings = session.settings
-    found = Description(
-        run=instruction.run,
-        epochs=instruction.epochs,
-        best=instruction.best,
-        client=spec.name,
-        backbone=spec.backbone,
-        revision=spec.revision,
-        fingerprint=session.fingerprint,
-        stated=_Settings(
-            settings.method, settings.seed, asdict(settings.model), {"precision": settings.compute.precision.value}
-        ),
-        tasks=tuple(TaskDescription(t.name, t.kind, t.modalities, t.domains, t.classes, t.image) for t in spec.tasks),
-    )
-    values = msgspec.to_builtins(found)
-    with suppress(StorageError):
-        if read_json(folder / DESCRIPTION) == values:
-            return
-    write_json(folder / DESCRIPTION, values)
-
-
 def read_description(folder: Path) -> Description:
-    """Reads what `describe` wrote.
+    """Reads what `from_spec.describe` wrote.
 
     Raises:
         StorageError: there is none, or it is damaged.

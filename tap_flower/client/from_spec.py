@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import cast
 
+import msgspec
 import torch
 from flwr.app import Context
 
 from tap_flower.client.client_model import client_model, outlined
-from tap_flower.client.description import describe
+from tap_flower.client.description import DESCRIPTION, Description, StatedSettings, TaskDescription
 from tap_flower.client.evaluation import TestObserver
 from tap_flower.client.node import GPU_WORKERS, Node, this_node
 from tap_flower.client.samples import Samples
@@ -23,12 +27,14 @@ from tap_flower.data.images import with_image_forms
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec
 from tap_flower.data.text import load_tokenizer
-from tap_flower.errors import ConfigError, SpecError
+from tap_flower.errors import ConfigError, SpecError, StorageError
+from tap_flower.files import read_json, write_json
 from tap_flower.hub import locate
 from tap_flower.methods.method import Method
 from tap_flower.methods.session import Session
 from tap_flower.models.cpu import prepare_allocation
 from tap_flower.models.load import load_backbone
+from tap_flower.wire.messages import Instruction
 
 
 def client_of_node(context: Context, settings: HyperParameters) -> Client:
@@ -116,3 +122,36 @@ def _observer(spec: ClientSpec, metrics: Metrics, session: Session, method: Meth
     writes = [task.name for task in spec.tasks if task.kind == TEXT_GENERATION.name]
     texts = partial(TextMetrics, writes, decode, end, meteor=metrics.meteor, bertscore=metrics.bertscore)
     return TestObserver(Samples(session, spec.tasks, decode, end, {"server", "personal", method.result}), texts)
+
+
+def describe(spec: ClientSpec, folder: Path, session: Session, instruction: Instruction) -> None:
+    """Writes `model.json` into the state folder of a client, unless it is there already.
+
+    Args:
+        spec: the client spec.
+        folder: state folder of the client.
+        session: the client at work.
+        instruction: the server's, which says the run and its epochs.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    settings = session.settings
+    found = Description(
+        run=instruction.run,
+        epochs=instruction.epochs,
+        best=instruction.best,
+        client=spec.name,
+        backbone=spec.backbone,
+        revision=spec.revision,
+        fingerprint=session.fingerprint,
+        stated=StatedSettings(
+            settings.method, settings.seed, asdict(settings.model), {"precision": settings.compute.precision.value}
+        ),
+        tasks=tuple(TaskDescription(t.name, t.kind, t.modalities, t.domains, t.classes, t.image) for t in spec.tasks),
+    )
+    values = msgspec.to_builtins(found)
+    with suppress(StorageError):
+        if read_json(folder / DESCRIPTION) == values:
+            return
+    write_json(folder / DESCRIPTION, values)
