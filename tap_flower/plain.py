@@ -110,7 +110,9 @@ class _Loader(yaml.SafeLoader):
                 line = key.start_mark.line + 1
                 if (key.tag, key.value) in lines:
                     before = lines[key.tag, key.value]
-                    raise PlainError(f"the key {shown(key.value)} appears twice, in lines {before} and {line}: keep one")
+                    raise PlainError(
+                        f"the key {shown(key.value)} appears twice, in lines {before} and {line}: keep one"
+                    )
                 lines[key.tag, key.value] = line
         return node
 

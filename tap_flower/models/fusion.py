@@ -155,6 +155,10 @@ class Fusion:
             streams = self._layer(layer, depth, held, streams, mask, stages, domain)  # [4, B, T, D]
         return masked_mean(streams, mask)  # [4, B, D]
 
+    def project(self, blocks: Sequence[AttentionLoRA], x: Tensor) -> Tensor:
+        """Projects a stack's queries and values; the golden tests override it: [2, S, B, T, D] -> [2, S, B, T, D]."""
+        return lora_linears([[b.query for b in blocks], [b.value for b in blocks]], x)
+
     def _layer(
         self,
         layer: FrozenLayer,
@@ -168,7 +172,7 @@ class Fusion:
         """One layer: attention for each entry of the stack, then an expert for each stage: [S, B, T, D] -> [4, B, T, D]."""
         domains = [_at(held[stage.domain_component(domain)], depth) for stage in stages[: len(x)]]
         blocks = [_at(held[stage.block_component], depth) for stage in stages[: len(x)]]
-        x = self.run(attention_part, layer, domains, blocks, x, mask)  # [S, B, T, D]
+        x = self.run(attention_part, self.project, layer, domains, blocks, x, mask)  # [S, B, T, D]
         if len(x) < len(stages):
             x = torch.cat([x, x[-1:]])  # from here on, the last two paths differ
         experts = [_at(held[stage.expert_component], depth) for stage in stages]
@@ -180,6 +184,7 @@ def _at(module: nn.Module, depth: int) -> nn.Module:
 
 
 def attention_part(
+    project: Callable[[Sequence[AttentionLoRA], Tensor], Tensor],
     layer: FrozenLayer,
     domains: Sequence[DomainExperts],
     blocks: Sequence[AttentionLoRA],
@@ -189,6 +194,7 @@ def attention_part(
     """`n = LN1(x); q = n + E_q(n), v = n + E_v(n), k = n; x + attention(q, k, v)`: [S, B, T, D] -> [S, B, T, D].
 
     Args:
+        project: the projections of queries and values: `Fusion.project`.
         layer: the frozen layer.
         domains: MoDE, one for each entry of the stack.
         blocks: LoRA of the attention, one for each entry of the stack.
@@ -196,8 +202,7 @@ def attention_part(
         mask: [B, T] bool, False at padding, or None.
     """
     n = layer.norm_before(x)  # [S, B, T, D]
-    adapters = [[block.query for block in blocks], [block.value for block in blocks]]
-    query, value = lora_linears(adapters, n + domain_residuals(layer, domains, n))  # [S, B, T, D] each
+    query, value = project(blocks, n + domain_residuals(layer, domains, n))  # [S, B, T, D] each
     return x + layer.attend(query, layer.key(n), value, mask)
 
 

@@ -217,7 +217,9 @@ def test_a_best_state_that_is_void_is_not_there(tmp_path: Path) -> None:
 def test_a_state_is_kept_only_if_it_is_finite(tmp_path: Path, value: float) -> None:
     store = state_folder(tmp_path, "r1")
     store.save(kept(1, 0.1))
-    with pytest.raises(DivergedError, match="round 2 made 'w' of model 'personal' non-finite; the previous state was kept"):
+    with pytest.raises(
+        DivergedError, match="round 2 made 'w' of model 'personal' non-finite; the previous state was kept"
+    ):
         store.save(ClientState(2, Memory({"personal": {"w": torch.tensor([0.0, value])}})))
     with pytest.raises(DivergedError, match="'w' of model 'tap'"):
         store.save_models({"server+finetune": {"w": torch.ones(1)}, "tap": {"w": torch.tensor([value])}}, 2)

@@ -82,7 +82,9 @@ def test_proxies_that_cannot_be_used_are_left_out_and_named(
     found = environment()
     assert "ALL_PROXY" not in found
     assert found["http_proxy"] == "http://127.0.0.1:9"
-    assert "ALL_PROXY is not passed on to Flower's processes, as it cannot be used: Using SOCKS proxy, but" in caplog.text
+    assert (
+        "ALL_PROXY is not passed on to Flower's processes, as it cannot be used: Using SOCKS proxy, but" in caplog.text
+    )
     subprocess.run([sys.executable, "-c", "import httpx; httpx.Client()"], env=found, check=True)
 
 
