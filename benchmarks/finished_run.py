@@ -8,7 +8,7 @@ from pathlib import Path
 from tap_flower.client.from_spec import client_from_spec
 from tap_flower.client.node import Node
 from tap_flower.client.state import PERSONAL, SERVER
-from tap_flower.config import Config, client_specs, load_config
+from tap_flower.config import Config, client_specs, load_config, read_yaml
 from tap_flower.core.components import State
 from tap_flower.files import read_tensors
 from tap_flower.methods.session import Session
@@ -16,7 +16,8 @@ from tap_flower.methods.session import Session
 
 def configuration(run: Path) -> Config:
     """The configuration of a run."""
-    return load_config("plug-in", str(run / "config.yaml"))
+    file = run / "config.yaml"
+    return load_config(str(read_yaml(file)["preset"]), str(file))
 
 
 def clients(run: Path, config: Config) -> Iterator[tuple[Session, State, State]]:
