@@ -152,7 +152,7 @@ def _show(console: Console, found: Mapping[str, Any]) -> None:
     from tap_flower.report.results import remarks
     from tap_flower.report.terminal_tables import terminal
 
-    console.print(terminal(headline_table([found])))
+    console.print(terminal(headline_table([found])), crop=False)
     for remark in remarks(found):
         say(console, f"[yellow]{escape(remark)}")
 
@@ -182,9 +182,9 @@ def report_command(
     grouped = groups(found)
     for group in grouped:
         if len(group) > 1:
-            console.print(terminal(headline_table([run.results for run in group])))
+            console.print(terminal(headline_table([run.results for run in group])), crop=False)
     if len(grouped) > 1:
-        console.print(terminal(method_table(grouped)))
+        console.print(terminal(method_table(grouped)), crop=False)
     file = out or (runs[0] if len(runs) == 1 else Path()) / REPORT
     write_report(runs, file)
     say(console, f"to look at: {file}")

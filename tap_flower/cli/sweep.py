@@ -71,7 +71,7 @@ def write_tables(console: Console, sweep: Sweep, title: str, lead: str, out: Pat
     found = [compare(sweep, budget) for budget in sweep.budgets]
     tables = [table for one in found for table in comparison_tables(one)]
     for table in tables:
-        console.print(terminal(table))
+        console.print(terminal(table), crop=False)
     for name, text in (("md", markdown(tables)), ("csv", to_csv(found)), ("tex", latex(tables))):
         write_atomically(out / f"table.{name}", text.encode())
     write_study(title, lead, [Figure(table.caption, table, None) for table in tables], out / "table.html")

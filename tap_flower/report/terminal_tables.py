@@ -24,13 +24,18 @@ _CLASSES, _SIZES, _CHARACTERS = 6, 3, 160
 
 
 def terminal(table: Table) -> RichTable:
-    """A table of results for the terminal; the two columns that name a row are on the left, the numbers on the right."""
+    """A table of results for the terminal; the two columns that name a row are on the left, the numbers on the right.
+
+    No number is cut: on a narrow terminal, print it with `crop=False`.
+    """
     shown = RichTable(title=table.caption, caption=table.note, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column, name in enumerate(table.header):
         if column < 2:
             shown.add_column(name, no_wrap=True)
         else:
-            shown.add_column(name.replace("+", "\n+"), justify="right")
+            header = name.replace("+", "\n+")
+            words = " ".join([header, *(row[column] for row in table.rows)]).split()
+            shown.add_column(header, justify="right", min_width=max(map(len, words), default=1))
     for i, row in enumerate(table.rows):
         shown.add_row(*(Text(cell, "bold" if (i, j) in table.best else "") for j, cell in enumerate(row)))
     return shown

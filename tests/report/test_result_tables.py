@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from io import StringIO
 from typing import Any
 
+from rich.console import Console
+
 from tap_flower.core.headline import Headline
-from tap_flower.report.result_tables import clients_table, headline_table, side_by_side
+from tap_flower.report.result_tables import Table, clients_table, headline_table, side_by_side
 from tap_flower.report.results import remarks, results, scores
 from tap_flower.report.run_record import RunRecord
+from tap_flower.report.terminal_tables import terminal
 from tap_flower.report.verdict import verdict
 
 
@@ -62,3 +66,13 @@ def test_results_that_do_not_say_the_headline_know_the_packages_own_kinds() -> N
         for metrics in by_model.values():
             metrics["exact_match"] = 0.5
     assert headline_table([found]).rows[0][1:4] == ["exact_match ↑", "0.500", "0.500"]
+
+
+def test_no_number_is_cut_on_a_narrow_terminal() -> None:
+    numbers = [f"0.{n}61 ± 0.022" for n in range(9)]
+    table = Table("", ["task", "metric", *(f"m{n}+finetune" for n in range(9))], [["dates", "exact match", *numbers]])
+    console = Console(file=StringIO(), width=40, record=True)
+    console.print(terminal(table), crop=False)
+    printed = console.export_text()
+    assert "…" not in printed
+    assert all(number.split()[0] in printed for number in numbers)
