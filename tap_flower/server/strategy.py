@@ -256,7 +256,13 @@ class TapStrategy(Strategy):
         run = self.run
         sampled = run.roster.sample(server_round, self.round_size(len(run.roster.names)))
         if not sampled:
-            raise RunError(f"round {server_round}: no client is there: start the nodes again")
+            why = "no client is there: start the nodes again"
+            if run.roster.names:
+                why = (
+                    f"fraction_train = {self.fraction_train} of {len(run.roster.names)} clients is none, and min_train_nodes "
+                    f"is {self.min_train_nodes}: raise one of them"
+                )
+            raise RunError(f"round {server_round}: {why}")
         log(INFO, "configure_train: Sampled %s nodes (out of %s)", len(sampled), len(run.roster.names))
         log(INFO, "\t├──> %s", told(sampled))
         run.events.write("round_start", round=server_round, clients=sampled)

@@ -171,6 +171,11 @@ def test_fractions_and_minimums_are_flowers(
     assert strategy.progress.round == 1
 
 
+def test_a_share_of_nobody_is_told(federation: ToyFederation) -> None:
+    with pytest.raises(RunError, match="round 1: fraction_train = 0.1 of 4 clients is none, and min_train_nodes is 0"):
+        of(federation, fraction_train=0.1, min_train_nodes=0).start(federation.grid())
+
+
 def test_a_round_is_not_smaller_than_its_minimum(federation: ToyFederation) -> None:
     with pytest.raises(RunError, match="4 of 9 clients are there"):
         of(federation, min_train_nodes=9).start(federation.grid(), num_rounds=1)
