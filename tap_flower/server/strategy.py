@@ -259,8 +259,8 @@ class TapStrategy(Strategy):
             why = "no client is there: start the nodes again"
             if run.roster.names:
                 why = (
-                    f"fraction_train = {self.fraction_train} of {len(run.roster.names)} clients is none, and min_train_nodes "
-                    f"is {self.min_train_nodes}: raise one of them"
+                    f"fraction_train = {self.fraction_train} of {len(run.roster.names)} clients is none, and "
+                    f"min_train_nodes is {self.min_train_nodes}: raise one of them"
                 )
             raise RunError(f"round {server_round}: {why}")
         log(INFO, "configure_train: Sampled %s nodes (out of %s)", len(sampled), len(run.roster.names))
