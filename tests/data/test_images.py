@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from tap_flower.data import images
 from tap_flower.data.fields import ImageForm
 from tap_flower.data.images import LazyImages, open_image, pixels_of
 from tap_flower.data.sources import RowError
@@ -63,10 +64,16 @@ def test_paths_start_at_the_folder_of_the_files_that_a_pattern_finds(
     assert problem or not found
 
 
-def test_an_image_that_is_too_thin_names_its_row(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_resized_names_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow before 13 pads no image of a width that becomes 0."""
+
+    def refused(*_: object) -> None:
+        raise ValueError("height and width must be > 0")
+
+    monkeypatch.setattr(images, "pixels_of", refused)
     Image.new("RGB", (1, 9000)).save(tmp_path / "1.png")
     data = datasets.Dataset.from_dict({"image": [str(tmp_path / "1.png")]})
-    with pytest.raises(RowError, match="has no image in row 0 of column 'image'"):
+    with pytest.raises(RowError, match="has no image in row 0 of column 'image'.*must be > 0"):
         LazyImages(data, "image", ImageForm(8, "pad"))[0]
 
 
