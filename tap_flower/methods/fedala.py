@@ -20,6 +20,7 @@ import torch
 from torch.optim import Optimizer
 
 from tap_flower.config import Config, HyperParameters
+from tap_flower.config.baselines import Baselines
 from tap_flower.core.components import State
 from tap_flower.core.training import Optimisation
 from tap_flower.methods.fedper import check_heads
@@ -33,6 +34,11 @@ def aggregated(received: State, memory: Memory) -> State:
     """The server's model, with heads as W gives them; W is ones before the client has learned it."""
     local, weights = memory.models.get(HEADS, {}), memory.models.get(WEIGHTS, {})
     return {**received, **{n: local[n] + (received[n] - local[n]) * w for n, w in weights.items()}}
+
+
+def steps_of_a_pass(settings: Baselines, steps: int) -> int:
+    """Optimiser steps of W in a pass over its share of the data, where a training makes `steps`."""
+    return max(round(settings.fedala_share * steps), 1)
 
 
 def learned(session: Session, received: State, memory: Memory, optimisation: Optimisation, name: object) -> Memory:
@@ -55,9 +61,8 @@ def learned(session: Session, received: State, memory: Memory, optimisation: Opt
                 weights[n].sub_(settings.fedala_rate * parameter.grad * apart[n]).clamp_(0, 1)
                 parameter.copy_(own[n] + apart[n] * weights[n])
 
-    optimisation = replace(
-        optimisation, steps=passes * max(round(settings.fedala_share * optimisation.steps), 1), clip_norm=math.inf
-    )
+    steps = passes * steps_of_a_pass(settings, optimisation.steps)
+    optimisation = replace(optimisation, steps=steps, clip_norm=math.inf)
     session.train(model, optimisation, order=(name, WEIGHTS), noise=(name, WEIGHTS), update=update)
     return Memory({HEADS: local, WEIGHTS: {n: value.cpu() for n, value in weights.items()}})
 
@@ -97,8 +102,12 @@ def trained(config: Config) -> tuple[float, float]:
 
 def longest(settings: HyperParameters) -> tuple[int, int]:
     """The first time, W is learned in `fedala_start` passes."""
-    passes = max(math.ceil(settings.baselines.fedala_share * settings.baselines.fedala_start), 1)
-    return passes, passes
+
+    def times(steps: int) -> int:
+        learning = settings.baselines.fedala_start * steps_of_a_pass(settings.baselines, steps)
+        return max(math.ceil(learning / steps), 1)
+
+    return times(settings.train.steps), times(settings.distill.iterations)
 
 
 OWN_LOOP = "learns the weights of its heads between optimiser steps, which are the loop's own"

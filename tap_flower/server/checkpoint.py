@@ -204,9 +204,8 @@ def start_or_resume(config: Config, folder: Path, resume: bool) -> Checkpoint:
     if resume:
         return resumable(folder, config)
     before = check_free(folder)
-    if (
-        before is not None and (folder / "clients").exists()
-    ):  # a simulation's clients know the folder's run by its identity
+    # A simulation's clients know the folder's run by its identity.
+    if before is not None and (folder / "clients").exists():
         return Checkpoint(Progress(before.run, plain(config), before.epochs))
     return Checkpoint(Progress(uuid.uuid4().hex, plain(config)))
 

@@ -142,6 +142,9 @@ def test_a_limit_counts_the_steps_that_a_method_trains_a_model_for() -> None:
     with pytest.raises(MessageError, match=r"8 · distill.iterations = 240"):
         Limits(steps=239).check_settings(settings)
     Limits(steps=240).check_settings(settings)
+    settings.train.steps, settings.baselines.fedala_share = 1, 0.01  # a pass has at least one step
+    with pytest.raises(MessageError, match=r"10 · train.steps = 10"):
+        Limits(steps=9).check_settings(settings)
     settings.method = "pfedme"  # its steps of θ are those of the run
     Limits(steps=30).check_settings(settings)
     settings.method, settings.distill.stage = "tap", StageTwo.finetuning_twice
