@@ -130,5 +130,8 @@ def read_description(folder: Path) -> Description:
         method = found.settings.method
     except (msgspec.ValidationError, ConfigError) as error:
         raise StorageError(f"{path} is damaged: {error}; restore it") from error
-    find_method(method)
+    try:
+        find_method(method)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     return found

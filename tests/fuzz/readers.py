@@ -248,13 +248,15 @@ def _of_files(folder: Path) -> dict[str, Reader]:
     (example / "model.json").write_text(json.dumps(DESCRIPTION))
     (example / "decisions.jsonl").write_text(json.dumps(decision) + "\n" + json.dumps(decision) + "\n")
 
-    def reader(name: str, read: Callable[[], object], form: str = "binary") -> Reader:
+    def reader(
+        name: str, read: Callable[[], object], form: str = "binary", errors: tuple[type[Exception], ...] = (StorageError,)
+    ) -> Reader:
         def written(data: bytes) -> None:
             broken.mkdir(exist_ok=True)
             (broken / name).write_bytes(data)
             read()
 
-        return Reader(written, ((example / name).read_bytes(),), (StorageError,), form)
+        return Reader(written, ((example / name).read_bytes(),), errors, form)
 
     def server() -> None:
         state_folder(broken).load_server()  # what is damaged is None, never an error
@@ -266,7 +268,7 @@ def _of_files(folder: Path) -> dict[str, Reader]:
         "checkpoint": reader("server.safetensors", lambda: checkpoint.load(broken)),
         "tensors": reader("tensors", lambda: (read_record(broken / "tensors"), read_tensors(broken / "tensors"))),
         "json": reader("state.json", lambda: read_json(broken / "state.json"), "json"),
-        "description": reader("model.json", lambda: read_description(broken), "json"),
+        "description": reader("model.json", lambda: read_description(broken), "json", (StorageError, ConfigError)),
         "decisions": reader("decisions.jsonl", lambda: read_decisions(broken), "lines"),
     }
 

@@ -187,7 +187,7 @@ def change(folder: Path, **values: Any) -> None:
         ({"more": 3}, r"damaged: Object contains unknown field `more`"),
         ({"tasks": []}, r"Expected `array` of length >= 1 - at `\$.tasks`"),
         ({"settings": {**SETTINGS, "model": {"text_length": 10**9}}}, r"model.text_length = 1000000000 is out of"),
-        ({"settings": {**SETTINGS, "method": "none"}}, r"^unknown method 'none'.* install the package"),
+        ({"settings": {**SETTINGS, "method": "none"}}, r"model.json: unknown method 'none'.* install the package"),
         ({"settings": {"method": "tap"}}, r"missing required field `seed` - at `\$.settings`"),
         ({"run": "other"}, r"belongs to run \w+, not other"),
     ],
