@@ -69,8 +69,7 @@ def load_config(preset: str = "demo", config: str = "", settings: Sequence[str] 
     resolved = cast(Config, _merged(Config, [*layers, ("preset name", {"preset": preset})]))
     if resolved.data.root and not Path(resolved.data.root).is_absolute():
         raise ConfigError(f"data.root = {resolved.data.root!r} is relative: give an absolute path in a setting")
-    _check_replacement(resolved)
-    _check_learning_rate(resolved)
+    _check_hyper_parameters(resolved)
     _check_privacy(resolved)
     listed = next((where for where, values in layers if "clients" in values), None)
     for where, values in own:
@@ -99,6 +98,13 @@ def _setting(setting: str) -> Layer:
     for name in reversed(key.strip().split(".")):
         value = {name: value}
     return f"setting {setting!r}", value
+
+
+def _check_hyper_parameters(settings: HyperParameters) -> None:
+    """Refuses values that do not go together."""
+    _check_replacement(settings)
+    _check_learning_rate(settings)
+    _check_pfedme(settings)
 
 
 def _check_replacement(settings: HyperParameters) -> None:
@@ -130,6 +136,16 @@ def _check_learning_rate(settings: HyperParameters) -> None:
         raise ConfigError(
             f"train.start_learning_rate = {train.start_learning_rate:g} is above train.learning_rate = "
             f"{train.learning_rate:g}, its peak: lower it, or set train.start_learning_rate=null for no warm-up"
+        )
+
+
+def _check_pfedme(settings: HyperParameters) -> None:
+    """Refuses a step of w that goes beyond θ."""
+    rate, weight = settings.baselines.pfedme_rate, settings.baselines.pfedme_lambda
+    if rate * weight > 1:
+        raise ConfigError(
+            f"baselines.pfedme_rate = {rate:g} and baselines.pfedme_lambda = {weight:g}: their product is above 1, and w "
+            f"would go beyond θ; choose a rate of at most {1 / weight:.3g}"
         )
 
 
@@ -171,8 +187,7 @@ def hyper_parameters(values: Mapping[str, Any]) -> HyperParameters:
     if "${" in str(values):  # OmegaConf would read this node's environment for it
         raise ConfigError("the server: interpolations (${...}) are not accepted in hyper-parameters")
     found = cast(HyperParameters, _merged(HyperParameters, [("the server", values)]))
-    _check_replacement(found)
-    _check_learning_rate(found)
+    _check_hyper_parameters(found)
     return found
 
 
