@@ -290,8 +290,6 @@ class ServerRun:
             score = {"validation": progress.validation.take(server_round, scores)}
             if progress.validation.best_round == server_round:
                 self._best = dict(roster.tensors)
-        memory = {f"{_MEMORY}{name}": value for name, value in self._memory.items()}
-        checkpoint.save(self.folder / "server", progress, {**roster.tensors, **memory}, self._best)
         self.events.write(
             "round",
             round=server_round,
@@ -304,6 +302,9 @@ class ServerRun:
             **score,
             **({} if self.privacy is None else {"epsilon": self.privacy.epsilon}),
         )
+        # After the event: a resumed run removes the events of rounds that no checkpoint has, and makes none up.
+        memory = {f"{_MEMORY}{name}": value for name, value in self._memory.items()}
+        checkpoint.save(self.folder / "server", progress, {**roster.tensors, **memory}, self._best)
 
     def stops_early(self) -> bool:
         """Whether `config.stopping.patience` rounds have brought no better validation score."""

@@ -30,15 +30,20 @@ def small(make_federation: Make) -> Callable[[], ToyFederation]:
     return lambda: make_federation(TOYS[:2], "rounds=3", "train.steps=1", "distill.iterations=1")
 
 
+def nothing(_: int) -> None:
+    """Does nothing at a checkpoint."""
+
+
 @pytest.fixture
-def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], None]], None]:
-    """Calls a function with the round before each checkpoint."""
+def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Calls functions with the round before and after each checkpoint."""
     save = checkpoint.save
 
-    def use(before: Callable[[int], None]) -> None:
+    def use(before: Callable[[int], None] = nothing, after: Callable[[int], None] = nothing) -> None:
         def spy(folder: Path, progress: Progress, *rest: Any) -> None:
             before(progress.round)
             save(folder, progress, *rest)
+            after(progress.round)
 
         monkeypatch.setattr(checkpoint, "save", spy)
 
@@ -64,9 +69,10 @@ def test_a_round_is_on_disk_before_the_messages_of_the_next_leave(small: Callabl
     assert seen == [(1, 0), (1, 0), (2, 1), (2, 1), (3, 2), (3, 2)]
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("at", [1, 2])
-def test_a_crash_before_a_checkpoint_is_there_goes_on_from_the_one_before(
-    small: Callable[[], ToyFederation], tried: Any, at: int
+def test_a_crash_around_a_checkpoint_goes_on_from_the_last_one_that_is_there(
+    small: Callable[[], ToyFederation], tried: Any, at: int, moment: str
 ) -> None:
     whole = small()
     expected = whole.strategy().start(whole.grid()).summary
@@ -76,12 +82,12 @@ def test_a_crash_before_a_checkpoint_is_there_goes_on_from_the_one_before(
         if server_round == at:
             raise KeyboardInterrupt
 
-    tried(crash)
+    tried(**{moment: crash})
     with pytest.raises(KeyboardInterrupt):
         crashed.strategy().start(crashed.grid())
     states = [crashed.state(name) / PERSONAL for name in ("ann", "bob")]
     assert {read_record(state)["round"] for state in states} == {at}  # ahead of the server
-    tried(lambda _: None)
+    tried()
     resumed = crashed.strategy(resume=True).start(crashed.grid()).summary
     assert resumed["clients"] == expected["clients"]
     assert resumed["replacements"] == expected["replacements"]
