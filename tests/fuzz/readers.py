@@ -249,7 +249,10 @@ def _of_files(folder: Path) -> dict[str, Reader]:
     (example / "decisions.jsonl").write_text(json.dumps(decision) + "\n" + json.dumps(decision) + "\n")
 
     def reader(
-        name: str, read: Callable[[], object], form: str = "binary", errors: tuple[type[Exception], ...] = (StorageError,)
+        name: str,
+        read: Callable[[], object],
+        form: str = "binary",
+        errors: tuple[type[Exception], ...] = (StorageError,),
     ) -> Reader:
         def written(data: bytes) -> None:
             broken.mkdir(exist_ok=True)
