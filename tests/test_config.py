@@ -68,7 +68,7 @@ def test_precedence(tmp_path: Path) -> None:
             ["train.start_learning_rate=0.01"],
             "train.start_learning_rate = 0.01 is above train.learning_rate = 0.001, its peak",
         ),
-        (["baselines.pfedme_lambda=40"], "their product is above 1, and w would go beyond θ; .* at most 0.025"),
+        (["baselines.pfedme_lambda=0.1"], "their product is above 1, and w would go beyond θ; .* at most 10"),
     ],
 )
 def test_a_wrong_setting_names_key_value_and_remedy(settings: list[str], problem: str) -> None:

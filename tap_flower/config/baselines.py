@@ -13,8 +13,8 @@ class Baselines:
 
     fedprox_mu: float = option(0.01, "μ of fedprox: weight of its penalty", 0.0, 1e3)
     ditto_lambda: float = option(0.1, "λ of ditto: how near the personal model stays to the server's", 0.0, 1e3)
-    pfedme_lambda: float = option(15.0, "λ of pfedme: how near θ stays to w", 0.0, 1e3)
-    pfedme_rate: float = option(0.05, "η of pfedme: w ← w − η·λ·(w − θ), where η·λ is at most 1", 0.0, 1e3)
+    pfedme_lambda: float = option(0.01, "λ of pfedme: how near θ stays to w", 0.0, 1e3)
+    pfedme_rate: float = option(75.0, "η of pfedme: w ← w − η·λ·(w − θ), where η·λ is at most 1", 0.0, 1e3)
     pfedme_inner_steps: int = option(5, "K of pfedme: optimiser steps of θ for each step of w", 1, 1000)
     per_fedavg_rate: float = option(0.01, "α of per-fedavg: rate of the step that it looks ahead", 0.0, 1.0)
     fedrep_head_share: float = option(

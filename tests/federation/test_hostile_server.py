@@ -102,7 +102,7 @@ WRONG: list[Any] = [
     (put(H, "train", "learning_rate", value=10.0), "train.learning_rate = 10.0 is out of bounds: choose between 0 and 0.1"),
     (put(H, "train", "weight_decay", value=10.0), "train.weight_decay = 10.0 is out of bounds: choose between 0 and 0.5"),
     (put(H, "baselines", "per_fedavg_rate", value=10.0), "per_fedavg_rate = 10.0 is out of bounds: choose between 0 and 1"),
-    (put(H, "baselines", "pfedme_rate", value=1.0), "their product is above 1, and w would go beyond θ"),
+    (put(H, "baselines", "pfedme_rate", value=101.0), "their product is above 1, and w would go beyond θ"),
     (put(H, "model", "text_length", value=10**6), "model.text_length = 1000000 is out of bounds"),
     (put(H, "a", value=json.loads("[" * 40 + "]" * 40)), "the server: unknown key 'a'"),
     (lambda content: content.update(tap=ConfigRecord({"json": "{\"round\":" + "[" * 10**5})), "cannot be read"),
