@@ -74,7 +74,12 @@ def simulate_command(
     from tap_flower.run.resources import CLUSTER, check_cluster, shared, shared_cluster, this_machine
     from tap_flower.run.simulation import Launch, simulate
     from tap_flower.server.checkpoint import check_free, has_begun, locked, resumable
-    from tap_flower.server.likely_mistakes import likely_mistakes, one_list_of_classes, without_effect
+    from tap_flower.server.likely_mistakes import (
+        fewer_batches_than_tasks,
+        likely_mistakes,
+        one_list_of_classes,
+        without_effect,
+    )
     from tap_flower.server.privacy import budget_of
 
     console = Console()
@@ -108,10 +113,11 @@ def simulate_command(
         say(console, escape(f"resuming {out} after {counted(begun.round, 'complete round')}"))
     else:
         check_free(out)
-    held = ((spec.name, task.name, task.kind) for spec in specs for task in spec.tasks)
+    held = [(spec.name, task.name, task.kind) for spec in specs for task in spec.tasks]
     for sentence in (
         *without_effect(resolved),
         *likely_mistakes(resolved.clients_per_round, None, held),
+        *fewer_batches_than_tasks(resolved, held),
         *one_list_of_classes(specs),
     ):
         say(console, f"[yellow]{escape(sentence)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,26 +26,40 @@ Read = tuple[int, list[Any]]
 """A batch that was read: position of its source among all sources, its examples."""
 
 
+def turns(tasks: Iterable[str], seed: int) -> Iterator[str]:
+    """Endless task names: every turn has each task once, in an order that the seed draws anew.
+
+    Were it the order of their names, the first task would get more of a participation whose batches the tasks do not divide,
+    and a method that treats every other step alike would treat a task alike.
+    """
+    names = sorted(tasks)
+    for turn in itertools.count():
+        yield from (names[at] for at in permutation(len(names), named_seed(seed, "turn", turn)))
+
+
 def training_order(
-    sources: Sequence[Examples], batch_size: int, seed: int, group_by_length: bool = False
+    sources: Sequence[Examples], batch_size: int, seed: int, group_by_length: bool = False, others: Iterable[str] = ()
 ) -> Iterator[Drawn]:
-    """Endless shuffled batches: tasks take turns by name, each in epochs of its own.
+    """Endless shuffled batches: tasks take `turns`, each in epochs of its own.
 
     A batch comes from one source, and so from one domain.
 
     Args:
-        sources: the training examples of all tasks.
+        sources: the training examples of the tasks.
         batch_size: examples in a batch, where the task has no batch size of its own; a source that has fewer gives all.
         seed: decides the order.
         group_by_length: whether texts of about one length share a batch.
+        others: tasks whose batches come from elsewhere, and have their turns.
     """
     of_task: dict[str, dict[int, Examples]] = defaultdict(dict)
     for number, examples in enumerate(sources):
         of_task[examples.task][number] = examples
-    streams = [_epochs(of_task[task], batch_size, named_seed(seed, task), group_by_length) for task in sorted(of_task)]
-    while True:
-        for stream in streams:
-            yield next(stream)
+    streams = {
+        task: _epochs(of_task[task], batch_size, named_seed(seed, task), group_by_length) for task in sorted(of_task)
+    }
+    for task in turns([*of_task, *others], seed):
+        if task in streams:
+            yield next(streams[task])
 
 
 def _epochs(sources: Mapping[int, Examples], batch_size: int, seed: int, group_by_length: bool) -> Iterator[Drawn]:
@@ -142,7 +157,7 @@ class ClientData:
     def training_batches(
         self, batch_size: int, seed: int, device: torch.device, group_by_length: bool = False, count: int = 0
     ) -> Iterator[Batch]:
-        """Endless batches of the training examples on `device`; tasks take turns by name.
+        """Endless batches of the training examples on `device`; tasks take `turns`.
 
         Args:
             batch_size: see `training_order`, as for `seed` and `group_by_length`; a loader of the user's own has its own.
@@ -151,15 +166,15 @@ class ClientData:
             group_by_length: whether texts of about one length share a batch.
             count: batches that will be taken.
         """
-        order = training_order(self._sources("train"), batch_size, seed, group_by_length)
-        tasks, drawn = sorted(self.splits["train"]), self._read("train", order, device)
-        loaders = {own.task: own for own in self._loaders_of("train")}
+        tasks = self.splits["train"]
         own = {
-            task: loader.passes(named_seed(seed, task), count // len(tasks), device) for task, loader in loaders.items()
+            loader.task: loader.passes(named_seed(seed, loader.task), count // len(tasks), device)
+            for loader in self._loaders_of("train")
         }
-        while True:
-            for task in tasks:
-                yield next(own.get(task, drawn))
+        order = training_order(self._sources("train"), batch_size, seed, group_by_length, others=own)
+        drawn = self._read("train", order, device)
+        for task in turns(tasks, seed):
+            yield next(own.get(task, drawn))
 
     def batches(self, split: str, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """All examples of a split once, texts of about one length in a batch."""

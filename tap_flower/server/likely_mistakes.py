@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from difflib import SequenceMatcher
 from itertools import pairwise
@@ -54,6 +54,27 @@ def likely_mistakes(clients_per_round: int, fraction_train: float | None, held: 
                 f"name, or nothing of its head is shared"
             )
     return said
+
+
+def fewer_batches_than_tasks(config: Config, held: Iterable[Held]) -> list[str]:
+    """A sentence where tasks cannot all have their turn in a participation, or in stage 2.
+
+    Args:
+        config: of the run.
+        held: which client has which task.
+    """
+    counts = Counter(client for client, *_ in held)
+    client, tasks = counts.most_common(1)[0] if counts else ("", 0)
+    parts = [
+        ("a participation", "train.steps", config.train.steps),
+        ("stage 2", "distill.iterations", config.distill.iterations),
+    ]
+    return [
+        f"client {client!r} has {tasks} tasks, and {what} has {key} · train.accumulation = "
+        f"{steps * config.train.accumulation} batches of one task each: it leaves tasks out, drawn anew each time; raise {key}"
+        for what, key, steps in parts
+        if 0 < steps * config.train.accumulation < tasks
+    ]
 
 
 def one_list_of_classes(specs: Iterable[ClientSpec]) -> list[str]:

@@ -32,7 +32,12 @@ from tap_flower.server.attendance import Attendance
 from tap_flower.server.checkpoint import start_or_resume
 from tap_flower.server.first_values import FIRST, FirstValues
 from tap_flower.server.grid import SILENT, UNSENT, StreamingGrid, content_of
-from tap_flower.server.likely_mistakes import frozen_and_trained, likely_mistakes, without_effect
+from tap_flower.server.likely_mistakes import (
+    fewer_batches_than_tasks,
+    frozen_and_trained,
+    likely_mistakes,
+    without_effect,
+)
 from tap_flower.server.outgoing import Outgoing, Values
 from tap_flower.server.privacy import Privacy, PrivateAverage, budget_of
 from tap_flower.server.result import TapResult, collect
@@ -153,6 +158,7 @@ class ServerRun:
         for sentence in (
             *without_effect(self.config, all(manifest.built for manifest in manifests.values())),
             *likely_mistakes(self.config.clients_per_round, fraction_train, self.roster.held()),
+            *fewer_batches_than_tasks(self.config, self.roster.held()),
             *frozen_and_trained(
                 {n: m.tensors for n, m in manifests.items()}, {n: m.built for n, m in manifests.items()}
             ),

@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 from tap_flower.core.training import Batch
-from tap_flower.data.batching import AHEAD, ClientData, read_ahead, training_order
+from tap_flower.data.batching import AHEAD, ClientData, read_ahead, training_order, turns
 from tap_flower.data.examples import OWN, Examples, OwnLoader, moved_to, own_examples, set_aside, split_off
 
 CPU = torch.device("cpu")
@@ -56,16 +56,16 @@ def rows(batches: Iterable[Batch], count: int | None = None) -> list[str]:
     return [batch.inputs["rows"] for batch in itertools.islice(batches, count)]
 
 
-# What `training_batches` and `batches` gave before there was a sampler: every published result has this order.
+# Each task's batches are those that `training_batches` gave before there was a sampler; the turns are drawn.
 SHUFFLED = [
-    "a19 a2", "b4 b5 b6 b3", "a22 a43", "b8 b7 b2 b0", "a8 a13", "c2 c1 c0 c4", "a42 a48", "b6 b8 b4 b2",
-    "a38 a46", "b7 b0 b1 b5", "a26 a23", "c0 c2 c3 c1", "a17 a12", "b6 b1 b4 b3", "a14 a24", "c1 c0 c2 c4",
-    "a28 a3", "b0 b8 b5 b7", "a11 a34", "b1 b4 b3 b5", "a21 a40", "c0 c1 c2 c3", "a1 a18", "b8 b2 b0 b7",
+    "a19 a2", "b4 b5 b6 b3", "b8 b7 b2 b0", "a22 a43", "a8 a13", "c2 c1 c0 c4", "b6 b8 b4 b2", "a42 a48",
+    "b7 b0 b1 b5", "a38 a46", "a26 a23", "c0 c2 c3 c1", "b6 b1 b4 b3", "a17 a12", "c1 c0 c2 c4", "a14 a24",
+    "b0 b8 b5 b7", "a28 a3", "b1 b4 b3 b5", "a11 a34", "a21 a40", "c0 c1 c2 c3", "a1 a18", "b8 b2 b0 b7",
 ]  # fmt: skip
 BY_LENGTH = [
-    "a33 a11", "b4 b6 b3 b0", "a0 a22", "b8 b5 b2 b7", "a20 a27", "c1 c4 c2 c0", "a42 a49", "b8 b5 b2 b7",
-    "a5 a16", "b4 b1 b6 b0", "a34 a45", "c3 c1 c2 c0", "a36 a14", "b1 b6 b3 b0", "a23 a1", "c1 c4 c2 c0",
-    "a3 a25", "b8 b5 b7 b4", "a19 a15", "b4 b1 b3 b0", "a38 a12", "c3 c1 c2 c0", "a41 a8", "b8 b5 b2 b7",
+    "a33 a11", "b4 b6 b3 b0", "b8 b5 b2 b7", "a0 a22", "a20 a27", "c1 c4 c2 c0", "b8 b5 b2 b7", "a42 a49",
+    "b4 b1 b6 b0", "a5 a16", "a34 a45", "c3 c1 c2 c0", "b1 b6 b3 b0", "a36 a14", "c1 c4 c2 c0", "a23 a1",
+    "b8 b5 b7 b4", "a3 a25", "b4 b1 b3 b0", "a19 a15", "a38 a12", "c3 c1 c2 c0", "a41 a8", "b8 b5 b2 b7",
 ]  # fmt: skip
 ONCE = [
     "b8 b5 b2 b7", "b4 b1 b6 b3", "b0", "c3 c1 c4 c2", "c0", "a7 a18 a29 a40", "a3 a14 a25 a36", "a47 a10 a21 a32",
@@ -311,11 +311,19 @@ def test_looking_at_a_loader_leaves_its_generator_where_it_was() -> None:
     assert torch.get_rng_state().equal(everywhere)
 
 
-def test_loaders_and_data_sets_take_turns_by_the_names_of_their_tasks() -> None:
+def test_every_turn_has_each_task_once_and_each_place_has_each_task() -> None:
+    """Also where a participation is shorter than a turn, and at every other step."""
+    drawn = [list(itertools.islice(turns("abc", seed), 9)) for seed in range(30)]
+    assert all(sorted(found[at : at + 3]) == ["a", "b", "c"] for found in drawn for at in (0, 3, 6))
+    assert all({found[at] for found in drawn} == {"a", "b", "c"} for at in range(9))
+    assert drawn[0] == list(itertools.islice(turns("cab", 0), 9))
+
+
+def test_loaders_and_data_sets_take_turns() -> None:
     a, c = (OwnLoader(name, DataLoader(Rows(2), batch_size=1), lambda own: own) for name in "ac")
     data = ClientData({"train": {"c": [c], "b": [named("b", "b", 4, None)], "a": [a]}, "test": {"a": [a]}})
     batches = list(itertools.islice(data.training_batches(2, 41, CPU, count=6), 6))
-    assert [batch.task for batch in batches] == ["a", "b", "c", "a", "b", "c"]
+    assert [batch.task for batch in batches] == list(itertools.islice(turns("abc", 41), 6))
     assert [b.target.item() for b in batches if b.task == "a"] == [0, 1]
     assert [b.target.item() for b in data.batches("test", 64, CPU)] == [0, 1]
     assert data.sizes("train") == {"a": 2, "b": 4, "c": 2}

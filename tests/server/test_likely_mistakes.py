@@ -6,7 +6,13 @@ import pytest
 
 from tap_flower.config import client_specs, load_config, presets
 from tap_flower.data.spec import client_spec
-from tap_flower.server.likely_mistakes import frozen_and_trained, likely_mistakes, one_list_of_classes, without_effect
+from tap_flower.server.likely_mistakes import (
+    fewer_batches_than_tasks,
+    frozen_and_trained,
+    likely_mistakes,
+    one_list_of_classes,
+    without_effect,
+)
 
 IMAGES = "image_classification"
 
@@ -61,6 +67,16 @@ def test_more_clients_in_a_round_than_there_are() -> None:
         "clients_per_round = 3, and there are 2 clients: all of them train in every round"
     ]
     assert likely_mistakes(2, None, held) == likely_mistakes(3, 0.5, held) == likely_mistakes(3, None, []) == []
+
+
+def test_tasks_that_have_no_turn() -> None:
+    held = [("ann", "digits", IMAGES), ("bob", "digits", IMAGES), ("bob", "shapes", IMAGES), ("bob", "boxes", IMAGES)]
+    short = load_config("plug-in", settings=["train.steps=1", "train.accumulation=2", "distill.iterations=2"])
+    assert fewer_batches_than_tasks(short, held) == [
+        "client 'bob' has 3 tasks, and a participation has train.steps · train.accumulation = 2 batches of one task "
+        "each: it leaves tasks out, drawn anew each time; raise train.steps"
+    ]
+    assert fewer_batches_than_tasks(load_config("plug-in"), held) == fewer_batches_than_tasks(short, []) == []
 
 
 def test_personal_models_that_stage_1_does_not_train() -> None:
