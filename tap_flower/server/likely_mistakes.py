@@ -71,7 +71,8 @@ def fewer_batches_than_tasks(config: Config, held: Iterable[Held]) -> list[str]:
     ]
     return [
         f"client {client!r} has {tasks} tasks, and {what} has {key} · train.accumulation = "
-        f"{steps * config.train.accumulation} batches of one task each: it leaves tasks out, drawn anew each time; raise {key}"
+        f"{steps * config.train.accumulation} batches of one task each: it leaves tasks out, drawn anew each time; raise "
+        f"{key}"
         for what, key, steps in parts
         if 0 < steps * config.train.accumulation < tasks
     ]
