@@ -10,6 +10,7 @@ import yaml
 from tap_flower.config import (
     Config,
     ReplacementSource,
+    check_contradictions,
     client_specs,
     hyper_parameters,
     load_config,
@@ -23,6 +24,7 @@ from tap_flower.config import (
 )
 from tap_flower.config.options import Distill, Train
 from tap_flower.errors import ConfigError
+from tap_flower.plain import leaves
 
 
 def test_precedence(tmp_path: Path) -> None:
@@ -74,6 +76,39 @@ def test_precedence(tmp_path: Path) -> None:
 def test_a_wrong_setting_names_key_value_and_remedy(settings: list[str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         client_specs(load_config("demo", "", settings))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("train.steps: 7", "file '.*c.yaml': 'train.steps' is no key of a file: write `steps` below `train:`"),
+        ("clients:", "clients has no value: give one"),
+        ("clients: {a: 1}", "clients is {'a': 1}: give a list, as YAML writes it"),
+        ("admission: {clients: [on]}", r"admission.clients is \[True\], and YAML reads yes, no, on and off as true"),
+        ("metrics: {bertscore: yes}", "metrics.bertscore is True, and YAML reads yes, no"),
+    ],
+)
+def test_what_yaml_makes_of_a_file_is_told(tmp_path: Path, text: str, problem: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=problem):
+        load_config("plug-in", str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize("key", ["backbone", "metrics.bertscore"])
+def test_a_model_in_a_folder_starts_at_the_file_and_has_a_whole_path_in_a_setting(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} = './m' is relative: give an absolute path in a setting"):
+        load_config("plug-in", "", [f"{key}=./m"])
+    group, _, name = key.rpartition(".")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({group: {name: "./m"}} if group else {name: "./m"}))
+    assert dict(leaves(plain(load_config("plug-in", str(tmp_path / "c.yaml")))))[key] == str(tmp_path / "m")
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    check_contradictions(["train.steps=5", "rounds=3", "rounds=3"])
+    with pytest.raises(
+        ConfigError, match=r"setting 'train={steps: 5}' and setting 'train.steps=6' give train.steps two"
+    ):
+        check_contradictions(["train={steps: 5}", "train.steps=6"])
 
 
 def test_a_file_of_another_preset_is_refused(tmp_path: Path) -> None:
@@ -225,7 +260,42 @@ def test_two_clients_of_one_name_are_an_error() -> None:
         client_specs(double)
 
 
-TASK = {"name": "t", "train": {"data": "d", "split": "train", "share": [0, 1]}}
+def words_of(name: str, **task: Any) -> dict[str, Any]:
+    """A client spec with a task of text classification."""
+    own = {"kind": "text_classification", "modalities": ["text"], "domain": "d", "classes": ["a", "b"]}
+    source = {"format": "csv", "path": "/data/train.csv"}
+    return {
+        "name": name,
+        "tasks": [{"name": "t", **own, "columns": {"text": "x", "label": "y"}, "train": source, **task}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("task", "problem"),
+    [
+        (
+            {"classes": ["b", "a"]},
+            "task 't' of client 'bob' has other classes than on client 'ann', or in another order",
+        ),
+        (
+            {"kind": "text_generation", "classes": None, "columns": {"text": "x", "target": "y"}},
+            "task 't' of client 'bob' is of kind text_generation, and client 'ann' has it with text_classification",
+        ),
+    ],
+)
+def test_clients_that_mean_something_else_by_a_task_are_an_error(task: dict[str, Any], problem: str) -> None:
+    other = words_of("bob", **task)
+    other["tasks"] = [{key: value for key, value in other["tasks"][0].items() if value is not None}]
+    with pytest.raises(ConfigError, match=problem):
+        client_specs(Config(clients=[words_of("ann"), other]))
+
+
+def test_a_client_without_a_backbone_keeps_its_revision() -> None:
+    config = Config(clients=[{**words_of("ann"), "revision": "abc"}, words_of("bob")], backbone="o/n")
+    assert [(spec.backbone, spec.revision) for spec in client_specs(config)] == [("o/n", "abc"), ("o/n", None)]
+
+
+TASK: dict[str, Any] = {"name": "t", "train": {"data": "d", "split": "train", "share": [0, 1]}}
 
 
 @pytest.mark.parametrize(
@@ -254,6 +324,14 @@ TASK = {"name": "t", "train": {"data": "d", "split": "train", "share": [0, 1]}}
         (
             {"patterns": [{"tasks": [{**TASK, "train": {"data": "d", "format": "packaged"}}]}]},
             "train has data 'd' and format 'packaged': give one of the two",
+        ),
+        (
+            {"patterns": [{"tasks": [{**TASK, "train": {**TASK["train"], "rows": [0, 5]}}]}]},
+            r"train has share \[0, 1\] and rows \[0, 5\]: give one of the two",
+        ),
+        (
+            {"patterns": [{"name": "p", "tasks": [TASK]}]},
+            "pattern 0 has the name 'p', and its clients are named client-0",
         ),
     ],
 )

@@ -67,7 +67,10 @@ def check_command(
         if one["client"] is not None and names[one["client"]] > 1:
             one["problems"].append(f"two clients are named {one['client']!r}: give every client its own name")
     if is_run and not any(one["problems"] for one in found):
-        found[0]["notes"] += one_list_of_classes(client_specs(run))
+        try:
+            found[0]["notes"] += one_list_of_classes(client_specs(run))
+        except ConfigError as error:  # what each may have, and not beside the other
+            found[0]["problems"].append(str(error))
     if json_ is not None:
         write_json(json_, {"clients": found} if is_run else found[0])
     _tell(console, *(list(dict.fromkeys(chain(*(one[kind] for one in found)))) for kind in ("problems", "notes")))

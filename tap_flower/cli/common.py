@@ -10,10 +10,26 @@ from rich.console import Console
 
 from tap_flower.run.resources import CLUSTER
 
+
+def _without_contradictions(settings: list[str] | None) -> list[str] | None:
+    """Refuses settings that give one option two values."""
+    if settings and len(settings) > 1:
+        from tap_flower.config import check_contradictions  # it takes long to import
+
+        check_contradictions(settings)
+    return settings
+
+
 Preset = Annotated[str, typer.Option(help="Start from this preset; `tap-flower presets` lists them.")]
 ConfigFile = Annotated[str, typer.Option(metavar="FILE", help="Override the preset by this YAML file.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one option; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        callback=_without_contradictions,
+        help="Override one option; may be repeated.",
+    ),
 ]
 DataRoot = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Read hub data sets from this mirror.")]
 CpusPerRun = Annotated[

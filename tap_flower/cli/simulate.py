@@ -66,7 +66,7 @@ def simulate_command(
     """Run a whole federation on this machine: both stages, evaluation and report."""
     from tap_flower.cli.progress import RunProgress
     from tap_flower.client.text_metrics import missing
-    from tap_flower.config import client_specs, load_config
+    from tap_flower.config import check_contradictions, client_specs, load_config
     from tap_flower.methods.registry import find_method
     from tap_flower.report.html_report import REPORT, write_report
     from tap_flower.report.results import RESULTS, read_results
@@ -87,6 +87,7 @@ def simulate_command(
     settings += () if rounds is None else (f"rounds={rounds}",)
     settings += () if seed is None else (f"seed={seed}",)
     # What is wrong is said now, not after Flower's start.
+    check_contradictions(settings)
     resolved = load_config(preset, config, settings)
     find_method(resolved.method)
     check_trackers(resolved.trackers)

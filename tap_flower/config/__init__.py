@@ -12,6 +12,7 @@ from tap_flower.config.options import ReplacementMode as ReplacementMode
 from tap_flower.config.options import ReplacementSource as ReplacementSource
 from tap_flower.config.options import StageTwo as StageTwo
 from tap_flower.config.options import options as options
+from tap_flower.config.resolve import check_contradictions as check_contradictions
 from tap_flower.config.resolve import client_specs as client_specs
 from tap_flower.config.resolve import hyper_parameters as hyper_parameters
 from tap_flower.config.resolve import hyper_parameters_of as hyper_parameters_of

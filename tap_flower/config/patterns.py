@@ -64,6 +64,11 @@ def expand(
         for number, pattern in enumerate(patterns):
             if not isinstance(pattern, Mapping) or not isinstance(pattern.get("tasks"), list):
                 raise SpecError(f"pattern {number} has no tasks: list at least one under `tasks`")
+            if "name" in pattern:
+                raise SpecError(
+                    f"pattern {number} has the name {shown(pattern['name'])}, and its clients are named client-0 and so on: "
+                    f"leave it out"
+                )
             tasks = []
             for task in pattern["tasks"]:
                 if not isinstance(task, Mapping):
@@ -105,6 +110,8 @@ def _source(
     if data.format == "hub":
         found |= {"config": data.config, "revision": data.revision}
     share = values.get("share")
+    if share is not None and "rows" in values:
+        raise SpecError(f"{where} has share {shown(share)} and rows {shown(values['rows'])}: give one of the two")
     if share == _REST:
         found["rows"] = [data.rows, None]
     elif share is not None:

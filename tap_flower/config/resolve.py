@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import date, datetime
+from enum import Enum
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -28,9 +29,9 @@ from tap_flower.config.options import (
     options,
 )
 from tap_flower.config.patterns import expand
-from tap_flower.data.spec import ClientSpec, client_spec
+from tap_flower.data.spec import ClientSpec, TaskSpec, client_spec
 from tap_flower.errors import ConfigError, SpecError
-from tap_flower.plain import DEEPEST, PlainError, did_you_mean, parse_yaml, shown
+from tap_flower.plain import DEEPEST, PlainError, did_you_mean, leaves, parse_yaml, shown
 
 Layer = tuple[str, Mapping[str, Any]]
 """(where values come from, for errors; nested keys and values)."""
@@ -67,8 +68,13 @@ def load_config(preset: str = "demo", config: str = "", settings: Sequence[str] 
                 f"{where} has preset {other!r}, and the run has {preset!r}: choose one (`--preset {other}`)"
             )
     resolved = cast(Config, _merged(Config, [*layers, ("preset name", {"preset": preset})]))
-    if resolved.data.root and not Path(resolved.data.root).is_absolute():
-        raise ConfigError(f"data.root = {resolved.data.root!r} is relative: give an absolute path in a setting")
+    for key, value, is_path in (
+        ("data.root", resolved.data.root, bool(resolved.data.root)),
+        ("backbone", resolved.backbone, resolved.backbone.startswith(".")),
+        ("metrics.bertscore", resolved.metrics.bertscore, resolved.metrics.bertscore.startswith(".")),
+    ):
+        if is_path and not Path(value).is_absolute():
+            raise ConfigError(f"{key} = {value!r} is relative: give an absolute path in a setting")
     _check_hyper_parameters(resolved)
     _check_privacy(resolved)
     listed = next((where for where, values in layers if "clients" in values), None)
@@ -83,6 +89,21 @@ def load_config(preset: str = "demo", config: str = "", settings: Sequence[str] 
         except SpecError as error:
             raise ConfigError(str(error)) from error
     return resolved
+
+
+def check_contradictions(settings: Sequence[str]) -> None:
+    """Refuses settings of one command that give an option two values.
+
+    Raises:
+        ConfigError: with both settings.
+    """
+    given: dict[str, tuple[str, Any]] = {}
+    for setting in settings:
+        where, values = _setting(setting)
+        for key, value in leaves(values):
+            other, before = given.setdefault(key, (where, value))
+            if before != value:
+                raise ConfigError(f"{other} and {where} give {key} two values: leave one of them out")
 
 
 def _setting(setting: str) -> Layer:
@@ -201,7 +222,7 @@ def client_specs(config: Config) -> list[ClientSpec]:
     """Reads the client specs of a simulation from its configuration.
 
     Raises:
-        ConfigError: a spec is wrong, or two clients share a name.
+        ConfigError: a spec is wrong, two clients share a name, or they mean something else by the name of a task.
     """
     try:
         specs = [client_spec(values) for values in spec_values(config)]
@@ -210,6 +231,21 @@ def client_specs(config: Config) -> list[ClientSpec]:
     names = [spec.name for spec in specs]
     if double := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two clients are named {double[0]!r}: give every client its own name")
+    first: dict[str, tuple[ClientSpec, TaskSpec]] = {}
+    for spec in specs:
+        for task in spec.tasks:
+            other, theirs = first.setdefault(task.name, (spec, task))
+            where = f"task {task.name!r} of client {spec.name!r}"
+            if task.kind != theirs.kind:
+                raise ConfigError(
+                    f"{where} is of kind {task.kind}, and client {other.name!r} has it with {theirs.kind}: use one kind, or "
+                    f"give the tasks two names"
+                )
+            if task.classes != theirs.classes:
+                raise ConfigError(
+                    f"{where} has other classes than on client {other.name!r}, or in another order: list the same classes "
+                    f"in the same order on both, or give the tasks two names"
+                )
     return specs
 
 
@@ -217,7 +253,7 @@ def spec_values(config: Config) -> list[Any]:
     """The clients of a configuration as they are written there, with the run's backbone where they name none."""
     own = {"backbone": config.backbone, "revision": config.backbone_revision}
     return [
-        {**values, **own} if isinstance(values, Mapping) and "backbone" not in values else values
+        {**own, **values} if isinstance(values, Mapping) and "backbone" not in values else values
         for values in config.clients
     ]
 
@@ -239,10 +275,11 @@ def to_yaml(config: Config) -> str:
 def _merged(schema: type[Any], layers: Sequence[Layer]) -> Any:
     """An instance of `schema` with the values of the layers, the last of which counts."""
     known = {key: metadata for key, _, metadata in options(schema)}
+    usual = {key: value for key, value, _ in options(schema)}
     merged = OmegaConf.structured(schema)
     for where, values in layers:
-        keys = list(_leaves(values, known))
-        for key in keys:
+        given = dict(_leaves(where, values, known))
+        for key in given:
             if key not in known and "tasks" in values:
                 raise ConfigError(
                     f"{where}: this is a client spec: give a file that has it in a list, under `clients:`"
@@ -253,12 +290,26 @@ def _merged(schema: type[Any], layers: Sequence[Layer]) -> Any:
                 )
             if key not in known:
                 raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}")
+            _check_form(where, key, given[key], usual[key], bool(known[key].get("optional")))
         with _told(where, known):
             merged.merge_with(values)
-        _check_bounds(where, merged, {key: known[key] for key in keys})
+        _check_bounds(where, merged, {key: known[key] for key in given})
     _check_bounds("the configuration", merged, known)  # an interpolation may have changed with what it refers to
     with _told("the configuration"):
         return OmegaConf.to_object(merged)
+
+
+def _check_form(where: str, key: str, value: Any, usual: Any, optional: bool) -> None:
+    """Refuses a value that OmegaConf has no good words for, or makes something else of."""
+    listed = value if isinstance(value, list) else [value]
+    if value is None and not optional:
+        raise ConfigError(f"{where}: {key} has no value: give one")
+    if isinstance(usual, list) and not isinstance(value, list) and "${" not in str(value):
+        raise ConfigError(f"{where}: {key} is {shown(value)}: give a list, as YAML writes it")
+    if isinstance(usual, str | list) and not isinstance(usual, Enum) and any(isinstance(one, bool) for one in listed):
+        raise ConfigError(
+            f"{where}: {key} is {shown(value)}, and YAML reads yes, no, on and off as true or false: put a text in quotes"
+        )
 
 
 def _check_bounds(where: str, merged: Any, known: Mapping[str, Mapping[str, Any]]) -> None:
@@ -283,19 +334,22 @@ def _told(where: str, known: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         low, high = (known.get(key, {}).get(bound) for bound in ("low", "high"))
         remedy = "" if low is None else f": choose a number between {low:g} and {high:g}"
         words = (str(error) or type(error).__name__).splitlines()[0]
-        if "is not a ListConfig" in words:  # OmegaConf's
-            words = "it is a list: give one, as YAML writes it"
         raise ConfigError(f"{where}: {key}: {words}{remedy}") from error
 
 
-def _leaves(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The keys of nested values with dots, down to the options in `known`, whose own values may be mappings."""
+def _leaves(
+    where: str, values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """(keys with dots, value) of nested values, down to the options in `known`, whose own values may be mappings."""
     for name, value in values.items():
         key = f"{prefix}{name}"
+        if "." in str(name) and key in known:
+            group, _, option = key.rpartition(".")
+            raise ConfigError(f"{where}: {name!r} is no key of a file: write `{option}` below `{group}:`")
         if isinstance(value, Mapping) and key not in known and any(k.startswith(f"{key}.") for k in known):
-            yield from _leaves(value, known, f"{key}.")
+            yield from _leaves(where, value, known, f"{key}.")
         else:
-            yield key
+            yield key, value
 
 
 def read_yaml(path: Path, what: str = "file") -> Mapping[str, Any]:
@@ -323,10 +377,10 @@ def read_yaml(path: Path, what: str = "file") -> Mapping[str, Any]:
 
 
 def _anchored(key: str, value: Any, folder: Path) -> Any:
-    """`value` with its relative paths made absolute: what is named `path` or `root`, and backbones that begin with a dot."""
+    """`value` with its relative paths made absolute: what is named `path` or `root`, and models that begin with a dot."""
     if isinstance(value, Mapping):
         return {name: _anchored(name, inner, folder) for name, inner in value.items()}
     if isinstance(value, list):
         return [_anchored(key, inner, folder) for inner in value]
-    is_path = key in ("path", "root") or (key == "backbone" and str(value).startswith("."))
+    is_path = key in ("path", "root") or (key in ("backbone", "bertscore") and str(value).startswith("."))
     return str(folder / value) if is_path and isinstance(value, str) and value else value

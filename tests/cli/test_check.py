@@ -51,6 +51,17 @@ def test_all_clients_of_a_configuration_are_checked(command: Any, tmp_path: Path
     assert "3 problems found" in out
 
 
+def test_clients_that_do_not_fit_each_other_are_a_problem(command: Any, tmp_path: Path) -> None:
+    good = yaml.safe_load(Path(write_spec(tmp_path)).read_text())
+    turned = yaml.safe_load(Path(write_spec(tmp_path, classes=["routine", "urgent"])).read_text())
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"clients": [good, turned | {"name": "hospital-b"}]}))
+    code, out, _ = command("check", str(tmp_path / "run.yaml"))
+    assert code == 1
+    assert (
+        "task 'triage' of client 'hospital-b' has other classes than on client 'hospital-a', or in another order" in out
+    )
+
+
 def test_two_names_for_one_list_of_classes_are_noted(command: Any, tmp_path: Path) -> None:
     one, other = (yaml.safe_load(Path(write_spec(tmp_path, name=name)).read_text()) for name in ("north", "south"))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"clients": [one, other | {"name": "hospital-b"}]}))
