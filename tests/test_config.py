@@ -262,12 +262,10 @@ def test_two_clients_of_one_name_are_an_error() -> None:
 
 def words_of(name: str, **task: Any) -> dict[str, Any]:
     """A client spec with a task of text classification."""
-    own = {"kind": "text_classification", "modalities": ["text"], "domain": "d", "classes": ["a", "b"]}
+    own: dict[str, Any] = {"kind": "text_classification", "modalities": ["text"], "domain": "d", "classes": ["a", "b"]}
     source = {"format": "csv", "path": "/data/train.csv"}
-    return {
-        "name": name,
-        "tasks": [{"name": "t", **own, "columns": {"text": "x", "label": "y"}, "train": source, **task}],
-    }
+    own |= {"columns": {"text": "x", "label": "y"}, "train": source, "test": source}
+    return {"name": name, "tasks": [{"name": "t", **own, **task}]}
 
 
 @pytest.mark.parametrize(
