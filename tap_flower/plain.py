@@ -188,3 +188,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     short = {re.sub(r"([a-z])[a-z]*(_|$)", r"\1", name): name for name in lower.values() if "_" in name}
     near = [short[word]] if word in short else get_close_matches(word[:64].lower(), lower, n=1, cutoff=0.5)
     return f" (did you mean {lower.get(near[0], near[0])!r}?)" if near else ""
+
+
+def same_backbone(one: str, other: str) -> bool:
+    """Whether two fingerprints agree, BACKBONE-TOKENIZER each; one without a tokenizer's part agrees with any of its backbone."""
+    return all(mine == its for mine, its in zip(one.split("-"), other.split("-"), strict=False))

@@ -26,7 +26,7 @@ from tap_flower.data.examples import Examples
 from tap_flower.data.images import with_image_forms
 from tap_flower.data.loading import load_client_data
 from tap_flower.data.spec import ClientSpec
-from tap_flower.data.text import load_tokenizer
+from tap_flower.data.text import load_tokenizer, tokenizer_hash
 from tap_flower.errors import ConfigError, SpecError, StorageError
 from tap_flower.files import read_json, write_json
 from tap_flower.hub import locate
@@ -97,7 +97,7 @@ def client_from_spec(node: Node, settings: HyperParameters) -> Client:
         tasks=tasks,
         state_dir=node.state_dir,
         folder=node.folder,
-        fingerprint=backbone.fingerprint,
+        fingerprint=f"{backbone.fingerprint}-{tokenizer_hash(tokenizer)}",
         outline=partial(outlined, build),
         observe=partial(_observer, spec, node.metrics),
         describe=partial(describe, spec),

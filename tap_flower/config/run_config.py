@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tap_flower.config.options import Config
-from tap_flower.config.resolve import check_contradictions, client_specs, load_config
+from tap_flower.config.resolve import client_specs, load_config
 from tap_flower.data.spec import ClientSpec
 from tap_flower.errors import ConfigError
 from tap_flower.hub import DEMO
@@ -95,7 +95,6 @@ def _config(preset: str, config: str, settings: str) -> Config:
         parts = shlex.split(settings)
     except ValueError as error:
         raise ConfigError(f"set = {settings!r}: {error}; put a value with spaces in quotes, as in a shell") from error
-    check_contradictions(parts)
     return load_config(preset, config, parts)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tap_flower.config import Admission
 from tap_flower.core.seeds import named_seed
 from tap_flower.errors import MessageError
+from tap_flower.plain import same_backbone
 from tap_flower.wire.messages import Manifest
 
 
@@ -103,7 +104,8 @@ class Roster:
             if self.component_of.get(tensor, info.component) != info.component:
                 raise MessageError(
                     f"tensor {tensor!r} belongs to {info.component!r} on client {name!r} but to "
-                    f"{self.component_of[tensor]!r} on {self._first_holder[tensor]!r}: install one version everywhere"
+                    f"{self.component_of[tensor]!r} on {self._first_holder[tensor]!r}: give both clients the same "
+                    f"`components`, and install one version everywhere"
                 )
         if unknown := [n for n, info in manifest.tensors.items() if info.initial is None and n not in self.first]:
             self.first |= ask(unknown)
@@ -175,7 +177,7 @@ def check_admission(
             f"client {name!r} is not one of the {len(admission.clients)} in admission.clients: add it there, or correct "
             f"the name in its client spec"
         )
-    if admission.fingerprint not in ("", manifest.fingerprint):
+    if admission.fingerprint and not same_backbone(admission.fingerprint, manifest.fingerprint):
         raise MessageError(
             f"client {name!r} has a backbone with fingerprint {manifest.fingerprint}, not admission.fingerprint = "
             f"{admission.fingerprint}: use that checkpoint on every node"
@@ -199,10 +201,10 @@ def check_admission(
 def _check_agreement(manifest: Manifest, other: Manifest) -> None:
     """Refuses a client that means something else by a name that another client has, too."""
     name = manifest.client
-    if other.fingerprint != manifest.fingerprint:
+    if not same_backbone(other.fingerprint, manifest.fingerprint):
         raise MessageError(
             f"client {name!r} has a backbone with fingerprint {manifest.fingerprint}, client {other.client!r} has "
-            f"{other.fingerprint}: use the same checkpoint on every node"
+            f"{other.fingerprint} (weights-tokenizer): use the same checkpoint on every node"
         )
     for theirs in other.tasks:
         for task in manifest.tasks:

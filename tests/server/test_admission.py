@@ -141,6 +141,19 @@ def test_names_and_backbone_can_be_pinned() -> None:
     Roster(1, admission=Admission(clients=["ann"], fingerprint="f")).admit(1, manifest("ann", {"a": 1}))
 
 
+def test_clients_agree_on_weights_and_tokenizer() -> None:
+    ann = msgspec.structs.replace(manifest("ann", {"a": 1}), fingerprint="f-words")
+    bob = manifest("bob", {"a": 1})  # its version says nothing of the tokenizer
+    admitted(ann, bob)
+    bob = msgspec.structs.replace(bob, fingerprint="f-others")
+    with pytest.raises(MessageError, match=r"fingerprint f-others, client 'ann' has f-words \(weights-tokenizer\)"):
+        admitted(ann, bob)
+    for pinned in ("f", "f-words"):
+        Roster(1, admission=Admission(fingerprint=pinned)).admit(1, ann)
+    with pytest.raises(MessageError, match=r"fingerprint f-words, not admission.fingerprint = f-others"):
+        Roster(1, admission=Admission(fingerprint="f-others")).admit(1, ann)
+
+
 def test_a_classes_tuple_is_a_part_of_a_task() -> None:
     task = Task("a", IMAGE_CLASSIFICATION, ["image"], [], [], classes=["cat", "dog"])
     assert list(task.classes) == ["cat", "dog"]
