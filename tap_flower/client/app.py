@@ -10,11 +10,15 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
+from tap_flower.errors import ConfigError
+
 if TYPE_CHECKING:
     from tap_flower.client.handlers import Handlers
     from tap_flower.client.task import Client
     from tap_flower.config import HyperParameters
 
+_OF_VALUES = ("flwr.clientapp.mod.centraldp_mods", "flwr.clientapp.mod.localdp_mod")
+"""Modules of Flower's mods that clip or blur what a client has trained."""
 MakeClient = Callable[..., Any]
 """(context) or (context, hyper-parameters) -> `Client`."""
 
@@ -30,6 +34,9 @@ class TapClientApp(ClientApp):
         quotes: whether the server may be told what went wrong where the words may quote this node's data, such as a label.
             By default they go to the node's log alone.
 
+    Raises:
+        ConfigError: a mod is one of Flower's for differential privacy, which expect values in a reply.
+
     Example:
         >>> app = TapClientApp()
         >>> @app.client()
@@ -38,6 +45,13 @@ class TapClientApp(ClientApp):
     """
 
     def __init__(self, mods: list[Mod] | None = None, quotes: Callable[[Context], bool] = lambda _: False) -> None:
+        for mod in mods or []:
+            if getattr(mod, "__module__", None) in _OF_VALUES:
+                name = getattr(mod, "__name__", type(mod).__name__)
+                raise ConfigError(
+                    f"{name} cannot be among the mods: it takes what a client returns for values, and it is a difference; "
+                    f"set aggregation.clip_norm or privacy.epsilon of the run instead"
+                )
         super().__init__(mods=mods)
         self._quotes = quotes
         self._make_client: MakeClient | None = None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tap_flower.config import Encoding
 from tap_flower.core.initial import Initial
+from tap_flower.errors import RunError
 from tap_flower.server.roster import Roster
 from tap_flower.wire.tensors import decode_tensors, encode_tensors, moved_from
 
@@ -25,30 +26,44 @@ class Values:
     def __init__(self, others: Mapping[str, Array]) -> None:
         self._others = dict(others)
         self._tensors: Mapping[str, Tensor] = {}
-        self._record = ArrayRecord()
+        self._arrays: Mapping[str, Array] = {}  # of these tensors; a record is the user's to change
 
     def record(self, tensors: Mapping[str, Tensor]) -> ArrayRecord:
         """The record of some tensors (float32), and the other arrays."""
-        known = {name: self._record[name] for name, tensor in tensors.items() if self._tensors.get(name) is tensor}
+        known = {name: self._arrays[name] for name, tensor in tensors.items() if self._tensors.get(name) is tensor}
         new = encode_tensors({n: tensor for n, tensor in tensors.items() if n not in known}, Encoding.float32)
-        self._tensors = dict(tensors)
-        self._record = ArrayRecord({**self._others, **known, **new})
-        return self._record
+        self._tensors, self._arrays = dict(tensors), {**known, **new}
+        return ArrayRecord({**self._others, **self._arrays})
 
     def tensors(self, record: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors (float32) of a record.
 
         Args:
-            record: from `record`, or one that a subclass of the strategy has made.
+            record: from `record`, or one that a subclass of the strategy has made or changed.
             like: tensor name -> tensor, for all that are wanted.
 
         Raises:
             MessageError: an array is no float32 array.
-            KeyError: an array is missing.
+            RunError: an array is missing, or has another shape.
         """
-        if record is self._record:
-            return dict(self._tensors)
-        return decode_tensors(ArrayRecord({name: record[name] for name in like}), Encoding.float32)
+        if missing := sorted(like.keys() - record.keys()):
+            raise RunError(
+                f"the strategy's arrays lack {len(missing)} of {len(like)} tensors, such as {missing[0]!r}: return all"
+            )
+        known = {name: self._tensors[name] for name in like if self._arrays.get(name) == record[name]}
+        new = decode_tensors(ArrayRecord({n: record[n] for n in like if n not in known}), Encoding.float32)
+        for name, tensor in new.items():
+            if tensor.shape != like[name].shape:
+                raise RunError(
+                    f"the strategy's array {name!r} has shape {tuple(tensor.shape)}, not {tuple(like[name].shape)}: keep it"
+                )
+        return {name: known[name] if name in known else new[name] for name in like}
+
+    def take(self, record: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors`, for the values of a round; what else the record holds is in the records that follow."""
+        found = self.tensors(record, like)
+        self._others = {name: array for name, array in record.items() if name not in like}
+        return found
 
 
 class Outgoing:

@@ -282,7 +282,7 @@ class ServerRun:
     def complete_round(self, server_round: int, arrays: ArrayRecord, began: float) -> None:
         """Takes the values that the strategy has aggregated; the round is on disk before the next one's messages leave."""
         roster, progress, reports = self.roster, self.progress, dict(sorted(self.reports.items()))
-        roster.tensors = self.values.tensors(arrays, roster.tensors)
+        roster.tensors = self.values.take(arrays, roster.tensors)
         progress.round = server_round
         for name, report in reports.items():
             self.count_steps(name, report)

@@ -17,6 +17,7 @@ from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
 from tap_flower.config import Config, load_config
 from tap_flower.errors import ConfigError, MessageError, RunError
+from tap_flower.methods.own_results import NUM_EXAMPLES
 from tap_flower.methods.registry import find_method
 from tap_flower.report.results import RESULTS
 from tap_flower.server import checkpoint
@@ -51,7 +52,8 @@ class TapStrategy(Strategy):
         min_train_nodes: fewest clients that train in a round; by default 2 where `fraction_train` is given, else none.
         min_available_nodes: number of clients that a run waits for at its start, `config.start_timeout` seconds at most. By
             default those that the configuration names, or as many as train in a round.
-        weighted_by_key: key of the weight in the clients' MetricRecords; a round drops a reply without a usable weight.
+        weighted_by_key: key of a metric's weight in the clients' MetricRecords; a round drops a reply without a usable
+            weight. Arrays are weighted by examples, whatever the key.
         train_metrics_aggr_fn: aggregates the clients' MetricRecords of a round; by default the weighted mean of each metric
             over the clients that have it.
         evaluate_metrics_aggr_fn: aggregates the clients' MetricRecords of the evaluation; by default the same mean.
@@ -59,7 +61,6 @@ class TapStrategy(Strategy):
     Attributes:
         config: the run's configuration.
         run_folder: see the arguments.
-        run: what the server knows of the run, from `start` on; see `ServerRun`.
     """
 
     def __init__(
@@ -72,10 +73,14 @@ class TapStrategy(Strategy):
         fraction_train: float | None = None,
         min_train_nodes: int | None = None,
         min_available_nodes: int | None = None,
-        weighted_by_key: str = "num-examples",
+        weighted_by_key: str = NUM_EXAMPLES,
         train_metrics_aggr_fn: Aggregate | None = None,
         evaluate_metrics_aggr_fn: Aggregate | None = None,
     ) -> None:
+        if config is not None and not isinstance(config, Config):
+            raise ConfigError(
+                f"config is a {type(config).__name__}: give what load_config(preset, config, settings) returns"
+            )
         self.config = load_config("plug-in") if config is None else deepcopy(config)
         if method is not None:
             self.config.method = method
@@ -92,6 +97,9 @@ class TapStrategy(Strategy):
         expected = expected if min_available_nodes is None else min_available_nodes
         self.min_available_nodes = max(expected, self.min_train_nodes)
         self.weighted_by_key = weighted_by_key
+        if weighted_by_key != NUM_EXAMPLES:
+            log(WARNING, "weighted_by_key = %r weights metrics; arrays are weighted by examples", weighted_by_key)
+        self._run: ServerRun | None = None
         self.train_metrics_aggr_fn = train_metrics_aggr_fn or mean_metrics
         self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn or mean_metrics
 
@@ -137,20 +145,23 @@ class TapStrategy(Strategy):
 
         Raises:
             ConfigError: the folder holds another run, or another process runs in it; the configuration differs from the one
-                to be resumed, `num_rounds` is negative, or a tracker or differential privacy cannot be had.
+                to be resumed, `num_rounds` or `timeout` is out of bounds, or a tracker or differential privacy cannot be
+                had.
             RunError: clients are missing at the start, since they are not there or cannot take part; or none is left.
             StorageError: the run folder cannot be read or written.
         """
         if num_rounds is not None:
-            if num_rounds < 0:
+            if not isinstance(num_rounds, int) or num_rounds < 0:
                 raise ConfigError(f"num_rounds is {num_rounds}: give a number of rounds, or 0 for stage 2 alone")
             self.config.rounds = num_rounds
         if timeout is not None:
+            if not timeout > 0:
+                raise ConfigError(f"timeout is {timeout}: give seconds, more than 0")
             self.config.round_timeout = timeout
         train_config = ConfigRecord() if train_config is None else train_config
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
         with checkpoint.locked(self.run_folder, self.resume):
-            self.run = run = ServerRun(
+            self._run = run = ServerRun(
                 self.config, self.run_folder, self.resume, initial_arrays, self.round_size, train_config
             )
             log(INFO, "Starting %s strategy:", self.__class__.__name__)
@@ -165,6 +176,20 @@ class TapStrategy(Strategy):
         for line in io.StringIO(str(result)):
             log(INFO, "\t%s", line.rstrip("\n"))
         return result
+
+    @property
+    def run(self) -> ServerRun:
+        """What the server knows of the run; from `start` on.
+
+        Raises:
+            RunError: it has not been started.
+        """
+        if self._run is None:
+            raise RunError(
+                "the TapStrategy has not been started: call its `start`; another strategy cannot wrap it (for differential "
+                "privacy, set privacy.epsilon)"
+            )
+        return self._run
 
     @property
     def progress(self) -> Progress:

@@ -9,11 +9,21 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, MetricRecord, RecordDict
+from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod, message_size_mod
 
 from tap_flower import Client, TapClientApp, Task
-from tap_flower.errors import RunError
+from tap_flower.errors import ConfigError, RunError
 from tap_flower.server.result import mean_metrics
 from tests.small_projects import COMPONENTS, Loop, Net, federate, loader, task
+
+
+@pytest.mark.parametrize("mod", [LocalDpMod(1.0, 1.0, 1.0, 1e-5), fixedclipping_mod, adaptiveclipping_mod])
+def test_mods_that_expect_values_in_a_reply_are_refused(mod: Any) -> None:
+    TapClientApp(mods=[message_size_mod])
+    with pytest.raises(
+        ConfigError, match=r"\w+ cannot be among the mods: .* set aggregation.clip_norm or privacy.epsilon"
+    ):
+        TapClientApp(mods=[message_size_mod, mod])
 
 
 def test_what_is_no_client_is_told(tmp_path: Path) -> None:

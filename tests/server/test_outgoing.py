@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tap_flower.config import Encoding
 from tap_flower.core.initial import Initial
+from tap_flower.errors import RunError
 from tap_flower.server.outgoing import Outgoing, Values
 from tap_flower.server.roster import Roster
 from tap_flower.wire import tensors as encodings
@@ -98,3 +99,32 @@ def test_a_record_of_somebody_elses_is_decoded_and_ours_is_not() -> None:
     found = values.tensors(other, tensors)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], 2 * value) for name, value in tensors.items())
+
+
+def test_what_a_subclass_changes_in_a_record_counts() -> None:
+    tensors = roster(Initial("normal", 0.02)).tensors
+    values = Values({})
+    record = values.record(tensors)
+    record[SHARED], record["epoch"] = Array(2 * record[SHARED].numpy()), Array(np.ones(1, np.float32))
+    found = values.take(record, tensors)
+    assert torch.equal(found[SHARED], 2 * tensors[SHARED])
+    assert found[OWN.format("client-0")] is tensors[OWN.format("client-0")]
+    again = values.record(tensors)  # as they were
+    assert again[SHARED].numpy().tolist() == tensors[SHARED].tolist()
+    assert again["epoch"].numpy().tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("array", "problem"),
+    [(None, f"lack 1 of 2 tensors, such as '{SHARED}'"), (np.ones(3, np.float32), r"has shape \(3,\)")],
+)
+def test_arrays_that_a_subclass_has_broken_are_named(array: Any, problem: str) -> None:
+    tensors = roster(Initial("normal", 0.02)).tensors
+    values = Values({})
+    record = values.record(tensors)
+    if array is None:
+        del record[SHARED]
+    else:
+        record[SHARED] = Array(array)
+    with pytest.raises(RunError, match=problem):
+        values.tensors(record, tensors)

@@ -8,13 +8,14 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.logger import FLOWER_LOGGER
-from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg, Result, Strategy
 
 from tap_flower.config import Encoding
 from tap_flower.errors import ConfigError, RunError
@@ -53,9 +54,35 @@ def test_a_fraction_is_a_share_of_the_clients(share: float) -> None:
         TapStrategy(fraction_train=share)
 
 
-def test_rounds_are_not_negative(federation: ToyFederation) -> None:
-    with pytest.raises(ConfigError, match="num_rounds is -3: give a number of rounds, or 0 for stage 2 alone"):
-        of(federation).start(federation.grid(), num_rounds=-3)
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"num_rounds": -3}, "num_rounds is -3: give a number of rounds, or 0 for stage 2 alone"),
+        ({"num_rounds": 2.5}, "num_rounds is 2.5: give a number of rounds"),
+        ({"timeout": -5.0}, "timeout is -5.0: give seconds, more than 0"),
+    ],
+)
+def test_rounds_and_seconds_are_bounded(federation: ToyFederation, given: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        of(federation).start(federation.grid(), **given)
+
+
+def test_a_configuration_is_one_that_was_loaded() -> None:
+    with pytest.raises(
+        ConfigError, match=r"config is a dict: give what load_config\(preset, config, settings\) returns"
+    ):
+        TapStrategy(config={"rounds": 3})  # type: ignore[arg-type]
+
+
+def test_a_strategy_that_wraps_it_is_told(federation: ToyFederation) -> None:
+    wrapping = DifferentialPrivacyServerSideFixedClipping(of(federation), 0.1, 1.0, 2)
+    with pytest.raises(RunError, match="another strategy cannot wrap it .* set privacy.epsilon"):
+        wrapping.start(federation.grid(), ArrayRecord({"w": Array(np.ones(1))}), num_rounds=1)
+
+
+def test_a_weight_of_ones_own_is_of_metrics_alone(lines: list[str]) -> None:
+    TapStrategy(weighted_by_key="rows")
+    assert "weighted_by_key = 'rows' weights metrics; arrays are weighted by examples" in lines
 
 
 def test_it_is_a_strategy_with_flowers_names() -> None:
