@@ -124,10 +124,19 @@ def resumable(folder: Path, config: Config) -> Checkpoint:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Where nested mappings differ, in words, the first five; empty where they are equal."""
-    old, new = dict(leaves(before)), dict(leaves(now))
+    old, new = (dict(leaves(_indexed(values))) for values in (before, now))
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     words = [f"{key} was {shown(old.get(key))}, and is {shown(new.get(key))}" for key in keys]
     return "; ".join(words[:5] + [f"{len(words) - 5} more"] * (len(words) > 5))
+
+
+def _indexed(value: Any) -> Any:
+    """`value` with its lists of mappings as mappings by number."""
+    if isinstance(value, Mapping):
+        return {key: _indexed(inner) for key, inner in value.items()}
+    if isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
+        return {str(number): _indexed(inner) for number, inner in enumerate(value)}
+    return value
 
 
 def check_free(folder: Path) -> Progress | None:

@@ -9,6 +9,7 @@ from flwr.app import ConfigRecord
 
 from tap_flower.errors import ConfigError, StorageError
 from tap_flower.report.trackers import TRACKERS
+from tap_flower.server.checkpoint import differences
 from tests.federations import ToyFederation
 
 
@@ -54,6 +55,14 @@ def test_another_configuration_is_not_resumed(federation: ToyFederation) -> None
         match=r"\(seed was 41, and is 9; train.steps was 2, and is 3\): resume it with that one",
     ):
         federation.strategy(resume=True).start(federation.grid())
+
+
+def test_what_differs_deep_in_a_list_is_named_by_its_place() -> None:
+    def clients(path: str) -> dict[str, Any]:
+        return {"clients": [{"name": "ann"}, {"name": "bob", "tasks": [{"train": [{"path": path, "rows": [0, 5]}]}]}]}
+
+    assert differences(clients("/a"), clients("/a")) == ""
+    assert differences(clients("/a"), clients("/b")) == "clients.1.tasks.0.train.0.path was '/a', and is '/b'"
 
 
 def test_another_train_config_is_told(federation: ToyFederation, caplog: pytest.LogCaptureFixture) -> None:
