@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import glob
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ _GROUPS = ("patient", "patient_id", "subject", "subject_id", "person", "user", "
 _MOST_CLASSES = 100
 _LOOKED_AT = 2000
 """Number of rows looked at to tell what a column holds; classes are collected from all rows."""
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(-[0-9a-f]+)?")
 """The name of a file that is a part of a table, as the hub has them."""
 _PARTS = {"train": [0, 0.7], "validation": [0.7, 0.8], "test": [0.8, 1]}
@@ -180,6 +182,9 @@ def _of_files(splits: Mapping[str, Path], name: str, tell: Callable[[str], None]
             sample = _files_of(path)[0]
             guessed = {"delimiter": _delimiter(sample), "encoding": _encoding(sample)}
             given[split] |= {key: value for key, value in guessed.items() if value not in (",", "utf-8")}
+            if _has_escapes(given[split]):
+                given[split]["escape"] = "\\"
+                tell(f"{path.name} is read with `escape: '\\'`: quotes within its texts are written \\\"")
     folder = _files_of(next(iter(splits.values())))[0].parent
     return _guessed(given, _opened(next(iter(given.values()))), name, folder, tell)
 
@@ -197,6 +202,7 @@ def _guessed(
         tell: see `guessed_task`.
     """
     from tap_flower.data.fields import LIKE_MISSING
+    from tap_flower.data.labels import alike
 
     source = next(iter(given.values()))
     place, in_folder = source["path"], source["format"] == "imagefolder"
@@ -207,6 +213,10 @@ def _guessed(
     else:
         image = next((name for name, values in head.items() if _are_images(values, folder, rows, name)), None)
     left = [name for name in head if name != image]
+    of_rows = [name for name in left if _NUMBER.fullmatch(name) or name in set(map(str, head[name]))]
+    if of_rows and source["format"] == "csv":
+        told = ", ".join(map(repr, of_rows))
+        tell(f"{told} in the first line of {place} looks like a value: if it is a row, put a line of names before it")
     most = min(_MOST_CLASSES, max(2, len(rows) // 2))
     label = _first(_LABELS, left, lambda name: 2 <= len(set(map(str, head[name]))) <= most)
     target = _first(_TARGETS, left, lambda name: _is_text(head[name]))
@@ -240,6 +250,11 @@ def _guessed(
             tell(
                 f"{', '.join(map(repr, like))} became a class: if it stands for a missing value, take it and its rows out"
             )
+        for same in alike(classes):
+            tell(
+                f"{', '.join(map(repr, same))} became classes, and differ in case, blanks or Unicode form only: if they "
+                f"are one, write it in one way in the data, and take the others out"
+            )
     elif target is not None and "text" in columns:
         kind, columns["target"] = "text_generation", target
     elif image is not None:
@@ -257,13 +272,16 @@ def _split(given: dict[str, dict[str, Any]], rows: Dataset, by: str) -> dict[str
     """Makes the sources of each split: the given ones, or parts by hash; of few rows, the last one is for testing."""
     if "all" not in given:
         return given
-    from tap_flower.data.sources import rows_of
+    from tap_flower.data.sources import SourceError, rows_of
     from tap_flower.data.spec import Source
 
     source = given["all"]
     parts = {split: source | {"part": part, "by": [by]} for split, part in _PARTS.items()}
-    if all(rows_of(Source(**one | {"part": tuple(one["part"]), "by": (by,)}), "", 0) for one in parts.values()):
-        return parts
+    try:
+        if all(rows_of(Source(**one | {"part": tuple(one["part"]), "by": (by,)}), "", 0) for one in parts.values()):
+            return parts
+    except SourceError as error:
+        raise SpecError(f"{source['path']} {error}") from error
     last = max(1, len(rows) - 1)
     return {"train": source | {"rows": [0, last]}, "test": source | {"rows": [last, None] if len(rows) > 1 else [0, 1]}}
 
@@ -314,6 +332,19 @@ def _encoding(path: Path) -> str:
     return "latin-1"
 
 
+def _has_escapes(source: Mapping[str, Any]) -> bool:
+    """Whether a CSV file can be read only where a backslash stands before quotes within its texts."""
+    from tap_flower.data.sources import SourceError, open_source
+    from tap_flower.data.spec import Source
+
+    try:
+        open_source(Source(**source))
+    except SourceError:
+        with suppress(SourceError):
+            return bool(open_source(Source(**source, escape="\\")))
+    return False
+
+
 def _undecoded(rows: Dataset) -> Dataset:
     """Reads rows and leaves images as the bytes of their files."""
     import datasets
@@ -332,7 +363,9 @@ def _are_images(values: Sequence[Any], folder: Path, rows: Dataset, name: str) -
     first = next((value for value in values if value), None)
     if isinstance(first, Mapping):
         return isinstance(first.get("bytes"), bytes)
-    return isinstance(first, bytes) or (isinstance(first, str) and "." in first and (folder / first).is_file())
+    if isinstance(first, str):
+        return "." in first and os.path.isfile(folder / first)  # noqa: PTH113 (a long text is no path)
+    return isinstance(first, bytes)
 
 
 def _is_text(values: Sequence[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +54,10 @@ def predict_command(
     if inputs and len(wanted.modalities) > 1:
         raise PersonalError(f"task {wanted.name!r} takes an image and a text: give them with --image and --text")
     given[wanted.modalities[0]] += inputs or []
+    if files := [text for text in given["text"] if os.path.isfile(text)]:  # noqa: PTH113 (a long text is no path)
+        raise PersonalError(f'text {files[0]!r} is a file: give what it holds, "$(cat {files[0]})" for example')
+    if out is not None:
+        _check_out(out, wanted.name, wanted.kind, len(given[wanted.modalities[0]]))
     if not any(given.values()):
         raise PersonalError(f"task {wanted.name!r} got no input: give {' and '.join(wanted.modalities)}")
     # Imported here: it brings transformers, which what was checked so far does without.
@@ -108,6 +113,17 @@ def _without_progress_bars() -> None:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call,unused-ignore]
 
 
+def _check_out(out: Path, task: str, kind: str, count: int) -> None:
+    if kind != "image_generation":
+        raise PersonalError(f"--out {out}: task {task!r} makes no images, leave --out out")
+    if taken := [path for number in range(count) if (path := _picture(out, number)).exists()]:
+        raise PersonalError(f"{taken[0]} is there already: give another folder with --out, or remove it")
+
+
+def _picture(out: Path, number: int) -> Path:
+    return out / f"{number}.png"
+
+
 def _plain(answer: Answer, number: int, out: Path | None) -> dict[str, Any]:
     """Makes an answer plain values, and writes its image to a file where a folder is given."""
     values = dict(vars(answer))
@@ -116,10 +132,10 @@ def _plain(answer: Answer, number: int, out: Path | None) -> dict[str, Any]:
         if out is not None:
             try:
                 out.mkdir(parents=True, exist_ok=True)
-                picture.save(out / f"{number}.png")
+                picture.save(_picture(out, number))
             except OSError as error:
                 raise PersonalError(f"{out} cannot be written: {error}; give another folder with --out") from error
-            values["image"] = str(out / f"{number}.png")
+            values["image"] = str(_picture(out, number))
     return values
 
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from tap_flower.data.examples import number_aside
 from tap_flower.data.fields import LIKE_MISSING
 from tap_flower.data.images import DARK, pixels_of, with_image_forms
-from tap_flower.data.labels import NO_CLASS
+from tap_flower.data.labels import NO_CLASS, alike
 from tap_flower.data.loading import Errors, SourceRows, read_source, too_few_rows
-from tap_flower.data.sources import RowError, SourceError, SourceNote, open_source
+from tap_flower.data.sources import SHOWN, RowError, SourceError, SourceNote, listed, open_source
 from tap_flower.data.spec import ClientSpec, Source, TaskSpec
 from tap_flower.data.text import load_tokenizer, texts_of, token_ids
 from tap_flower.errors import BackboneError
@@ -28,8 +28,6 @@ UNKNOWN = 0.1
 """Share of a split's tokens from which on unknown ones are worth a note."""
 UNEVEN = 0.25
 """Share of the rows of a `part` by which it may be larger or smaller without a note."""
-SHOWN = 20
-"""Rows, classes, and kinds of problem with one role of a source, that are named; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,10 @@ class Problem:
 
 class DarkImageNote(RowError, SourceNote):
     """An image uses little of its type's range."""
+
+
+class OtherLabelNote(RowError, SourceNote):
+    """An input has another label in another row."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class SplitSummary:
         labelled: whether the labels of all its sources could be read.
         unknown: tokens that the tokenizer does not know, in all texts.
         inputs: hash of a row's input (text, and pixels as the model gets them) -> a row with it.
+        labels: hash of a row's input -> number of the class of the first row with it.
     """
 
     task: str
@@ -99,17 +102,12 @@ class SplitSummary:
     labelled: bool = True
     unknown: int = 0
     inputs: dict[bytes, int] = field(default_factory=dict)
+    labels: dict[bytes, int] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
         """What was found, as plain values."""
         examples = [{"row": example.row, **example.found} for example in self.examples]
         return {"rows": self.rows, "classes": dict(self.classes), "examples": examples}
-
-
-def listed(values: Sequence[object]) -> str:
-    """The first `SHOWN` values, and how many more there are."""
-    more = len(values) - SHOWN
-    return ", ".join(str(value) for value in values[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def check_data(
@@ -119,8 +117,9 @@ def check_data(
 
     It finds two problems besides that loading lets pass: images that cannot be decoded, and texts that are empty. Notes are
     classes without training examples, inputs that two splits share, files that are passed over, numbers that are read as
-    places in `classes`, many words that the tokenizer does not know, images that use little of their type's range, and
-    parts by hash that are far from their share of the rows.
+    places in `classes`, many words that the tokenizer does not know, images that use little of their type's range, parts
+    by hash that are far from their share of the rows, equal inputs with different labels, texts and classes that may stand
+    for a missing value, and classes whose names are alike.
 
     Args:
         spec: of the client.
@@ -207,6 +206,11 @@ class _Checker:
         if split == "train" and like:
             remedy = "if it stands for a missing value, drop the class, and these rows"
             problems.append(Problem(f"has the class {listed(list(map(repr, like)))}: {remedy}", is_note=True))
+        for group in alike(self.task.classes) if split == "train" else ():
+            what = (
+                f"has the classes {listed(list(map(repr, group)))}, which differ in case, blanks or Unicode form only"
+            )
+            problems.append(Problem(f"{what}: if they are one, write it in one way in the data", is_note=True))
         empty = [repr(name) for name, count in summary.classes.items() if not count]
         if split == "train" and summary.labelled and empty:
             remedy = "add rows, or drop it from the `classes` of all clients"
@@ -267,7 +271,12 @@ class _Checker:
         bad = _rows(chain(*errors.values()))
         known = read.columns if self.tokenizer is not None else read.columns.keys() - {"text"}
         if all(role in known for role in self.task.modalities):
-            summary.inputs |= {found.digest(): row for row, found in inputs.items() if row not in bad}
+            whole = {row: found.digest() for row, found in inputs.items() if row not in bad}
+            summary.inputs |= {found: row for row, found in whole.items()}
+            for row, label in zip(read.rows, read.columns.get("label", ()), strict=False):
+                if row in whole and summary.labels.setdefault(whole[row], label) != label:
+                    rest = ", which an equal input before it does not have: correct one of them"
+                    errors["label"].append(OtherLabelNote("has a label", row, rest))
         good = (place for place, row in enumerate(read.rows) if row not in bad)
         summary.examples += [
             self._example(source, read, place) for place in islice(good, EXAMPLES - len(summary.examples))

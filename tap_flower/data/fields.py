@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from datetime import date
+from datetime import date, time, timedelta
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError, meta
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, Undefined, UndefinedError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tap_flower.errors import SpecError
@@ -18,7 +19,7 @@ _KINDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
     key: (words, types)
     for keys, words, types in (
         (
-            "name backbone kind domain format split path config data fit background delimiter encoding quote",
+            "name backbone kind domain format split path config data fit background delimiter encoding quote escape",
             "a text: put it in quotes",
             (str,),
         ),
@@ -48,13 +49,15 @@ def is_missing(value: object) -> bool:
 
 def _printed(value: object) -> object:
     """What a template's `{{ }}` may put into a text."""
-    if isinstance(value, bytes | Mapping | list | tuple):
+    if not isinstance(value, str | int | float | Decimal | date | time | timedelta | Undefined):
         raise UndefinedError(f"a {type(value).__name__} is no text: name one of its parts, or join them")
     return value
 
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, finalize=_printed)
 """A template is somebody's text, and runs in a sandbox."""
+_ENVIRONMENT.globals.clear()  # a name is that of a column
+del _ENVIRONMENT.filters["random"]  # a row has one text
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,14 @@ def image_form(values: Any, where: str) -> ImageForm:
         raise SpecError(f"{where}: image has {error}") from error
 
 
+def _as_number(value: object) -> str:
+    """How YAML has a number that is written otherwise, such as 1e-3, which is a text there."""
+    try:
+        return f", written {float(value)!r}" if isinstance(value, str) else ""
+    except ValueError:
+        return ""
+
+
 def check_keys(values: Mapping[str, Any], schema: type, where: str) -> dict[str, Any]:
     """Checks that `values` has no key that the dataclass `schema` lacks, all that it needs, and values of the right types.
 
@@ -238,7 +249,7 @@ def check_keys(values: Mapping[str, Any], schema: type, where: str) -> dict[str,
     for key, value in given.items():
         words, types = _KINDS[key]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise SpecError(f"{where} has {key} {shown(value)}: give {words}")
+            raise SpecError(f"{where} has {key} {shown(value)}: give {words}{_as_number(value) * (float in types)}")
         if isinstance(value, str) and "\0" in value:
             raise SpecError(f"{where} has {key} {shown(value)}: leave the zero byte out")
     return {key: str(value) if key == "revision" else value for key, value in given.items()}

@@ -32,6 +32,8 @@ _TURNED = (5, 6, 7, 8)
 """Orientations in EXIF data with width for height."""
 DARK = 0.25
 """Share of the range of 16 bits below which an image's largest value is worth a note."""
+_LONGEST_PATH = 1000
+"""Characters of a path; a longer text is something else, the bytes of an image in base64 for example."""
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -305,9 +307,11 @@ def _file(value: object, folder: Path | None) -> Path | BytesIO:
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, bytes):
         return BytesIO(value)
-    if isinstance(value, str) and value:
+    if isinstance(value, str) and 0 < len(value) <= _LONGEST_PATH:
         return _path(value, folder)
     what = "is empty" if value in (None, "") else f"holds a {type(value).__name__}"
+    if isinstance(value, str) and value:
+        what = f"holds a text of {len(value):,} characters, which is no path"
     raise ValueError(f"the column {what}: give an image, its file's bytes, or its file's path")
 
 

@@ -109,11 +109,27 @@ def _whole(label: object) -> int | None:
 
 
 def _hint(label: object, known: dict[str, int]) -> str:
-    near = [name for name in known if isinstance(label, str) and _folded(name) == _folded(label)]
-    return f" ({label!r} and {near[0]!r} differ in case, blanks or Unicode form only)" if near else ""
+    if not isinstance(label, str):
+        return ""
+    if near := [name for name in known if _folded(name) == _folded(label)]:
+        return f" ({label!r} and {near[0]!r} differ in case, blanks or Unicode form only)"
+    if same := [
+        name for name in known if _NUMBER.fullmatch(label) and _NUMBER.fullmatch(name) and float(name) == float(label)
+    ]:
+        return f" ({label!r} and {same[0]!r} are one number, which YAML keeps as it is written in quotes)"
+    return ""
+
+
+def alike(names: Sequence[str]) -> list[list[str]]:
+    """The names that differ in case, blanks or Unicode form only, in groups."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_folded(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _folded(name: str) -> str:
+    """A name without what is easily overlooked: its case, blanks around it, its Unicode form."""
     return unicodedata.normalize("NFKC", name).casefold().strip()
 
 

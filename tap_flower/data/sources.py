@@ -6,9 +6,11 @@ import glob
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import datasets
 import huggingface_hub
@@ -18,16 +20,28 @@ from tap_flower import hub
 from tap_flower.core.seeds import named_seed
 from tap_flower.data import packaged
 from tap_flower.data.examples import permutation
-from tap_flower.data.fields import Field
+from tap_flower.data.fields import Field, is_missing
 from tap_flower.data.spec import Source
-from tap_flower.data.tables import by_kind, csv_table, image_folder, joined_rows, json_table, parquet_files, passed_over
+from tap_flower.data.tables import (
+    blank_before_quote,
+    by_kind,
+    csv_table,
+    image_folder,
+    joined_rows,
+    json_table,
+    parquet_table,
+    passed_over,
+)
 from tap_flower.errors import TapFlowerError
 from tap_flower.hub import fetch_command
+from tap_flower.plain import as_text
 
 Values = tuple[int, dict[str, object]]
 """A row of a data set, and its value in each column that is read."""
 AT_ONCE = 1000
 """Rows that are read, and texts that are tokenised, together."""
+SHOWN = 20
+"""Rows, classes, and kinds of problem with one role of a source, that are named; the others are counted."""
 OPEN = 4096
 """Data sets, and sources, that a process remembers: more than 100 clients with 10 tasks each have."""
 
@@ -55,8 +69,8 @@ class RowError(SourceError):
         self.what, self.row, self.rest, self.reason = what, row, rest, reason
 
 
-class JoinedRowsNote(RowError, SourceNote):
-    """A value of a CSV file may be several rows behind a quote that nothing closes."""
+class QuoteNote(RowError, SourceNote):
+    """A value of a CSV file may be quoted otherwise than was meant."""
 
 
 def open_source(source: Source, root: str = "") -> datasets.Dataset:
@@ -104,10 +118,10 @@ def rows_of(source: Source, root: str, seed: int) -> list[int]:
 
 @lru_cache(maxsize=OPEN)
 def _places(source: Source, root: str, by: tuple[str, ...]) -> list[float]:
-    """Each row's place in [0, 1): a hash of its values in some columns.
+    """Each row's place in [0, 1): a hash of its values in some columns, of which numbers count as they are written.
 
     Raises:
-        SourceError: a column is not there.
+        SourceError: a column is not there, or a row has no value in it.
     """
     data = open_source(source, root)
     if missing := [column for column in by if column not in data.column_names]:
@@ -115,11 +129,18 @@ def _places(source: Source, root: str, by: tuple[str, ...]) -> list[float]:
     for column in by:
         if isinstance(data.features[column], datasets.Image):
             data = data.cast_column(column, datasets.Image(decode=False))
-    return [
-        int.from_bytes(hashlib.sha256(repr([values[column] for column in by]).encode()).digest()[:6], "big") / 2**48
-        for part in values_of(data, range(len(data)), by)
-        for _, values in part
-    ]
+    places, empty = list[float](), list[int]()
+    for row, values in chain.from_iterable(values_of(data, range(len(data)), by)):
+        found = [as_text(value) if isinstance(value, int | float | Decimal) else value for value in values.values()]
+        places.append(int.from_bytes(hashlib.sha256(repr(found).encode()).digest()[:6], "big") / 2**48)
+        if any(map(is_missing, values.values())):
+            empty.append(row)
+    if empty:
+        raise SourceError(
+            f"has no value of {', '.join(by)}, which `by` names, in row{'s' * (len(empty) > 1)} {listed(empty)}: "
+            f"fill it, or leave the rows out of the data"
+        )
+    return places
 
 
 def missing_columns(data: datasets.Dataset, fields: Mapping[str, Field]) -> Iterator[tuple[str, str]]:
@@ -129,6 +150,12 @@ def missing_columns(data: datasets.Dataset, fields: Mapping[str, Field]) -> Iter
             if column not in data.column_names:
                 known = (name if name == name.strip() != "" else repr(name) for name in data.column_names)
                 yield role, f"has no column {column!r} for {role}: choose among {', '.join(known)}"
+
+
+def listed(values: Sequence[object]) -> str:
+    """The first `SHOWN` values, and how many more there are."""
+    more = len(values) - SHOWN
+    return ", ".join(str(value) for value in values[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def values_of(data: datasets.Dataset, rows: Sequence[int], columns: Sequence[str]) -> Iterator[list[Values]]:
@@ -153,10 +180,11 @@ def _opened(source: Source, root: str) -> datasets.Dataset:
             return _from_mirror(source, Path(root)) if root else _from_hub(source)
         files = _files(source.path)
         if source.format == "csv":
-            return csv_table(files, source.delimiter or ",", source.encoding, source.missing, source.quote)
+            delimiter = source.delimiter or ","
+            return csv_table(files, delimiter, source.encoding, source.missing, source.quote, source.escape)
         if source.format == "json":
             return json_table(files)
-        return _parquet(files)
+        return parquet_table(files)
     except SourceError:
         raise
     except Exception as error:  # whatever the readers of six formats raise
@@ -199,26 +227,22 @@ def notes_of(source: Source) -> Iterator[SourceNote]:
         yield SourceNote(f"has {sum(passed.values()):,} files that are passed over: {by_kind(passed)}")
     if source.format == "csv" and source.quote:
         for row in joined_rows(open_source(source), source.delimiter or ","):
-            yield JoinedRowsNote(
+            yield QuoteNote(
                 "has a value that spans lines and may hold whole rows",
                 row,
                 f": if a {source.quote} opens it that is part of the text, double it, or set `quote: ''`",
             )
-
-
-def _load(reader: str, name: str | None = None, **arguments: object) -> datasets.Dataset:
-    return cast(datasets.Dataset, datasets.load_dataset(reader, name, **arguments))
-
-
-def _parquet(files: Sequence[str]) -> datasets.Dataset:
-    return _load("parquet", data_files=[glob.escape(file) for file in parquet_files(files)], split="train")
+        for row in blank_before_quote(open_source(source), source.quote):
+            rest = f": the blank and each {source.quote} are part of it; take the blank out if they are not meant to be"
+            yield QuoteNote("has a quoted value behind a blank", row, rest)
 
 
 def _from_hub(source: Source) -> datasets.Dataset:
     """From the hub or its caches; what `hf download` has fetched is found offline too."""
     hub.prepare(source.name)
     try:
-        return _load(source.name, source.config, split=source.split, revision=source.revision)
+        found = datasets.load_dataset(source.name, source.config, split=source.split, revision=source.revision)
+        return cast(datasets.Dataset, found)
     except Exception as error:
         try:
             snapshot = huggingface_hub.snapshot_download(
@@ -266,12 +290,12 @@ def _in_folder(folder: Path, source: Source) -> datasets.Dataset | None:
         raise SourceError(f"finds {source} in the folders {', '.join(folders)} of {folder}: choose one as `config`")
     if found["of"] and len(files) != int(found["of"]):
         raise SourceError(f"has {len(files)} of the {int(found['of'])} files of {source} in {folder}: fetch the others")
-    return json_table(files) if first.suffix == ".jsonl" else _parquet(files)
+    return json_table(files) if first.suffix == ".jsonl" else parquet_table(files)
 
 
 def _from_disk(folder: Path, split: str) -> datasets.Dataset:
     if (folder / split / "state.json").is_file():
-        return cast(datasets.Dataset, datasets.load_from_disk(str(folder / split)))
+        return _unformatted(datasets.load_from_disk(str(folder / split)))
     found = datasets.load_from_disk(str(folder))
     if isinstance(found, datasets.DatasetDict):
         raise SourceError(f"has no split {split!r} in {folder}: choose one of {', '.join(found)}")
@@ -281,4 +305,9 @@ def _from_disk(folder: Path, split: str) -> datasets.Dataset:
         raise SourceError(
             f"has no split {split!r} in {folder}, which holds {what}: save each split to a folder of its name"
         )
-    return found
+    return _unformatted(found)
+
+
+def _unformatted(data: Any) -> datasets.Dataset:
+    """All columns as plain values: what was saved may have a format of its own."""
+    return cast(datasets.Dataset, data.with_format(None))

@@ -26,7 +26,7 @@ FORMATS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "packaged": (("name", "split"), ("name", "split")),
     "hub": (("name", "split"), ("name", "config", "revision", "split")),
     **dict.fromkeys(("parquet", "json"), (("path",), ("path",))),
-    "csv": (("path",), ("path", "delimiter", "encoding", "missing", "quote")),
+    "csv": (("path",), ("path", "delimiter", "encoding", "missing", "quote", "escape")),
     **dict.fromkeys(("imagefolder", "disk"), (("path",), ("path", "split"))),
 }
 """Format -> (what a source of it must say about where it lies, what it may say)."""
@@ -53,6 +53,7 @@ class Source:
         encoding: of a CSV file, such as `latin-1`; nothing is UTF-8.
         missing: words that stand for a missing value in a CSV file, beside the empty field.
         quote: around a field of a CSV file that holds the delimiter or a line break; an empty text where no field is quoted.
+        escape: before a quote within a text of a CSV file, such as a backslash; nothing where such a quote is doubled.
         domain: of these rows, where it is not the task's.
         columns: role -> column or columns, where they are not the task's.
         templates: role -> template, where they are not the task's.
@@ -70,6 +71,7 @@ class Source:
     encoding: str = ""
     missing: tuple[str, ...] = ()
     quote: str = '"'
+    escape: str = ""
     part: tuple[float, float] | None = None
     by: tuple[str, ...] = ()
     domain: str | None = None
@@ -252,7 +254,7 @@ def check_kind(kind: str, modalities: Sequence[object], where: str) -> None:
     """Checks a kind of task and the modalities of its input.
 
     Raises:
-        SpecError: there is no such kind or modality; `where` begins the message.
+        SpecError: there is no such kind or modality, or the kind needs another; `where` begins the message.
     """
     if kind not in TASK_KINDS:
         raise SpecError(f"{where} has kind {kind!r}: use one of {', '.join(TASK_KINDS)}")
@@ -260,6 +262,8 @@ def check_kind(kind: str, modalities: Sequence[object], where: str) -> None:
         raise SpecError(f"{where} has modalities {list(modalities)}: use one or both of {', '.join(MODALITIES)}")
     if len(set(modalities)) < len(modalities):
         raise SpecError(f"{where} has modalities {list(modalities)}: name each once")
+    if (needed := kind.partition("_")[0]) not in modalities and kind != "text_generation":
+        raise SpecError(f"{where} has kind {kind!r} and modalities {list(modalities)}: name {needed} among them")
 
 
 def class_names(value: Any, kind: str, where: str) -> tuple[str, ...]:
@@ -315,6 +319,9 @@ def _source(values: Mapping[str, Any], where: str) -> Source:
         raise SpecError(
             f"{where} has quote {shown(quote)}: give one character of ASCII, or '' where no field is quoted"
         )
+    escape = given.get("escape", "")
+    if escape and (len(escape) > 1 or not escape.isascii() or escape in ("\r", "\n", delimiter, quote)):
+        raise SpecError(f"{where} has escape {shown(escape)}: give one character of ASCII, such as a backslash")
     try:
         "".encode(given.get("encoding", "utf-8"))
     except (LookupError, ValueError) as error:

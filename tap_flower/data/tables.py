@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import glob
+import hashlib
+import io
 import json
 import os
 import posixpath
@@ -11,8 +14,9 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache, lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -34,7 +38,12 @@ _LONGEST_LINE = 1 << 26
 
 
 def csv_table(
-    files: Sequence[str], delimiter: str = ",", encoding: str = "", missing: Sequence[str] = (), quote: str = '"'
+    files: Sequence[str],
+    delimiter: str = ",",
+    encoding: str = "",
+    missing: Sequence[str] = (),
+    quote: str = '"',
+    escape: str = "",
 ) -> datasets.Dataset:
     """The rows of CSV files, every value a text as it is written; an empty field is a missing value.
 
@@ -44,20 +53,24 @@ def csv_table(
         encoding: of the files; nothing is UTF-8.
         missing: words that stand for a missing value too.
         quote: character around a field that holds the delimiter or a line break; nothing where no field is quoted.
+        escape: character before a quote within a text; nothing where such a quote is doubled.
 
     Raises:
-        ValueError: a line has other fields than the header, a column is named twice, or the encoding is another.
+        ValueError: a line has other fields than the header, a field has text behind its closing quote, a column is named
+            twice, or the encoding is another.
     """
     tables = []
     for file in files:
         # A line break within quotes is part of a text.
-        parse = pyarrow.csv.ParseOptions(delimiter=delimiter, quote_char=quote or False, newlines_in_values=True)
+        parse = pyarrow.csv.ParseOptions(
+            delimiter=delimiter, quote_char=quote or False, escape_char=escape or False, newlines_in_values=True
+        )
         # In one thread, errors say the line.
         read = pyarrow.csv.ReadOptions(encoding=encoding or "utf8", block_size=_LONGEST_LINE, use_threads=False)
-        with Path(file).open("rb") as opened:
-            if not encoding and opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise ValueError(f"{file} is UTF-16: set `encoding: utf-16`")
         try:
+            _check_encoding(file, encoding)
+            _check_quotes(file, encoding, delimiter, quote, escape)
+            _check_escapes(file, encoding, escape, (quote, delimiter, "\r", "\n"))
             with pyarrow.csv.open_csv(file, read_options=read, parse_options=parse) as header:
                 names = header.schema.names
             _check_names(file, names)
@@ -83,6 +96,72 @@ def csv_table(
                 f"{file} has the columns {', '.join(names)}, and {files[0]} {', '.join(tables[0].column_names)}"
             )
     return datasets.Dataset(pa.concat_tables(tables))
+
+
+def _check_encoding(file: str, encoding: str) -> None:
+    with pa.input_stream(file) as stream:
+        head: bytes = stream.read(4096)
+    if not encoding and head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise ValueError(f"{file} is UTF-16: set `encoding: utf-16`")
+    if not encoding and b"\0" in head:
+        raise ValueError(f"{file} holds zero bytes: unpack it, or if it is UTF-16, set `encoding: utf-16-le`")
+
+
+def _lines(file: str, encoding: str) -> Iterator[str]:
+    """The lines of a text file, which may be compressed, with what ends them."""
+    with pa.input_stream(file) as stream, io.TextIOWrapper(stream, encoding or "utf-8-sig", newline="") as text:
+        yield from text
+
+
+def _check_quotes(file: str, encoding: str, delimiter: str, quote: str, escape: str) -> None:
+    """Checks that every quote which opens a field is closed at its end; Arrow's reader goes on in silence.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if not quote:
+        return
+    dialect = {"delimiter": delimiter, "quotechar": quote, "escapechar": escape or None, "strict": True}
+    rows = csv.reader(_lines(file, encoding), **cast(Any, dialect))
+    before, limit = 0, csv.field_size_limit(_LONGEST_LINE)
+    try:
+        for _ in rows:
+            before = rows.line_num
+    except csv.Error as error:
+        known = {"expected after": "text behind a closing quote", "end of data": "a quote that is never closed"}
+        said = next((words for part, words in known.items() if part in str(error)), str(error))
+        (line,) = islice(_lines(file, encoding), before, before + 1)
+        escaped = "" if escape else f"if quotes within texts are written \\{quote}, set `escape: '\\'`; "
+        raise ValueError(
+            f"line {before + 1} of {file} has {said} ({shown(line.strip())}): {escaped}if no field is quoted, set "
+            f"`quote: ''`; else double each {quote} within a text"
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _check_escapes(file: str, encoding: str, escape: str, special: Collection[str]) -> None:
+    """Checks that each escape stands before something special: Arrow's reader drops all of them.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for number, line in enumerate(_lines(file, encoding), 1) if escape else ():
+        for pair in re.findall(re.escape(escape) + ".?", line, re.DOTALL):
+            if pair[1:] not in (escape, *special):
+                raise ValueError(
+                    f"line {number} of {file} has {shown(pair)}, of which {escape} would be dropped: write {2 * escape} "
+                    f"where it is part of a text"
+                )
+
+
+def blank_before_quote(data: datasets.Dataset, quote: str) -> list[int]:
+    """Rows of a CSV table with a value in quotes that a blank precedes, so that the quotes are part of it."""
+    quoted = rf"(?s)^\s+{re.escape(quote)}.*{re.escape(quote)}\s*$"
+    found: set[int] = set()
+    for column in data.data.columns:
+        found.update(np.flatnonzero(pc.match_substring_regex(column, quoted).fill_null(False)).tolist())
+    return sorted(found)
 
 
 def joined_rows(data: datasets.Dataset, delimiter: str) -> list[int]:
@@ -123,7 +202,8 @@ def json_table(files: Sequence[str]) -> datasets.Dataset:
 
 def _objects(file: str) -> Iterator[dict[str, Any]]:
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")
+        with pa.input_stream(file) as stream:  # it unpacks .gz, as Arrow's reader of CSV files does
+            text = stream.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not valid UTF-8: save it as UTF-8") from error
     number = 0
@@ -147,18 +227,47 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def parquet_files(files: Sequence[str]) -> list[str]:
-    """Those of some Parquet files that have rows: the reader of `datasets` knows no others.
+def parquet_table(files: Sequence[str]) -> datasets.Dataset:
+    """The rows of Parquet files, memory-mapped.
 
     Raises:
-        ValueError: none has, or a column is named twice.
+        ValueError: there are no rows, a column is named twice, or the files have other columns, or types of them.
     """
-    for file in files:
-        _check_names(file, pyarrow.parquet.read_schema(file).names)
+    schemas = {file: pyarrow.parquet.read_schema(file) for file in files}
+    for file, schema in schemas.items():
+        _check_names(file, schema.names)
     found = [file for file in files if pyarrow.parquet.read_metadata(file).num_rows]
     if not found:
         raise ValueError("it holds no rows")
-    return found
+    for file in found[1:]:
+        _check_schema(file, schemas[file], found[0], schemas[found[0]])
+    # The cache of `datasets` knows a file by its path and time of change, which a copy may keep.
+    state = [(stat.st_size, stat.st_ctime_ns) for stat in map(os.stat, found)]
+    name = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    escaped = [glob.escape(file) for file in found]
+    return cast(datasets.Dataset, datasets.load_dataset("parquet", name, data_files=escaped, split="train"))
+
+
+def _check_schema(file: str, schema: pa.Schema, first: str, of_first: pa.Schema) -> None:
+    if sorted(schema.names) != sorted(of_first.names):
+        raise ValueError(f"{file} has the columns {', '.join(schema.names)}, and {first} {', '.join(of_first.names)}")
+    for name in schema.names:
+        one, other = schema.field(name).type, of_first.field(name).type
+        if None not in (kinds := (_kind(one), _kind(other))) and len(set(kinds)) > 1:
+            raise ValueError(
+                f"column {name!r} is {one} in {file}, and {other} in {first}: save it with one type, or list each file as "
+                f"a source of its own"
+            )
+
+
+def _kind(kind: pa.DataType) -> str | None:
+    """What values of a type are; None where it is no plain type, or has none."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    for name in ("boolean", "integer", "floating", "string", "large_string", "temporal"):
+        if getattr(pa.types, f"is_{name}")(kind):
+            return name.removeprefix("large_")
+    return None
 
 
 def _check_names(file: str, names: Sequence[str]) -> None:
@@ -197,9 +306,8 @@ def image_folder(folder: Path, split: str = "") -> datasets.Dataset:
 
 
 def _with_metadata(folder: Path, file: Path) -> datasets.Dataset:
-    readers = {".csv": csv_table, ".jsonl": json_table}
-    read = readers.get(file.suffix)
-    data = read([str(file)]) if read else datasets.Dataset.from_parquet(glob.escape(str(file)))
+    readers = {".csv": csv_table, ".jsonl": json_table, ".parquet": parquet_table}
+    data = readers[file.suffix]([str(file)])
     if "file_name" not in data.column_names:
         raise ValueError(f"{file} has no column 'file_name', which names the images")
     if taken := [name for name in ("image", "file") if name in data.column_names]:

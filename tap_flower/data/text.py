@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
@@ -17,8 +19,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from tap_flower import hub
 from tap_flower.core.tasks import IGNORE
-from tap_flower.data.fields import Field, is_missing
-from tap_flower.data.sources import OPEN, RowError, open_source, rows_of, values_of
+from tap_flower.data.fields import LIKE_MISSING, Field, is_missing
+from tap_flower.data.sources import OPEN, RowError, SourceNote, open_source, rows_of, values_of
 from tap_flower.data.spec import Source
 from tap_flower.errors import BackboneError
 
@@ -28,6 +30,10 @@ TokenIds = Sequence[int] | NDArray[np.int32]
 
 class EmptyTextError(RowError):
     """A row's text is blank: `check` tells it, and training can do with it."""
+
+
+class LikeMissingNote(RowError, SourceNote):
+    """A row's text often stands for a value that is not there; a target may well be one."""
 
 
 class Tokens:
@@ -162,6 +168,9 @@ def texts_of(
             else:
                 if not texts[-1].strip():
                     errors.append(EmptyTextError(f"has an empty {role}", row, ": fill it, or leave the row out"))
+                elif not is_target and texts[-1].strip().lower() in LIKE_MISSING:
+                    rest = ": if it stands for a missing value, leave the row out"
+                    errors.append(LikeMissingNote(f"has the text {texts[-1]!r}", row, rest))
         yield texts, errors
 
 
@@ -192,6 +201,17 @@ def _text_of(read: Field, row: int, values: Mapping[str, object]) -> str:
         rest = f" of {', '.join(read.columns)}: say with a template what of it is the text"
         raise RowError(f"has a {type(wrong[0]).__name__} as text", row, rest)
     return " ".join(str(value) for value in found)
+
+
+_PROBE = "Crème BRÛLÉE, 2 × 3.50 €\n(don't)  ﬁne"
+"""What tokenizers of one vocabulary may cut in different ways: capitals, accents, digits, punctuation, blanks."""
+
+
+@cache
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of a tokenizer's vocabulary, and of how it cuts a text into tokens, as 8 hexadecimal digits."""
+    words = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer(_PROBE)["input_ids"]])
+    return hashlib.sha256(words.encode()).hexdigest()[:8]
 
 
 def token_ids(

@@ -22,13 +22,14 @@ from tap_flower.data.examples import moved_to
 from tap_flower.data.fields import ImageForm
 from tap_flower.data.images import open_image, pixels_of
 from tap_flower.data.loading import input_tensors, model_inputs
-from tap_flower.data.text import load_tokenizer, token_ids
+from tap_flower.data.text import load_tokenizer, token_ids, tokenizer_hash
 from tap_flower.errors import BackboneError, PersonalError, StorageError
 from tap_flower.hub import locate
 from tap_flower.methods.method import Memory
 from tap_flower.methods.registry import find_method
 from tap_flower.models.load import load_backbone
 from tap_flower.models.model import TapModel
+from tap_flower.plain import same_backbone
 from tap_flower.personal.answers import Answer, class_answers, image_answers, text_answers
 
 Picture = Image.Image | str | Path | NDArray[np.uint8]
@@ -220,9 +221,10 @@ def outlined(description: Description, dtype: torch.dtype | None = None) -> TapM
     dtype = dtype or getattr(torch, description.settings.compute.precision.value)
     try:
         backbone = load_backbone(description.backbone, shape.layers, shape.image_size, description.revision, dtype)
-        if backbone.fingerprint != description.fingerprint:
+        words = tokenizer_hash(load_tokenizer(locate(description.backbone), description.revision))
+        if not same_backbone(found := f"{backbone.fingerprint}-{words}", description.fingerprint):
             raise BackboneError(
-                f"backbone {description.backbone!r} has the fingerprint {backbone.fingerprint}, the models were trained "
+                f"backbone {description.backbone!r} has the fingerprint {found}, the models were trained "
                 f"with {description.fingerprint}: name the right one in model.json"
             )
         return client_model(backbone, description, shape.text_length)

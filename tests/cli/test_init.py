@@ -273,6 +273,48 @@ def test_why_a_column_is_no_label_is_told(command: Any, tmp_path: Path) -> None:
     assert "'rating' is not taken as the label: 60 rows have 60 different values in it, and 2 to 30 make classes" in out
 
 
+def test_quotes_behind_backslashes_are_read(command: Any, tmp_path: Path) -> None:
+    rows = "".join(f'"note \\"{n}\\" here",{("urgent", "routine")[n % 2]}\n' for n in range(60))
+    (tmp_path / "notes.csv").write_text(f"note,label\n{rows}")
+    code, out, err = command("init", "notes.csv")
+    assert code == 0, err
+    assert "notes.csv is read with `escape: '\\'`: quotes within its texts are written \\\"" in out
+    code, out, err = command("check", "client.yaml", "--json", "found.json")
+    assert code == 0, out + err
+    found = json.loads((tmp_path / "found.json").read_text())["tasks"]["notes"]["train"]["examples"][0]
+    assert found["text"] == f'note "{found["row"]}" here'
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("1,all is well 0,ill\n", "'1', 'ill' in the first line of "),
+        ("note,label\nnote 1,Urgent\nnote 2,urgent \n", "'Urgent', 'urgent ' became classes, and differ in case"),
+    ],
+)
+def test_what_looks_like_a_mistake_in_a_table_is_told(text: str, told: str, command: Any, tmp_path: Path) -> None:
+    rows = "".join(f"{n},note number {n},{'ill' if n % 3 else 'well'}\n" for n in range(30))
+    (tmp_path / "notes.csv").write_text(text + (rows if text.startswith("1") else text.partition("\n")[2] * 9))
+    code, out, err = command("init", "notes.csv")
+    assert code == 0, err
+    assert told in out
+
+
+def test_a_long_text_is_no_path(command: Any, tmp_path: Path) -> None:
+    rows = "".join(f"{'word ' * 80}. {n},{'ill' if n % 3 else 'well'}\n" for n in range(30))
+    (tmp_path / "notes.csv").write_text(f"note,label\n{rows}")
+    code, _, err = command("init", "notes.csv")
+    assert code == 0, err
+
+
+def test_rows_without_a_patient_are_refused(command: Any, tmp_path: Path) -> None:
+    rows = "".join(f"note number {n},{n % 9 or ''},{'ill' if n % 3 else 'well'}\n" for n in range(30))
+    (tmp_path / "notes.csv").write_text(f"note,patient,label\n{rows}")
+    code, _, err = command("init", "notes.csv")
+    assert code == 1
+    assert f"{tmp_path}/notes.csv has no value of patient, which `by` names, in rows 0, 9, 18, 27: fill it" in err
+
+
 def test_a_class_that_looks_like_a_missing_value_is_told(command: Any, tmp_path: Path) -> None:
     rows = "".join(f"note number {n},{('urgent', 'routine')[n % 2] if n else 'NA'}\n" for n in range(60))
     (tmp_path / "notes.csv").write_text(f"note,label\n{rows}")

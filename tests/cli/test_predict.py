@@ -18,6 +18,9 @@ from tests.personal.test_personal_model import rows
 __all__ = ["run"]
 
 
+PAINT = ["--client", "ann", "--task", "shape_images"]
+
+
 def test_predict_prints_a_line_for_each_input(command: Any, run: Path) -> None:
     code, out, err = command("predict", str(run), "--client", "bob", "--task", "languages", "gato", "chien", "--json")
     assert (code, err) == (0, "")
@@ -42,13 +45,31 @@ def test_predict_with_an_image_and_a_text(command: Any, run: Path, tmp_path: Pat
 
 def test_predict_writes_images(command: Any, run: Path, tmp_path: Path) -> None:
     rows("shapes")[0]["image"].save(tmp_path / "shape.png")
-    asked = ["--client", "ann", "--task", "shape_images", "shape.png"]
+    asked = [*PAINT, "shape.png"]
     code, out, _ = command("predict", str(run), *asked, "--out", "made", "--json")
     assert code == 0
     assert json.loads(out).keys() == {"mse", "image"}
     assert Image.open(tmp_path / "made" / "0.png").size == (40, 40)
     code, out, _ = command("predict", str(run), *asked)
     assert out.startswith("mse ")
+
+
+def test_predict_writes_over_nothing(command: Any, run: Path, tmp_path: Path) -> None:
+    image = rows("shapes")[0]["image"]
+    for name in ("0.png", "1.png"):
+        image.save(tmp_path / name)
+    before = (tmp_path / "1.png").read_bytes()
+    code, out, err = command("predict", str(run), *PAINT, "0.png", "1.png", "--out", ".")
+    assert (code, out) == (1, "")
+    assert "0.png is there already: give another folder with --out, or remove it" in err
+    assert (tmp_path / "1.png").read_bytes() == before
+
+
+def test_a_file_of_a_text_is_not_taken_as_the_text(command: Any, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("gato")
+    code, out, err = command("predict", str(run), "--client", "bob", "--task", "languages", "note.txt")
+    assert (code, out) == (1, "")
+    assert "text 'note.txt' is a file: give what it holds, \"$(cat note.txt)\" for example" in err
 
 
 def test_export_writes_a_model_card_with_the_runs_results(command: Any, run: Path, tmp_path: Path) -> None:
@@ -60,6 +81,10 @@ def test_export_writes_a_model_card_with_the_runs_results(command: Any, run: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--client", "ann", "--task", "shapes", "x.png", "--out", "y"],
+            "--out y: task 'shapes' makes no images, leave --",
+        ),
         ([], "has models of several clients: choose one with --client: ann, bob"),
         (["--client", "eve"], "there is no client 'eve': use one of ann, bob"),
         (["--client", "ann"], "the client has several tasks: choose one with --task: shapes, shape_images"),

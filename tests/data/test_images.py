@@ -149,6 +149,7 @@ def test_columns_of_bytes_and_paths_are_decoded(form: str, tmp_path: Path) -> No
         ("https://host/x.png", "is an address: download the file"),
         ("", "the column is empty"),
         ([1, 2], "the column holds a list"),
+        ("iVBORw0KGgo" * 200, "the column holds a text of 2,200 characters, which is no path: give an image"),
         ("gone.png", "gone.png"),
     ],
 )

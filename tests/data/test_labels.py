@@ -53,6 +53,7 @@ def test_folders_in_another_case_are_refused_with_both_lists(tmp_path: Path) -> 
         (["None", None], ["None", "b"], "has no label in row 1"),
         (["TRUE", "FALSE"], ["true", "false"], "'TRUE' and 'true' differ in case"),
         ([True, False], ["1", "0"], "has label True"),
+        (["1.10", "1.2"], [1.1, 1.2], "'1.10' and '1.1' are one number, which YAML keeps as it is written in quotes"),
         (["+1", "0"], ["a", "b"], "has label '+1'"),
         ([Decimal("1"), Decimal("2")], ["1", "2"], ["1", "2"]),
         ([Decimal("1.00"), Decimal("0.00")], ["a", "b"], ["b", "a"]),
@@ -103,14 +104,24 @@ def test_a_class_without_examples_is_a_note(tmp_path: Path) -> None:
     assert "train has no example of class 'b'" in found.notes
 
 
+def test_classes_that_are_alike_are_a_note(tmp_path: Path) -> None:
+    found = check(csv(tmp_path, "text,label\nred,a\nsky,A\nsea, a\n"), classes=["a", "b", "A", " a"])
+    assert found.problems == ""
+    assert (
+        "has the classes 'a', 'A', ' a', which differ in case, blanks or Unicode form only: if they are" in found.notes
+    )
+
+
 def test_a_label_that_is_named_twice_is_refused(tmp_path: Path) -> None:
     assert "names the label '1' twice" in check(csv(tmp_path, "text,label\nx,1\n"), labels=[1, "1"]).problems
 
 
 def test_files_of_one_pattern_do_not_mix_names_and_places(tmp_path: Path) -> None:
-    """`datasets` makes texts of the second file's numbers."""
+    """`datasets` would make texts of the second file's numbers."""
     for number, label in enumerate(("a", 1)):
         (tmp_path / str(number)).mkdir()
         parquet(tmp_path / str(number), {"text": ["x"], "label": [label]})
     found = check({"format": "parquet", "path": str(tmp_path / "*" / "data.parquet")})
-    assert "has label '1' beside names of classes in row 1" in found.problems
+    assert (
+        f"column 'label' is int64 in {tmp_path}/1/data.parquet, and string in {tmp_path}/0/data.parq" in found.problems
+    )

@@ -261,6 +261,28 @@ def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
         data(triage(source, columns=LABEL, templates={"text": "{{ title.__class__.__mro__ }}"}))
 
 
+def test_a_name_in_a_template_is_a_column(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict({"range": ["a red"], "dict": ["dog"], "urgency": ["urgent"]})
+    source = write(table, tmp_path, "csv")
+    assert words(data(triage(source, columns=LABEL, templates={"text": "{{ range }} {{ dict }}"}))) == ["a red dog"]
+    for wrong, reason in {
+        "{{ lipsum() }}": "has no column 'lipsum' for text",
+        "{{ dict.upper }}": "a builtin_function_or_method is no text",
+        "{{ [dict] | map('upper') }}": "a generator is no text",
+    }.items():
+        with pytest.raises(SpecError, match=reason):
+            data(triage(source, columns=LABEL, templates={"text": wrong}))
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow"])
+def test_a_format_that_was_saved_with_a_data_set_is_left_aside(form: str, tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict({"note": ["a red dog", "the law"], "urgency": [1, 0]})
+    table.with_format(form, columns=["urgency"]).save_to_disk(tmp_path / "notes")
+    client = data(triage({"format": "disk", "path": str(tmp_path / "notes")}, columns={"text": "note"} | LABEL))
+    assert words(client) == ["a red dog", "the law"]
+    assert labels(client.splits["train"]["triage"][0]) == [1, 0]
+
+
 def test_a_row_without_text_is_named(tmp_path: Path) -> None:
     source = write(datasets.Dataset.from_dict({**NOTES, "note": ["x", None]}), tmp_path, "parquet")
     with pytest.raises(SpecError, match="train has no text in row 1 of title, note"):

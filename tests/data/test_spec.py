@@ -44,6 +44,16 @@ def test_a_spec_is_read() -> None:
     [
         ({"kind": "smelling"}, "has kind 'smelling': use one of image_classification"),
         ({"modalities": ["sound"]}, r"has modalities \['sound'\]: use one or both of image, text"),
+        (
+            {"kind": "image_classification"},
+            r"has kind 'image_classification' and modalities \['text'\]: name image among",
+        ),
+        ({"kind": "image_generation", "classes": None}, r"has kind 'image_generation' and .*: name image among them"),
+        ({"modalities": ["image"]}, r"has kind 'text_classification' and modalities \['image'\]: name text among them"),
+        (
+            {"templates": {"text": "{{ a | random }}"}},
+            "has a template for text that is wrong: No filter named 'random'",
+        ),
         ({"classes": ["one"]}, "has 1 classes: list the names of at least two"),
         ({"columns": {"text": "text"}}, "names no column for label"),
         ({"margin": -1}, "has margin -1"),
@@ -124,7 +134,9 @@ def test_a_number_of_classes_and_a_hash() -> None:
         ({"modalities": ["text", "text"]}, "name each once"),
         ({"domain": 7}, "has domain 7: give a text"),
         ({"domain": "a\0b"}, "leave the zero byte out"),
-        ({"margin": "0.1"}, "has margin '0.1': give a number"),
+        ({"margin": "0.1"}, "has margin '0.1': give a number, written 0.1$"),
+        ({"margin": "1e-3"}, "has margin '1e-3': give a number, written 0.001$"),
+        ({"margin": "low"}, "has margin 'low': give a number$"),
         ({"margin": True}, "has margin True: give a number"),
         ({"margin": float("nan")}, "has margin nan: use a number of at least 0"),
         ({"margin": 10**400}, "has margin 1"),

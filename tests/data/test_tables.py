@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import os
 from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -12,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tap_flower.data.tables import csv_table
+from tap_flower.data.sources import rows_of
+from tap_flower.data.spec import Source
+from tap_flower.data.tables import csv_table, parquet_table
 from tests.data.people import check, csv, json_, parquet
 
 
@@ -40,7 +44,7 @@ def test_no_word_stands_for_a_missing_value_unless_asked(tmp_path: Path) -> None
         ("text;label\nrouge é;a\n", "utf-8", {}, "has no column 'text' for text: choose among text;label"),
         ("text;label\nrouge é;a\n", "utf-8", {"delimiter": ";"}, ""),
         ("text,label\nrouge é,a,b\n", "utf-8", {}, "has 3 fields and its header 2, with the delimiter"),
-        ('text,label\n"rouge é,a\nx,b\n', "utf-8", {}, "has 1 fields and its header 2, with the delimiter"),
+        ('text,label\n"rouge é,a\nx,b\n', "utf-8", {}, "line 2 of "),
         ("text,text,label\nrouge é,x,a\n", "utf-8", {}, "has two columns 'text'"),
         ("", "utf-8", {}, "Empty CSV file"),
         ("text,label\n", "utf-8", {}, "has 0 rows: give it at least 1"),
@@ -57,6 +61,13 @@ def test_no_word_stands_for_a_missing_value_unless_asked(tmp_path: Path) -> None
         ("text,label\n'rouge é',a\n", "utf-8", {"quote": "'"}, ""),
         ("text,label\nx,a\n", "utf-8", {"quote": "''"}, "has quote \"''\": give one character of ASCII, or ''"),
         ("text,label\nx,a\n", "utf-8", {"quote": ","}, "has quote ',': give one character"),
+        ("text,label\nx,a\n", "utf-8", {"escape": '"'}, "has escape '\"': give one character of ASCII"),
+        (
+            "text,label\nx,a\n",
+            "utf-16-le",
+            {},
+            "holds zero bytes: unpack it, or if it is UTF-16, set `encoding: utf-16-le`",
+        ),
         ("text,label\nx,a\n", "utf-8", {"encoding": "utf-9"}, "has encoding 'utf-9': give one that Python knows"),
         ("text,label\nx,a\n", "utf-8", {"delimiter": "::"}, "has delimiter '::': give one character"),
     ],
@@ -70,13 +81,65 @@ def test_csv_files(text: str, encoding: str, more: Any, problem: str, tmp_path: 
 
 
 def test_rows_that_a_quote_joins_are_told(tmp_path: Path) -> None:
-    text = 'text,label\n"5 inch,a\nsaw,b\n"8 inch,a\n"two\nlines",b\n'
-    found = check(csv(tmp_path, text))
+    found = check(csv(tmp_path, 'text,label\n"5 inch,a\nsaw,b\n8 inch",a\n"two\nlines",b\n'))
     assert 'has a value that spans lines and may hold whole rows in row 0: if a " opens it' in found.notes
     assert found.texts == ["5 inch,a\nsaw,b\n8 inch", "two\nlines"]
-    found = check(csv(tmp_path, text.replace('"two\nlines"', "two"), quote=""))
+    found = check(csv(tmp_path, 'text,label\n"5 inch,a\nsaw,b\n"8 inch,a\ntwo,b\n', quote=""))
     assert (found.texts, found.labels) == (['"5 inch', "saw", '"8 inch'], ["a", "b", "a"])
     assert "spans lines" not in found.notes
+
+
+SPARK = 'text,label\n"he said \\"no\\" twice",a\n"a ""b"", c:\\\\",b\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "found"),
+    [
+        (SPARK, {}, "line 2 of DATA has text behind a closing quote ("),
+        (
+            SPARK,
+            {},
+            "if quotes within texts are written \\\", set `escape: '\\'`; if no field is quoted, set `quote: ''`; else",
+        ),
+        (SPARK, {"escape": "\\"}, ['he said "no" twice', 'a "b", c:\\']),
+        (
+            'text,label\nx,a\r\n"12" screen",a\n',
+            {},
+            'line 3 of DATA has text behind a closing quote (\'"12" screen",a\'): if',
+        ),
+        (
+            'text,label\n"5 inch,a\nsaw,b\n"8 inch,a\n',
+            {},
+            "line 2 of DATA has text behind a closing quote ('\"5 inch,a'): if",
+        ),
+        ('text,label\n"12" screen",a\n', {"quote": ""}, ['"12" screen"']),
+        ('text,label\nx,a\n"y,a\nz,b\n', {}, "line 3 of DATA has a quote that is never closed ('\"y,a')"),
+        (
+            "text,label\nx,a\nc:\\temp,a\n",
+            {"escape": "\\"},
+            "line 3 of DATA has '\\\\t', of which \\ would be dropped: write",
+        ),
+        ("text,label\nx\\, y,a\n", {"escape": "\\"}, ["x, y"]),
+    ],
+)
+def test_quotes_and_escapes_that_would_be_read_otherwise(text: str, more: Any, found: Any, tmp_path: Path) -> None:
+    told = check(csv(tmp_path, text, **more))
+    if isinstance(found, list):
+        assert (told.problems, told.texts) == ("", found)
+    else:
+        assert found.replace("DATA", str(tmp_path / "data.csv")) in told.problems
+
+
+def test_a_blank_before_a_quote_is_told(tmp_path: Path) -> None:
+    found = check(csv(tmp_path, 'label,text\na, "one"\na,"two"\na, three "3" or four\n'))
+    assert found.texts == [' "one"', "two", ' three "3" or four']
+    assert 'has a quoted value behind a blank in row 0: the blank and each " are part of it' in found.notes
+
+
+def test_compressed_json_is_read_as_compressed_csv_is(tmp_path: Path) -> None:
+    for name, text in (("x.jsonl.gz", '{"text": "x", "label": "a"}'), ("x.csv.gz", "text,label\nx,a\n")):
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+        assert check({"format": name.split(".")[1].rstrip("l"), "path": str(tmp_path / name)}).texts == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +200,40 @@ def test_parquet_files_without_rows_are_left_out_and_columns_of_one_name_refused
     assert "has two columns 'label': give each its own name" in found.problems
 
 
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        ({"text": ["x"], "label": pa.array([None], pa.null()), "age": [2]}, ""),
+        ({"label": ["b"], "age": pa.array([3], pa.int8()), "text": pa.array(["x"], pa.large_string())}, ""),
+        (
+            {"text": ["x"], "label": ["b"], "age": [2.5]},
+            "column 'age' is double in DATA/1.parquet, and int64 in DATA/0",
+        ),
+        (
+            {"text": [3], "label": ["b"], "age": [2]},
+            "column 'text' is int64 in DATA/1.parquet, and string in DATA/0.parquet:",
+        ),
+        (
+            {"text": ["x"], "label": ["b"]},
+            "DATA/1.parquet has the columns text, label, and DATA/0.parquet text, label, age",
+        ),
+    ],
+)
+def test_parquet_files_of_other_columns_are_refused(other: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    for number, columns in enumerate(({"text": ["y"], "label": ["a"], "age": [1]}, other)):
+        pq.write_table(pa.table(columns), tmp_path / f"{number}.parquet")
+    found = check({"format": "parquet", "path": str(tmp_path / "*.parquet")}, labels=["a", "b"])
+    assert problem.replace("DATA", str(tmp_path)) in found.problems
+    assert ("cannot be read" in found.problems) == bool(problem)
+
+
+def test_a_parquet_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+    for text in ("old", "renewed"):
+        source = parquet(tmp_path, {"text": [text]})
+        os.utime(source["path"], (1_700_000_000, 1_700_000_000))
+        assert parquet_table([source["path"]])["text"][:] == [text]
+
+
 def test_a_text_of_megabytes_and_with_line_breaks(tmp_path: Path) -> None:
     long = "word " * 300_000
     source = csv(tmp_path, f'text,label\n"{long}",a\n"one\ntwo, ""q""",b\n')
@@ -193,6 +290,29 @@ def test_parts_by_hash_keep_what_belongs_together(tmp_path: Path) -> None:
     assert "lacks" not in train.problems
     assert "has no column 'person' for `by`" in check(source | {"part": [0, 0.5], "by": ["person"]}).problems
     assert "sets only one of `part` and `by`: give both" in check(source | {"part": [0, 0.5]}).problems
+
+
+def test_rows_without_a_value_to_part_them_by_are_refused(tmp_path: Path) -> None:
+    source = csv(tmp_path, "text,label,patient\nx,a,\ny,a,1\nz,a,\n", part=[0, 0.5], by=["patient"])
+    assert "has no value of patient, which `by` names, in rows 0, 2: fill it, or leave" in check(source).problems
+
+
+def test_a_row_is_in_one_part_whatever_the_type_of_its_column(tmp_path: Path) -> None:
+    numbers = range(50)
+    csv(tmp_path, "patient\n" + "".join(f"{n}\n" for n in numbers))
+    choice = {"part": (0, 0.6), "by": ("patient",)}
+    expected = rows_of(Source("csv", path=str(tmp_path / "data.csv"), **choice), "", 0)
+    for kind in (int, float, str, Decimal):
+        file = tmp_path / f"{kind.__name__}.parquet"
+        pq.write_table(pa.table({"patient": list(map(kind, numbers))}), file)
+        assert rows_of(Source("parquet", path=str(file), **choice), "", 0) == expected
+
+
+def test_texts_that_may_stand_for_a_missing_value_and_other_labels_are_told(tmp_path: Path) -> None:
+    found = check(csv(tmp_path, "text,label\nred,a\nNaN,b\nred,b\nred,a\n"))
+    assert found.problems == ""
+    assert "has the text 'NaN' in row 1: if it stands for a missing value, leave the row out" in found.notes
+    assert "has a label in row 2, which an equal input before it does not have: correct one of them" in found.notes
 
 
 def test_inputs_that_splits_share_are_told(tmp_path: Path) -> None:
