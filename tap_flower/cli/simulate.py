@@ -178,7 +178,7 @@ def report_command(
 ) -> None:
     """Show the results of finished runs, in tables and on one HTML page."""
     from tap_flower.report.html_report import REPORT, write_report
-    from tap_flower.report.result_tables import groups, headline_table
+    from tap_flower.report.result_tables import differences, groups, headline_table
     from tap_flower.report.run_record import read_runs
     from tap_flower.report.terminal_tables import terminal
     from tap_flower.report.verdict import method_table
@@ -192,6 +192,8 @@ def report_command(
             console.print(terminal(headline_table([run.results for run in group])), crop=False)
     if len(grouped) > 1:
         console.print(terminal(method_table(grouped)), crop=False)
+    if keys := differences(found):
+        say(console, f"the runs differ, besides the seed, in {', '.join(keys)}")
     file = out or (runs[0] if len(runs) == 1 else Path()) / REPORT
     write_report(runs, file)
     say(console, f"to look at: {file}")

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from tap_flower.cli.common import ConfigFile, CpusPerRun, GpusPerRun, Preset, RayAddress, Settings, say
-from tap_flower.cli.sweep import Where, execute_missing, exit_if, write_tables
+from tap_flower.cli.sweep import Where, execute_missing, exit_if, refuse_execution, write_tables
 
 if TYPE_CHECKING:
     from tap_flower.study.studies import Study
@@ -32,6 +32,7 @@ Methods = Annotated[
 
 @study_app.command("pairs")
 def pairs_command(
+    context: typer.Context,
     preset: Annotated[
         str, typer.Option(help="Take the pairs of this preset.", show_default="none: pairs of linear maps")
     ] = "",
@@ -52,6 +53,7 @@ def pairs_command(
 ) -> None:
     """Measure the losses of the server's model and of personal ones as the number of pairs grows."""
     from tap_flower.errors import ConfigError
+    from tap_flower.run.simulation import check_folder
 
     if preset:
         from tap_flower.study.studies import pairs_study
@@ -65,6 +67,8 @@ def pairs_command(
 
     if config or set_:
         raise ConfigError("--config and --set are of a preset's clients: name it, --preset demo")
+    refuse_execution(context, "linear maps are measured in this process, leave it out, or name a --preset")
+    check_folder(out)
     console = Console()
     study = pairs_in_theory(seed or _THEORY_SEEDS, 1.0 if disagreement is None else disagreement, console.print)
     say(console, f"to look at: {study.write(out)}; numbers in {study.name}.csv")

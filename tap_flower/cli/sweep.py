@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 
@@ -24,6 +25,7 @@ Where = tuple[str, int | None, float | None]
 
 
 def sweep_command(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A YAML file with methods, seeds and settings.")],
     out: Annotated[
         Path | None, typer.Option(help="Write the sweep to this folder.", show_default="runs/NAME-OF-FILE")
@@ -44,6 +46,10 @@ def sweep_command(
     from tap_flower.study.plan import read_sweep
 
     console, out = Console(), out or Path("runs") / file.stem
+    if tables:
+        refuse_execution(context, "--tables runs nothing, leave one of them out")
+    if keep is not None:
+        _check_apart(out, keep)
     sweep = read_sweep(file, out, keep)
     if keep is not None:
         kept.keep([run.folder for run in sweep.runs if run.done], keep)
@@ -57,6 +63,24 @@ def sweep_command(
     if keep is not None:
         say(console, f"{sum(run.done for run in sweep.runs)} runs kept in {keep}")
     exit_if(failed)
+
+
+def _check_apart(out: Path, keep: Path) -> None:
+    one, other = out.resolve(), keep.resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise ConfigError(
+            f"--keep {keep} and --out {out} are one folder, or one holds the other, so that kept files would replace those "
+            f"of runs: give --keep a folder beside it"
+        )
+
+
+def refuse_execution(context: typer.Context, why: str) -> None:
+    """Refuses the options on how runs are executed, where they are on the command line and would do nothing."""
+    names = ("ray", "cpus_per_run", "gpus_per_run")
+    given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        said = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{said} would have no effect: {why}")
 
 
 def write_tables(console: Console, sweep: Sweep, title: str, lead: str, out: Path) -> None:
@@ -84,6 +108,7 @@ def execute_missing(
     """Executes the missing runs, prints a line for each, keeps the small files of each, and returns those that failed."""
     from tap_flower.config import client_specs
     from tap_flower.report.results import dropped_answers, read_results
+    from tap_flower.run.simulation import check_folder
     from tap_flower.study import kept
     from tap_flower.study.execute import cluster, execute, share_of
 
@@ -92,6 +117,8 @@ def execute_missing(
     if not missing:
         say(console, already)
         return []
+    for folder in (missing[0].folder, *([] if keep is None else [keep])):
+        check_folder(folder)
     first = missing[0].resolved
     check_fetched(client_specs(first), first.data.root, f"tap-flower fetch {first.preset}")
     failed: list[Outcome] = []
@@ -106,9 +133,9 @@ def execute_missing(
         else:
             found = read_results(outcome.run.folder)
             gone, dropped = found.get("missing"), dropped_answers(found)
-            how = f"{outcome.seconds:.0f} s" + (f", [yellow]without {', '.join(gone)}[/]" if gone else "")
+            how = f"{outcome.seconds:.0f} s" + (f", [yellow]without {escape(', '.join(gone))}[/]" if gone else "")
             how += f", [yellow]{escape('; '.join(dropped))}[/]" if dropped else ""
-        say(console, f"{next(ended)}/{len(missing)} {outcome.run.label}, seed {outcome.run.seed}: {how}")
+        say(console, f"{next(ended)}/{len(missing)} {escape(outcome.run.label)}, seed {outcome.run.seed}: {how}")
 
     address, cpus, gpus = where
     with cluster(address) as machines:

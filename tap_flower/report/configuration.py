@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from tap_flower.plain import leaves
 CONFIG = "config.yaml"
 _CLIENTS = "clients", "patterns", "datasets"
 """Keys of a configuration that say who takes part: long, and with paths of a machine in them."""
+_UNCOMPARED = "seed", "patterns", "datasets"
+"""Keys by which configurations are not compared: `clients` holds what `patterns` and `datasets` have made."""
 
 
 def config_file(run: Path) -> Path | None:
@@ -23,8 +25,8 @@ def config_file(run: Path) -> Path | None:
     return next((folder / CONFIG for folder in (run, run.parent) if (folder / CONFIG).exists()), None)
 
 
-def recorded(run: Path) -> dict[str, Any]:
-    """The configuration of a finished run, as `portable` gives it.
+def recorded(run: Path) -> Mapping[str, Any]:
+    """The configuration of a finished run; of one that was kept, as `portable` gives it.
 
     Raises:
         ConfigError: there is none.
@@ -33,29 +35,57 @@ def recorded(run: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{run} holds results without {CONFIG}, so nobody knows what of: remove it, or give another folder"
         )
-    return portable(read_yaml(file))
+    return read_yaml(file)
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without its seed, where its data lie, and its clients, of which a hash stays."""
+    if _is_portable(config):
+        return dict(config)
     found = {key: value for key, value in config.items() if key not in ("seed", "data", *_CLIENTS)}
-    clients = config.get("clients")
-    if not isinstance(clients, str):
-        text = json.dumps(_without_folders([config.get(key) for key in _CLIENTS]), sort_keys=True, default=str)
-        clients = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    text = json.dumps(_without_folders([config.get(key) for key in _CLIENTS]), sort_keys=True, default=str)
+    clients = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
     return {**found, "backbone": _without_folders(config.get("backbone")), "clients": clients}
 
 
-def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Every option of a portable configuration, with dots in its key; what the configuration has not, it has by default."""
+def _is_portable(config: Mapping[str, Any]) -> bool:
+    return isinstance(config.get("clients"), str)
+
+
+def _completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option of a configuration, with dots in its key; what the configuration has not, it has by default."""
     defaults = {key: value.name if isinstance(value, Enum) else value for key, value, _ in options()}
     return {**defaults, **dict(leaves(config))}
 
 
 def different(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The options in which two portable configurations differ."""
-    known = completed(old)
-    return sorted(key for key, value in completed(new).items() if known.get(key) != value)
+    """The options in which two configurations differ, besides the seed.
+
+    Paths count, unless one of the two is portable: then only the names of files do.
+    """
+    if _is_portable(old) or _is_portable(new):
+        old, new = portable(old), portable(new)
+    known = _completed(old)
+    return sorted(k for k, value in _completed(new).items() if k not in _UNCOMPARED and known.get(k) != value)
+
+
+def moved(old: Any, new: Any) -> tuple[str, str] | None:
+    """The first absolute paths, in values that are else equal, that differ; None where something else differs, too."""
+    if _without_folders(old) != _without_folders(new):
+        return None
+    pairs = zip(_texts(old), _texts(new), strict=True)
+    return next(((one, other) for one, other in pairs if one != other), None)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield from _texts(value[key])
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+    elif isinstance(value, str):
+        yield value
 
 
 def _without_folders(value: Any) -> Any:

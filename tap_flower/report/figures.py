@@ -166,7 +166,8 @@ def decision_figures(run: RunRecord, client: str) -> Iterator[Figure]:
 
 def byte_figure(run: RunRecord) -> Figure | None:
     """MB of each component in the whole run, in both directions, the largest first."""
-    found = [(name, way["down"] / 1e6, way["up"] / 1e6) for name, way in run.results["bytes"]["per_component"].items()]
+    of_components = run.results["bytes"].get("per_component", {})  # a kept run has none
+    found = [(name, way["down"] / 1e6, way["up"] / 1e6) for name, way in of_components.items()]
     if not found:
         return None
     found.sort(key=lambda one: -(one[1] + one[2]))

@@ -9,8 +9,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from tap_flower.plain import counted
-from tap_flower.report.configuration import completed, different
-from tap_flower.report.results import SPREAD, headlines, models_in
+from tap_flower.report.configuration import different
+from tap_flower.report.results import SPREAD, disputed, headlines, models_in
 from tap_flower.report.run_record import RunRecord
 from tap_flower.report.svg import number
 
@@ -39,11 +39,32 @@ class Table:
 
 def groups(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
     """Groups runs that differ in nothing but their seed, in the order in which the first of each was given."""
-    found: dict[str, list[RunRecord]] = {}
+    found: list[list[RunRecord]] = []
     for run in runs:
-        settings = completed(run.settings) if run.settings else {k: run.results[k] for k in ("preset", "rounds")}
-        found.setdefault(repr((run.results["method"], sorted(settings.items()))), []).append(run)
-    return list(found.values())
+        alike = [group for group in found if all(_repeats(run, other) for other in group)]
+        if len(alike) == 1:
+            alike[0].append(run)
+        else:  # a kept run, which does not say where its data lay, may be like several groups
+            found.append([run])
+    return found
+
+
+def _repeats(run: RunRecord, other: RunRecord) -> bool:
+    """Whether two runs differ in nothing but their seed, as far as is known."""
+    known = ("method",) if run.settings and other.settings else ("method", "preset", "rounds")
+    return (
+        bool(run.settings) == bool(other.settings)
+        and all(run.results[key] == other.results[key] for key in known)
+        and not disputed(run.results, other.results)
+        and not different(run.settings, other.settings)
+    )
+
+
+def repeated_seeds(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence where several results are of one seed, or nothing."""
+    counts = Counter(run["seed"] for run in runs)
+    several = [f"{counted(count, 'run')} of seed {seed}" for seed, count in counts.items() if count > 1]
+    return f"there are {', '.join(several)}, which are no independent repetitions" if several else ""
 
 
 def differences(runs: Sequence[RunRecord]) -> list[str]:
@@ -71,6 +92,7 @@ def headline_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     first, seeds = runs[0], ", ".join(str(run["seed"]) for run in runs)
     if len(runs) > 1:
         caption, note = f"mean of {len(runs)} runs, seeds {seeds}", "mean ± standard deviation over runs"
+        note += f"; {repeated}" if (repeated := repeated_seeds(runs)) else ""
     else:
         caption = f"{first['method']} on {first['preset']}, {counted(first['rounds'], 'round')}, seed {seeds}"
         down, up = (first["bytes"][way] / 1e6 for way in ("down", "up"))

@@ -195,13 +195,30 @@ def _uneven(found: Mapping[str, Any], task: str) -> list[str]:
 
 
 def headlines(*found: Mapping[str, Any]) -> dict[str, Headline]:
-    """Task name -> the metric that it is judged by, in the results of some runs.
+    """Task name -> the metric that it is judged by, in the results of some runs; without tasks that `disputed` tells.
 
     Results that were written before they said it count a user's own kind by its loss.
     """
-    return {
-        task: _headline(results, task, kind) for results in found for task, kind in sorted(results["kinds"].items())
-    }
+    return {task: judged_by[0][1] for task, judged_by in _judged(found).items() if len(judged_by) == 1}
+
+
+def disputed(*found: Mapping[str, Any]) -> list[str]:
+    """A sentence for each task that is of several kinds, or judged by several metrics, in the results of some runs."""
+    return [
+        f"task {task!r} is not compared: by this name runs have "
+        + " and ".join(f"{kind} judged by {headline.metric}" for kind, headline in judged_by)
+        for task, judged_by in _judged(found).items()
+        if len(judged_by) > 1
+    ]
+
+
+def _judged(found: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[str, Headline]]]:
+    """Task name -> each (kind, metric that it is judged by) that it has in the results of some runs."""
+    judged: dict[str, dict[tuple[str, Headline], None]] = defaultdict(dict)
+    for results in found:
+        for task, kind in sorted(results["kinds"].items()):
+            judged[task][kind, _headline(results, task, kind)] = None
+    return {task: list(ways) for task, ways in judged.items()}
 
 
 def _headline(found: Mapping[str, Any], task: str, kind: str) -> Headline:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tap_flower.errors import StorageError
+from tap_flower.errors import ConfigError, StorageError
 from tap_flower.plain import parse_yaml
 from tap_flower.report.client_records import DecisionRecord, read_decisions, read_examples, read_gradients
-from tap_flower.report.configuration import config_file, portable
+from tap_flower.report.configuration import config_file
 from tap_flower.report.events import read_events
 from tap_flower.report.results import read_results
 
@@ -42,7 +42,7 @@ class RunRecord:
         rounds: events of complete rounds, in order.
         config: content of `config.yaml`, or nothing.
         clients: client name -> its own records.
-        settings: the configuration as `portable` gives it, or nothing.
+        settings: the values of `config.yaml`, or nothing.
     """
 
     name: str
@@ -62,10 +62,13 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     """Reads some run folders; names have as many folders above the run's as tell the runs apart.
 
     Raises:
+        ConfigError: a folder is given twice.
         StorageError: see `read_run`.
     """
     parts = [folder.resolve().parts for folder in folders]
-    depth = next((n for n in range(1, max(map(len, parts))) if len({p[-n:] for p in parts}) == len(set(parts))), 1)
+    if double := next((folder for folder, part in zip(folders, parts, strict=True) if parts.count(part) > 1), None):
+        raise ConfigError(f"the run folder {double} is given twice: one run is no repetition of itself, give it once")
+    depth = next((n for n in range(1, max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts)), 1)
     return [
         replace(read_run(folder), name="/".join(part[-depth:])) for folder, part in zip(folders, parts, strict=True)
     ]
@@ -82,7 +85,7 @@ def read_run(run: Path) -> RunRecord:
         events = [event for event in read_events(run) if event["event"] == "round"]
         file = config_file(run)
         config = file.read_text(encoding="utf-8") if file else ""
-        settings = portable(parse_yaml(config)) if file else {}
+        settings = dict(parse_yaml(config)) if file else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(
             f"{run}: metrics.jsonl or config.yaml is damaged: {error}; restore it, or remove it"

@@ -8,6 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 from torch import Tensor
@@ -28,14 +29,15 @@ def terminal(table: Table) -> RichTable:
 
     No number is cut: on a narrow terminal, print it with `crop=False`.
     """
-    shown = RichTable(title=table.caption, caption=table.note, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    caption, note = escape(table.caption), escape(table.note)
+    shown = RichTable(title=caption, caption=note, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column, name in enumerate(table.header):
         if column < 2:
-            shown.add_column(name, no_wrap=True)
+            shown.add_column(escape(name), no_wrap=True)
         else:
             header = name.replace("+", "\n+")
             words = " ".join([header, *(row[column] for row in table.rows)]).split()
-            shown.add_column(header, justify="right", min_width=max(map(len, words), default=1))
+            shown.add_column(escape(header), justify="right", min_width=max(map(len, words), default=1))
     for i, row in enumerate(table.rows):
         shown.add_row(*(Text(cell, "bold" if (i, j) in table.best else "") for j, cell in enumerate(row)))
     return shown

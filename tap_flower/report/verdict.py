@@ -10,8 +10,8 @@ from typing import Any
 from tap_flower.core.headline import Headline
 from tap_flower.errors import ConfigError
 from tap_flower.methods.registry import find_method
-from tap_flower.report.result_tables import Table, spread
-from tap_flower.report.results import headlines, models_in
+from tap_flower.report.result_tables import Table, repeated_seeds, spread
+from tap_flower.report.results import disputed, headlines, models_in
 from tap_flower.report.run_record import RunRecord
 from tap_flower.report.svg import number
 
@@ -74,12 +74,12 @@ def compare(judged_by: Mapping[str, Headline], ours: Mapping[str, float], theirs
     """Compares two models or methods.
 
     Args:
-        judged_by: task -> the metric that it is judged by.
+        judged_by: task -> the metric that it is judged by; other tasks do not count.
         ours: task -> headline metric of the one; tasks that the other lacks do not count.
         theirs: task -> headline metric of the other.
     """
     better, equal, worse = list[str](), list[str](), list[str]()
-    for task in sorted(ours.keys() & theirs.keys()):
+    for task in sorted(ours.keys() & theirs.keys() & judged_by.keys()):
         ahead = judged_by[task].ahead(ours[task], theirs[task])
         (better if ahead > 0 else worse if ahead < 0 else equal).append(task)
     return Score(better, equal, worse)
@@ -114,14 +114,20 @@ def _sentences(
         what: {other: compare(judged_by, ours[what], values[what]) for other, values in others.items()}
         for what in _WHAT
     }
+    told = [f"{sentence}." for sentence in _told(grouped)]
     if not any(score.tasks for score in scores[""].values()):
-        return [f"There is nothing to compare {name} with: no other model or method has a task in common with it."]
+        nothing = f"There is nothing to compare {name} with: no other model or method has a task in common with it."
+        return list(map(_sentence, [nothing, *told]))
     said = [_beats(name, scores[""], names=True)]
     if max(len(run.results["clients"]) for group in grouped for run in group) > 1:
         said.append(f"By the worst client of each task: {_beats(name, scores['worst'], names=False)}")
-    if max(map(len, grouped)) == 1:
-        said.append("There is one seed: a small difference may be chance.")
-    return [sentence[0].upper() + sentence[1:] for sentence in said]
+    if max(len({run.results["seed"] for run in group}) for group in grouped) == 1:
+        told.append("There is one seed: a small difference may be chance.")
+    return [_sentence(one) for one in said + told]
+
+
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:]
 
 
 def _beats(name: str, scores: Mapping[str, Score], names: bool) -> str:
@@ -228,5 +234,12 @@ def method_table(grouped: Sequence[Group]) -> Table:
                 stand_out.add((place, 2 + n))
         rows.append([task, str(judged_by[task]), *cells])
     header = ["task", "metric", *(f"{name}: {m}" for name, (_, m) in zip(_labels(grouped), columns, strict=True))]
-    note = "mean over clients (worst client), on test data; ± is the deviation over seeds"
-    return Table("Each method's result", header, rows, frozenset(stand_out), note)
+    notes = ["mean over clients (worst client), on test data; ± is the deviation over seeds", *_told(grouped)]
+    return Table("Each method's result", header, rows, frozenset(stand_out), "; ".join(notes))
+
+
+def _told(grouped: Sequence[Group]) -> list[str]:
+    """What a reader of the comparison of some groups must know."""
+    repeated = [repeated_seeds([run.results for run in group]) for group in grouped]
+    left_out = disputed(*(run.results for group in grouped for run in group))
+    return [*left_out, *dict.fromkeys(sentence for sentence in repeated if sentence)]

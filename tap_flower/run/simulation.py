@@ -26,7 +26,7 @@ import httpx
 import psutil
 
 from tap_flower import errors
-from tap_flower.errors import SimulationError
+from tap_flower.errors import ConfigError, SimulationError
 from tap_flower.files import identity
 from tap_flower.plain import printable
 from tap_flower.report.events import END, FAILED, METRICS, read_events
@@ -97,8 +97,10 @@ def simulate(
         The content of `results.json`.
 
     Raises:
+        ConfigError: the run folder cannot be made.
         SimulationError: Flower could not be started, or the run failed.
     """
+    check_folder(launch.out)
     out = launch.out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     # The events of a resumed run are rewritten when it starts: wait for that.
@@ -127,6 +129,17 @@ def simulate(
             if between is not None:
                 between()
             time.sleep(0.2)
+
+
+def check_folder(folder: Path) -> None:
+    """Checks that a folder is there, or can be made: no file has its name, or that of a folder above it.
+
+    Raises:
+        ConfigError: a file has.
+    """
+    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if there.exists() and not there.is_dir():
+        raise ConfigError(f"the folder {folder} cannot be made, since {there} is a file: give another folder")
 
 
 @contextmanager

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from tap_flower.report.results import SPREAD, dropped_answers, headlines, read_results, scores, unmeasured
+from tap_flower.errors import ConfigError
+from tap_flower.report.results import SPREAD, disputed, dropped_answers, headlines, read_results, scores, unmeasured
 from tap_flower.study.plan import ROUNDS, STEPS, Sweep
 from tap_flower.study.statistics import Estimate, estimate, holm, mean_ranks, paired
 
@@ -48,13 +49,15 @@ class Comparison:
     Attributes:
         budget: name of the budget that the methods have in common.
         labels: labels of the methods, as the sweep lists them.
-        seeds: seeds of the finished runs.
+        seeds: seeds of the finished runs; some labels may have fewer, which `unfinished` tells.
         reference: the label that the others' differences are to.
         quality: a row for each task, and the mean of their scores.
-        ranks: label -> mean rank over tasks and seeds.
+        ranks: label -> mean rank over tasks and `ranked_seeds`.
+        ranked_seeds: seeds with which all labels have results.
         clients: rows on the spread over clients, and on how many of them a method serves better than training alone.
         costs: rows of megabytes, rounds, optimiser steps and seconds of a run.
-        note: what a reader of the tables must know.
+        unfinished: a sentence for each label that has not finished with a seed that others have.
+        note: what else a reader of the tables must know.
     """
 
     budget: str
@@ -63,13 +66,17 @@ class Comparison:
     reference: str
     quality: Sequence[Row]
     ranks: Mapping[str, float]
+    ranked_seeds: Sequence[int]
     clients: Sequence[Row]
     costs: Sequence[Row]
+    unfinished: str = ""
     note: str = ""
 
 
 Values = dict[str, dict[int, float]]
 """Label -> seed -> value."""
+Found = Mapping[tuple[str, int], Mapping[str, Any]]
+"""(label, seed) -> results of the run."""
 ALONE = "local"
 """Name of the model, and of the method, of clients that train alone."""
 NOT_WORSE = f"not worse than {ALONE}"
@@ -82,11 +89,14 @@ def compare(sweep: Sweep, budget: str = ROUNDS) -> Comparison:
     Methods are ranked for each task and seed by their score: the headline metric, or 1 minus it where lower is better.
 
     Raises:
+        ConfigError: the runs mean several tasks by one name.
         StorageError: the results of a run are damaged.
     """
     found = {at: read_results(run.folder) for at, run in sweep.budgets[budget].items() if run.done}
     labels = list(dict.fromkeys(label for label, _ in found))
     seeds = sorted({seed for _, seed in found})
+    if several := disputed(*found.values()):
+        raise ConfigError(f"{several[0]}: run those again that an earlier version made")
     judged_by = headlines(*found.values())
     measured, scored, costs = _by_name(), _by_name(), _by_name()
     for (label, seed), results in found.items():
@@ -106,9 +116,10 @@ def compare(sweep: Sweep, budget: str = ROUNDS) -> Comparison:
         **({OVERALL: "score ↑"} if found else {}),
     }
     ranked = [
-        {label: by_seed[seed] for label, by_seed in scored[task].items() if seed in by_seed}
+        (seed, of_labels)
         for task in judged_by
         for seed in seeds
+        if len(of_labels := {label: one[seed] for label, one in scored[task].items() if seed in one}) == len(labels)
     ]
     one_stage = [label for label in labels if budget == STEPS and sweep.result[label] == "server"]
     notes = [f"Without a stage 2, with equal steps in stage 1 alone: {', '.join(one_stage)}."] if one_stage else []
@@ -122,17 +133,32 @@ def compare(sweep: Sweep, budget: str = ROUNDS) -> Comparison:
         for (label, seed), results in found.items()
         for sentence in (*dropped_answers(results), *unmeasured(results["tasks"], [sweep.result[label]]))
     ]
+    ranked_seeds = sorted({seed for seed, _ in ranked})
+    if ranked and ranked_seeds != seeds:
+        notes.append(f"The mean rank is over {_named(ranked_seeds)} alone.")
     return Comparison(
         budget,
         labels,
         seeds,
         sweep.reference,
         [_row(name, unit, measured[name], scored[name], sweep.reference) for name, unit in units.items()],
-        mean_ranks(ranked),
+        mean_ranks([of_labels for _, of_labels in ranked]),
+        ranked_seeds,
         [*_spread(found, sweep.result, units), *_served(found, sweep.result)],
         [Row(name, "a run", _estimates(values), {}) for name, values in costs.items()],
+        " ".join(_unfinished(sweep.budgets[budget], found, seeds)),
         " ".join(notes),
     )
+
+
+def _unfinished(planned: Iterable[tuple[str, int]], found: Found, seeds: Sequence[int]) -> list[str]:
+    """A sentence for each planned label that has not finished with some of the seeds."""
+    gone = {label: [seed for seed in seeds if (label, seed) not in found] for label, _ in planned}
+    return [f"{label} has not finished with {_named(missing)}." for label, missing in gone.items() if missing]
+
+
+def _named(seeds: Sequence[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def _by_name() -> dict[str, Values]:
@@ -151,10 +177,6 @@ def _row(name: str, unit: str, values: Values, scored: Values, reference: str) -
     # Where all are equal, none stands out.
     best = best if len(best) < len(means) else frozenset()
     return Row(name, unit, _estimates(values), differences, best, p_values)
-
-
-Found = Mapping[tuple[str, int], Mapping[str, Any]]
-"""(label, seed) -> results of the run."""
 
 
 def _spread(found: Found, result: Mapping[str, str], units: Mapping[str, str]) -> list[Row]:

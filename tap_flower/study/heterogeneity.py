@@ -24,8 +24,9 @@ from tap_flower.data.spec import SPLITS, Source, TaskSpec
 from tap_flower.errors import ConfigError
 from tap_flower.files import write_atomically
 from tap_flower.methods.registry import find_method
+from tap_flower.plain import as_text
 from tap_flower.study.comparison import ALONE, OVERALL
-from tap_flower.study.plan import PlannedRun
+from tap_flower.study.plan import OF_CLIENTS, OF_STUDIES, PlannedRun, check_distinct, check_undecided
 from tap_flower.study.studies import Study, Tell, Values, results_of
 
 KINDS = ("image_classification", "text_classification")
@@ -62,6 +63,9 @@ def heterogeneity_study(
     Raises:
         ConfigError: a setting is wrong, no classification task has several clients, or theirs are not rows of one data set.
     """
+    for option, values in (("--seed", seeds), ("--method", methods), ("--alpha", alphas)):
+        check_distinct(option, values)
+    check_undecided(settings, OF_STUDIES | OF_CLIENTS)
     names = list(dict.fromkeys((*methods, ALONE)))
     base = load_config(preset, config, settings)
     judged_by = {
@@ -76,7 +80,7 @@ def heterogeneity_study(
         for alpha in alphas:
             if not alpha > 0:
                 raise ConfigError(f"alpha = {alpha:g}: the concentration of a Dirichlet distribution is above 0")
-            name = f"alpha-{alpha:g}"
+            name = f"alpha-{as_text(alpha)}"
             clients, skewed = _skewed(base, alpha, seed, out / "data" / name / f"seed-{seed}")
             file = out / "groups" / f"{name}-seed-{seed}.yaml"
             write_atomically(file, yaml.safe_dump({"clients": clients}).encode())

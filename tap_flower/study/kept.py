@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tap_flower.files import write_atomically
-from tap_flower.report.configuration import CONFIG, recorded
+from tap_flower.report.configuration import CONFIG, portable, recorded
 from tap_flower.report.results import RESULTS, read_results
 
 _DIGITS = 6
@@ -24,19 +24,22 @@ def keep(runs: Sequence[Path], folder: Path) -> None:
     where anything lay on this machine.
 
     Args:
-        runs: run folders, LABEL/seed-N each.
+        runs: run folders, LABEL/seed-N each; those in `folder` have been kept.
         folder: where they are copied to.
 
     Raises:
         StorageError: the results of a run are damaged.
     """
     for run in runs:
+        if run.resolve().is_relative_to(folder.resolve()):
+            continue
         results = read_results(run)
         results["bytes"] = {key: value for key, value in results["bytes"].items() if key != "per_component"}
         text = json.dumps(_rounded(results), separators=(",", ":"), ensure_ascii=False)
         text = text.replace(f"{run.resolve()}/", "")  # why a client is missing may name its files
         label = folder / run.parent.name
-        write_atomically(label / CONFIG, yaml.safe_dump(recorded(run), sort_keys=False, allow_unicode=True).encode())
+        config = yaml.safe_dump(portable(recorded(run)), sort_keys=False, allow_unicode=True)
+        write_atomically(label / CONFIG, config.encode())
         write_atomically(label / run.name / RESULTS, f"{text}\n".encode())
 
 

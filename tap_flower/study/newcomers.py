@@ -16,7 +16,16 @@ from tap_flower.errors import ConfigError
 from tap_flower.files import write_atomically
 from tap_flower.methods.registry import find_method
 from tap_flower.study.comparison import ALONE
-from tap_flower.study.plan import STEPS, PlannedRun, Sweep, steps_as_tap
+from tap_flower.study.plan import (
+    OF_CLIENTS,
+    OF_STUDIES,
+    STEPS,
+    PlannedRun,
+    Sweep,
+    check_distinct,
+    check_undecided,
+    steps_as_tap,
+)
 
 
 def newcomers_study(
@@ -50,6 +59,9 @@ def newcomers_study(
     Raises:
         ConfigError: a setting is wrong, or every client has a task that nobody else has.
     """
+    check_distinct("--seed", seeds)
+    check_distinct("--method", methods)
+    check_undecided(settings, OF_STUDIES | OF_CLIENTS)
     tap = load_config(preset, config, (*settings, "method=tap"))
     clients = plain(tap)["clients"]
     steps = {

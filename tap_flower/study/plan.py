@@ -5,21 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from tap_flower.config import Config, client_specs, load_config, plain, read_yaml
+from tap_flower.config import Config, check_contradictions, client_specs, load_config, plain, read_yaml
 from tap_flower.errors import ConfigError
 from tap_flower.methods.registry import find_method
 from tap_flower.plain import as_text, shown
-from tap_flower.report.configuration import different, portable, recorded
+from tap_flower.report.configuration import config_file, different, moved, recorded
 from tap_flower.report.results import RESULTS
 
 ROUNDS, STEPS = "rounds", "steps"
 """Budgets: every method with the steps that the configuration says, or each with as many as the published TAP makes."""
 _COUNTED = "train.steps", "distill.iterations", "rounds", "clients_per_round"
 """Settings that the budget `steps` decides, or counts on."""
+_SEED = {"seed": "list seeds under `seeds`"}
+_METHOD = {"method": "list methods under `methods`"}
+"""Settings that a sweep decides -> what to do instead."""
+OF_STUDIES = {"seed": "choose seeds with --seed", "method": "leave it out, or use the study's --method"}
+"""Settings that every study decides -> what to do instead."""
+OF_CLIENTS = {"clients": "list them in a --config file"}
+"""Settings that studies decide which give each run clients of its own -> what to do instead."""
 
 _REMEDIES = {
     "preset": "give the name of a preset",
@@ -137,7 +144,7 @@ def read_sweep(file: Path, out: Path, kept: Path | None = None) -> Sweep:
     """
     given = _read(file)
     methods = _labelled(file, given.methods)
-    common = _settings(file, "set", given.set)
+    common = _settings(file, "set", given.set, _SEED | _METHOD)
     config = str(file.resolve().parent / given.config) if given.config else ""
     seeds, budgets, preset = given.seeds, given.budgets, given.preset
     places = [out] if kept is None else [out, kept]
@@ -180,6 +187,7 @@ def _read(file: Path) -> _SweepFile:
     try:
         found = msgspec.convert(values, _SweepFile)
         if len(set(found.seeds)) == len(found.seeds):
+            check_distinct(f"{file}: the method", [*found.methods])
             return found
         wrong = "seeds"
     except msgspec.ValidationError as error:  # its path begins with the key: "Expected `int` - at `$.seeds[0]`"
@@ -214,19 +222,52 @@ def _labelled(
     """Label -> (method, settings)."""
     found = {}
     for label, settings in (methods if isinstance(methods, Mapping) else dict.fromkeys(methods)).items():
-        if Path(label).name != label:
+        if not label or not label.isprintable():
+            raise ConfigError(f"{file}: methods has the label {label!r}: give it a name in printable characters")
+        if Path(label).name != label or label == "..":
             raise ConfigError(f"{file}: methods has the label {label!r}, which names a folder: leave the path out")
         own = dict(settings or {})
         method = str(own.pop("method", None) or label)
-        found[label] = method, _settings(file, label, own)
+        found[label] = method, _settings(file, label, own, _SEED)
     return found
 
 
-def _settings(file: Path, where: str, values: _Settings) -> tuple[str, ...]:
+def _settings(file: Path, where: str, values: _Settings, decided: Mapping[str, str]) -> tuple[str, ...]:
     for key, value in values.items():
         if " " in str(value):
             raise ConfigError(f"{file}: {where} has {key}: {value!r}; a value with spaces goes into the `config` file")
-    return tuple(f"{key}={'null' if value is None else as_text(value)}" for key, value in values.items())
+    found = tuple(f"{key}={'null' if value is None else as_text(value)}" for key, value in values.items())
+    check_contradictions(found)
+    check_undecided(found, decided, f"{file}: {where} has")
+    return found
+
+
+def check_undecided(settings: Sequence[str], decided: Mapping[str, str], where: str = "--set") -> None:
+    """Refuses settings that a sweep or a study decides.
+
+    Args:
+        settings: `key=value` strings.
+        decided: key, or the beginning of keys -> what to do instead.
+        where: where the settings stand, for errors.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for setting in settings:
+        key = f"{setting.partition('=')[0].strip()}."
+        for own, remedy in decided.items():
+            if key.startswith(f"{own}.") or f"{own}.".startswith(key):
+                raise ConfigError(f"{where} {setting}, which would be overridden: {remedy}")
+
+
+def check_distinct(option: str, values: Sequence[object]) -> None:
+    """Refuses a value that an option gives twice: it would count as two that are independent.
+
+    Raises:
+        ConfigError: with the option and the value.
+    """
+    if double := [value for place, value in enumerate(values) if value in values[:place]]:
+        raise ConfigError(f"{option} {as_text(double[0])} is given twice: give it once")
 
 
 def checked(runs: Sequence[PlannedRun]) -> Config:
@@ -239,11 +280,19 @@ def checked(runs: Sequence[PlannedRun]) -> Config:
     if not client_specs(resolved):
         raise ConfigError(f"preset {runs[0].preset!r} has no clients: name a `config` file with client specs")
     rounds = resolved.rounds if runs[0].rounds is None else runs[0].rounds
-    new = portable(plain(replace(resolved, rounds=rounds)))
+    new = plain(replace(resolved, rounds=rounds))
     for run in runs:
-        if run.done and (keys := different(recorded(run.folder), new)):
+        if run.done and (keys := different(old := recorded(run.folder), new)):
             raise ConfigError(
                 f"{run.folder} holds a run with another configuration ({', '.join(keys)} differ): give another folder with "
-                f"--out, or remove this one"
+                f"--out, or remove this one{_if_moved(run.folder, old, new)}"
             )
     return resolved
+
+
+def _if_moved(run: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """A further remedy where a run differs in where its data, or its backbone, lay."""
+    files = [{key: config.get(key) for key in ("clients", "backbone", "data")} for config in (old, new)]
+    if (places := moved(*files)) is None:
+        return ""
+    return f"; its files lay in {places[0]}, now in {places[1]}: if they only moved, change that in {config_file(run)}"

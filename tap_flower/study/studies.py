@@ -16,6 +16,7 @@ from tap_flower.core.seeds import named_seed
 from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.errors import ConfigError
 from tap_flower.files import write_atomically
+from tap_flower.plain import as_text
 from tap_flower.report.charts import Axis, Point, Series, line_chart
 from tap_flower.report.figures import Figure
 from tap_flower.report.html_report import write_study
@@ -23,7 +24,7 @@ from tap_flower.report.result_tables import Table
 from tap_flower.report.results import headlines, read_results, scores, unmeasured
 from tap_flower.report.svg import number
 from tap_flower.study.comparison import OVERALL
-from tap_flower.study.plan import PlannedRun
+from tap_flower.study.plan import OF_CLIENTS, OF_STUDIES, PlannedRun, check_distinct, check_undecided
 from tap_flower.study.statistics import ESTIMATE_COLUMNS, Estimate, csv_text, estimate, slope_by_doubling
 
 Values = Mapping[tuple[str, str], Mapping[str, float]]
@@ -98,6 +99,9 @@ def pairs_study(preset: str, config: str, settings: Sequence[str], seeds: Sequen
     Raises:
         ConfigError: there are fewer than two tasks, or a setting is wrong.
     """
+    check_distinct("--seed", seeds)
+    every_round = {"clients_per_round": "all clients of a group take part in every round"}
+    check_undecided(settings, OF_STUDIES | OF_CLIENTS | every_round)
     by_task: dict[str, list[dict[str, Any]]] = {}
     for client in plain(load_config(preset, config, settings))["clients"]:
         for task in client["tasks"]:
@@ -187,15 +191,21 @@ def margin_study(
         seeds: seeds of the runs.
         margins: margins, each set for all kinds of task; a client's own margin goes before it.
         out: folder of the study.
+
+    Raises:
+        ConfigError: a seed or a margin is given twice, or a setting is one that the study decides.
     """
+    check_distinct("--seed", seeds)
+    check_distinct("--margin", margins)
+    check_undecided(settings, OF_STUDIES | {"replacement.margin": "choose margins with --margin"})
     runs = {
         (margin, seed): PlannedRun(
-            f"margin {margin:g}",
+            f"margin {as_text(margin)}",
             seed,
             preset,
             config,
             (*settings, "method=tap", *(f"replacement.margin.{kind}={margin}" for kind in TASK_KINDS), f"seed={seed}"),
-            out / f"margin-{margin:g}" / f"seed-{seed}",
+            out / f"margin-{as_text(margin)}" / f"seed-{seed}",
         )
         for seed in seeds
         for margin in margins

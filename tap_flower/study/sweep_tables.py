@@ -12,7 +12,25 @@ from tap_flower.study.statistics import ESTIMATE_COLUMNS, LEVEL, Estimate, csv_t
 
 _NOT_WORSE = "Not worse: the interval over seeds of a client's mean score minus that of `local` is not wholly below 0."
 _ESCAPES = str.maketrans(
-    {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
+    {
+        "_": r"\_",
+        "%": r"\%",
+        "&": r"\&",
+        "#": r"\#",
+        "$": r"\$",
+        "{": r"\{",
+        "}": r"\}",
+        "↑": r"$\uparrow$",
+        "↓": r"$\downarrow$",
+        "\\": r"\textbackslash{}",
+        "^": r"\textasciicircum{}",
+        "~": r"\textasciitilde{}",
+        "<": r"$<$",
+        ">": r"$>$",
+        "|": r"$|$",
+        "±": r"$\pm$",
+        "–": "--",
+    }
 )
 
 
@@ -21,6 +39,7 @@ def comparison_tables(found: Comparison) -> list[Table]:
     labels = list(found.labels)
     others = [label for label in labels if label != found.reference]
     seeds = f"{counted(len(found.seeds), 'seed')} ({', '.join(map(str, found.seeds))})"
+    seeds = f"up to {seeds}" if found.unfinished else seeds
     quality = [[row.name, row.unit, *(_cell(row.values.get(label)) for label in labels)] for row in found.quality]
     strong = {(i, 2 + labels.index(label)) for i, row in enumerate(found.quality) for label in row.best}
     if found.ranks:
@@ -37,6 +56,7 @@ def comparison_tables(found: Comparison) -> list[Table]:
     ]
     clients = [[row.name, row.unit, *(_cell(row.values.get(label)) for label in labels)] for row in found.clients]
     quality += [[row.name, row.unit, *(_cell(row.values.get(label)) for label in labels)] for row in found.costs]
+    worse = _NOT_WORSE if any(row.name == NOT_WORSE for row in found.clients) else ""
     title, star = (
         TITLES[found.budget],
         "positive is better, * where p < .05 after Holm's correction for a row's methods",
@@ -47,14 +67,14 @@ def comparison_tables(found: Comparison) -> list[Table]:
             ["task", "metric", *labels],
             quality,
             frozenset(strong),
-            found.note,
+            " ".join(filter(None, (found.unfinished, found.note))),
         ),
         Table(f"{title}: paired difference to {found.reference}, {star}", ["task", "metric", *others], differences),
         Table(
             f"{title}: over clients, mean ± 95 % interval over {seeds}",
             ["clients", "metric", *labels],
             clients,
-            note=_NOT_WORSE if any(row.name == NOT_WORSE for row in found.clients) else "",
+            note=" ".join(filter(None, (found.unfinished, worse))),
         ),
     ]
     return [part for part in tables if part.rows and len(part.header) > 2]
@@ -64,9 +84,10 @@ def markdown(found: Sequence[Table]) -> str:
     """Tables in Markdown."""
     blocks = []
     for part in found:
-        lines = [f"**{part.caption}**", "", "| " + " | ".join(part.header) + " |", "|" + "---|" * len(part.header)]
+        header = map(_cell_text, part.header)
+        lines = [f"**{part.caption}**", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(part.header)]
         for i, row in enumerate(part.rows):
-            cells = (f"**{cell}**" if (i, j) in part.best else cell for j, cell in enumerate(row))
+            cells = (f"**{cell}**" if (i, j) in part.best else cell for j, cell in enumerate(map(_cell_text, row)))
             lines.append("| " + " | ".join(cells) + " |")
         lines += ["", part.note] if part.note else []
         blocks.append("\n".join(lines))
@@ -108,10 +129,15 @@ def to_csv(comparisons: Sequence[Comparison]) -> str:
         ]
         ranks = found.ranks.items()
         lines += [
-            (found.budget, "mean rank", "", "", label, rank, None, len(found.seeds), None, None)
+            (found.budget, "mean rank", "", "", label, rank, None, len(found.ranked_seeds), None, None)
             for label, rank in ranks
         ]
     return csv_text(("budget", "what", "name", "unit", "method", *ESTIMATE_COLUMNS, "p", "p_holm"), lines)
+
+
+def _cell_text(text: str) -> str:
+    """The text of a cell in Markdown."""
+    return text.replace("\\", r"\\").replace("|", r"\|")
 
 
 def _cell(one: Estimate | None) -> str:
@@ -130,4 +156,4 @@ def _signed(one: Estimate | None, p: float | None) -> str:
 
 
 def _latex(text: str) -> str:
-    return text.translate(_ESCAPES).replace("±", r"$\pm$").replace("–", "--")
+    return text.translate(_ESCAPES)

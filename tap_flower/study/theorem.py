@@ -26,6 +26,7 @@ from tap_flower.core.seeds import named_seed
 from tap_flower.core.tasks import TaskKind
 from tap_flower.run.in_process import InProcessGrid
 from tap_flower.server.strategy import TapStrategy
+from tap_flower.study.plan import check_distinct
 from tap_flower.study.studies import COMPARED, Study, Tell, Values
 
 INPUTS, OUTPUTS, NOISE = 8, 4, 0.1
@@ -79,7 +80,11 @@ def pairs_in_theory(seeds: Sequence[int], disagreement: float, tell: Callable[[s
         seeds: seeds of the runs; each draws its own maps, data and first values.
         disagreement: δ.
         tell: called with a line for each seed that is done.
+
+    Raises:
+        ConfigError: a seed is given twice.
     """
+    check_distinct("--seed", seeds)
 
     def measure(_: Tell) -> Iterator[tuple[float, Values]]:
         for number, seed in enumerate(seeds, 1):

@@ -61,6 +61,12 @@ def test_several_runs_are_averaged(command: Any, tmp_path: Path) -> None:
     assert "0.500 ± 0.354" in page  # sqrt((.25² + .25²) / 1)
 
 
+def test_a_run_that_is_given_twice_is_refused(command: Any, tmp_path: Path) -> None:
+    finished_run(tmp_path / "run")
+    code, _, err = command("report", "run", str(tmp_path / "run"))
+    assert (code, "is given twice: one run is no repetition of itself, give it once" in err) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
@@ -125,6 +131,7 @@ def test_only_runs_that_differ_in_nothing_but_their_seed_are_averaged(command: A
     assert code == 0
     assert out.count("mean of 2 runs") == 2
     assert "mean of 4 runs" not in out
+    assert "the runs differ, besides the seed, in rounds" in out
     page = (tmp_path / "page.html").read_text()
     assert "TAP (rounds-3/seed-1)" in page
     assert "TAP (rounds-5/seed-1)" in page

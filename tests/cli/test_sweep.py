@@ -107,6 +107,42 @@ def test_tables_of_the_runs_that_are_there(command: Any, tmp_path: Path, execute
     assert (tmp_path / "runs" / "sweep" / "table.md").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep", "out"], "--keep out and --out out are one folder, or one holds the other"),
+        (["--keep", "out/kept"], "--keep out/kept and --out out are one folder, or one holds the other"),
+        (["--keep", "."], "--keep . and --out out are one folder, or one holds the other"),
+        (
+            ["--tables", "--ray", "auto", "--gpus-per-run", "1"],
+            "--ray and --gpus-per-run would have no effect: --tables",
+        ),
+        (["--keep", "file/kept"], "the folder file/kept cannot be made, since file is a file: give another folder"),
+        (["--out", "file"], "the folder file/tap/seed-41 cannot be made, since file is a file: give another folder"),
+    ],
+)
+def test_what_a_sweep_cannot_do_is_told_before_it_runs(
+    command: Any, tmp_path: Path, executed: Executed, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "sweep.yaml").write_text("seeds: [41]\nmethods: [tap]\n")
+    (tmp_path / "file").write_text("")
+    status, _, err = command("sweep", "sweep.yaml", "--out", "out", *arguments)
+    assert (status, executed) == (1, [])
+    assert message in err
+
+
+def test_a_cluster_of_the_environment_is_no_mistake(
+    command: Any, tmp_path: Path, executed: Executed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(theorem, "measured", lambda *_: {theorem.GAP: {"server": 1.0}})
+    status, _, err = command("study", "pairs", "--seed", "7")
+    assert status == 0, err
+    (tmp_path / "file").write_text("")
+    status, _, err = command("study", "pairs", "--seed", "7", "--out", "file")
+    assert (status, "the folder file cannot be made, since file is a file" in err) == (1, True)
+
+
 def test_a_sweep_names_answers_that_could_not_be_used(
     command: Any, tmp_path: Path, executed: Executed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +265,7 @@ def test_pairs_without_a_preset_are_linear_maps(
     ("arguments", "message"),
     [
         (["--set", "rounds=3"], "--config and --set are of a preset's clients: name it"),
+        (["--ray", "nosuch:99", "--cpus-per-run", "64"], "--ray and --cpus-per-run would have no effect: linear maps"),
         (["--preset", "demo", "--disagreement", "1"], "--disagreement is of the linear maps: leave it out"),
     ],
 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tap_flower.core.tasks import TASK_KINDS
 from tap_flower.report import verdict
+from tap_flower.report.result_tables import headline_table, side_by_side
 from tap_flower.report.results import results
 from tap_flower.report.run_record import RunRecord
 
@@ -16,12 +18,13 @@ KINDS = dict.fromkeys("abcdef", "image_classification") | {"p": "image_generatio
 
 
 def run(
-    models: Mapping[str, Mapping[str, float]], method: str = "tap", clients: int = 2, name: str = "run", **more: Any
-) -> RunRecord:
+    models: Mapping[str, Mapping[str, float]], method: str = "tap", clients: int = 2, name: str = "run",
+    kinds: Mapping[str, str] = KINDS, seed: int = 1, **more: Any,
+) -> RunRecord:  # fmt: skip
     """A run in which each client has each model's value of each task; the second client has .1 less accuracy."""
 
     def metrics(task: str, value: float, client: int) -> dict[str, float]:
-        return {"mse" if task == "p" else "accuracy": value - 0.1 * client}
+        return {TASK_KINDS[kinds[task]].judged_by.metric: value - 0.1 * client}
 
     tasks = {task for by_task in models.values() for task in by_task}
     of = {
@@ -33,8 +36,8 @@ def run(
     }
     said: dict[str, Any] = {"missing": {}, "marks": {}, "dropped": {}, "privacy": None} | more
     found = results(
-        preset="demo", method=method, seed=1, rounds=3, clients=of, kinds={task: KINDS[task] for task in tasks},
-        headlines={task: TASK_KINDS[KINDS[task]].judged_by for task in tasks},
+        preset="demo", method=method, seed=seed, rounds=3, clients=of, kinds={task: kinds[task] for task in tasks},
+        headlines={task: TASK_KINDS[kinds[task]].judged_by for task in tasks},
         replacements={}, bytes_={"down": 1, "up": 1, "per_component": {}}, steps={}, seconds={"total": 1.0}, **said,
     )  # fmt: skip
     return RunRecord(name, found, [], "", {})
@@ -99,8 +102,8 @@ def test_a_run_of_one_model_has_nothing_to_be_compared_with() -> None:
 
 
 def test_methods_are_compared_by_their_results_and_over_seeds() -> None:
-    taps = [run({"server": {"a": 0.1}, "tap": {"a": value}}) for value in (0.5, 0.9)]
-    local = [run({"local": {"a": value, "b": 0.9}}, method="local") for value in (0.55, 0.65)]
+    taps = [run({"server": {"a": 0.1}, "tap": {"a": value}}, seed=n) for n, value in enumerate((0.5, 0.9))]
+    local = [run({"local": {"a": v, "b": 0.9}}, method="local", seed=n) for n, v in enumerate((0.55, 0.65))]
     ditto = [run({"server": {"a": 0.8}, "ditto": {"a": 0.8}, "zz": {"a": 0.1}}, method="ditto")]
     first, worst = verdict.verdict([local, taps, ditto])
     # Over the seeds TAP has .7 in the mean of "a" (and .65 over the clients), training alone .6; "b" is not TAP's.
@@ -121,6 +124,32 @@ def test_a_method_that_is_not_installed_is_judged_by_the_last_model_that_is_show
 def test_two_groups_of_one_method_have_their_folders_names() -> None:
     first, *_ = verdict.verdict([[run({"tap": SIX}, name="one")], [run({"tap": {"a": 0.6}}, name="two")]])
     assert first == "TAP (one) does not beat TAP (two) on its only task, a."
+
+
+def test_a_task_of_another_kind_or_metric_is_not_compared() -> None:
+    """By the last run's metric, the squared error of the first would be an accuracy, and the better one."""
+    pictures = run({"tap": {"a": 1.18, "b": 0.5}}, name="one", kinds=KINDS | {"a": "image_generation"})
+    labels = run({"tap": {"a": 0.5, "b": 0.6}}, name="two")
+    words = (
+        "ask 'a' is not compared: by this name runs have image_generation judged by mse and image_classification "
+        "judged by accuracy"
+    )
+    first, _, told, _ = verdict.verdict([[pictures], [labels]])
+    assert (first, told) == ("TAP (one) does not beat TAP (two) on its only task, b.", f"T{words}.")
+    table = verdict.method_table([[pictures], [labels]])
+    assert [row[0] for row in table.rows] == [row[0] for row in side_by_side([[pictures], [labels]]).rows] == ["b"]
+    assert f"t{words}" in table.note
+    alone = [[replace(one, results=one.results | {"tasks": {}})] for one in (pictures, labels)]
+    assert verdict.verdict(alone)[1] == f"T{words}."
+
+
+def test_runs_of_one_seed_are_no_repetitions() -> None:
+    twice = [run({"server": SIX, "tap": SIX}, seed=seed) for seed in (41, 41)]
+    told, chance = verdict.verdict([twice])[-2:]
+    assert told == "There are 2 runs of seed 41, which are no independent repetitions."
+    assert chance == "There is one seed: a small difference may be chance."
+    assert "there are 2 runs of seed 41, which are no" in headline_table([one.results for one in twice]).note
+    assert not [said for said in verdict.verdict([[*twice[:1], run({"tap": SIX}, seed=42)]]) if "seed" in said]
 
 
 def test_who_was_missing() -> None:

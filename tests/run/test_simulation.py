@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tap_flower.errors import SimulationError
+from tap_flower.errors import ConfigError, SimulationError
 from tap_flower.run import simulation
 from tap_flower.run.resources import Resources
 from tap_flower.run.simulation import Flower, Launch, app_folder, cause, simulate, superlink
@@ -35,6 +35,13 @@ def test_the_cause_of_a_failed_run_is_the_last_exception_of_its_log() -> None:
     )
     assert cause(words) == ": rounds = 0 is out of bounds"
     assert cause("INFO: ended\n") == ":\nINFO: ended"
+
+
+def test_a_run_folder_below_a_file_is_told_before_flower_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    launch = Launch("demo", "", (), tmp_path / "file" / "run", False, 2, Resources(1))
+    with pytest.raises(ConfigError, match=r"file/run cannot be made, since .*file is a file: give another folder"):
+        simulate(launch, lambda _: None)
 
 
 @pytest.mark.parametrize("ends", [True, False])

@@ -6,18 +6,21 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tap_flower.config import Config, plain, to_yaml
 from tap_flower.core.headline import Headline
 from tap_flower.errors import ConfigError
-from tap_flower.report.configuration import different, portable, recorded
+from tap_flower.report.configuration import different, moved, portable, recorded
+from tap_flower.report.html_report import page
 from tap_flower.report.result_tables import differences, groups
 from tap_flower.report.results import results
 from tap_flower.report.run_record import read_runs
 from tap_flower.study.comparison import compare
 from tap_flower.study.kept import keep
-from tap_flower.study.plan import read_sweep
+from tap_flower.study.plan import Sweep, read_sweep
 from tap_flower.study.sweep_tables import comparison_tables, markdown
+from tests.federations import LANGUAGES
 
 SWEEP = "seeds: [1, 2]\nmethods: [tap]\nset: {train.steps: 3}\n"
 
@@ -74,17 +77,59 @@ def test_the_report_averages_kept_runs_of_one_configuration_alone(tmp_path: Path
     found = read_runs([tmp_path / "kept" / run.relative_to(tmp_path) for run in runs] + runs[:1])
     assert [len(group) for group in groups(found)] == [3, 2]
     assert differences(found) == ["rounds"]
+    assert "No bytes by component are recorded." in page(found)
 
 
-def test_clients_are_compared_wherever_their_files_lie() -> None:
-    def config(folder: str, rows: int) -> Config:
-        source = {"format": "csv", "path": f"{folder}/names.csv", "rows": [0, rows]}
-        return Config(clients=[{"name": "ann", "tasks": [{"name": "t", "train": source}]}], seed=rows)
+def of_file(folder: str, rows: int = 8) -> Config:
+    source = {"format": "csv", "path": f"{folder}/names.csv", "rows": [0, rows]}
+    return Config(clients=[{"name": "ann", "tasks": [{"name": "t", "train": source}]}], seed=rows)
 
-    here, there, other = (portable(plain(config(*of))) for of in (("/home/ann", 8), ("/data", 8), ("/data", 9)))
+
+def test_clients_of_kept_runs_are_compared_wherever_their_files_lie() -> None:
+    here, there, other = (portable(plain(of_file(*of))) for of in (("/home/ann", 8), ("/data", 8), ("/data", 9)))
     assert different(here, there) == []
     assert different(here, other) == ["clients"]
     assert portable(here) == here
+    assert different(plain(of_file("/home/ann")), there) == different(there, plain(of_file("/home/ann"))) == []
+
+
+def test_runs_of_files_in_other_folders_are_different(tmp_path: Path) -> None:
+    assert different(plain(of_file("/2023")), plain(of_file("/2024"))) == ["clients"]
+    old, new = ({"clients": [], "backbone": place, "data": {"root": ""}} for place in ("/a/flava", "/b/flava"))
+    assert different(old, new) == ["backbone"]
+    assert moved(old, new) == ("/a/flava", "/b/flava")
+    assert moved(old, {**new, "clients": [1]}) is None
+    places = {"a": "/2023", "b": "/2024", "c": "/2023"}
+    for name, place in places.items():
+        write_run(tmp_path / name / "seed-8", of_file(place), clients=1)
+    keep([tmp_path / "b" / "seed-8"], tmp_path / "kept")
+    runs = read_runs([tmp_path / name / "seed-8" for name in ("a", "b", "c", "kept/b")])
+    # The kept run may be of either place, so it is averaged with none.
+    assert groups(runs) == [[runs[0], runs[2]], [runs[1]], [runs[3]]]
+    assert differences(runs) == ["clients"]
+
+
+def test_a_run_of_files_in_another_folder_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    def sweep_of(folder: str) -> Sweep:
+        source = {"format": "csv", "path": f"{folder}/names.csv"}
+        task = {**LANGUAGES, "train": source, "test": source}
+        (tmp_path / "clients.yaml").write_text(yaml.safe_dump({"clients": [{"name": "ann", "tasks": [task]}]}))
+        return read_sweep(tmp_path / "sweep.yaml", tmp_path / "out")
+
+    (tmp_path / "sweep.yaml").write_text("seeds: [8]\nmethods: [tap]\nconfig: clients.yaml\n")
+    (run,) = sweep_of("2023").runs
+    write_run(run.folder, run.resolved, clients=1)
+    assert sweep_of("2023").runs[0].done
+    lay = rf"\(clients differ\): .*; its files lay in {tmp_path}/2023/names.csv, now in {tmp_path}/2024/names.csv: if"
+    with pytest.raises(ConfigError, match=lay):
+        sweep_of("2024")
+
+
+def test_what_has_been_kept_stays_as_it_is(tmp_path: Path) -> None:
+    write_run(tmp_path / "tap" / "seed-1", Config(seed=1), clients=1)
+    before = (tmp_path / "tap" / "seed-1" / "results.json").read_text()
+    keep([tmp_path / "tap" / "seed-1"], tmp_path)
+    assert (tmp_path / "tap" / "seed-1" / "results.json").read_text() == before
 
 
 def test_an_option_that_a_kept_run_did_not_know_is_the_default() -> None:

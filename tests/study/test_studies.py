@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
+from collections.abc import Callable
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ import yaml
 
 from tap_flower.errors import ConfigError
 from tap_flower.files import write_json
+from tap_flower.study.heterogeneity import heterogeneity_study
+from tap_flower.study.newcomers import newcomers_study
 from tap_flower.study.studies import Study, margin_study, pairs_study
+from tap_flower.study.theorem import pairs_in_theory
 
 
 @pytest.fixture
@@ -102,6 +107,54 @@ def test_a_pair_whose_second_stage_has_failed_is_left_out_of_its_seed(pairs: Stu
     assert f"6 pairs, seed 2: task &#39;{tasks[0]}&#39; has no results of tap" in pairs.write(tmp_path).read_text()
     with (tmp_path / "pairs.csv").open() as file:
         assert {row["figure"]: row["seeds"] for row in csv.DictReader(file)}[tasks[0]] == "1"
+
+
+STUDIES: dict[str, Callable[..., Any]] = {
+    "pairs": lambda settings, seeds, out: pairs_study("demo", "", settings, seeds, out),
+    "margin": lambda settings, seeds, out: margin_study("demo", "", settings, seeds, [0.0], out),
+    "newcomers": lambda settings, seeds, out: newcomers_study("demo", "", settings, seeds, ["tap"], 0.2, out),
+    "skew": lambda settings, seeds, out: heterogeneity_study("demo", "", settings, seeds, ["tap"], [1.0], out),
+    "theory": lambda settings, seeds, out: pairs_in_theory(seeds, 1.0, print),
+}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_seed_that_is_given_twice_is_not_two_seeds(study: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--seed 41 is given twice: give it once"):
+        STUDIES[study]([], [41, 42, 41], tmp_path)
+
+
+def test_no_other_option_of_a_study_is_given_twice(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--margin 0.01 is given twice"):
+        margin_study("demo", "", [], [1], [0.01, 0.01], tmp_path)
+    with pytest.raises(ConfigError, match="--method tap is given twice"):
+        newcomers_study("demo", "", [], [1], ["tap", "tap"], 0.2, tmp_path)
+    with pytest.raises(ConfigError, match="--method tap is given twice"):
+        heterogeneity_study("demo", "", [], [1], ["tap", "tap"], [1.0], tmp_path)
+    with pytest.raises(ConfigError, match="--alpha 1 is given twice"):
+        heterogeneity_study("demo", "", [], [1], ["tap"], [1.0, 1.0], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("study", "setting"),
+    [
+        *((study, setting) for study in STUDIES if study != "theory" for setting in ("seed=5", "method=fedavg")),
+        *((study, "clients=[]") for study in ("pairs", "newcomers", "skew")),
+        ("pairs", "clients_per_round=2"),
+        ("margin", "replacement.margin.text_classification=0.7"),
+        ("margin", "replacement={margin: {text_classification: 0.7}}"),
+    ],
+)
+def test_what_a_study_decides_cannot_be_set(study: str, setting: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"--set {re.escape(setting)}, which would be overridden: "):
+        STUDIES[study](["rounds=2", setting], [1], tmp_path)
+
+
+def test_margins_that_are_close_have_folders_of_their_own(tmp_path: Path) -> None:
+    study = margin_study("demo", "", [], [1], [0.01, 0.010000001], tmp_path)
+    assert [str(run.folder.relative_to(tmp_path)) for run in study.runs] == [
+        "margin-0.01/seed-1", "margin-0.010000001/seed-1",
+    ]  # fmt: skip
 
 
 def test_margins(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from tap_flower.core.headline import Headline
+from tap_flower.errors import ConfigError
 from tap_flower.files import write_json
 from tap_flower.report.results import results as collected_results
 from tap_flower.report.terminal_tables import terminal
@@ -61,6 +63,45 @@ def test_means_ranks_and_differences(found: Comparison) -> None:
     assert {row.name: row.values["tap"].mean for row in found.costs} == {
         "MB to clients": 2.0, "MB back": 1.0, "rounds": 2, "optimiser steps": 10, "seconds": 3.0,
     }  # fmt: skip
+
+
+def test_a_method_that_has_not_finished_with_a_seed_is_named(found: Comparison) -> None:
+    quality, _, *_ = comparison_tables(found)
+    assert "over up to 2 seeds (1, 2)" in quality.caption
+    assert quality.note == "local has not finished with seed 2. The mean rank is over seed 1 alone."
+    rows = list(csv.DictReader(io.StringIO(to_csv([found]))))
+    assert {row["method"]: row["seeds"] for row in rows if row["what"] == "mean rank"} == dict.fromkeys(VALUES, "1")
+    assert {row["method"]: row["seeds"] for row in rows if row["name"] == "rounds"} == {
+        "tap": "2",
+        "fedavg": "2",
+        "local": "1",
+    }
+
+
+def test_results_of_two_kinds_of_a_task_are_no_sweep(tmp_path: Path) -> None:
+    runs = {(label, 1): PlannedRun(label, 1, "demo", "", (), tmp_path / label) for label in ("tap", "local")}
+    for (label, _), run in runs.items():
+        written = results(label, label, 0.5, 0.5, 1)
+        if label == "local":
+            written["kinds"]["images"] = "image_classification"
+        write_json(run.folder / "results.json", written)
+    with pytest.raises(ConfigError, match="task 'images' is not compared: by this name runs have image_generation"):
+        compare(Sweep({"rounds": runs}, {"tap": "tap", "local": "local"}, "tap"))
+
+
+ODD = r"a|b [x^2{~\y"
+"""A label with letters that mean something in Markdown, in LaTeX and on a terminal."""
+
+
+def test_odd_labels_reach_the_tables_whole(tmp_path: Path) -> None:
+    runs = {(ODD, 1): PlannedRun(ODD, 1, "demo", "", (), tmp_path / "odd")}
+    write_json(runs[ODD, 1].folder / "results.json", results("tap", "tap", 0.5, 0.5, 1))
+    tables = comparison_tables(compare(Sweep({"rounds": runs}, {ODD: "tap"}, ODD)))
+    assert r"| task | metric | a\|b [x^2{~\\y |" in markdown(tables).splitlines()
+    assert r"a$|$b [x\textasciicircum{}2\{\textasciitilde{}\textbackslash{}y \\" in latex(tables)
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(terminal(replace(tables[0], header=["task", "[b]metric[/i]", "tap"], caption="[/u]", note="[/u]")))
+    assert console.export_text().count("[/u]") == 2
 
 
 def test_nothing_has_finished(tmp_path: Path) -> None:
