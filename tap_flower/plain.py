@@ -191,5 +191,5 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def same_backbone(one: str, other: str) -> bool:
-    """Whether two fingerprints agree, BACKBONE-TOKENIZER each; one without a tokenizer's part agrees with any of its backbone."""
+    """Whether two fingerprints agree, BACKBONE-TOKENIZER each; one without a tokenizer's part leaves that open."""
     return all(mine == its for mine, its in zip(one.split("-"), other.split("-"), strict=False))

@@ -29,8 +29,8 @@ from tap_flower.methods.method import Memory
 from tap_flower.methods.registry import find_method
 from tap_flower.models.load import load_backbone
 from tap_flower.models.model import TapModel
-from tap_flower.plain import same_backbone
 from tap_flower.personal.answers import Answer, class_answers, image_answers, text_answers
+from tap_flower.plain import same_backbone
 
 Picture = Image.Image | str | Path | NDArray[np.uint8]
 """An image, a file of one, or pixels [H, W, 3] or [H, W], uint8."""
