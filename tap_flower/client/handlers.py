@@ -6,13 +6,15 @@ import json
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
+import msgspec
 from cachetools import LRUCache
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 
@@ -34,9 +36,10 @@ from tap_flower.methods.own_results import NUM_EXAMPLES, TRAIN_LOSS
 from tap_flower.methods.registry import find_method
 from tap_flower.methods.session import Session
 from tap_flower.methods.trial import try_evidence, try_loops
-from tap_flower.plain import printable
+from tap_flower.plain import printable, shown
 from tap_flower.report.client_records import STEPS, record_decisions, record_evaluation
 from tap_flower.wire import messages
+from tap_flower.wire.fields import Component
 from tap_flower.wire.messages import LOST, REFUSED, Evaluation, Instruction, Manifest, Report, TaskInfo, TensorInfo
 from tap_flower.wire.tensors import encode_tensors, make_update, moved_to
 
@@ -229,6 +232,14 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
             )
     if participant.keeps_best and not any(held_out.values()):
         log.warning("keep-best does nothing: no held-out examples say which state is best")
+    built = session.built_values() if model.is_built else {}
+    _check_names(exchanged, built)
+    tensors = {name: tensor for name, tensor in trainable_state(model).items() if name in exchanged}
+    if empty := [name for name, tensor in tensors.items() if not tensor.numel()]:
+        raise ClientError(
+            f"tensor {empty[0]!r} of the model has the shape {list(tensors[empty[0]].shape)}, and so no value to train: "
+            f"leave its layer out, or freeze it"
+        )
     kept = set(exchanged.values())
     classes = {task.name: task.classes for task in participant.client.tasks}
     return messages.encode(
@@ -250,15 +261,31 @@ def _manifest(participant: Participant, _: Message) -> RecordDict:
             ),
             tensors={
                 name: TensorInfo(exchanged[name], tuple(tensor.shape), model.initials.get(name))
-                for name, tensor in trainable_state(model).items()
-                if name in exchanged
+                for name, tensor in tensors.items()
             },
             reach={pair.task: components & kept for pair, components in model.component_map.reach.items()},
             state=participant.folder.round,
             unread=session.unread,
-            built={name: digest(value) for name, value in session.built_values().items()} if model.is_built else {},
+            built={name: digest(value) for name, value in built.items()},
         )
     )
+
+
+def _check_names(component_of: Mapping[str, str], built: Iterable[str]) -> None:
+    """Refuses names of tensors and components that no message can carry.
+
+    Raises:
+        ClientError: there is one.
+    """
+    named = {**dict.fromkeys(chain(component_of, built), "tensor"), **dict.fromkeys(component_of.values(), "component")}
+    for name, what in named.items():
+        try:
+            msgspec.convert(name, Component)
+        except msgspec.ValidationError as error:
+            raise ClientError(
+                f"the model has the {what} {shown(name)}: name it with at most 256 letters, digits, '_', '-', '.' and, "
+                f"between two parts, '/'"
+            ) from error
 
 
 def _values(participant: Participant, message: Message) -> RecordDict:
@@ -321,6 +348,7 @@ def _personalise(participant: Participant, message: Message) -> RecordDict:
     session, folder, instruction = participant.session, participant.folder, participant.instruction
     state, steps = participant.state_after_stage_1(), session.steps
     result = participant.method.second_stage(session, participant.receive(message, state), _memory(state))
+    participant.method.check_made(result)
     for after, decisions in enumerate(result.decisions, 1):
         record_decisions(folder.folder, instruction.run, instruction.round + after, decisions)
     folder.save_models(result.models, instruction.round)

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from tap_flower.core.components import ComponentModel, State
+from tap_flower.core.module_attributes import mark
 from tap_flower.core.module_tensors import BuiltModule, Names
 from tap_flower.core.seeds import named_seed, seeded
 from tap_flower.core.tracing import Forward, Parts, of_the_user
 from tap_flower.data.examples import OWN
-from tap_flower.errors import ClientError
+from tap_flower.errors import ClientError, TapFlowerError
 
+_READ = 4096
+"""Values of a frozen tensor that are read before and after training: a backbone may have 100 million."""
 _OPEN = 8
 """Modules that a process keeps; clients whose `model` is one function share one."""
 
@@ -42,7 +45,7 @@ class OwnModel(ComponentModel):
         self._parameters, self._buffers, self._modules = module._parameters, module._buffers, module._modules
         self.component_map, self.moving, self.local = parts.component_map, parts.moving, parts.local
         self.initials = {}
-        weakref.finalize(self, built.give_back, module)
+        weakref.finalize(self, built.give_back, module).atexit = False
 
     @property
     def own_module(self) -> nn.Module:
@@ -79,8 +82,12 @@ class OwnModel(ComponentModel):
 
     def discard(self) -> None:
         """Marks the shared module as changed, so that the next model is built anew."""
-        for key in [key for key, (built, _) in _built.items() if built is self._built]:
-            del _built[key]
+        self._built.spoilt = True
+
+    def marks(self) -> dict[str, tuple[int, int, int]]:
+        """Name -> mark of each tensor that is no part of the state, of a large one by a part of its values."""
+        tensors = self._built.names.tensors(self.own_module).items()
+        return {n: mark(t, _READ) for n, t in tensors if n not in self.moving and n not in self._built.trainable}
 
 
 class OwnOutline(ComponentModel):
@@ -130,7 +137,7 @@ def built_module(model: Callable[[], nn.Module], seed: int) -> BuiltModule | Non
         ClientError: the function fails, or the module cannot be trained.
     """
     key = id(model), seed
-    if key not in _built:
+    if key not in _built or _built[key][0].spoilt:
         module = _fresh(model, seed)
         if isinstance(module, ComponentModel):
             return None
@@ -145,8 +152,16 @@ def built_module(model: Callable[[], nn.Module], seed: int) -> BuiltModule | Non
                 raise ClientError(f"tensor {name!r} is {parameter.dtype}: trainable tensors must be torch.float32")
             if not bool(parameter.isfinite().all()):
                 raise ClientError(f"tensor {name!r} is built with a value that is not finite: look at its first values")
+        for name, buffer in names.buffers(module):
+            if buffer.layout != torch.strided:
+                raise ClientError(
+                    f"the buffer {name!r} is {buffer.layout}: register a dense tensor, or its indices and values, and make "
+                    f"it sparse in `forward`; or register it with persistent=False"
+                )
         try:
             _built[key] = BuiltModule(module), model
+        except TapFlowerError:
+            raise
         except Exception as error:  # whatever a part's own `__deepcopy__` raises
             raise ClientError(
                 f"the model cannot be copied, and each model of a round is a copy: copy.deepcopy says {error}"
@@ -157,6 +172,8 @@ def built_module(model: Callable[[], nn.Module], seed: int) -> BuiltModule | Non
 def unstable(model: Callable[[], nn.Module], seed: int) -> State:
     """The first values (float32) of those tensors that a build in another process may give other values.
 
+    Of what is not trained, a build that draws other random numbers counts, too: whoever loads a personal model makes one.
+
     Args:
         model: as in `Client`.
         seed: seed of the run.
@@ -166,11 +183,13 @@ def unstable(model: Callable[[], nn.Module], seed: int) -> State:
         return {}
     if built.unstable is None:
         built.unstable = built.unlike(_fresh(model, seed))
+        if built.drawable(built.unstable):
+            built.unstable |= built.unlike(_fresh(model, seed, "to load"), trained=False)
     return built.unstable
 
 
-def _fresh(model: Callable[[], nn.Module], seed: int) -> nn.Module:
-    with of_the_user("`model`", model), _seeded(named_seed(seed, "model")):
+def _fresh(model: Callable[[], nn.Module], seed: int, purpose: str = "model") -> nn.Module:
+    with of_the_user("`model`", model), _seeded(named_seed(seed, purpose)):
         module = model()
     if not isinstance(module, nn.Module):
         raise ClientError(f"`model` returned a {type(module).__name__}: give a function that builds a torch.nn.Module")

@@ -17,9 +17,11 @@ from filelock import FileLock
 from msgspec import Struct
 
 from tap_flower.core.components import State
-from tap_flower.errors import DivergedError, StorageError
+from tap_flower.errors import ConfigError, DivergedError, StorageError
 from tap_flower.files import Identity, identity, keep_as, read_record, read_tensors, write_json, write_tensors
+from tap_flower.methods.method import PERSONAL as PERSONAL_MODEL
 from tap_flower.methods.method import Memory
+from tap_flower.plain import LONGEST_NUMBER
 from tap_flower.wire.fields import Count, Epoch
 
 SCHEMA = 5
@@ -174,8 +176,10 @@ class StateFolder:
         """Keeps the state after a round; states that a repeated round has made void are removed.
 
         Raises:
+            ConfigError: the method's memory would come back as another one.
             DivergedError: it holds a value that is not finite; what was kept before stays.
         """
+        _check_memory(state.memory)
         state.check_finite()
         found = self._records()
         earlier = [name for name, record in found.items() if self._counts(record) and record.round < state.round]
@@ -342,7 +346,44 @@ class StateFolder:
 
 def _prefix(model: str) -> str:
     """Begins the names of a model's tensors in the file of the client's state."""
-    return "" if model == "personal" else f"{model}:"
+    return "" if model == PERSONAL_MODEL else f"{model}:"
+
+
+def _check_memory(memory: Memory) -> None:
+    """Refuses what would come back from the file of the client's state as something else.
+
+    Raises:
+        ConfigError: with the name of the model, or of the entry of the record; values are the client's own.
+    """
+    for model in memory.models:
+        if _prefix(model).startswith((_RESIDUAL, _LOCAL)):
+            raise ConfigError(
+                f"the method keeps a model {model!r}, and the file of a client's state has other tensors under that name: "
+                f"give it another one"
+            )
+    if odd := sorted(name for name in memory.models.get(PERSONAL_MODEL, ()) if ":" in name):
+        raise ConfigError(
+            f"the method keeps the tensor {odd[0]!r} of the model {PERSONAL_MODEL!r}: use a name without ':'"
+        )
+    for name, value in memory.record.items():
+        if (found := _unlike_json({name: value})) is not None:
+            raise ConfigError(
+                f"the method keeps {found} in its record, at {name!r}, which would come back as something else, or not: "
+                f"use texts, numbers of at most {LONGEST_NUMBER} bits, booleans, None, lists, and dicts with texts as keys; "
+                f"tensors go into `Memory.models`"
+            )
+
+
+def _unlike_json(value: Any) -> str | None:
+    """What JSON does not give back as it is, in words; None where there is nothing of the kind."""
+    if isinstance(value, dict):
+        keys = (f"a key of type {type(key).__name__}" for key in value if type(key) is not str)
+        return next(keys, None) or _unlike_json(list(value.values()))
+    if isinstance(value, list):
+        return next((found for part in value if (found := _unlike_json(part)) is not None), None)
+    if isinstance(value, int) and value.bit_length() > LONGEST_NUMBER:
+        return f"a number of {value.bit_length()} bits"
+    return None if value is None or type(value) in (bool, int, float, str) else f"a {type(value).__name__}"
 
 
 def _taken(tensors: State, prefix: str) -> State:

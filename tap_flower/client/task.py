@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,17 +91,26 @@ class Task:
                 f"task {self.name!r} has kind {self.kind!r}: give a TaskKind, such as tap_flower.IMAGE_CLASSIFICATION, or "
                 f"one of your own, TaskKind.of(...)"
             )
+        for field in ("modalities", "domains", "classes"):
+            given = getattr(self, field)
+            if isinstance(given, str) or not isinstance(given, Iterable):
+                # The server, which is told, must not see the names of classes.
+                raise ClientError(f"task {self.name!r} has {field} of type {type(given).__name__}: give a list")
+            object.__setattr__(self, field, tuple(given))
         for word in (self.name, self.kind.name, *self.modalities, *self.domains):
             if not NAME.fullmatch(word):
                 raise ClientError(
                     f"task {self.name!r}: {word!r} is no name: use letters, digits, '-' and '_', at most 64"
                 )
-        if not self.modalities or isinstance(self.modalities, str):
-            raise ClientError(f"task {self.name!r} has the modalities {self.modalities!r}: give a list of at least one")
-        if self.margin is not None and not self.margin >= 0:
-            raise ClientError(f"task {self.name!r} has margin {self.margin}: give a number from 0 on")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ClientError(f"task {self.name!r} has batch_size {self.batch_size}: give a whole number from 1 on")
+        if not self.modalities or len(set(self.modalities)) < len(self.modalities):
+            raise ClientError(
+                f"task {self.name!r} has the modalities {list(self.modalities)}: give at least one, and each once"
+            )
+        if self.margin is not None and not (isinstance(self.margin, int | float) and self.margin >= 0):
+            raise ClientError(f"task {self.name!r} has margin {self.margin!r}: give a number from 0 on")
+        if self.batch_size is not None:
+            object.__setattr__(self, "batch_size", self._whole("batch_size", 1))
+        object.__setattr__(self, "head_size", self._whole("head_size", 0))
         if self.fit is not None and self.score is None and (self.forward is None or self.target is None):
             raise ClientError(
                 f"task {self.name!r} has `fit`, and nothing to evaluate by: give `score`, or `forward` and `target`"
@@ -109,6 +119,12 @@ class Task:
             raise ClientError(
                 f"task {self.name!r} has validation {self.validation}: give a share between 0 and 1, or None"
             )
+
+    def _whole(self, field: str, least: int) -> int:
+        value = getattr(self, field)
+        if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
+            raise ClientError(f"task {self.name!r} has {field} {value!r}: give a whole number from {least} on")
+        return int(value)
 
     @property
     def pair(self) -> Pair:
@@ -245,6 +261,16 @@ class Client:
     def __post_init__(self) -> None:
         if self.buffers not in (PERSONAL, AVERAGE):
             raise ClientError(f"client {self.name!r} has buffers={self.buffers!r}: use {PERSONAL!r} or {AVERAGE!r}")
+        if isinstance(self.model, nn.Module):
+            raise ClientError(
+                f"client {self.name!r} has a module as `model`: give the function that builds it, such as its class, or "
+                f"`lambda: net`"
+            )
+        if not isinstance(self.tasks, Iterable):
+            raise ClientError(
+                f"client {self.name!r} has a {type(self.tasks).__name__} as `tasks`: give a list of Tasks"
+            )
+        object.__setattr__(self, "tasks", tuple(self.tasks))
         if not NAME.fullmatch(self.name):
             raise ClientError(f"client {self.name!r}: use a name of letters, digits, '-' and '_', at most 64")
         names = [task.name for task in self.tasks]
@@ -332,6 +358,7 @@ class Client:
                     task.target,
                     partial(_first_batch, data, task.name),
                     own_loop=task.fit is not None,
+                    sizes={"head_size": task.head_size, "classes": len(task.classes)},
                 )
                 for task in self.tasks
             ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tap_flower.core.initial import Initial
+from tap_flower.errors import ClientError
 
 State = dict[str, Tensor]
 """Tensor name -> value (float32), on the CPU."""
@@ -126,6 +128,10 @@ class ComponentModel(nn.Module):
     def fix(self, values: Mapping[str, Tensor]) -> None:
         """Sets tensors that never change in a run to the run's values; other names are passed over."""
 
+    def marks(self) -> Mapping[str, object]:
+        """Name -> what changes when training changes that tensor, of those that are no part of the state and are shared."""
+        return {}
+
     def discard(self) -> None:
         """Says that what it shares with other models has changed: those that are made from now on must not have it."""
 
@@ -140,8 +146,39 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def cpu_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a model's state on the CPU, in float32."""
-    return {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in trainable_state(model).items()}
+    """A copy of a model's state on the CPU, in float32.
+
+    Raises:
+        ClientError: a buffer of integers, such as a count, has a value that float32 cannot hold.
+    """
+    found = {}
+    for name, tensor in trainable_state(model).items():
+        found[name] = tensor.to("cpu", torch.float32, copy=True)
+        if not tensor.is_floating_point() and not found[name].to(tensor.dtype).equal(tensor.cpu()):
+            raise ClientError(
+                f"the buffer {name!r} has reached {int(tensor.abs().max())}, and is kept in float32, which holds integers "
+                f"up to {2**24}: count in larger units, or register it with persistent=False if it need not be kept"
+            )
+    return found
+
+
+@contextmanager
+def only_state_changes(model: ComponentModel) -> Iterator[None]:
+    """Refuses training that changes more than the state of a model.
+
+    Raises:
+        ClientError: it has changed another tensor, which is named; no other model of this process has that module.
+    """
+    before = model.marks()
+    yield
+    after = model.marks()
+    if changed := [name for name in {**before, **after} if before.get(name) != after.get(name)]:
+        model.discard()
+        raise ClientError(
+            f"training has changed {changed[0]!r}, which a few batches before the first round had not, so that it is not "
+            f"kept: make it a buffer that each training pass changes in place under `torch.no_grad()`, if only by adding 0; "
+            f"or register it with persistent=False, and each model starts with the value that it was built with"
+        )
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tap_flower.core.components import ComponentModel
 from tap_flower.core.tasks import TASK_KINDS, TaskKind
-from tap_flower.core.tracing import of_the_user
+from tap_flower.core.tracing import left_alone, of_the_user
 from tap_flower.core.training import CALL, Batch, comparable
 from tap_flower.errors import ClientError
 
@@ -57,7 +57,8 @@ class Distillation:
             return weight * kind.divergences(output, target, batch.target, self.temperature).mean()
         # In a loop of the project's own, the teacher is called as the student was.
         args, kwargs = batch.inputs[CALL]
-        with torch.no_grad():
+        what = f"task {batch.task!r}: the module"
+        with torch.no_grad(), left_alone(what, {**dict(enumerate(args)), **kwargs}):
             target = comparable(self.teacher.own_module(*args, **kwargs))
         if kind.name in TASK_KINDS and not isinstance(output, Tensor):
             raise ClientError(

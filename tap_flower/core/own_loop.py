@@ -7,8 +7,9 @@ gradients are those of `loss + term`.
 from __future__ import annotations
 
 import copy
+import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -17,16 +18,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.autograd.graph import GradientEdge
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from tap_flower.core.components import ComponentModel, trainable_state
+from tap_flower.core.module_attributes import bits
 from tap_flower.core.objectives import Proximal
 from tap_flower.core.training import CALL, Batch, Objective, comparable
 from tap_flower.errors import ClientError
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of a value -> integers of as many; others are read byte by byte."""
-_THROUGH = ("MulBackward0", "DivBackward0", "ToCopyBackward0")
+log = logging.getLogger("tap_flower")
+UNCHANGED = "`fit` has changed no tensor of the model that it was called with"
+_THROUGH = ("MulBackward0", "DivBackward0", "NegBackward0", "ToCopyBackward0")
 
 
 @dataclass
@@ -34,34 +37,82 @@ class Factor:
     """The constant by which the loop multiplies its loss: 1 / accumulation steps, the scale of a GradScaler.
 
     Attributes:
-        value: in the present backward pass.
+        task: name of the task.
+        value: in the present backward pass; None where it cannot be told.
         rows: examples in the last batch.
         used: whether a term has reached a backward pass.
+        in_pass: whether a backward pass is on; gradients that the loop computes otherwise are without the term.
     """
 
-    value: float | Tensor = 1.0
+    task: str
+    value: float | Tensor | None = 1.0
     rows: int = 0
     used: bool = False
+    in_pass: bool = False
 
-    def read(self, root: Tensor) -> None:
-        """Takes the factors that lie between a loss and what `backward` is called on.
+    @contextmanager
+    def backward_pass(self, roots: Sequence[Any], gradients: Sequence[Tensor | None]) -> Iterator[None]:
+        """A backward pass from `roots`; one inside another, as checkpointing makes it, belongs to the outer one."""
+        if self.in_pass:
+            yield
+            return
+        found = [
+            self._of(root, gradient) for root, gradient in zip(roots, gradients, strict=False)
+        ]  # torch checks both
+        alike = len(found) == 1 or len({None if value is None else float(value) for value in found}) == 1
+        self.value, self.in_pass = found[0] if alike else None, True
+        try:
+            yield
+        finally:
+            self.in_pass = False
 
-        A sum that is divided by the number of rows is a mean: that divisor is part of the loss.
+    def known(self) -> float | Tensor:
+        """The value.
+
+        Raises:
+            ClientError: it cannot be told.
         """
+        if self.value is None:
+            raise ClientError(
+                f"task {self.task!r}: the method's further loss needs one number to belong to, and `fit` has called "
+                f"`backward` on a tensor of many, or on several losses: call it on their mean or sum"
+            )
+        return self.value
+
+    def _of(self, root: Any, gradient: Tensor | None) -> float | Tensor | None:
+        """The product of the factors that lie between a loss and what `backward` is called on, with `gradient`.
+
+        A sum that is divided by the number of rows is a mean: that divisor is part of the loss. So is a sign: a loss may be
+        a likelihood that was negated.
+        """
+        if not isinstance(root, Tensor) or root.numel() != 1:
+            return None
         node: Any = root.grad_fn
-        self.value, divisors = 1.0, []
-        while node is not None and node.name() in _THROUGH:
+        value: float | Tensor = 1.0 if gradient is None else gradient.detach().reshape(())
+        divisors = []
+        while node is not None and (node.name() in _THROUGH or _of_one(node)):
             live = [at for at, (function, _) in enumerate(node.next_functions) if function is not None]
             if len(live) != 1 or (node.name() == "DivBackward0" and live != [0]):
                 break
             if node.name() == "MulBackward0":
-                self.value = self.value * (node._saved_self if live == [1] else node._saved_other).detach()
+                value = value * (node._saved_self if live == [1] else node._saved_other).detach()
             elif node.name() == "DivBackward0":
                 divisors.append(node._saved_other.detach())
             node = node.next_functions[live[0]][0]
         for divisor in divisors:
             if not (_sums(node) and float(divisor) == self.rows):
-                self.value = self.value / divisor
+                value = value / divisor
+        return cast(float | Tensor, abs(value))
+
+
+def _of_one(node: Any) -> bool:
+    """Whether a sum or a mean is of one value, or a stack of one."""
+    if node.name() == "StackBackward0":
+        return len(node.next_functions) == 1
+    if node.name() not in ("SumBackward0", "MeanBackward0"):
+        return False
+    below = node.next_functions[0][0]
+    return not node._saved_self_sym_sizes or (below.name() == "StackBackward0" and _of_one(below))
 
 
 def _sums(root: Any) -> bool:
@@ -113,11 +164,11 @@ class _With(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         term: _Term = ctx.term
-        if term.added:
+        if term.added or not term.factor.in_pass:
             return gradient, None, None
         term.added = term.factor.used = True
         # A module that computes its own loss: what arrives at a scalar is the factor.
-        factor = gradient if ctx.is_loss else term.factor.value * torch.ones_like(term.value)
+        factor = gradient if ctx.is_loss else term.factor.known() * torch.ones_like(term.value)
         return gradient, factor.to(term.value.dtype), None
 
 
@@ -140,11 +191,13 @@ def further_loss(module: nn.Module, task: str, objective: Objective | None) -> I
     if objective is None:
         yield
         return
-    factor, backward = Factor(), Tensor.backward
+    factor, backward = Factor(task), torch.autograd.backward
 
-    def watched(root: Tensor, *args: Any, **options: Any) -> None:
-        factor.read(root)
-        backward(root, *args, **options)  # type: ignore[no-untyped-call]
+    def watched(tensors: Any, grad_tensors: Any = None, *args: Any, **options: Any) -> None:
+        roots = (tensors,) if isinstance(tensors, Tensor | GradientEdge) else tuple(tensors)
+        gradients = tuple(grad_tensors) if isinstance(grad_tensors, Sequence) else (grad_tensors,) * len(roots)
+        with factor.backward_pass(roots, gradients):
+            backward(roots, grad_tensors, *args, **options)
 
     hooks = _proximal_hooks(objective, factor) if isinstance(objective, Proximal) else []
 
@@ -171,11 +224,11 @@ def further_loss(module: nn.Module, task: str, objective: Objective | None) -> I
         return _mapped(output, with_term)
 
     hooks.append(module.register_forward_hook(called, with_kwargs=True))
-    Tensor.backward = watched  # type: ignore[method-assign,assignment]
+    torch.autograd.backward = watched  # `Tensor.backward` calls it
     try:
         yield
     finally:
-        Tensor.backward = backward  # type: ignore[method-assign]
+        torch.autograd.backward = backward
         for hook in hooks:
             hook.remove()
     if not factor.used:
@@ -190,9 +243,11 @@ def _proximal_hooks(objective: Proximal, factor: Factor) -> list[Any]:
 
     def hook(name: str, parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
         def near(gradient: Tensor) -> Tensor:
+            if not factor.in_pass:
+                return gradient
             factor.used = True
             away = parameter.detach() - objective.anchor[name].to(parameter.device)
-            return gradient + factor.value * objective.weight * away
+            return gradient + factor.known() * objective.weight * away
 
         return near
 
@@ -205,7 +260,8 @@ def lent(model: ComponentModel, what: str, trains: bool) -> Iterator[nn.Module]:
     """The module of a model, for code of the project's own, which must leave it as it was but for what is trained.
 
     Copies of a module share its frozen parameters and are used again: a merged adapter would be in all of them. What the
-    code freezes, as a loop may while it trains, is trainable again afterwards, and the other way round.
+    code freezes, as a loop may while it trains, is trainable again afterwards, and the other way round; so is whether
+    torch computes gradients (`torch.set_grad_enabled`).
 
     Args:
         model: of which the module is a part.
@@ -217,10 +273,11 @@ def lent(model: ComponentModel, what: str, trains: bool) -> Iterator[nn.Module]:
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     state = trainable_state(model).keys() if trains else ()
-    before = _marks(model, state)
+    before, gradients = _marks(model, state), torch.is_grad_enabled()
     try:
         yield model.own_module
     finally:
+        torch.set_grad_enabled(gradients)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
     after = _marks(model, state)
@@ -229,10 +286,21 @@ def lent(model: ComponentModel, what: str, trains: bool) -> Iterator[nn.Module]:
         name = min(changed, key=lambda name: name in before and name in after)
         how = "is gone" if name not in after else "is new" if name not in before else "has changed"
         raise ClientError(
-            f"{what} must leave the module as it was, but for what is trained, and {name!r} {how}: merge adapters, or do "
-            f"what it does, in a copy (`copy.deepcopy(net)`); what is to be trained has `requires_grad` when `model` "
-            f"returns, and a buffer that training changes is found where the task has `forward` and `target`"
+            f"{what} must leave the module as it was, but for what is trained, and {name!r} {how}: {_remedy(model, name)}"
         )
+
+
+def _remedy(model: ComponentModel, name: str) -> str:
+    for path, part in model.named_modules():
+        if getattr(part, "max_norm", None) is not None and name == f"{path}.weight":
+            return (
+                f"its {type(part).__name__} has max_norm={part.max_norm}, which shortens the rows that are looked up; work "
+                f"on a copy (`copy.deepcopy(net)`), or build it without max_norm"
+            )
+    return (
+        "merge adapters, or do what it does, in a copy (`copy.deepcopy(net)`); what is to be trained has `requires_grad` "
+        "when `model` returns, and a buffer that training changes is found where the task has `forward` and `target`"
+    )
 
 
 def _marks(model: ComponentModel, state: Collection[str]) -> dict[str, tuple[Any, ...]]:
@@ -247,34 +315,59 @@ def _marks(model: ComponentModel, state: Collection[str]) -> dict[str, tuple[Any
         if hasattr(part, "merged")
     }
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        marks[name] = (tensor.dtype, tensor.shape, None if name in state else _bits(tensor.detach()))
+        marks[name] = (tensor.dtype, tensor.shape, None if name in state else bits(tensor))
     return marks
 
 
-def _bits(tensor: Tensor) -> int:
-    integers = _INTEGERS.get(tensor.element_size(), torch.uint8)
-    return int(tensor.reshape(-1).view(integers).sum(dtype=torch.int64))
-
-
 @contextmanager
-def counted_steps(tell: Callable[[int], None] | None = None) -> Iterator[list[int]]:
+def counted_steps(tell: Callable[[int, Optimizer], None] | None = None) -> Iterator[list[int]]:
     """Counts the steps of every optimiser inside the context, in a list of one number.
 
     Args:
-        tell: is called with the count after each step.
+        tell: is called after each step, with the count and the optimiser.
     """
     count = [0]
 
-    def step(*_: Any) -> None:
+    def step(optimizer: Optimizer, *_: Any) -> None:
         count[0] += 1
         if tell is not None:
-            tell(count[0])
+            tell(count[0], optimizer)
 
     handle = register_optimizer_step_post_hook(step)
     try:
         yield count
     finally:
         handle.remove()
+
+
+@contextmanager
+def trained(model: ComponentModel, client: str, task: str) -> Iterator[list[int]]:
+    """Counts the steps of every optimiser inside the context, and tells where the model has not been trained by them.
+
+    Args:
+        model: of which a loop of the project's own gets the module.
+        client: its name, for the warning.
+        task: name of the task.
+
+    Raises:
+        ClientError: nothing in the model has changed, and what was trained is no tensor of it.
+    """
+    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before, optimised = {name: bits(p) for name, p in own.items()}, set[int]()
+
+    def stepped(_: int, optimizer: Optimizer) -> None:
+        optimised.update(id(p) for group in optimizer.param_groups for p in group["params"])
+
+    with counted_steps(stepped) as steps:
+        yield steps
+    if any(bits(p) != before[name] for name, p in model.named_parameters() if name in before):
+        return
+    if optimised and not optimised & set(map(id, own.values())):
+        raise ClientError(
+            f"task {task!r}: {UNCHANGED}: its optimiser has the parameters of another one; make the optimiser in each call, "
+            f"from `net.parameters()`"
+        )
+    log.warning("client %r: task %r: %s: train that one, with a learning rate above 0", client, task, UNCHANGED)
 
 
 @contextmanager
@@ -292,7 +385,7 @@ def recorded_steps(file: Path | None, every: float = 1.0) -> Iterator[None]:
         return
     last = time.monotonic()
 
-    def tell(count: int) -> None:
+    def tell(count: int, _: Optimizer) -> None:
         nonlocal last
         if (now := time.monotonic()) - last >= every:
             last = now

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,7 +37,24 @@ def _accelerated() -> bool:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Has torch draw from this seed, and afterwards as if nothing had been drawn."""
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):  # type: ignore[no-untyped-call]
+    """Has torch, `random` and `numpy.random` draw from this seed, and afterwards as if nothing had been drawn."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices), others_seeded(seed):
         seed_torch(seed)
         yield
+
+
+@contextmanager
+def others_seeded(seed: int) -> Iterator[None]:
+    """Has `random` and `numpy.random` draw from this seed, and afterwards as if nothing had been drawn."""
+    numpy = sys.modules.get("numpy")  # who draws from it has imported it
+    states = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        random.seed(seed)
+        if numpy is not None:
+            numpy.random.seed(seed % 2**32)
+        yield
+    finally:
+        random.setstate(states[0])
+        if numpy is not None:
+            numpy.random.set_state(states[1])

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -32,10 +32,17 @@ IMAGE_STD = (0.2673, 0.2564, 0.2762)
 PSNR_LIMIT = 100.0
 """PSNR of images without any error, in dB, so that every metric is a number; rounding to 8 bits alone gives 58.9."""
 
+MOST_METRICS = 100
+"""Metrics that a model may have of a task."""
+WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]{0,63}")
+"""Name of a metric."""
+
 log = logging.getLogger("tap_flower")
 
 Statistics = dict[str, Tensor]
 """Sums over examples (scalars or arrays, float64) that add up over batches."""
+TASK_KINDS: dict[str, TaskKind] = {}
+"""Name -> kind, of the four below."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,22 @@ class TaskKind:
     higher_is_better: bool
     margin: float = 0.0
     distillation: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not WORD.fullmatch(self.headline):
+            raise ClientError(
+                f"kind {self.name!r} has headline {self.headline!r}: use letters, digits, '_', '+', '.' and '-' in the name "
+                f"of a metric, at most 64"
+            )
+        for name in ("margin", "distillation"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ClientError(f"kind {self.name!r} has {name} {value!r}: give a number from 0 on")
+        ours = TASK_KINDS.get(self.name, self)
+        if changed := [field.name for field in fields(self) if _plain(self, field.name) != _plain(ours, field.name)]:
+            raise ClientError(
+                f"the kind {self.name!r} is tap-flower's, and this one has another `{changed[0]}`: give it a name of its own"
+            )
 
     @classmethod
     def of(
@@ -102,6 +125,12 @@ class TaskKind:
     def judged_by(self) -> Headline:
         """The headline metric and its direction."""
         return Headline(self.headline, self.higher_is_better)
+
+
+def _plain(kind: TaskKind, attribute: str) -> Any:
+    """The value of an attribute; of a function that is bound to the deviation of an image's channels, the function."""
+    value = getattr(kind, attribute)
+    return value.func if isinstance(value, partial) else value
 
 
 def _kl_divergences(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -258,9 +287,67 @@ def image_generation(std: Sequence[float]) -> TaskKind:
 
 IMAGE_GENERATION = image_generation(IMAGE_STD)
 
-TASK_KINDS: Mapping[str, TaskKind] = {
+TASK_KINDS |= {
     kind.name: kind for kind in (IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, TEXT_GENERATION, IMAGE_GENERATION)
 }
+
+
+def added(sums: Statistics, more: Statistics) -> Statistics:
+    """The sums of two sets of examples; what one set has no sum of, a class that is not in it say, counts as 0."""
+    return {**sums, **{name: sums[name] + value if name in sums else value for name, value in more.items()}}
+
+
+def metrics_of_kind(kind: TaskKind, task: str, sums: Statistics) -> dict[str, float]:
+    """The metrics of a kind, checked.
+
+    Args:
+        kind: of the task.
+        task: its name.
+        sums: statistics of all examples.
+
+    Raises:
+        ClientError: they are not numbers by name, are too many, or lack the loss or the metric that the kind is judged by.
+    """
+    what = f"task {task!r}: the metrics of kind {kind.name!r}"
+    returned = kind.metrics(sums)
+    if not isinstance(returned, Mapping):
+        raise ClientError(f"{what} are a {type(returned).__name__}: return numbers by name")
+    found = numbers_by_name(what, returned, MOST_METRICS)
+    if missing := {"loss", kind.headline} - found.keys():
+        raise ClientError(f"{what} lack {min(missing)!r}: add it")
+    return found
+
+
+def numbers_by_name(what: str, returned: Mapping[Any, Any], most: int | None = None) -> dict[str, float]:
+    """What a user's function returned as numbers by name. Errors do not quote it: the server gets them, without data.
+
+    Args:
+        what: the function, as an error names it.
+        returned: names and numbers; tensors of one value are numbers, too.
+        most: how many there may be; None: any.
+
+    Raises:
+        ClientError: a name cannot be used, a value is no number, or there are too many.
+    """
+    if most is not None and len(returned) > most:
+        raise ClientError(
+            f"{what} returned {len(returned)} numbers, and at most {most} are taken: leave some out, or return their mean"
+        )
+    found = {}
+    for name, value in returned.items():
+        if not WORD.fullmatch(str(name)):
+            log.error("%s returned a metric named %r", what, name)
+            raise ClientError(
+                f"{what} returned a metric whose name the node's log shows: use letters, digits, '_', '+', '.' and '-'"
+            )
+        try:
+            found[str(name)] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:  # torch's, of a tensor with several values
+            log.error("%s returned %s = %r", what, name, value)
+            raise ClientError(
+                f"{what} returned {name} of type {type(value).__name__}: return numbers by name"
+            ) from error
+    return found
 
 
 _FORMS: Mapping[str, tuple[str, Callable[[Tensor, Tensor], bool]]] = {

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import chain
+from math import isclose, isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tap_flower.core.components import ComponentMap, Pair
+from tap_flower.core.module_attributes import mark
 from tap_flower.core.module_tensors import BuiltModule, as_float32, is_norm, still_norms
 from tap_flower.core.seeds import named_seed, seeded
-from tap_flower.core.tasks import TASK_KINDS, TaskKind, check_comparison, computing
+from tap_flower.core.tasks import (
+    TASK_KINDS,
+    Statistics,
+    TaskKind,
+    added,
+    check_comparison,
+    computing,
+    metrics_of_kind,
+)
+from tap_flower.core.training import check_trainable
 from tap_flower.errors import ClientError, TapFlowerError, defined_at, users_line
 
 Forward = Callable[[Any, Any], Any]
@@ -42,6 +53,7 @@ class TracedTask:
         target: batch -> target; named where it is at fault.
         batch: number -> a batch of so many training examples, and its target.
         own_loop: whether it has a loop of its own.
+        sizes: argument of the task -> the number of classes that it says; 0 where it says none.
     """
 
     pair: Pair
@@ -50,6 +62,7 @@ class TracedTask:
     target: Callable[[Any], Tensor] | None
     batch: Callable[[int], tuple[Any, Tensor]]
     own_loop: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,50 @@ def of_the_user(what: str, *functions: object) -> Iterator[None]:
             "the log of the node says more",
         ]
         raise ClientError(f"{what} raised {type(error).__name__}: {', '.join(filter(None, places))}") from error
+
+
+@contextmanager
+def left_alone(what: str, batch: Any) -> Iterator[None]:
+    """Refuses a call that changes its batch, with which a second model is called afterwards; it may add to the batch.
+
+    Args:
+        what: the call, as an error names it.
+        batch: what it gets.
+
+    Raises:
+        ClientError: an entry is gone, or is another tensor; the message names it.
+    """
+    before = dict(_entries(batch))
+    versions = _versions(before)
+    yield
+    after = dict(_entries(batch))
+    now = _versions(after)
+    changed = [name for name, version in versions.items() if name in after and now.get(name) != version]
+    if wrong := [name for name in before if name not in after] + changed:
+        entry = f"{wrong[0]!r} of its batch" if wrong[0] else "its batch"
+        raise ClientError(
+            f"{what} {'changes' if wrong[0] in after else 'removes'} {entry}, which a second model, the teacher of stage 2, "
+            f"is called with, too: let it work on a copy, such as `x.clone()` of a tensor or `dict(batch)`"
+        )
+
+
+def _entries(batch: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Path and value of what a batch holds in mappings, lists, tuples."""
+    if isinstance(batch, Mapping):
+        inside = batch.items()
+    elif isinstance(batch, list | tuple):
+        inside = dict(enumerate(batch)).items()
+    else:
+        yield name, batch
+        return
+    for key, value in inside:
+        yield from _entries(value, f"{name}.{key}" if name else str(key))
+
+
+def _versions(entries: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Name -> identity of a tensor, and how often it was changed in place."""
+    tensors = ((name, value) for name, value in entries.items() if isinstance(value, Tensor))
+    return {name: (id(value), 0 if value.is_inference() else value._version) for name, value in tensors}
 
 
 def parts_of(
@@ -116,6 +173,13 @@ def parts_of(
         for name, buffer in part.named_buffers(recurse=False)
         if id(buffer) not in still
     }
+    for mode in (False, True):
+        module.train(mode)
+        check_trainable("the model's own `train`", built.names.parameters(module), built.trainable)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.01)  # a slow copy of it, which begins with its values, is seen to move then
     reached: dict[Pair, set[str]] = {}
     caches = _marks(built.names.buffers(module, persistent=False))
     with seeded(named_seed(seed, "trace")):
@@ -125,24 +189,23 @@ def parts_of(
                 found = _tried(task, built, module, name in given)
             elif not task.own_loop:
                 raise ClientError(f"task {name!r}: it has no `forward`: give (module, batch) -> output")
-            moved = {tensor for tensor, mark in _marks(_fixed(built, module)).items() if before[tensor] != mark}
+            after = _marks(_fixed(built, module))
+            moved = {tensor for tensor in {**before, **after} if before.get(tensor) != after.get(tensor)}
             moving |= moved
             reached[task.pair] = (_fitting(name, given[name], built.trainable) if name in given else found) | moved
-    for name, (place, version) in _marks(built.names.buffers(module, persistent=False)).items():
-        if name in caches and caches[name][0] == place and caches[name][1] != version:
+    for name, mark_ in _marks(built.names.buffers(module, persistent=False)).items():
+        if name in caches and caches[name][0] == mark_[0] and caches[name] != mark_:
             log.warning(
                 "training changes %r, a buffer with persistent=False: it is not kept, and each model starts with the value "
                 "that it was built with; register it with persistent=True if that value matters",
                 name,
             )
-    built.give_back(module)
+    now = dict(_fixed(built, module))
     for name in sorted(moving):
-        if name not in built.values:
-            raise ClientError(f"training changes the frozen parameter {name!r}: make it a buffer, or train it")
-        if as_float32(built.values[name]) is None:
-            raise ClientError(
-                f"training changes the buffer {name!r}, whose values float32 cannot hold: make it float32"
-            )
+        if (problem := _unkept(built.values.get(name), now.get(name))) is not None:
+            built.spoilt = True
+            raise ClientError(f"training changes {problem.format(repr(name))}")
+    built.give_back(module)
     for names in reached.values():
         layers = {_layer(name) for name in names}
         names |= {name for name in moving if _layer(name) in layers}
@@ -152,9 +215,9 @@ def parts_of(
 def _tried(task: TracedTask, built: BuiltModule, module: nn.Module, given: bool) -> set[str]:
     """The trainable tensors that a task's losses depend on; its loss, divergence and metrics are tried as well."""
     kind, name = task.kind, task.pair.task
-    parameters = {n: p for n, p in built.names.parameters(module) if p.requires_grad}
     found: set[str] = set()
-    sums: dict[str, Tensor] = {}
+    sums: Statistics = {}
+    total, units, metrics = 0.0, 0, {"loss": 0.0}
     assert task.forward is not None
     tried: set[tuple[torch.Size, bool]] = set()
     for size, training in zip((*_EXAMPLES, _EXAMPLES[-1]), (True, True, False), strict=True):
@@ -167,18 +230,21 @@ def _tried(task: TracedTask, built: BuiltModule, module: nn.Module, given: bool)
         module.train(training)
         if kind.name in TASK_KINDS:
             _check_tensor(f"task {name!r}: `target`", target, "of labels the numbers of their classes, counted from 0")
-        with of_the_user(f"task {name!r}: `forward`", task.forward):
+        what = f"task {name!r}: `forward`"
+        alone = nullcontext() if task.own_loop else left_alone(what, batch)  # a loop's teacher gets what the loop gives
+        with of_the_user(what, task.forward), alone:
             output = task.forward(module, batch)
+        check_trainable(what, built.names.parameters(module), built.trainable)
         if kind.name in TASK_KINDS:
             _check_tensor(f"task {name!r}: `forward`", output, "of a classifier the logits [examples, classes]")
             check_comparison(kind, name, output, target)
+            _check_width(task, output)
         with _losses_told(task), computing(name):
             losses = kind.losses(output, target)
         _check_units(f"task {name!r}: the losses", losses)
         _check_not_stretched(task, output, target, losses)
-        if losses.requires_grad:
-            gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
-            found |= {n for n, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+        found |= _reached(task, built, module, losses)
+        total, units = total + float(losses.detach().double().sum()), units + len(losses)
         with (
             of_the_user(f"task {name!r}: the divergences of kind {kind.name!r}", kind.divergences, task.forward),
             torch.no_grad(),
@@ -188,14 +254,52 @@ def _tried(task: TracedTask, built: BuiltModule, module: nn.Module, given: bool)
             of_the_user(f"task {name!r}: the metrics of kind {kind.name!r}", kind.statistics, kind.metrics),
             torch.no_grad(),
         ):
-            new = kind.statistics(output, target)
-            sums = {key: value + sums[key] if key in sums else value for key, value in new.items()}
-            metrics = kind.metrics(sums)
-        if missing := {"loss", kind.headline} - metrics.keys():
-            raise ClientError(f"task {name!r}: the metrics of kind {kind.name!r} lack {min(missing)!r}: add it")
+            sums = added(sums, kind.statistics(output, target))
+            metrics = metrics_of_kind(kind, name, sums)
+    if units and not task.own_loop:
+        _tell_apart(task, total / units, metrics["loss"])
     if not found and not given:
         raise ClientError(f"task {name!r}: its loss depends on no trainable tensor: look at its `forward`")
     return found
+
+
+def _tell_apart(task: TracedTask, losses: float, metric: float) -> None:
+    """Warns where a kind's metric `loss` is not the mean of its losses."""
+    if isfinite(losses) and isfinite(metric) and not isclose(losses, metric, rel_tol=0.01, abs_tol=1e-4):
+        log.warning(
+            "task %r: on a few examples the mean of the losses of kind %r is %.4g, and its metric 'loss' is %.4g: training "
+            "follows the first, replacement and results follow the second",
+            task.pair.task,
+            task.kind.name,
+            losses,
+            metric,
+        )
+
+
+def _reached(task: TracedTask, built: BuiltModule, module: nn.Module, losses: Tensor) -> set[str]:
+    """The trainable tensors that get a gradient from some losses."""
+    if not losses.requires_grad:
+        return set()
+    module.zero_grad(set_to_none=True)
+    with of_the_user(f"task {task.pair.task!r}: the backward pass of its losses", task.kind.losses, task.forward):
+        losses.sum().backward()  # type: ignore[no-untyped-call]  # as in training: `torch.autograd.grad` allows less
+    gradients = {name: p.grad for name, p in built.names.parameters(module) if p.grad is not None}
+    if not task.own_loop and (sparse := [name for name, gradient in gradients.items() if gradient.is_sparse]):
+        raise ClientError(
+            f"task {task.pair.task!r}: the gradient of {sparse[0]!r} is sparse, and AdamW needs a dense one: build the "
+            f"layer with sparse=False"
+        )
+    return set(gradients)
+
+
+def _check_width(task: TracedTask, output: Tensor) -> None:
+    """Refuses logits of another number of classes than the task says it has."""
+    for argument, count in task.sizes.items():
+        if output.ndim == 2 and count not in (0, output.shape[1]):
+            raise ClientError(
+                f"task {task.pair.task!r} has {count} classes by `{argument}`, and `forward` returned the logits of "
+                f"{output.shape[1]}: correct the one or the other"
+            )
 
 
 def _check_tensor(what: str, found: Any, form: str) -> None:
@@ -239,9 +343,34 @@ def _fixed(built: BuiltModule, module: nn.Module) -> Iterator[tuple[str, Tensor]
     return chain(frozen, built.names.buffers(module))
 
 
-def _marks(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[int, int]]:
-    """Name -> what changes when a tensor does: where it is, and how often it was changed there."""
-    return {name: (tensor.data_ptr(), tensor._version) for name, tensor in tensors}
+def _marks(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[int, int, int]]:
+    return {name: mark(tensor) for name, tensor in tensors}
+
+
+def _unkept(first: Tensor | None, now: Tensor | None) -> str | None:
+    """Why a tensor cannot be kept that training changes; None where it can.
+
+    Args:
+        first: its value as a buffer of the module that was built.
+        now: its value after a few batches.
+    """
+    if isinstance(now, nn.Parameter):
+        return "the frozen parameter {}: make it a buffer, or train it"
+    if first is None or now is None:
+        missing = "`model` returns" if first is None else "the task has been tried"
+        return (
+            "the buffer {}, which is None or missing when " + missing + ": give it a tensor of one shape all the time"
+        )
+    if first.shape != now.shape:
+        shapes = f"from {list(first.shape)} to {list(now.shape)}"
+        return "the shape of the buffer {} " + shapes + ": build it in its final shape"
+    if first.is_complex() or first.is_quantized or first.dtype == torch.float64:
+        return "the buffer {}, which is " + str(first.dtype) + " and is kept in float32: make it float32"
+    if first.is_floating_point() and not bool(first.isfinite().all()):
+        return "the buffer {}, which begins with a value that is not finite: build it with finite ones"
+    if first.numel() and as_float32(first) is None:
+        return "the buffer {}, which is kept in float32 and begins with a larger integer: count in larger units"
+    return None
 
 
 def _parts(

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tap_flower.core.tasks import Statistics, TaskKind, computing
+from tap_flower.core.tasks import Statistics, TaskKind, added, computing, metrics_of_kind
 from tap_flower.errors import ClientError, DivergedError, users_line
 
 CALL = "call"
@@ -96,6 +96,27 @@ def adamw(
     return optimizer, [parameter for group in groups.values() for parameter in group]
 
 
+def check_trainable(what: str, named: Iterable[tuple[str, torch.nn.Parameter]], trainable: Container[str]) -> None:
+    """Refuses code that freezes parameters, or the other way round: all models of a client have one state.
+
+    Args:
+        what: the code, as an error names it.
+        named: names and parameters after it; all get their `requires_grad` back.
+        trainable: names of those that are to be trained.
+
+    Raises:
+        ClientError: it does; the message names a tensor.
+    """
+    if changed := [(name, p) for name, p in named if p.requires_grad is not (name in trainable)]:
+        for name, parameter in changed:
+            parameter.requires_grad_(name in trainable)
+        raise ClientError(
+            f"{what} {'freezes' if changed[0][0] in trainable else 'makes trainable'} {changed[0][0]!r}: `requires_grad` "
+            f"must stay as `model` returns it, so set it there; after a call that changes it, such as peft's `set_adapter`, "
+            f"set it back"
+        )
+
+
 @contextmanager
 def torch_algorithms(deterministic: bool) -> Iterator[None]:
     """Chooses the algorithms that torch computes with inside the context, and names what they refuse.
@@ -159,9 +180,11 @@ def train(
         Task name -> mean training loss over all units seen (samples or tokens), without the further loss.
 
     Raises:
+        ClientError: the model has changed which of its parameters are trained.
         DivergedError: a loss was NaN or infinite; the message names the task.
     """
     optimizer, parameters = adamw(model.named_parameters(), optimisation)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     loss_sum: dict[str, Tensor] = {}
     units: dict[str, int] = defaultdict(int)
     model.train()
@@ -186,6 +209,7 @@ def train(
             optimizer.step()
         else:
             update(number, optimizer)
+    check_trainable("training", model.named_parameters(), trained)
     means = {task: float(loss_sum[task]) / units[task] for task in loss_sum}
     for task, mean in means.items():
         if not math.isfinite(mean):
@@ -223,7 +247,5 @@ def evaluate(
             if observe is not None:
                 observe(batch, output)
             statistics = kinds[batch.task].statistics(output, batch.target)
-        if batch.task in sums:
-            statistics = {name: sums[batch.task][name] + value for name, value in statistics.items()}
-        sums[batch.task] = statistics
-    return {task: kinds[task].metrics(statistics) for task, statistics in sums.items()}
+        sums[batch.task] = added(sums.get(batch.task, {}), statistics)
+    return {task: metrics_of_kind(kinds[task], task, statistics) for task, statistics in sums.items()}

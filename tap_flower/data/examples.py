@@ -172,8 +172,8 @@ def permutation(count: int, seed: int) -> list[int]:
 class OwnLoader:
     """The examples of one task that a user's data loader gives.
 
-    Whatever the loader draws from torch's own generator follows from the run's seed; a generator, or a sampler, that the
-    user has seeded is left alone.
+    Whatever the loader draws from torch's own generator, from `random` or from `numpy.random` follows from the run's seed; a
+    generator, or a sampler, that the user has seeded is left alone.
 
     Args:
         task: name of the task.
@@ -188,7 +188,8 @@ class OwnLoader:
     """The loader makes the batches."""
 
     def __init__(self, task: str, loader: DataLoader[Any], target: Callable[[Any], Tensor] | None) -> None:
-        self.task, self.loader, self.target = task, loader, target
+        # Persistent workers make one pass at a time, and another task may have the loader, too.
+        self.task, self.loader, self.target = task, _changed(loader), target
         dataset, batches = loader.dataset, loader.batch_sampler
         if isinstance(dataset, IterableDataset) or batches is None or not isinstance(batches, Sized):
             what = f"a {type(dataset).__name__}" if batches is None else f"a {type(batches).__name__}"
@@ -207,6 +208,8 @@ class OwnLoader:
 
     def lone(self, device: torch.device) -> Batch | None:
         """A batch of a single example, where a pass has one: its last batch, for example."""
+        if not _draws_batches(self.loader):
+            return None
         alone = [batch for batch in _drawn_batches(self.loader) if len(batch) == 1]
         return next(self._pass(_changed(self.loader, batch_sampler=alone), _COUNT, device)) if alone else None
 
@@ -224,7 +227,8 @@ class OwnLoader:
             device: of the batches.
         """
         first = self.loader
-        if count < len(first) and _samples_rows(first) and isinstance(first.sampler, SequentialSampler):
+        in_order = _draws_batches(first) and _samples_rows(first) and isinstance(first.sampler, SequentialSampler)
+        if count < len(first) and in_order:
             skipped = seed % len(first)
             first = _changed(first, batch_sampler=list(islice(cast(Iterable[Any], first.batch_sampler), skipped, None)))
         epoch = 0
@@ -255,8 +259,13 @@ def split_off(loader: DataLoader[Any], share: float, seed: int) -> tuple[DataLoa
         seed: decides which.
 
     Raises:
-        TypeError: it draws fewer than two rows, or the others make no batch.
+        TypeError: it draws fewer than two rows, or the others make no batch, or it may draw any row.
     """
+    if not _draws_batches(loader):
+        raise TypeError(
+            f"its loader is a {type(loader).__name__} with an `__iter__` of its own, which may draw rows that are held out: "
+            f"give `validation` data, or None"
+        )
     rows = sorted(set(_rows(loader)))
     if len(rows) < 2:
         raise TypeError("it draws one row, and one is to be set aside: give `validation` data, or None")
@@ -281,12 +290,16 @@ def split_off(loader: DataLoader[Any], share: float, seed: int) -> tuple[DataLoa
 
 
 def beginning(loader: DataLoader[Any], count: int) -> DataLoader[Any]:
-    """A loader of an `OwnLoader` that ends after some batches."""
+    """A loader of an `OwnLoader` that ends after some batches; one with an `__iter__` of its own stays as it is."""
+    if not _draws_batches(loader):
+        return loader
     return _changed(loader, batch_sampler=_drawn_batches(loader)[:count])
 
 
 def extremes(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A loader of an `OwnLoader` with its first batch and its smallest one."""
+    """A loader of an `OwnLoader` with its first batch and its smallest one; see `beginning`."""
+    if not _draws_batches(loader):
+        return loader
     batches = _drawn_batches(loader)
     return _changed(loader, batch_sampler=[batches[0], min(batches[1:], key=len)] if len(batches) > 1 else batches)
 
@@ -332,6 +345,11 @@ def _drawn_batches(loader: DataLoader[Any]) -> list[Any]:
         return list(islice(batches, len(batches)))
 
 
+def _draws_batches(loader: DataLoader[Any]) -> bool:
+    """Whether a pass goes by the loader's batch sampler, as far as its class tells."""
+    return type(loader).__iter__ is DataLoader.__iter__
+
+
 def _samples_rows(loader: DataLoader[Any]) -> bool:
     """Whether the loader cuts its batches from a sampler's rows; else it has a batch sampler of the user's own."""
     return loader.batch_size is not None
@@ -350,7 +368,7 @@ def _changed(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
 
 @contextmanager
 def _seeded(seed: int, *others: Any) -> Iterator[None]:
-    """Seeds torch's generator, which is put back afterwards, as are the generators that `others` have."""
+    """Seeds what loaders draw from; that is put back afterwards, as are the generators that `others` have."""
     generators = [g for g in (getattr(other, "generator", None) for other in others) if isinstance(g, torch.Generator)]
     states = [generator.get_state() for generator in generators]
     with seeded(seed):

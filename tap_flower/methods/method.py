@@ -11,6 +11,8 @@ from torch import Tensor
 from tap_flower.config import Config, HyperParameters
 from tap_flower.core.components import ComponentModel, State
 from tap_flower.core.replacement import Decision
+from tap_flower.core.tasks import WORD
+from tap_flower.errors import ConfigError
 from tap_flower.methods.session import Session
 
 
@@ -20,7 +22,7 @@ class Memory:
 
     Attributes:
         models: name of a model -> its tensors, or those of them that the method keeps.
-        record: plain values.
+        record: plain values, as JSON has them: texts, numbers, booleans, None, lists, and dicts with texts as keys.
     """
 
     models: Mapping[str, State] = field(default_factory=dict)
@@ -49,7 +51,7 @@ class SecondStage:
     """Result of stage 2 on a client.
 
     Attributes:
-        models: name -> tensors, of some or all of `Method.results`.
+        models: name -> tensors, of some or all of `Method.results`, the last of them included.
         losses: task name -> mean training loss of the fine-tuning.
         decisions: on the replacement of each pair's components as stage 2 begins, and as it ends (TAP); they stay on the
             client.
@@ -91,6 +93,7 @@ def finetunes(result: str) -> Callable[[Session, State, Memory], SecondStage]:
     return second_stage
 
 
+_OTHER_FILES = ("server", PERSONAL, "first")
 Combine = Callable[[Tensor, Tensor], Tensor]
 """(differences of a tensor [clients, …], float64; weights of the clients [clients], which sum to 1) -> [...]."""
 Step = Callable[[State, Mapping[str, Any], int], tuple[State, State]]
@@ -152,6 +155,31 @@ class Method:
     longest: Callable[[HyperParameters], tuple[int, int]] = lambda _: (1, 1)
     compares: Callable[[HyperParameters], bool] = lambda _: False
     distils: Callable[[HyperParameters], bool] = lambda _: False
+
+    def __post_init__(self) -> None:
+        for result in self.results:
+            if not WORD.fullmatch(result) or result.split(".")[0] in _OTHER_FILES:
+                raise ConfigError(
+                    f"method {self.name!r} has {result!r} among its `results`: use letters, digits, '_', '+', '.' and '-', "
+                    f"and none of the names {', '.join(_OTHER_FILES)}, which other files of a client's folder have"
+                )
+
+    def check_made(self, made: SecondStage) -> None:
+        """Refuses a stage 2 that has not made what `results` says.
+
+        Raises:
+            ConfigError: it has made a model that is not there, or not the one that the method is judged by.
+        """
+        if others := sorted(made.models.keys() - set(self.results)):
+            raise ConfigError(
+                f"method {self.name!r}: `second_stage` has made the model {others[0]!r}, which its `results` do not name: "
+                f"add it there, or leave it out"
+            )
+        if self.results and self.result not in made.models:
+            raise ConfigError(
+                f"method {self.name!r}: `second_stage` has not made the model {self.result!r}, the last of its `results`, "
+                f"by which the method is judged: return it in `SecondStage.models`"
+            )
 
     @property
     def result(self) -> str:

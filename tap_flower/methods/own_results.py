@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from tap_flower.core.tasks import TASK_KINDS, TaskKind
+from tap_flower.core.tasks import MOST_METRICS, TASK_KINDS, TaskKind, numbers_by_name
 from tap_flower.errors import ClientError
 
 log = logging.getLogger("tap_flower")
 TRAIN_LOSS, NUM_EXAMPLES = "train-loss", "num-examples"
 """Metrics that every reply to `train` has; the second is its weight, as in Flower."""
-_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]{0,63}")
 
 
 def check_own_loops(own: Mapping[str, bool], method: str, reason: str) -> None:
@@ -70,7 +68,7 @@ def metrics_of(task: str, returned: Any) -> dict[str, float]:
         return {}
     if not isinstance(returned, Mapping):
         returned = {"loss": returned}
-    found = _numbers(f"task {task!r}: `fit`", returned)
+    found = numbers_by_name(f"task {task!r}: `fit`", returned)
     if taken := found.keys() & {TRAIN_LOSS, NUM_EXAMPLES}:
         raise ClientError(
             f"task {task!r}: `fit` returned {min(taken)!r}, which the reply has anyway: return the loss as 'loss', and give "
@@ -90,7 +88,7 @@ def scores_of(task: str, kind: TaskKind, returned: Any) -> dict[str, float]:
         raise ClientError(
             f"{what} returned a {type(returned).__name__}: return numbers by name, such as {{'loss': 0.3, 'accuracy': 0.9}}"
         )
-    found = _numbers(what, returned)
+    found = numbers_by_name(what, returned, MOST_METRICS)
     if kind.headline not in found:
         raise ClientError(
             f"{what} returned {', '.join(found) or 'nothing'}, and the kind {kind.name!r} is judged by {kind.headline!r}: "
@@ -119,22 +117,3 @@ def check_losses(found: Mapping[str, Mapping[str, float]]) -> None:
             f"task {without[0]!r}: `score` returned no 'loss', and replacement.evidence = validation compares it: return "
             f"it, or set replacement.evidence=training and return the mean training loss from `fit`"
         )
-
-
-def _numbers(what: str, returned: Mapping[Any, Any]) -> dict[str, float]:
-    """What a loop returned as numbers by name. Errors do not quote it: the server gets them, and must see no data."""
-    found = {}
-    for name, value in returned.items():
-        if not _WORD.fullmatch(str(name)):
-            log.error("%s returned a metric named %r", what, name)
-            raise ClientError(
-                f"{what} returned a metric whose name the node's log shows: use letters, digits, '_', '+', '.' and '-'"
-            )
-        try:
-            found[str(name)] = float(value)
-        except (TypeError, ValueError) as error:
-            log.error("%s returned %s = %r", what, name, value)
-            raise ClientError(
-                f"{what} returned {name} of type {type(value).__name__}: return numbers by name"
-            ) from error
-    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite
@@ -14,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tap_flower.config import HyperParameters, ReplacementEvidence
-from tap_flower.core.components import ComponentModel, State, cpu_state, load_trainable_state
+from tap_flower.core.components import ComponentModel, State, cpu_state, load_trainable_state, only_state_changes
 from tap_flower.core.objectives import Proximal
-from tap_flower.core.own_loop import counted_steps, further_loss, lent
-from tap_flower.core.seeds import named_seed, seed_torch
+from tap_flower.core.own_loop import further_loss, lent, trained
+from tap_flower.core.seeds import named_seed, others_seeded, seed_torch
 from tap_flower.core.tasks import TaskKind
 from tap_flower.core.training import Batch, Objective, Observer, Optimisation, Update, evaluate, torch_algorithms, train
 from tap_flower.data.batching import ClientData
@@ -135,7 +136,7 @@ class Session:
             model: on the session's device.
             optimisation: steps, learning rate and so on.
             order: names the order of the mini-batches: equal names give equal mini-batches.
-            noise: names the random numbers of dropout.
+            noise: names the random numbers of dropout, and those of `random` and `numpy.random`.
             objective: a further loss.
             update: what happens with the gradients of a step; by default the optimiser's step.
             times: multiple of the steps, and of the calls of the project's own loop.
@@ -144,10 +145,10 @@ class Session:
             Task name -> mean training loss; of a loop of the project's own, if it returned one.
         """
         optimisation = replace(optimisation, steps=times * optimisation.steps)
-        seed_torch(named_seed(self.settings.seed, self.name, "noise", *noise))
+        seed_torch(seed := named_seed(self.settings.seed, self.name, "noise", *noise))
         if any(task.fit is not None for task in self.tasks):
             assert update is None, "methods with an update of their own say so in `Method.own_loop`"
-            with self.algorithms():
+            with self.algorithms(), others_seeded(seed):
                 return self.fit_own(model, objective, times)
         batches = self.data.training_batches(
             self.settings.train.batch_size,
@@ -157,7 +158,7 @@ class Session:
             optimisation.steps * optimisation.accumulation,
         )
         self.steps += optimisation.steps
-        with self.algorithms():
+        with self.algorithms(), others_seeded(seed), only_state_changes(model):
             return train(model, self.kinds, batches, self.with_head_factor(model, optimisation), objective, update)
 
     def algorithms(self) -> AbstractContextManager[None]:
@@ -183,7 +184,8 @@ class Session:
             Task name -> mean training loss, where the loop returned one.
 
         Raises:
-            ClientError: a loop returned what is neither a loss nor metrics, or nothing where the loss decides.
+            ClientError: a loop trained another module; or it returned what is neither a loss nor metrics, or nothing where
+                the loss decides.
             DivergedError: a loss is NaN or infinite.
         """
         model.train()
@@ -196,10 +198,10 @@ class Session:
                     in_task(name),
                     lone_example_told(name),
                     lent(model, f"task {name!r}: `fit`", trains=True) as module,
-                    counted_steps() as steps,
+                    trained(model, self.name, name) as steps,
                     further_loss(module, name, objective),
                 ):
-                    found = metrics_of(name, task.fit(module, part(loader), self.config))
+                    found = metrics_of(name, task.fit(module, part(loader), deepcopy(dict(self.config))))
                 self.steps += steps[0]
             loss = found.pop("loss", None)
             if loss is not None and not isfinite(loss):

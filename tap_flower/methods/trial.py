@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from math import isfinite
 
 from tap_flower.config import ReplacementEvidence
-from tap_flower.core.components import cpu_state
 from tap_flower.core.objectives import Distillation
-from tap_flower.core.seeds import named_seed, seed_torch
+from tap_flower.core.own_loop import UNCHANGED
+from tap_flower.core.seeds import named_seed, others_seeded, seed_torch
 from tap_flower.data.examples import OwnLoader, beginning, extremes
 from tap_flower.errors import ClientError
 from tap_flower.methods.method import Method
 from tap_flower.methods.own_results import check_losses, lone_example_told
 from tap_flower.methods.session import Session
 
-log = logging.getLogger("tap_flower")
 _BATCHES = 2
 """Batches on which a project's own evaluation is tried."""
 
@@ -35,18 +33,16 @@ def try_loops(session: Session, method: Method) -> None:
     if all(task.fit is None for task in session.tasks):
         return
     model, steps, metrics = session.model(), session.steps, session.metrics
-    before = cpu_state(model)
-    seed_torch(named_seed(session.settings.seed, session.name, "trial"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    seed_torch(seed := named_seed(session.settings.seed, session.name, "trial"))
     objective = None
     if method.distils(session.settings):
         objective = Distillation(session.model(), session.kinds, dict.fromkeys(session.kinds, 1.0))
-    with session.algorithms():
+    with session.algorithms(), others_seeded(seed):
         session.fit_own(model, objective, part=extremes)
-    if all(value.equal(before[name]) for name, value in cpu_state(model).items()):
-        told = "`fit` has changed no tensor of the model that it was called with: train that one"
-        if session.steps == steps:  # else an optimiser had another model, or a learning rate of 0, which may rise
-            raise ClientError(told)
-        log.warning("client %r: %s, with a learning rate above 0", session.name, told)
+    unchanged = all(p.equal(before[name]) for name, p in model.named_parameters() if name in before)
+    if unchanged and session.steps == steps:  # else the learning rate is 0, and may rise
+        raise ClientError(f"{UNCHANGED}: train that one")
     session.steps, session.metrics = steps, metrics
 
 

@@ -76,7 +76,7 @@ def load_module(module: _M, folder: str | Path, which: str = "tap") -> _M:
     state = {name: value for name, value in tensors.items() if ":" not in name}  # the others belong to other models
     first = read_tensors(folder / FIRST)[0] if (folder / FIRST).exists() else {}
     names = Names(module)
-    own = names.tensors(module)
+    own = names.all_tensors(module)
     needed = {name for name, parameter in names.parameters(module) if parameter.requires_grad}
     for name in sorted((needed - state.keys()) | (state.keys() - own.keys())):
         where, lacks = ("the module", "the model") if name in needed else ("the model", "the module")

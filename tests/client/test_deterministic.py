@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -40,6 +42,28 @@ def test_deterministic_algorithms_are_for_training_and_evaluation_alone(option: 
         assert len(seen) > trained > 0
         assert set(seen) == {option}
         assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
+@pytest.mark.parametrize("own_loop", [False, True], ids=["steps", "fit"])
+def test_what_a_model_draws_by_random_or_numpy_follows_from_the_seed(draw: Any, own_loop: bool) -> None:
+    drawn: list[list[float]] = []
+
+    def forward(net: Any, batch: Any) -> torch.Tensor:
+        drawn[-1].append(draw())  # of LayerDrop, say
+        output: torch.Tensor = net(batch[0])
+        return output
+
+    def fit(net: Any, data: Any, config: Any) -> None:
+        for x, y in data:
+            F.cross_entropy(forward(net, [x]), y).backward()
+
+    for part in (1, 1, 2):
+        drawn.append([])
+        made = session(Loop().task(fit=fit) if own_loop else task(forward=forward))
+        drawn[-1].clear()
+        made.train_round(part, None, "server")
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_an_operation_that_cannot_be_deterministic_is_refused_at_the_start() -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from tap_flower import IMAGE_GENERATION, Client, Pair, Task, TaskKind
+from tap_flower import IMAGE_CLASSIFICATION, IMAGE_GENERATION, Client, Pair, Task, TaskKind
 from tap_flower.client.module import OwnModel, adapted
 from tap_flower.config import HyperParameters
-from tap_flower.core.components import ComponentMap, ComponentModel
+from tap_flower.core.components import ComponentMap, ComponentModel, cpu_state
 from tap_flower.core.module_tensors import BuiltModule
 from tap_flower.core.tracing import Parts
 from tap_flower.errors import ClientError
@@ -223,3 +224,265 @@ def test_a_task_without_forward_or_target() -> None:
         outline(Client("ann", lambda: Net("digits"), [replace(whole, forward=None)]))
     with pytest.raises(ClientError, match="client 'ann': task 'digits' has no `target`"):
         outline(Client("ann", lambda: Net("digits"), [replace(whole, target=None)]))
+
+
+class Small(nn.Module):
+    """A linear layer; subclasses hold more than its tensors."""
+
+    def __init__(self, **buffers: Tensor | None) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(x)
+        return out
+
+
+def small(model: Any, **more: Any) -> Client:
+    task = Task(
+        "t",
+        IMAGE_CLASSIFICATION,
+        ["x"],
+        pixels(24, 1),
+        pixels(8, 2),
+        **{"forward": lambda net, b: net(b[0]), "target": lambda b: b[1], **more},
+    )
+    return Client("ann", model, [task])
+
+
+class Counts(Small):
+    """Keeps a number, a hidden state with its graph, and a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step, self.features, self.seen = 0, torch.zeros(()), [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.step += 1
+        self.features = super().forward(x)
+        self.seen.append(len(x))
+        return self.features
+
+
+def test_what_a_model_keeps_beside_its_tensors_ends_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    made = small(Counts).session(HyperParameters())
+    assert "'step' of the model changes while the model is used, and is not kept" in caplog.text
+    made.train_round(1, None, "server")
+    for session in (made, small(Counts).session(HyperParameters())):
+        net: Any = session.model().own_module
+        assert (net.step, net.features.grad_fn, net.seen) == (0, None, [0])
+    caplog.clear()
+    small(Small).session(HyperParameters()).train_round(1, None, "server")
+    assert caplog.text == ""
+
+
+def test_what_a_loop_leaves_on_its_module_is_gone_at_its_next_call() -> None:
+    found = []
+
+    def fit(net: Any, loader: Any, config: Any) -> None:
+        found.append((hasattr(net, "weights"), bool(net.head.weight._backward_hooks)))
+        net.weights = 1
+        net.head.weight.register_hook(lambda gradient: gradient / 2)
+        x, y = next(iter(loader))
+        nn.functional.cross_entropy(net(x), y).backward()
+        torch.optim.SGD(net.parameters(), lr=0.1).step()
+
+    client = small(Small, fit=fit)
+    tasks = [replace(task, train=DataLoader(pixels(24, 1), batch_size=6)) for task in client.tasks]
+    made = replace(client, tasks=tasks).session(HyperParameters())
+    for part in (1, 2, 3):
+        made.train_round(part, None, "server")
+    assert found == [(False, False)] * 3
+
+
+class Closed(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = {"a": lambda z: self.head(z)}
+
+
+class Hooked(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.register_forward_hook(lambda _, __, output: setattr(self, "penalty", output.square().mean()))
+
+
+class Patched(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        before = self.head.forward
+        self.head.forward = lambda x: before(x) + 1  # type: ignore[method-assign]
+
+
+class Shared(Small):
+    def __deepcopy__(self, memo: Any) -> Shared:
+        return self
+
+
+class Masked(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.bias.register_hook(lambda gradient: gradient * 0)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        (Closed, "the model's 'heads' holds a function that uses the model itself"),
+        (Hooked, "the model's 'head._forward_hooks' holds a function that uses the model itself"),
+        (Patched, "the model's 'head.forward' holds a function that uses the model itself"),
+        (Shared, "a copy of the model shares the trainable tensor 'head.weight' with it"),
+        (Masked, "tensor 'head.bias' has a gradient hook, which copies lack"),
+        (lambda: Small(adj=torch.eye(4).to_sparse()), "the buffer 'adj' is torch.sparse_coo: register a dense tensor"),
+    ],
+)
+def test_models_whose_copies_would_be_others_are_refused(model: Any, problem: str) -> None:
+    with pytest.raises(ClientError, match=problem):
+        outline(small(model))
+
+
+class Tagged(Small):
+    """Attributes of a parameter, a bound method, a partial view of one value, a hook that uses no model."""
+
+    def __init__(self) -> None:
+        super().__init__(ones=torch.ones(1).expand(4))
+        self.head.bias.no_decay = True  # type: ignore[attr-defined]
+        self.run = self.shifted
+        self.head.register_forward_hook(lambda _, __, output: output * 2)
+
+    def shifted(self, x: Tensor) -> Tensor:
+        return self.head(x * self.ones)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+
+def test_copies_have_the_attributes_of_parameters_and_methods_of_their_own() -> None:
+    made = small(Tagged).session(HyperParameters())
+    made.train_round(1, None, "server")
+    net: Any = made.model().own_module
+    assert net.head.bias.no_decay
+    assert net.run.__self__ is net
+
+
+class Codes(Small):
+    """Moves a buffer through `.data`, as implementations of VQ-VAE do."""
+
+    def __init__(self) -> None:
+        super().__init__(codes=torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if self.training:
+            self.codes.data.mul_(0.9).add_(out.detach().mean(0))
+        return out - self.codes
+
+
+def test_a_buffer_that_is_changed_through_data_is_part_of_the_state() -> None:
+    made = small(Codes).session(HyperParameters())
+    assert made.outline.moving == {"codes"}
+    assert made.train_round(1, None, "server")[0]["codes"].any()
+
+
+class Slow(Small):
+    """A momentum encoder, which begins with the values of the one that is trained."""
+
+    def __init__(self, late: bool = False) -> None:
+        super().__init__()
+        self.slow, self.late = deepcopy(self.head).requires_grad_(False), late
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and (len(x) > 8 or not self.late):
+            for own, slow in zip(self.head.parameters(), self.slow.parameters(), strict=True):
+                slow.data.mul_(0.9).add_(own.data, alpha=0.1)
+        return super().forward(x) + self.slow(x)
+
+
+class Late(Small):
+    """Changes a buffer in batches larger than those that it is tried with."""
+
+    def __init__(self, **buffers: Tensor) -> None:
+        super().__init__(**buffers or {"centre": torch.zeros(3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if self.training and len(x) > 8:
+            self.centre = 0.9 * self.centre + out.detach().mean(0)
+        return out - self.centre
+
+
+class Growing(Small):
+    def __init__(self) -> None:
+        super().__init__(places=torch.zeros(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > len(self.places):
+            self.places = torch.zeros(len(x), 3)
+        return super().forward(x) + self.places[: len(x)]
+
+
+class Queue(Small):
+    def __init__(self) -> None:
+        super().__init__(queue=torch.empty(0, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        self.queue = torch.cat([self.queue, out.detach()])[-8:]
+        return out
+
+
+class Unset(Small):
+    def __init__(self) -> None:
+        super().__init__(mean=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mean is None:
+            self.mean = x.mean(0).detach()
+        return super().forward(x - self.mean)
+
+
+class Total(Small):
+    def __init__(self, value: Tensor) -> None:
+        super().__init__(total=value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total += len(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        (Slow, "training changes the frozen parameter 'slow.bias': make it a buffer, or train it"),
+        (Unset, "training changes the buffer 'mean', which is None or missing when `model` returns"),
+        (Growing, r"training changes the shape of the buffer 'places' from \[4, 3\] to \[8, 3\]"),
+        (Queue, r"training changes the shape of the buffer 'queue' from \[0, 3\] to \[8, 3\]"),
+        (lambda: Total(torch.zeros((), dtype=torch.float64)), "'total', which is torch.float64 and is kept in float32"),
+        (lambda: Total(torch.tensor(2**24 + 1)), "'total', which is kept in float32 and begins with a larger integer"),
+        (lambda: Total(torch.tensor(-torch.inf)), "'total', which begins with a value that is not finite"),
+    ],
+)
+def test_what_training_changes_and_cannot_be_kept_is_refused_by_name(model: Any, problem: str) -> None:
+    for _ in range(2):  # the module is built anew: what is frozen has its first values again
+        with pytest.raises(ClientError, match=problem):
+            outline(small(model))
+
+
+@pytest.mark.parametrize(("model", "name"), [(Late, "centre"), (lambda: Slow(late=True), "slow.weight")])
+def test_what_training_changes_later_is_refused_by_name(model: Any, name: str) -> None:
+    made = small(model).session(HyperParameters())
+    before = made.model().own_module.state_dict()[name].clone()
+    with pytest.raises(ClientError, match=f"training has changed '{name}', which a few batches before the first round"):
+        made.train_round(1, None, "server")
+    assert made.model().own_module.state_dict()[name].equal(before)
+
+
+def test_a_count_that_float32_cannot_hold_is_refused() -> None:
+    made = small(lambda: Total(torch.tensor(2**24 - 40))).session(HyperParameters())
+    model = made.model()
+    assert float(cpu_state(model)["total"]) == 2**24 - 40
+    model.own_module.get_buffer("total").add_(41)
+    with pytest.raises(ClientError, match="the buffer 'total' has reached 16777217, and is kept in float32"):
+        cpu_state(model)

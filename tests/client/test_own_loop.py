@@ -125,6 +125,17 @@ class Two(Net):
         return self.head(latent), latent
 
 
+class Shifting(Net):
+    """Changes its input in place, which a frozen layer does not notice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.add_(1))
+
+
 def by_target(student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, temperature: float) -> torch.Tensor:
     return (student - teacher).square().mean(-1) * (target >= 0)
 
@@ -137,6 +148,7 @@ def by_target(student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor
             IMAGE_CLASSIFICATION,
             "the output of the module is a tuple, which .*: return a tensor, or an output with",
         ),
+        (Shifting, IMAGE_CLASSIFICATION, "the module changes '0' of its batch, which a second model"),
         (
             Net,
             replace(IMAGE_CLASSIFICATION, name="own", divergences=by_target),
@@ -162,15 +174,54 @@ def test_what_an_own_loop_cannot_distil_is_told_before_the_first_round(
     assert strategy.progress.round == 0
 
 
-def test_a_loop_that_trains_another_model_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def trains_a_copy(net: nn.Module, data: DataLoader[Any], config: Mapping[str, Any]) -> None:
-        Loop().fit(deepcopy(net), data, config)
+def test_a_loop_that_trains_a_copy_is_refused_or_takes_its_values_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def trains_a_copy(net: nn.Module, data: DataLoader[Any], config: Mapping[str, Any]) -> nn.Module:
+        Loop().fit(copied := deepcopy(net), data, config)
+        return copied
 
-    run(tmp_path, lambda _: Loop().task(fit=trains_a_copy), "method=fedavg")
-    assert caplog.text.count("client 'c0': `fit` has changed no tensor of the model that it was called with") == 1
+    def takes_over(net: nn.Module, data: DataLoader[Any], config: Mapping[str, Any]) -> None:
+        net.load_state_dict(trains_a_copy(net, data, config).state_dict())
+
+    words = "changed no tensor of the model that it was called with"
+    with pytest.raises(
+        RunError,
+        match=f"client 'c0': task 'digits': `fit` has {words}: its optimiser has the parameters of another one",
+    ):
+        run(tmp_path, lambda _: Loop().task(fit=lambda *given: trains_a_copy(*given) and None), "method=fedavg")
     caplog.clear()
-    run(tmp_path / "good", lambda _: Loop().task(), "method=fedavg")
-    assert "changed no tensor" not in caplog.text
+    run(tmp_path / "good", lambda _: Loop().task(fit=takes_over), "method=fedavg")
+    assert words not in caplog.text
+    run(tmp_path / "still", lambda _: Loop().task(), "method=fedavg", rate=0.0)
+    assert f"client 'c0': task 'digits': `fit` has {words}: train that one, with a learning rate" in caplog.text
+
+
+def test_an_optimiser_that_is_kept_over_the_calls_of_a_loop_is_refused(tmp_path: Path) -> None:
+    """It trains the copy of its first call, in which the trial sees nothing wrong."""
+    kept: list[torch.optim.Optimizer] = []
+
+    def fit(net: nn.Module, data: DataLoader[Any], config: Mapping[str, Any]) -> None:
+        kept[:] = kept or [torch.optim.SGD(net.parameters(), lr=config["lr"], momentum=0.9)]
+        for x, y in data:
+            kept[0].zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            kept[0].step()
+
+    with pytest.raises(RunError, match="has the parameters of another one; make the optimiser in each call, from"):
+        run(tmp_path, lambda _: Loop().task(fit=fit), nodes=1)
+
+
+def test_what_a_loop_does_to_its_config_is_gone_at_its_next_call(tmp_path: Path) -> None:
+    """Server copy, personal model, teacher and student have the rate that the server has sent."""
+    loop = Loop()
+
+    def fit(net: nn.Module, data: DataLoader[Any], config: dict[str, Any]) -> Any:
+        config["lr"] /= 2
+        return loop.fit(net, data, {"lr": config.pop("lr")})
+
+    run(tmp_path, lambda _: loop.task(fit=fit), nodes=1, rate=0.5)
+    assert loop.rates == [0.25] * 5
 
 
 @pytest.mark.parametrize(
@@ -266,6 +317,10 @@ def test_a_module_whose_frozen_weights_an_evaluation_has_changed_is_built_anew(t
         (0.5, "`score` returned a float: return numbers by name"),
         ({"loss": 1.0}, "`score` returned loss, and the kind 'image_classification' is judged by 'accuracy'"),
         ({"loss": 1.0, "accuracy": 87.5}, "`score` returned accuracy = 87.5, .* return the share, not a percentage"),
+        (
+            dict.fromkeys(["accuracy", "loss", *map(str, range(99))], 0.5),
+            "`score` returned 101 numbers, and at most 100",
+        ),
         ({"accuracy": 1.0}, "`score` returned no 'loss', and replacement.evidence = validation compares it"),
     ],
 )
@@ -274,6 +329,11 @@ def test_an_evaluation_that_cannot_be_used_is_refused_before_the_first_round(
 ) -> None:
     with pytest.raises(RunError, match=words):
         run(tmp_path, lambda _: Loop().task(score=lambda net, data: returned))
+
+
+def test_a_forward_beside_a_loop_may_use_its_batch_up() -> None:
+    uses = {"forward": lambda net, batch: net(batch.pop(0)), "target": lambda batch: batch[1]}
+    assert session(Loop().task(**uses)).outline.component_map.reach
 
 
 def test_own_loops_for_some_tasks_only_are_refused() -> None:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from tap_flower import Client, Task, TaskKind
+from tap_flower import Client, TapClientApp, Task, TaskKind
 from tap_flower.client.module import built_module
 from tap_flower.config import HyperParameters
 from tap_flower.core.components import ComponentModel, trainable_state
 from tap_flower.core.module_tensors import still_norms
-from tap_flower.errors import ClientError
+from tap_flower.errors import ClientError, RunError
 from tap_flower.methods.session import Session
 from tests.own_clients import REGRESSION, Net, digits, pixels
+from tests.small_projects import federate
 
 
 def session(made: Client) -> Session:
@@ -50,12 +53,32 @@ def out_of_range(batch: Any) -> Tensor:
     return batch[1] + 7
 
 
+def halved(module: Any, batch: Any) -> Tensor:
+    return module.see(batch[0].mul_(0.5))
+
+
+def without_labels(module: Any, batch: Any) -> Tensor:
+    batch.pop()
+    return module.see(batch[0])
+
+
+def freezing(module: Any, batch: Any) -> Tensor:
+    module.image.requires_grad_(False)
+    return module.see(batch[0])
+
+
 def scalar(output: Tensor, target: Tensor) -> Tensor:
     return (output - nn.functional.one_hot(target, 3)).square().mean()
 
 
 def apart(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
     return (student - teacher).square().mean(-1)
+
+
+def measured(metrics: dict[str, Any]) -> TaskKind:
+    """A classification with metrics beside its loss and its accuracy."""
+    ours = digits(0).kind
+    return replace(ours, name="own", metrics=lambda sums: {**ours.metrics(sums), **metrics})
 
 
 @pytest.mark.parametrize(
@@ -77,14 +100,146 @@ def apart(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) 
             "the divergences are one for each",
         ),
         (
-            {"kind": replace(digits(0).kind, headline="auc")},
-            "the metrics of kind 'image_classification' lack 'auc': add it",
+            {"kind": replace(digits(0).kind, name="own", headline="auc")},
+            "the metrics of kind 'own' lack 'auc': add it",
+        ),
+        (
+            {"forward": halved},
+            "`forward` changes '0' of its batch, which a second model, .* is called with, too: let it",
+        ),
+        ({"forward": without_labels}, "`forward` removes '1' of its batch"),
+        ({"forward": freezing}, "`forward` freezes 'image.weight': `requires_grad` must stay as `model` returns it"),
+        ({"kind": measured({"top-1 / all": 0.5})}, "returned a metric whose name the node's log shows: use letters"),
+        ({"kind": measured({"f1": None})}, "the metrics of kind 'own' returned f1 of type NoneType: return numbers"),
+        ({"kind": measured({"f1": torch.ones(3)})}, "the metrics of kind 'own' returned f1 of type Tensor"),
+        (
+            {"kind": measured(dict.fromkeys(map(str, range(100)), 0.5))},
+            "returned 103 numbers, and at most 100 are taken",
         ),
     ],
 )
 def test_an_error_names_the_users_line(change: dict[str, Any], problem: str) -> None:
     with pytest.raises(ClientError, match=f"client 'ann': task 'digits': .*{problem}"):
         session(Client("ann", net, [replace(digits(0), **change)]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "problem"),
+    [
+        ({"head_size": 10, "classes": ["a", "b", "c"]}, "10 classes by `head_size`, and `forward` .* the logits of 3"),
+        ({"head_size": 3, "classes": ["a", "b"]}, "2 classes by `classes`, and `forward` .* the logits of 3: correct"),
+    ],
+)
+def test_a_number_of_classes_that_the_output_has_not(sizes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ClientError, match=f"client 'ann': task 'digits' has {problem}"):
+        session(Client("ann", net, [digits(0, **sizes)]))
+    assert session(Client("ann", net, [digits(0, head_size=3, classes=["a", "b", "c"])]))
+
+
+def test_a_batch_may_be_added_to() -> None:
+    def adding(module: Any, batch: Any) -> Tensor:
+        batch.append(batch[0] > 0)
+        return module.see(batch[0])
+
+    assert session(Client("ann", net, [replace(digits(0), forward=adding)]))
+
+
+class Looked(Net):
+    """Looks a row up, with a sparse gradient."""
+
+    def __init__(self) -> None:
+        super().__init__("digits")
+        self.table = nn.Embedding(3, 4, sparse=True)
+
+    def see(self, pixels: Tensor) -> Tensor:
+        return super().see(pixels + self.table(pixels[:, :3].argmax(1)))
+
+
+class Freezes(Net):
+    def __init__(self) -> None:
+        super().__init__("digits")
+
+    def train(self, mode: bool = True) -> Freezes:
+        super().train(mode)
+        self.trunk.requires_grad_(False)
+        return self
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        (
+            Looked,
+            "task 'digits': the gradient of 'table.weight' is sparse, and AdamW needs a dense one: build the layer",
+        ),
+        (Freezes, "the model's own `train` freezes 'trunk.0.weight': `requires_grad` must stay as `model` returns it"),
+    ],
+)
+def test_what_cannot_be_trained_in_every_round_is_refused(model: type[nn.Module], problem: str) -> None:
+    for name in ("ann", "bob"):  # of one process
+        with pytest.raises(ClientError, match=f"client '{name}': {problem}"):
+            session(Client(name, model, [digits(0)]))
+
+
+class Recomputed(Net):
+    def __init__(self) -> None:
+        super().__init__("digits")
+
+    def see(self, pixels: Tensor) -> Tensor:
+        return self.heads["digits"](checkpoint(self.trunk, self._seen(pixels), use_reentrant=True))
+
+
+def test_what_checkpointing_with_reentrant_autograd_reaches() -> None:
+    (reached,) = session(Client("ann", Recomputed, [digits(0)])).outline.component_map.reach.values()
+    assert reached == {"image", "trunk.0", "trunk.1", "heads.digits"}
+
+
+def test_a_metric_that_is_not_the_mean_of_the_losses_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def tripled(output: Tensor, target: Tensor) -> Tensor:
+        return 3 * ours.losses(output, target)
+
+    ours = digits(0).kind
+    session(Client("ann", net, [digits(0)]))
+    assert "the mean of the losses" not in caplog.text
+    session(Client("ann", net, [replace(digits(0), kind=replace(ours, name="own", losses=tripled))]))
+    assert "task 'digits': on a few examples the mean of the losses of kind 'own' is" in caplog.text
+
+
+class Spaced(Net):
+    def __init__(self) -> None:
+        super().__init__("digits")
+        self.eyes = nn.ModuleDict({"left eye": nn.Linear(4, 3)})
+
+    def see(self, pixels: Tensor) -> Tensor:
+        return super().see(pixels) + self.eyes["left eye"](pixels)
+
+
+class Empty(Net):
+    def __init__(self) -> None:
+        super().__init__("digits")
+        self.extra = nn.Parameter(torch.zeros(0, 3))
+
+    def see(self, pixels: Tensor) -> Tensor:
+        return super().see(pixels) + pixels[:, :0] @ self.extra
+
+
+@pytest.mark.parametrize(
+    ("model", "components", "problem"),
+    [
+        (Spaced, None, "the model has the tensor 'eyes.left eye.weight': name it with at most 256 letters"),
+        (net, {"the trunk": "*"}, "the model has the component 'the trunk': name it with at most 256 letters"),
+        (
+            Empty,
+            None,
+            r"tensor 'extra' of the model has the shape \[0, 3\], and so no value to train: leave its layer",
+        ),
+    ],
+)
+def test_what_no_message_carries_is_told_by_name(tmp_path: Path, model: Any, components: Any, problem: str) -> None:
+    app = TapClientApp()
+    app.client()(lambda _: Client("ann", model, [digits(0)], components, state_dir=tmp_path / "state"))
+    with pytest.raises(RunError, match=f"client 'ann': {problem}"):
+        federate(tmp_path, app, nodes=1)
 
 
 def failing() -> nn.Module:
@@ -166,7 +321,7 @@ class Precise(Teacher):
     ("model", "problem"),
     [
         (Teacher, "training changes the frozen parameter 'slow': make it a buffer, or train it"),
-        (Precise, "training changes the buffer 'slow', whose values float32 cannot hold: make it float32"),
+        (Precise, "training changes the buffer 'slow', which is torch.float64 and is kept in float32: make it float32"),
     ],
 )
 def test_what_moves_and_cannot_be_kept_is_refused(model: type[nn.Module], problem: str) -> None:
@@ -247,7 +402,7 @@ def test_models_are_copies_whose_tensors_are_swapped() -> None:
     assert all(value.equal(held.state_dict()[name]) for name, value in trainable_state(again).items())
     built = built_module(lambda: held, 1)
     assert built is not None
-    assert built.copies == 1
+    assert built.copies == 0  # none is made before it is used
 
 
 def test_frozen_norms() -> None:

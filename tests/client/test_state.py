@@ -16,9 +16,20 @@ from cachetools import LRUCache
 
 from tap_flower.cli.restore import UNDONE, go_back
 from tap_flower.client import state as store_module
-from tap_flower.client.state import PERSONAL, PREVIOUS, SCHEMA, SERVER, ClientState, StateFolder
-from tap_flower.errors import DivergedError, StorageError
+from tap_flower.client.state import (
+    BEST,
+    FIRST,
+    KEPT,
+    PERSONAL,
+    PREVIOUS,
+    SCHEMA,
+    SERVER,
+    ClientState,
+    StateFolder,
+)
+from tap_flower.errors import ConfigError, DivergedError, StorageError
 from tap_flower.files import read_json, read_tensors, write_atomically, write_tensors
+from tap_flower.methods.fedavg import METHOD as FEDAVG
 from tap_flower.methods.method import Memory
 from tap_flower.report.client_records import DECISIONS, read_decisions
 from tap_flower.wire.messages import Epoch
@@ -167,6 +178,35 @@ def test_a_memory_may_hold_several_models_or_none(tmp_path: Path) -> None:
     assert found.residual["a/w"].tolist() == [5.0]
     store.save(ClientState(2, Memory()))
     assert store.load() == ClientState(2, Memory())
+
+
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        (Memory({"residual": {"w": torch.ones(1)}}), "keeps a model 'residual', .* has other tensors under that name"),
+        (Memory({"server/own": {"w": torch.ones(1)}}), "keeps a model 'server/own'"),
+        (Memory({"personal": {"anchor:w": torch.ones(1)}}), "the tensor 'anchor:w' .*: use a name without ':'"),
+        (
+            Memory(record={"x": {"y": [{3: 0.5}]}}),
+            "keeps a key of type int in its record, at 'x', which would come back",
+        ),
+        (Memory(record={3: 0.5}), "keeps a key of type int in its record, at 3"),  # type: ignore[dict-item]
+        (Memory(record={"x": [(1, 2)]}), "keeps a tuple in its record, at 'x'"),
+        (Memory(record={"x": torch.ones(1)}), "keeps a Tensor in its record, at 'x'.* tensors go into `Memory.models`"),
+        (Memory(record={"x": 2**70}), "keeps a number of 71 bits in its record, at 'x'"),
+    ],
+)
+def test_a_memory_that_would_come_back_as_another_is_refused(tmp_path: Path, memory: Memory, words: str) -> None:
+    store = state_folder(tmp_path, "r1")
+    with pytest.raises(ConfigError, match=words):
+        store.save(ClientState(1, memory))
+    assert store.load() is None
+
+
+@pytest.mark.parametrize("file", [PERSONAL, PREVIOUS, BEST, KEPT, FIRST, SERVER, UNDONE, "my model.safetensors"])
+def test_a_model_of_stage_2_has_a_file_of_its_own(file: str) -> None:
+    with pytest.raises(ConfigError, match="method 'mine' has '.*' among its `results`: use letters"):
+        replace(FEDAVG, name="mine", results=(file.removesuffix(".safetensors"),))
 
 
 def test_the_servers_tensors_come_back_or_are_not_there(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 from tap_flower import Client, Task
 from tap_flower.config import HyperParameters
 from tap_flower.errors import ClientError, RunError
-from tests.small_projects import Loop, Normed, loader, run, session, task
+from tests.small_projects import Loop, Net, Normed, loader, run, session, task
 from tests.toys import pixels
 
 
@@ -116,6 +118,46 @@ def test_keep_best_is_true_or_false_and_needs_held_out_examples(
 def test_tasks_that_are_refused(made: Callable[[], Task], words: str) -> None:
     with pytest.raises(ClientError, match=f"task 'digits' {words}"):
         session(made())
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"batch_size": 8.0}, "batch_size 8.0: give a whole number from 1 on"),
+        ({"head_size": 3.0}, "head_size 3.0: give a whole number from 0 on"),
+        ({"margin": "much"}, "margin 'much': give a number from 0 on"),
+        ({"modalities": ["image", "image"]}, r"the modalities \['image', 'image'\]: give at least one, and each once"),
+        ({"modalities": "image"}, "modalities of type str: give a list"),
+        ({"domains": "web"}, "domains of type str: give a list"),
+        ({"classes": "ab"}, "classes of type str: give a list"),
+    ],
+)
+def test_arguments_of_a_task_that_are_refused(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(ClientError, match=f"task 'digits' has {words}"):
+        replace(task(), **more)
+
+
+@pytest.mark.parametrize(
+    ("model", "tasks", "words"),
+    [
+        (
+            Net(),
+            [task()],
+            "has a module as `model`: give the function that builds it, such as its class, or `lambda: net`",
+        ),
+        (Net, task(), "has a Task as `tasks`: give a list of Tasks"),
+    ],
+)
+def test_arguments_of_a_client_that_are_refused(model: Any, tasks: Any, words: str) -> None:
+    with pytest.raises(ClientError, match=f"client 'ann' {words}"):
+        Client("ann", model, tasks)
+
+
+def test_arguments_may_be_iterated_once() -> None:
+    one = replace(task(), modalities=(word for word in ["image"]), batch_size=np.int64(2), train=pixels(4, 0))  # type: ignore[arg-type]
+    client = Client("ann", Net, (of for of in [one]))  # type: ignore[arg-type]
+    assert client.tasks == (one,)
+    assert [(of.pair.modalities, of.batch_size) for of in client.tasks] == [(("image",), 2)]
 
 
 def test_a_kind_by_its_name_is_refused() -> None:

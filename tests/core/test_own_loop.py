@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tap_flower.core.components import ComponentModel
 from tap_flower.core.objectives import Distillation, Proximal
@@ -175,6 +176,91 @@ def test_a_sum_over_parameters_is_no_sum_over_examples(term: str) -> None:
     torch.testing.assert_close(*found)
 
 
+def logs_first(loss: Tensor) -> None:
+    torch.autograd.grad(loss, [node.variable for node in leaves(loss)], retain_graph=True)
+    loss.backward()
+
+
+def leaves(root: Tensor) -> list[Any]:
+    """The nodes that add a gradient to a parameter."""
+    found, nodes = {}, [root.grad_fn]
+    while nodes:
+        if (node := nodes.pop()) is not None and node not in found:
+            found[node] = hasattr(node, "variable")
+            nodes += [below for below, _ in node.next_functions]
+    return [node for node, leaf in found.items() if leaf]
+
+
+@pytest.mark.parametrize("which", ["distillation", "proximal"])
+@pytest.mark.parametrize(
+    ("factor", "backward"),
+    [
+        (1, logs_first),
+        (0.25, lambda loss: loss.backward(torch.tensor(0.25))),
+        (0.25, lambda loss: torch.autograd.backward(loss / 4)),
+        (0.25, lambda loss: torch.autograd.backward([loss], [torch.tensor(0.25)])),
+        (0.25, lambda loss: (loss / 4).mean().backward()),
+        (0.25, lambda loss: torch.stack([loss / 4]).sum().backward()),
+        (0.25, lambda loss: (-(-loss / 4)).backward()),
+    ],
+    ids=["autograd.grad before", "gradient", "autograd.backward", "grad_tensors", "mean", "stack", "minus"],
+)
+def test_each_way_to_a_backward_pass_has_the_term(which: str, factor: float, backward: Any) -> None:
+    net, teacher = pair()
+    x, y = data()[0]
+    anchor = {name: value.detach() + 0.1 for name, value in net.named_parameters()}
+    objective = distillation(teacher) if which == "distillation" else Proximal(net, anchor, 0.3)
+    (factor * (F.cross_entropy(net(x), y) + objective(Batch("t", {CALL: ((x,), {})}, y), net(x)))).backward()
+    wanted = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+    with further_loss(net, "t", objective):
+        backward(F.cross_entropy(net(x), y))
+    for parameter, gradient in zip(net.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_the_sign_of_a_loss_is_not_that_of_the_term() -> None:
+    net, (x, y) = Net(), data()[0]
+    found = []
+    for likelihood in (False, True):
+        net.zero_grad()
+        with further_loss(net, "t", lambda batch, output: output.square().sum()):
+            chosen = F.log_softmax(net(x), -1)[range(len(y)), y].mean()
+            (-chosen if likelihood else F.cross_entropy(net(x), y)).backward()
+        found.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    "backward",
+    [lambda loss: torch.autograd.backward([loss, loss / 4]), lambda loss: loss.expand(2).backward(torch.ones(2))],
+    ids=["two factors", "many values"],
+)
+def test_a_backward_pass_of_no_one_factor_is_refused(backward: Any) -> None:
+    net, teacher = pair()
+    x, y = data()[0]
+    words = "task 't': the method's further loss needs one number to belong to, and `fit` has called `backward`"
+    with pytest.raises(ClientError, match=words), further_loss(net, "t", distillation(teacher)):
+        backward(F.cross_entropy(net(x), y))
+
+
+def test_checkpointed_layers_do_not_hide_the_factor() -> None:
+    """Reentrant checkpointing makes a backward pass inside the backward pass."""
+
+    class Checkpointed(Net):
+        def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+            return self.net[2](checkpoint(self.net[:2], x, use_reentrant=True))
+
+    found = []
+    for kind in (Net, Checkpointed):
+        net, teacher = pair(kind)
+        x, y = data()[0]
+        with further_loss(net, "t", distillation(teacher)):
+            (F.cross_entropy(net(x.requires_grad_()), y) / 4).backward()
+        found.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    torch.testing.assert_close(*found)
+
+
 def test_a_loss_of_many_additions() -> None:
     net, (x, y) = Net(), data()[0]
     with further_loss(net, "t", distillation(Net())):
@@ -203,7 +289,7 @@ def test_under_autocast_the_term_is_that_of_the_explicit_sum() -> None:
 def test_a_pass_that_is_not_trained_on_adds_nothing_and_hooks_are_gone_afterwards() -> None:
     net, teacher = pair()
     (x, y), (other, _) = data()[:2]
-    backward = Tensor.backward
+    backward = torch.autograd.backward
     gradients = []
     for looks in (False, True):
         net.zero_grad()
@@ -213,7 +299,7 @@ def test_a_pass_that_is_not_trained_on_adds_nothing_and_hooks_are_gone_afterward
             F.cross_entropy(net(x), y).backward()
         gradients.append(next(net.parameters()).grad.clone())  # type: ignore[union-attr]
     assert gradients[0].equal(gradients[1])
-    assert Tensor.backward is backward
+    assert torch.autograd.backward is backward
     assert not net._forward_hooks
 
 
@@ -292,6 +378,23 @@ def test_what_models_share_must_be_left_as_it_was(own: Callable[[Any], None], wo
         with lent(net, "`own`", trains) as module:
             own(module)
     assert net.discarded == 1
+
+
+def test_an_embedding_with_max_norm_is_named_and_gradients_are_on_again() -> None:
+    class Words(ComponentModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(3, 4, max_norm=0.1)
+
+    words = "'words.weight' has changed: its Embedding has max_norm=0.1, which shortens the rows that are looked up; work on"
+
+    def looks_up(net: Any) -> None:
+        torch.set_grad_enabled(False)
+        net.words(torch.arange(3))
+
+    with pytest.raises(ClientError, match=words), lent(Words(), "`score`", trains=False) as module:
+        looks_up(module)
+    assert torch.is_grad_enabled()
 
 
 def test_what_a_loop_trains_may_change_and_what_it_freezes_is_trainable_again() -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
@@ -41,3 +44,21 @@ def test_a_seed_is_that_of_every_device_where_there_is_one(monkeypatch: pytest.M
     monkeypatch.setattr(torch, "manual_seed", told.append)
     seed_torch(7)
     assert told == [7]
+
+
+def test_random_and_numpy_draw_from_the_seed_too_and_outside_as_before() -> None:
+    def drawn() -> list[float]:
+        return [random.random(), np.random.rand(), torch.rand(1).item()]
+
+    found = []
+    for _ in range(2):
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        with seeded(2):
+            found.append(drawn())
+        found.append(drawn())
+        drawn()
+    assert found[:2] == found[2:]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    assert drawn() == found[1] != found[0]
+    with seeded(2):
+        assert drawn() == found[0]

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tap_flower.core.tasks import (
     TASK_KINDS,
     TEXT_CLASSIFICATION,
     TEXT_GENERATION,
+    WORD,
     TaskKind,
     computing,
     image_generation,
@@ -22,6 +25,7 @@ from tap_flower.core.tasks import (
 from tap_flower.data.fields import ImageForm
 from tap_flower.data.images import normalise
 from tap_flower.errors import ClientError
+from tap_flower.wire.fields import Word
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics", reason='needs: pip install "tap-flower[demo]"')
 
@@ -64,6 +68,29 @@ def test_a_kind_of_ones_own_says_more_where_it_wants() -> None:
     kind = TaskKind.of("numbers", squared, distance, margin=0.5, distillation=3.0, **own)
     assert (kind.margin, kind.distillation) == (0.5, 3.0)
     assert kind.judged_by.score(kind.metrics({})) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"name": "own", "margin": -1.0}, "kind 'own' has margin -1.0: give a number from 0 on"),
+        ({"name": "own", "distillation": math.nan}, "kind 'own' has distillation nan: give a number from 0 on"),
+        ({"name": "own", "margin": math.inf}, "kind 'own' has margin inf"),
+        ({"name": "own", "headline": "my f1"}, "kind 'own' has headline 'my f1': use letters, digits"),
+        (
+            {"margin": 0.3},
+            "the kind 'text_generation' is tap-flower's, and this one has another `margin`: give it a name",
+        ),
+        ({"name": "image_generation"}, "the kind 'image_generation' is tap-flower's"),
+    ],
+)
+def test_kinds_that_are_refused(change: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ClientError, match=problem):
+        replace(TEXT_GENERATION, **change)
+
+
+def test_a_name_of_a_metric_is_one_that_a_message_takes() -> None:
+    assert get_args(Word)[1].pattern == rf"\A{WORD.pattern}\Z"
 
 
 def test_classification() -> None:

@@ -19,6 +19,7 @@ from tap_flower.core.tasks import (
     TASK_KINDS,
     TEXT_CLASSIFICATION,
     TEXT_GENERATION,
+    TaskKind,
 )
 from tap_flower.core.training import Batch, Optimisation, evaluate, torch_algorithms, train
 from tap_flower.errors import ClientError, DivergedError
@@ -176,6 +177,20 @@ def test_frozen_parameters_stay() -> None:
     assert model.frozen.item() == 3.0
 
 
+def test_a_model_that_unfreezes_as_it_trains_is_refused_by_name() -> None:
+    class Later(Constant):
+        def forward(self, task: str, inputs: Mapping[str, Any]) -> Tensor:
+            self.frozen.requires_grad_(True)
+            return super().forward(task, inputs)
+
+    model = Later(a=0.0)
+    model.frozen = nn.Parameter(torch.tensor(3.0), requires_grad=False)
+    problem = "training makes trainable 'frozen': `requires_grad` must stay"
+    with pytest.raises(ClientError, match=problem):
+        train(model, KINDS, itertools.cycle([batch("a", 1.0)]), Optimisation(1, 0.1))
+    assert not model.frozen.requires_grad  # other models share it
+
+
 @pytest.mark.parametrize(("target", "loss"), [(math.nan, "nan"), (math.inf, "inf")])
 def test_a_loss_that_is_not_finite_is_an_error_that_names_the_task(target: float, loss: str) -> None:
     batches = itertools.cycle([batch("b", 1.0), batch("a", target)])
@@ -189,6 +204,17 @@ def test_evaluation_sums_over_all_batches() -> None:
     found = evaluate(Constant(a=0.0, b=0.0), KINDS, batches)
     assert found["a"]["mse"] == pytest.approx((1 + 3 * 9) / 4)
     assert found["b"]["mse"] == pytest.approx(4.0)
+
+
+def test_a_sum_that_a_batch_lacks_is_that_of_the_others() -> None:
+    def counts(output: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return {"loss": target.sum(), f"size_{len(target)}": torch.tensor(len(target))}
+
+    kind = TaskKind.of("own", IMAGE_GENERATION.losses, KINDS["a"].divergences, statistics=counts, metrics=lambda s: s)
+    batches = [batch("a", 0.0, size=size) for size in (1, 2, 2, 3)]
+    found = evaluate(Constant(a=0.0), {"a": kind}, batches)
+    assert found == {"a": {"loss": 0.0, "size_1": 1.0, "size_2": 4.0, "size_3": 3.0}}
+    assert {type(value) for value in found["a"].values()} == {float}
 
 
 def test_an_evaluation_shows_every_batch_with_its_output() -> None:

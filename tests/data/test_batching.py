@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import random
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,17 @@ from torch.utils.data import (
 
 from tap_flower.core.training import Batch
 from tap_flower.data.batching import AHEAD, ClientData, read_ahead, training_order, turns
-from tap_flower.data.examples import OWN, Examples, OwnLoader, moved_to, own_examples, set_aside, split_off
+from tap_flower.data.examples import (
+    OWN,
+    Examples,
+    OwnLoader,
+    beginning,
+    extremes,
+    moved_to,
+    own_examples,
+    set_aside,
+    split_off,
+)
 
 CPU = torch.device("cpu")
 
@@ -309,6 +320,55 @@ def test_looking_at_a_loader_leaves_its_generator_where_it_was() -> None:
     split_off(loader, 0.25, 1)
     assert generator.get_state().equal(before)
     assert torch.get_rng_state().equal(everywhere)
+
+
+class Halves(Sampler[int]):
+    """Half of ten rows, by a generator of the process."""
+
+    def __init__(self, draw: Callable[[], list[int]]) -> None:
+        self.draw = draw
+
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.draw()[:5])
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [lambda: random.sample(range(10), 10), lambda: np.random.permutation(10).tolist()],
+    ids=["random", "numpy"],
+)
+def test_what_a_loader_draws_by_random_or_numpy_follows_from_the_seed(draw: Callable[[], list[int]]) -> None:
+    loader = DataLoader(Rows(10), batch_size=2, sampler=Halves(draw))
+    taken = [[b.target.tolist() for b in itertools.islice(of_loader(loader).passes(s, 6, CPU), 6)] for s in (1, 1, 2)]
+    assert taken[0] == taken[1] != taken[2]
+    held = [[b.target.tolist() for b in of_loader(split_off(loader, 0.4, 1)[1]).once(CPU)] for _ in range(2)]
+    assert held[0] == held[1]
+
+
+class Backwards(DataLoader[Any]):
+    """Draws rows as it likes."""
+
+    def __iter__(self) -> Any:
+        return iter([torch.tensor([row]) for row in reversed(range(len(self.dataset)))])  # type: ignore[arg-type]
+
+
+def test_a_loader_that_iterates_in_its_own_way_keeps_it_and_sets_no_share_aside() -> None:
+    loader = Backwards(Rows(3), batch_size=2)
+    own = of_loader(loader)
+    assert [b.target.item() for b in itertools.islice(own.passes(1, 1, CPU), 4)] == [2, 1, 0, 2]
+    assert own.lone(CPU) is None
+    assert beginning(loader, 1) is extremes(loader) is loader
+    with pytest.raises(TypeError, match="is a Backwards with an `__iter__` of its own, .*: give `validation` data"):
+        split_off(loader, 0.5, 1)
+
+
+def test_tasks_that_share_a_loader_with_workers_have_passes_of_their_own() -> None:
+    shared = DataLoader(Rows(4), batch_size=1, num_workers=1, persistent_workers=True)
+    passes = [of_loader(shared).passes(0, 4, CPU) for _ in range(2)]
+    assert [[next(own).target.item() for own in passes] for _ in range(4)] == [[0, 0], [1, 1], [2, 2], [3, 3]]
 
 
 def test_every_turn_has_each_task_once_and_each_place_has_each_task() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import pytest
 from datasets import Dataset
 from transformers import AutoModel
@@ -64,8 +65,8 @@ def prepare(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pr
         settings = [*SETTINGS, *rows, f"data.root={mirror}", f"backbone={checkpoint}", *more]
         sources._opened.cache_clear()
         opened, read = list[Dataset](), list[str]()
-        load, load_model = sources._load, AutoModel.from_pretrained
-        monkeypatch.setattr(sources, "_load", lambda *a, **k: opened.append(load(*a, **k)) or opened[-1])
+        load, load_model = datasets.load_dataset, AutoModel.from_pretrained
+        monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: opened.append(load(*a, **k)) or opened[-1])
         monkeypatch.setattr(AutoModel, "from_pretrained", lambda name, **k: read.append(name) or load_model(name, **k))
         config, out = load_config(preset, "", settings), tmp_path / "run"
         run_config = {"preset": preset, "config": "", "set": " ".join(settings), "out": str(out)}

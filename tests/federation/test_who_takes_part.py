@@ -15,7 +15,7 @@ import yaml
 from flwr.app import Message
 
 import tap_flower
-from tap_flower.errors import RunError
+from tap_flower.errors import ConfigError, RunError
 from tap_flower.report.events import read_events
 from tap_flower.server.server_run import ServerRun
 from tap_flower.wire import messages
@@ -88,7 +88,7 @@ def test_where_a_refused_node_is_needed_the_run_says_why_it_cannot_start(federat
 def test_tasks_of_one_name_with_other_classes_are_refused(make_spec_federation: MakeSpecs) -> None:
     clash = {**LANGUAGES, "classes": [*LANGUAGES["classes"], "xx"], **sources("names", 40, 8)}
     federation = make_spec_federation([*CLIENTS[:1], {"name": "zoe", "backbone": "demo", "tasks": [clash]}])
-    with pytest.raises(RunError, match=r"'languages' has the number of classes 9 on client 'zoe' but 8 on 'ann'"):
+    with pytest.raises(ConfigError, match=r"task 'languages' of client 'zoe' has other classes than on client 'ann'"):
         federation.strategy().start(federation.grid())
 
 

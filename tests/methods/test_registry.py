@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 
 from tap_flower import IMAGE_CLASSIFICATION, Client, TapClientApp, TapResult, TapStrategy, Task, load_config
 from tap_flower.config import Encoding
-from tap_flower.errors import ConfigError
+from tap_flower.core.components import State
+from tap_flower.errors import ConfigError, RunError
 from tap_flower.methods import fedavg
-from tap_flower.methods.method import Method, ServerHalf
+from tap_flower.methods.method import Method, SecondStage, ServerHalf
 from tap_flower.methods.registry import METHODS, find_method, installed
 from tap_flower.run.in_process import InProcessGrid
 from tap_flower.wire import messages
@@ -167,6 +168,25 @@ def test_a_server_half_and_differential_privacy_are_refused(tmp_path: Path, monk
     config = load_config("plug-in", settings=["method=stepping", "privacy.epsilon=4"])
     with pytest.raises(ConfigError, match="method=stepping has a server half, and privacy.epsilon = 4 covers the mean"):
         TapStrategy(config=config, run_folder=tmp_path).start(InProcessGrid(TapClientApp(), [], {}))
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (("mine", "other"), "`second_stage` has made the model 'other', which its `results` do not name"),
+        (("early",), "`second_stage` has not made the model 'mine', the last of its `results`"),
+    ],
+)
+def test_a_stage_2_makes_what_the_method_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: tuple[str, ...], words: str
+) -> None:
+    def second_stage(session: Any, received: State, memory: Any) -> SecondStage:
+        return SecondStage(dict.fromkeys(made, received))
+
+    mine = replace(fedavg.METHOD, name="mine", second_stage=second_stage, results=("early", "mine"))
+    monkeypatch.setitem(METHODS, "mine", mine)
+    with pytest.raises(RunError, match=f"client 'c0': method 'mine': {words}"):
+        run(tmp_path, "mine", rounds=1)
 
 
 @pytest.mark.parametrize(

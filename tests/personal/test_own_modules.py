@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,14 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from tap_flower import TapClientApp, TapStrategy, load_config, load_module, load_personal
+from tap_flower import Client, TapClientApp, TapStrategy, load_config, load_module, load_personal
 from tap_flower.cli import app
+from tap_flower.client.module import unstable
 from tap_flower.core.components import State
 from tap_flower.errors import PersonalError, StorageError
 from tap_flower.files import read_tensors, write_tensors
 from tap_flower.run.in_process import InProcessGrid
-from tests.own_clients import Net, make
+from tests.own_clients import Net, digits, make
 
 SETTINGS = ["rounds=1", "clients_per_round=3", "train.steps=2", "distill.iterations=2", "start_timeout=1"]
 
@@ -35,6 +37,52 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kept(place: Path, client: str, which: str) -> State:
     (file,) = place.glob(f"state/{client}/*/{which}.safetensors")
     return read_tensors(file)[0]
+
+
+class Drawn(nn.Module):
+    """Draws a frozen projection and two masks, of which one is not in its `state_dict`."""
+
+    mask: torch.Tensor
+    cache: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.still, self.head = nn.Linear(4, 6).requires_grad_(False), nn.Linear(6, 3)
+        self.register_buffer("mask", torch.rand(6))
+        self.register_buffer("cache", torch.rand(6), persistent=False)
+
+    def see(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.still(x) * self.mask * self.cache)
+        return out
+
+
+@pytest.mark.parametrize("method", ["tap", "local"])
+def test_what_model_draws_is_loaded_whatever_the_module_that_is_given_has_drawn(tmp_path: Path, method: str) -> None:
+    used: list[torch.Tensor] = []
+
+    def see(net: Drawn, batch: list[torch.Tensor]) -> torch.Tensor:
+        used[:] = [*net.still.parameters(), net.mask, net.cache]
+        return net.see(batch[0])
+
+    client_app = TapClientApp()
+    client_app.client()(lambda _: Client("ann", Drawn, [replace(digits(0), forward=see)], state_dir=tmp_path))
+    settings = [*SETTINGS, "clients_per_round=1", f"method={method}"]
+    strategy = TapStrategy(config=load_config("plug-in", settings=settings), run_folder=tmp_path / "run")
+    strategy.start(InProcessGrid(client_app, [{}], {}))
+    net = load_personal(Drawn(), "ann", state_dir=tmp_path)
+    found = [*net.still.parameters(), net.mask, net.cache]
+    assert all(one.equal(other) for one, other in zip(found, used, strict=True))
+
+
+def test_what_model_draws_and_float32_cannot_hold_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def model() -> nn.Module:
+        net = Drawn()
+        net.register_buffer("precise", torch.rand(6, dtype=torch.float64))
+        net.register_buffer("far", torch.tensor([-torch.inf]))
+        return net
+
+    assert unstable(model, 1).keys() == {"still.weight", "still.bias", "mask", "cache"}
+    assert "`model` builds 'precise' with other values each time" in caplog.text
 
 
 def test_what_stage_2_has_made_is_loaded_by_name(place: Path) -> None:
