@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import random
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Self
 
-import numpy as np
 import torch
 from cachetools import LRUCache
 from torch import Tensor, nn
@@ -18,7 +15,9 @@ from tap_flower.core.components import ComponentModel, State
 from tap_flower.core.module_attributes import mark
 from tap_flower.core.module_tensors import BuiltModule, Names
 from tap_flower.core.seeds import named_seed, seeded
-from tap_flower.core.tracing import Forward, Parts, of_the_user
+from tap_flower.core.task_trial import Forward
+from tap_flower.core.tracing import Parts
+from tap_flower.core.user_code import of_the_user
 from tap_flower.data.examples import OWN
 from tap_flower.errors import ClientError, TapFlowerError
 
@@ -189,25 +188,11 @@ def unstable(model: Callable[[], nn.Module], seed: int) -> State:
 
 
 def _fresh(model: Callable[[], nn.Module], seed: int, purpose: str = "model") -> nn.Module:
-    with of_the_user("`model`", model), _seeded(named_seed(seed, purpose)):
+    with of_the_user("`model`", model), seeded(named_seed(seed, purpose)):
         module = model()
     if not isinstance(module, nn.Module):
         raise ClientError(f"`model` returned a {type(module).__name__}: give a function that builds a torch.nn.Module")
     return module
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers from a seed, and afterwards as if none had been drawn."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with seeded(seed):
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def adapted(module: nn.Module, forwards: Mapping[str, Forward]) -> ComponentModel:

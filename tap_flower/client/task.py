@@ -21,8 +21,9 @@ from tap_flower.config import HyperParameters
 from tap_flower.core.components import ComponentModel, Pair
 from tap_flower.core.module_tensors import BuiltModule
 from tap_flower.core.seeds import named_seed
+from tap_flower.core.task_trial import Forward, TracedTask
 from tap_flower.core.tasks import TaskKind
-from tap_flower.core.tracing import AVERAGE, PERSONAL, Forward, Patterns, TracedTask, parts_of
+from tap_flower.core.tracing import AVERAGE, PERSONAL, Patterns, parts_of
 from tap_flower.data.batching import ClientData
 from tap_flower.data.examples import HELD_OUT, OWN, Examples, OwnLoader, own_examples, set_aside, split_off
 from tap_flower.data.spec import NAME

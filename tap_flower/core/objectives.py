@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tap_flower.core.components import ComponentModel
 from tap_flower.core.tasks import TASK_KINDS, TaskKind
-from tap_flower.core.tracing import left_alone, of_the_user
 from tap_flower.core.training import CALL, Batch, comparable
+from tap_flower.core.user_code import left_alone, of_the_user
 from tap_flower.errors import ClientError
 
 

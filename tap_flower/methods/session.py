@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 
 from tap_flower.config import HyperParameters, ReplacementEvidence
 from tap_flower.core.components import ComponentModel, State, cpu_state, load_trainable_state, only_state_changes
+from tap_flower.core.further_loss import further_loss
 from tap_flower.core.objectives import Proximal
-from tap_flower.core.own_loop import further_loss, lent, trained
+from tap_flower.core.own_loop import lent, trained
 from tap_flower.core.seeds import named_seed, others_seeded, seed_torch
 from tap_flower.core.tasks import TaskKind
 from tap_flower.core.training import Batch, Objective, Observer, Optimisation, Update, evaluate, torch_algorithms, train

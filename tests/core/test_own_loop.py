@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tap_flower.core.components import ComponentModel
+from tap_flower.core.further_loss import further_loss
 from tap_flower.core.objectives import Distillation, Proximal
-from tap_flower.core.own_loop import counted_steps, further_loss, lent
+from tap_flower.core.own_loop import counted_steps, lent
 from tap_flower.core.tasks import IMAGE_CLASSIFICATION
 from tap_flower.core.training import CALL, Batch
 from tap_flower.errors import ClientError
