@@ -62,7 +62,7 @@ class Values:
     def take(self, record: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`tensors`, for the values of a round; what else the record holds is in the records that follow."""
         found = self.tensors(record, like)
-        self._others = {name: array for name, array in record.items() if name not in like}
+        self._others |= {name: array for name, array in record.items() if name not in like}
         return found
 
 

@@ -7,10 +7,11 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from tap_flower.core.averaging import LARGEST_WEIGHT
+from tap_flower.core.tasks import WORD
 from tap_flower.data.spec import NAME
 
 Name = Annotated[str, Meta(pattern=rf"\A{NAME.pattern}\Z")]
-Word = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_+.-]{0,63}\Z")]
+Word = Annotated[str, Meta(pattern=rf"\A{WORD.pattern}\Z")]
 """Name of a model or a metric."""
 Component = Annotated[
     str, Meta(max_length=256, pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*\Z")
