@@ -112,7 +112,9 @@ def test_what_a_subclass_changes_in_a_record_counts() -> None:
     again = values.record(tensors)  # as they were
     assert again[SHARED].numpy().tolist() == tensors[SHARED].tolist()
     assert again["epoch"].numpy().tolist() == [1.0]
-    values.take(ArrayRecord({name: again[name] for name in tensors}), tensors)  # a subclass's record of the tensors alone
+    values.take(
+        ArrayRecord({name: again[name] for name in tensors}), tensors
+    )  # a subclass's record of the tensors alone
     assert values.record(tensors).keys() == {"epoch", *tensors}
 
 
