@@ -14,15 +14,8 @@ from torch import Tensor, nn
 
 from tap_flower.core.components import Pair
 from tap_flower.core.module_tensors import BuiltModule
-from tap_flower.core.tasks import (
-    TASK_KINDS,
-    Statistics,
-    TaskKind,
-    added,
-    check_comparison,
-    computing,
-    metrics_of_kind,
-)
+from tap_flower.core.task_checks import check_comparison, computing, metrics_of_kind
+from tap_flower.core.tasks import TASK_KINDS, Statistics, TaskKind, added
 from tap_flower.core.training import check_trainable
 from tap_flower.core.user_code import left_alone, of_the_user
 from tap_flower.errors import ClientError

@@ -6,11 +6,8 @@ mean over the units of a batch; evaluation sums over the whole data set first, s
 
 from __future__ import annotations
 
-import logging
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -20,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tap_flower.core.headline import Headline
-from tap_flower.errors import ClientError, in_task
+from tap_flower.core.metrics import WORD
+from tap_flower.errors import ClientError
 
 IGNORE = -100
 """Target value of a padded text position: it is in no loss, no distillation and no metric."""
@@ -31,13 +29,6 @@ IMAGE_STD = (0.2673, 0.2564, 0.2762)
 """Deviation of each channel in the paper: what a pixel between 0 and 1 is divided by, unless the task says another."""
 PSNR_LIMIT = 100.0
 """PSNR of images without any error, in dB, so that every metric is a number; rounding to 8 bits alone gives 58.9."""
-
-MOST_METRICS = 100
-"""Metrics that a model may have of a task."""
-WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]{0,63}")
-"""Name of a metric."""
-
-log = logging.getLogger("tap_flower")
 
 Statistics = dict[str, Tensor]
 """Sums over examples (scalars or arrays, float64) that add up over batches."""
@@ -295,123 +286,3 @@ TASK_KINDS |= {
 def added(sums: Statistics, more: Statistics) -> Statistics:
     """The sums of two sets of examples; what one set has no sum of, a class that is not in it say, counts as 0."""
     return {**sums, **{name: sums[name] + value if name in sums else value for name, value in more.items()}}
-
-
-def metrics_of_kind(kind: TaskKind, task: str, sums: Statistics) -> dict[str, float]:
-    """The metrics of a kind, checked.
-
-    Args:
-        kind: of the task.
-        task: its name.
-        sums: statistics of all examples.
-
-    Raises:
-        ClientError: they are not numbers by name, are too many, or lack the loss or the metric that the kind is judged by.
-    """
-    what = f"task {task!r}: the metrics of kind {kind.name!r}"
-    returned = kind.metrics(sums)
-    if not isinstance(returned, Mapping):
-        raise ClientError(f"{what} are a {type(returned).__name__}: return numbers by name")
-    found = numbers_by_name(what, returned, MOST_METRICS)
-    if missing := {"loss", kind.headline} - found.keys():
-        raise ClientError(f"{what} lack {min(missing)!r}: add it")
-    return found
-
-
-def numbers_by_name(what: str, returned: Mapping[Any, Any], most: int | None = None) -> dict[str, float]:
-    """What a user's function returned as numbers by name. Errors do not quote it: the server gets them, without data.
-
-    Args:
-        what: the function, as an error names it.
-        returned: names and numbers; tensors of one value are numbers, too.
-        most: how many there may be; None: any.
-
-    Raises:
-        ClientError: a name cannot be used, a value is no number, or there are too many.
-    """
-    if most is not None and len(returned) > most:
-        raise ClientError(
-            f"{what} returned {len(returned)} numbers, and at most {most} are taken: leave some out, or return their mean"
-        )
-    found = {}
-    for name, value in returned.items():
-        if not WORD.fullmatch(str(name)):
-            log.error("%s returned a metric named %r", what, name)
-            raise ClientError(
-                f"{what} returned a metric whose name the node's log shows: use letters, digits, '_', '+', '.' and '-'"
-            )
-        try:
-            found[str(name)] = float(value)
-        except (TypeError, ValueError, RuntimeError) as error:  # torch's, of a tensor with several values
-            log.error("%s returned %s = %r", what, name, value)
-            raise ClientError(
-                f"{what} returned {name} of type {type(value).__name__}: return numbers by name"
-            ) from error
-    return found
-
-
-_FORMS: Mapping[str, tuple[str, Callable[[Tensor, Tensor], bool]]] = {
-    **dict.fromkeys(
-        ("image_classification", "text_classification"),
-        (
-            "logits [examples, classes] with the numbers of classes, int64 [examples]",
-            lambda output, target: (
-                output.ndim == 2 and target.dtype is torch.int64 and target.shape == output.shape[:1]
-            ),
-        ),
-    ),
-    "text_generation": (
-        "logits [examples, positions, tokens] with the numbers of tokens, int64 [examples, positions]",
-        lambda output, target: output.ndim == 3 and target.dtype is torch.int64 and target.shape == output.shape[:2],
-    ),
-    "image_generation": (
-        "images [examples, 3, height, width] with images of that shape",
-        lambda output, target: output.ndim == 4 and target.is_floating_point() and target.shape == output.shape,
-    ),
-}
-"""Kind -> (what it compares, in words, whether an output and a target are that)."""
-
-
-def check_comparison(kind: TaskKind, task: str, output: Tensor, target: Tensor) -> None:
-    """Checks what one of the four kinds compares: torch would take other shapes and types, and compare something else.
-
-    Args:
-        kind: one of your own takes whatever its losses take.
-        task: name of the task.
-        output: of the model.
-        target: what the loss compares it with.
-
-    Raises:
-        ClientError: they do not have the kind's form.
-    """
-    form, fits = _FORMS.get(kind.name, ("", lambda _, __: True))
-    if not fits(output, target):
-        told = (f"{str(one.dtype).removeprefix('torch.')} {list(one.shape)}" for one in (output, target))
-        raise ClientError(
-            f"task {task!r}: the kind {kind.name!r} compares {form}, and `forward` returned {next(told)}, `target` "
-            f"{next(told)}: return that, or take a kind of your own, TaskKind.of(...)"
-        )
-
-
-@contextmanager
-def computing(task: str) -> Iterator[None]:
-    """Names the task of a batch that cannot be computed with."""
-    try:
-        with in_task(task):
-            yield
-    except IndexError as error:
-        # torch's words; the label itself is the client's own.
-        if re.match(r"Target -?\d+ is out of bounds", str(error)):
-            log.error("task %r: %s", task, error)
-            raise ClientError(
-                f"task {task!r}: a label is outside of the model's outputs, which are numbered from 0: give the model as "
-                f"many outputs as there are classes, or correct the label, which the log of the node tells"
-            ) from error
-        raise
-    except RuntimeError as error:
-        if "device-side assert" in str(error):  # a GPU's words for the same; it computes nothing more in this process
-            raise ClientError(
-                f"task {task!r}: the GPU refused a batch, most often since a label, or a number that an embedding looks up, "
-                f"is negative or too large: run it with CUDA_VISIBLE_DEVICES= on the CPU, which names it"
-            ) from error
-        raise

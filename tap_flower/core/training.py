@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tap_flower.core.tasks import Statistics, TaskKind, added, computing, metrics_of_kind
+from tap_flower.core.task_checks import computing, metrics_of_kind
+from tap_flower.core.tasks import Statistics, TaskKind, added
 from tap_flower.errors import ClientError, DivergedError, users_line
 
 CALL = "call"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tap_flower.config import Config, HyperParameters
 from tap_flower.core.components import ComponentModel, State
+from tap_flower.core.metrics import WORD
 from tap_flower.core.replacement import Decision
-from tap_flower.core.tasks import WORD
 from tap_flower.errors import ConfigError
 from tap_flower.methods.session import Session
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from tap_flower.core.tasks import MOST_METRICS, TASK_KINDS, TaskKind, numbers_by_name
+from tap_flower.core.metrics import MOST_METRICS, numbers_by_name
+from tap_flower.core.tasks import TASK_KINDS, TaskKind
 from tap_flower.errors import ClientError
 
 log = logging.getLogger("tap_flower")

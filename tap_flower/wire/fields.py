@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from tap_flower.core.averaging import LARGEST_WEIGHT
-from tap_flower.core.tasks import WORD
+from tap_flower.core.metrics import WORD
 from tap_flower.data.spec import NAME
 
 Name = Annotated[str, Meta(pattern=rf"\A{NAME.pattern}\Z")]

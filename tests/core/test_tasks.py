@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tap_flower.core.metrics import WORD
 from tap_flower.core.tasks import (
     IGNORE,
     IMAGE_GENERATION,
@@ -17,9 +18,7 @@ from tap_flower.core.tasks import (
     TASK_KINDS,
     TEXT_CLASSIFICATION,
     TEXT_GENERATION,
-    WORD,
     TaskKind,
-    computing,
     image_generation,
 )
 from tap_flower.data.fields import ImageForm
@@ -253,9 +252,3 @@ def test_metrics_do_not_depend_on_how_the_data_is_cut_into_batches(kind: TaskKin
         for name, value in kind.statistics(output[start:stop], target[start:stop]).items():
             sums[name] = sums[name] + value if name in sums else value
     assert kind.metrics(sums) == pytest.approx(whole, rel=1e-6)
-
-
-def test_what_a_gpu_says_of_a_label_is_told_with_its_remedy() -> None:
-    words = "task 'digits': the GPU refused a batch, most often since a label"
-    with pytest.raises(ClientError, match=words), computing("digits"):
-        raise RuntimeError("CUDA error: device-side assert triggered")
