@@ -8,10 +8,11 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 from itertools import chain
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, has_file
@@ -28,9 +29,16 @@ _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 """Files of which a checkpoint has one; pytorch_model.bin is a pickle, and is never read."""
 _PREFIXES = r"^(?:module\.|model\.|base_model\.model\.|flava\.|vilt\.)+"
 """What wrappers (DataParallel, PEFT, a model with heads) put before the names of a checkpoint's tensors: it is taken off."""
-Shapes = Mapping[str, tuple[int, ...]]
-"""Name of a tensor -> its shape."""
+_DTYPES = {"F16", "BF16", "F32", "F64"}
+"""Dtypes of weights in a file; others are those of a quantised checkpoint, whose values mean nothing without its scales."""
 log = logging.getLogger("tap_flower")
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a safetensors file: its shape, and its dtype as the file names it."""
+
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @lru_cache(maxsize=4)
@@ -56,8 +64,9 @@ def load_backbone(
         compiled: torch.compile. It starts a compiler on this machine, so this machine's owner decides.
 
     Raises:
-        BackboneError: the checkpoint cannot be found, is of no supported family, has too few multimodal layers, or lacks
-            weights that are used, or has them in other shapes than its configuration says.
+        BackboneError: the checkpoint cannot be found, is of no supported family or quantised, has too few multimodal
+            layers, or lacks weights that are used, or has them in other shapes than its configuration says, or with values
+            that are not finite.
     """
     outline(name, layers, image_size, revision)
     try:
@@ -72,18 +81,21 @@ def load_backbone(
         )
     except Exception as error:  # whatever transformers, safetensors and the hub's library raise
         raise _missing(name, revision, error) from error
+    weights = dict(model.named_parameters())
+    backbone = from_model(model, layers, image_size)
+    _check_values(name, _used(weights, backbone))
     if dtype is torch.bfloat16 and not bfloat16_products():
         log.warning(
             "this processor has no bfloat16 products, and would be hundreds of times slower: computing in float32"
         )
         dtype = torch.float32
-    return from_model(model, layers, image_size).computing(dtype, recompute, compiled)
+    return backbone.computing(dtype, recompute, compiled)
 
 
 def outline(name: str, layers: int, image_size: int | None = None, revision: str | None = None) -> Backbone:
     """Makes a checkpoint's backbone on the meta device: shapes alone, no weights are read or fetched.
 
-    Where the checkpoint's files are on this machine, their tensors' names and shapes are compared.
+    Where the checkpoint's files are on this machine, their tensors' names, shapes and dtypes are compared.
 
     Args:
         name: `demo`, a local folder, or a hub id. No code from the hub is ever run.
@@ -92,7 +104,7 @@ def outline(name: str, layers: int, image_size: int | None = None, revision: str
         revision: commit, tag or branch of a hub id.
 
     Raises:
-        BackboneError: as `load_backbone` does.
+        BackboneError: as `load_backbone` does, but for values.
     """
     config = _checkpoint_config(name, revision)
     try:
@@ -110,27 +122,26 @@ def outline(name: str, layers: int, image_size: int | None = None, revision: str
         raise
     except Exception as error:  # whatever transformers' modules raise on sizes that do not fit together
         reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, KeyError):  # an activation, say
+            reason = f"transformers knows no {reason}"
         raise BackboneError(f"backbone {name!r} has a config.json of which no model can be made: {reason}") from error
     stored = _stored(name, revision)
     if stored is not None:
-        kept = {id(tensor) for tensor in chain(backbone.parameters(), backbone.buffers())}
-        used = {
-            key: tuple(tensor.shape) for key, tensor in expected.items() if id(tensor) in kept or key in backbone.copied
-        }
-        check_weights(name, stored, used)
+        _check_files(name, stored, _used(expected, backbone))
     return backbone
 
 
-def check_weights(name: str, stored: Shapes, used: Shapes) -> None:
+def _used(weights: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
+    """Those of a checkpoint's tensors that a backbone is made of."""
+    kept = {id(tensor) for tensor in chain(backbone.parameters(), backbone.buffers())}
+    return {key: tensor for key, tensor in weights.items() if id(tensor) in kept or key in backbone.copied}
+
+
+def _check_files(name: str, stored: Mapping[str, StoredTensor], used: Mapping[str, Tensor]) -> None:
     """Compares the tensors of a checkpoint's files with those that a backbone uses.
 
-    Args:
-        name: of the checkpoint.
-        stored: what the files hold.
-        used: what the backbone is made of.
-
     Raises:
-        BackboneError: some are missing, or have another shape.
+        BackboneError: some are missing, have another shape, or are quantised.
     """
     legacy = {".gamma": ".weight", ".beta": ".bias"}
     there = {re.sub(r"\.(gamma|beta)$", lambda m: legacy[m[0]], re.sub(_PREFIXES, "", k)): s for k, s in stored.items()}
@@ -141,14 +152,30 @@ def check_weights(name: str, stored: Shapes, used: Shapes) -> None:
             f"backbone {name!r} lacks {len(lacking)} of the {len(used)} weights that are used, such as {lacking[0]!r}"
             f"{instead}: save the whole model under the names of its own class (`save_pretrained`)"
         )
-    if wrong := [key for key, shape in used.items() if there[key] != shape]:
+    if wrong := [key for key, tensor in used.items() if there[key].shape != tuple(tensor.shape)]:
         raise BackboneError(
             f"backbone {name!r} has {len(wrong)} weights of other shapes than its config.json says, such as {wrong[0]!r} "
-            f"{list(there[wrong[0]])} in place of {list(used[wrong[0]])}: give it the config.json that belongs to it"
+            f"{list(there[wrong[0]].shape)} in place of {list(used[wrong[0]].shape)}: give it the config.json that belongs "
+            f"to it"
+        )
+    if packed := [key for key in used if there[key].dtype not in _DTYPES]:
+        raise _quantised(name, f"{packed[0]!r} is stored as {there[packed[0]].dtype}")
+
+
+def _check_values(name: str, used: Mapping[str, Tensor]) -> None:
+    """Refuses weights that are NaN or infinite, with which every loss would be."""
+    if broken := [key for key, tensor in used.items() if not bool(tensor.isfinite().all())]:
+        raise BackboneError(
+            f"backbone {name!r} has {len(broken)} weights that are NaN or infinite in float32, such as {broken[0]!r}: get "
+            f"the checkpoint again, or one of an earlier step of its training"
         )
 
 
-def _stored(name: str, revision: str | None) -> Shapes | None:
+def _quantised(name: str, reason: str) -> BackboneError:
+    return BackboneError(f"backbone {name!r} is quantised ({reason}): give the checkpoint that it was made from")
+
+
+def _stored(name: str, revision: str | None) -> dict[str, StoredTensor] | None:
     """The tensors in a checkpoint's files, without reading their values; None where they are not on this machine yet."""
 
     def path(file: str) -> str | None:
@@ -167,12 +194,14 @@ def _stored(name: str, revision: str | None) -> Shapes | None:
         if files == [None] and (index := path(SAFE_WEIGHTS_INDEX_NAME)):
             with open(index, encoding="utf-8") as listing:  # noqa: PTH123
                 files = [path(file) for file in sorted(set(json.load(listing)["weight_map"].values()))]
-        found: dict[str, tuple[int, ...]] = {}
+        found: dict[str, StoredTensor] = {}
         for file in files:
             if file is None:
                 return None
             with safe_open(file, framework="pt") as tensors:
-                found |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+                for key in tensors.keys():  # noqa: SIM118
+                    tensor = tensors.get_slice(key)
+                    found[key] = StoredTensor(tuple(tensor.get_shape()), tensor.get_dtype())
     except Exception as error:  # a damaged file: whatever safetensors and json raise
         raise _missing(name, revision, error) from error
     return found
@@ -219,6 +248,8 @@ def _checkpoint_config(name: str, revision: str | None) -> PreTrainedConfig:
     except Exception as error:  # whatever transformers and the hub's library raise on what is no configuration
         raise _missing(name, revision, error) from error
     _family(config)
+    if getattr(config, "quantization_config", None):
+        raise _quantised(name, "its config.json has a quantization_config")
     for part in (config, getattr(config, "image_config", config)):
         for key in ("image_size", "patch_size"):
             sides = getattr(part, key, None)

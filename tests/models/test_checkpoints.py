@@ -75,6 +75,39 @@ def test_weights_that_do_not_fit_are_named_in_one_line(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("load", [load_backbone, outline])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_are_refused(dtype: torch.dtype, load: Callable[..., Any], tmp_path: Path) -> None:
+    name = changed(tmp_path, lambda weights: weights | {LAYER: (weights[LAYER] * 50).to(dtype)})
+    with pytest.raises(
+        BackboneError, match=rf"is quantised \('{LAYER}' is stored as [IF]8.*: give the checkpoint that"
+    ):
+        load(name, 1)
+
+
+def test_a_configuration_of_a_quantised_model_is_refused(tmp_path: Path) -> None:
+    name = changed(
+        tmp_path, config=lambda values: values.update(quantization_config={"quant_method": "gptq", "bits": 4})
+    )
+    with pytest.raises(BackboneError, match="is quantised .its config.json has a quantization_config.: give the"):
+        outline(name, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_float_types_are_taken(dtype: torch.dtype, tmp_path: Path) -> None:
+    name = changed(tmp_path, lambda weights: {key: value.to(dtype) for key, value in weights.items()})
+    assert load_backbone(name, 1).dtype is torch.float32
+
+
+@pytest.mark.parametrize("value", [torch.tensor(float("nan")), torch.tensor(1e300, dtype=torch.float64)])
+def test_weights_that_are_not_finite_are_named(value: Tensor, tmp_path: Path) -> None:
+    def broken(weights: Weights) -> Weights:
+        return weights | {LAYER: torch.full_like(weights[LAYER], value.item(), dtype=value.dtype)}
+
+    with pytest.raises(BackboneError, match=rf"has 1 weights that are NaN or infinite in float32, such as '{LAYER}'"):
+        load_backbone(changed(tmp_path, broken), 1)
+
+
 def test_weights_that_nothing_uses_may_be_missing(tmp_path: Path) -> None:
     name = changed(tmp_path, without("image_model.pooler", "text_projection", "logit_scale"))
     assert load_backbone(name, 1).fingerprint == load_backbone("demo", 1).fingerprint
@@ -98,7 +131,9 @@ def test_a_square_size_may_be_a_list(tmp_path: Path) -> None:
         outline(wide, 1)
 
 
-@pytest.mark.parametrize("values", [{"hidden_size": "x"}, {"num_attention_heads": 7}, {"vocab_size": -1}])
+@pytest.mark.parametrize(
+    "values", [{"hidden_size": "x"}, {"num_attention_heads": 7}, {"vocab_size": -1}, {"hidden_act": "x"}]
+)
 def test_a_configuration_that_fits_nothing_is_told_in_one_line(values: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match="backbone") as refused:
         outline(changed(tmp_path, config=lambda config: config["text_config"].update(values)), 1)
