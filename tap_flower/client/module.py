@@ -23,8 +23,10 @@ from tap_flower.errors import ClientError, TapFlowerError
 
 _READ = 4096
 """Values of a frozen tensor that are read before and after training: a backbone may have 100 million."""
-_OPEN = 8
-"""Modules that a process keeps; clients whose `model` is one function share one."""
+_KEPT_BYTES = 2 << 30
+"""Size limit of the modules that a process keeps, copies included; clients whose `model` is one function share one."""
+_MOST = 1024
+"""Modules that a process keeps, however small they are."""
 
 
 class OwnModel(ComponentModel):
@@ -121,8 +123,16 @@ class OwnOutline(ComponentModel):
         return {name: value for name, value in self._model().fixed().items() if name not in self.moving}
 
 
-_built: LRUCache[tuple[int, int], tuple[BuiltModule, Callable[[], nn.Module]]] = LRUCache(_OPEN)
-"""(identity of `Client.model`, seed) -> module, and the function, so that no other takes over its identity."""
+_Built = tuple[BuiltModule, Callable[[], nn.Module]]
+"""A module, and the function that built it, so that no other takes over its identity."""
+
+
+def _cache(limit: int) -> LRUCache[tuple[int, int], _Built]:
+    """Modules by (identity of `Client.model`, seed), of so many bytes at most; one that is larger is kept alone."""
+    return LRUCache(limit, getsizeof=lambda built: min(limit, max(built[0].most_bytes, limit // _MOST)))
+
+
+_built = _cache(_KEPT_BYTES)
 
 
 def built_module(model: Callable[[], nn.Module], seed: int) -> BuiltModule | None:

@@ -158,6 +158,13 @@ class BuiltModule:
         self.unstable: State | None = None
         self._given = [weakref.ref(tensor) for tensor in self.names.tensors(module).values()]
 
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of its tensors, and of those of the copies that may wait for their next use."""
+        tensors = self.names.all_tensors(self._template).values()
+        frozen, all_of_them = (sum(t.numel() * t.element_size() for t in some) for some in (self._frozen, tensors))
+        return frozen + (1 + COPIES) * (all_of_them - frozen)
+
     def _copied(self, module: nn.Module) -> nn.Module:
         memo: dict[int, object] = {id(p): p for p in self._frozen}
         made = copy.deepcopy(module, memo)

@@ -343,6 +343,23 @@ def test_a_module_is_built_once_and_has_two_copies(tmp_path: Path, monkeypatch: 
     assert Counted.most == len(Counted.alive) == 3  # the third has the first values, and is never used
 
 
+@pytest.mark.parametrize(("room", "kept"), [(3.0, 3), (2.9, 2), (0.5, 1)])
+def test_modules_of_a_process_are_kept_up_to_a_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: float, kept: int
+) -> None:
+    """Clients with a function each, such as a lambda, have a module each."""
+    built = modules.built_module(Normed, 0)
+    assert built is not None
+    tensors = built.names.all_tensors(Normed()).items()
+    frozen, others = (sum(t.nbytes for n, t in tensors if n.startswith("trunk") is which) for which in (True, False))
+    assert built.most_bytes == frozen + 3 * others
+    monkeypatch.setattr(modules, "_built", modules._cache(int(room * built.most_bytes)))
+    Counted.built = 0
+    run(tmp_path, lambda _: lambda: Counted(), nodes=3)
+    assert len(modules._built) == kept
+    assert (Counted.built == 3 * 3) is (kept == 3)
+
+
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
 def test_wrappers_leave_names_as_they_are(tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
     class Called(Normed):
