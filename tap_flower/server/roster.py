@@ -147,10 +147,6 @@ class Roster:
         chosen = random.Random(named_seed(self.seed, "sample", server_round)).sample(names, min(count, len(names)))
         return sorted(chosen)
 
-    def name_of(self, node: int) -> str:
-        """The client on a node that is there."""
-        return next(name for name, its_node in self.nodes.items() if its_node == node)
-
     def holders(self, names: Iterable[str]) -> dict[str, int]:
         """Component -> how many of some clients hold it, for those that any of them holds."""
         return dict(sorted(Counter(c for n in names for c in set(self.manifests[n].component_of.values())).items()))

@@ -205,12 +205,28 @@ class ServerRun:
         )
 
     def exchange(self, grid: StreamingGrid, sent: Iterable[Message]) -> Iterator[Message]:
-        """Sends messages, notes whom they ask, and returns the replies as they come."""
+        """Sends messages, notes whom they ask, and returns the replies as they come.
+
+        Raises:
+            RunError: a message of a subclass is for a node without a client, or for a client that has had one.
+        """
         self.asked = {}
+        client_on = {node: name for name, node in self.roster.nodes.items()}
 
         def noted() -> Iterator[Message]:
             for message in sent:
-                self.asked[self.roster.name_of(message.metadata.dst_node_id)] = message.metadata.dst_node_id
+                node = message.metadata.dst_node_id
+                if node not in client_on:
+                    raise RunError(
+                        f"a {message.metadata.message_type} message is for node {node}, on which no client is: take nodes "
+                        f"from `self.roster.nodes`"
+                    )
+                if (name := client_on[node]) in self.asked:
+                    raise RunError(
+                        f"two {message.metadata.message_type} messages are for client {name!r}, which would count twice: "
+                        f"send each client one"
+                    )
+                self.asked[name] = node
                 yield message
 
         look = self.attendance.gathering.look  # who comes meanwhile is asked, and admitted for the next round

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,35 @@ def test_a_subclass_chooses_who_trains(federation: ToyFederation) -> None:
     assert [e["dropped"] for e in rounds] == [[], []]  # nobody else was asked
     assert strategy.progress.dropped == {}
     assert set(result.clients) == {"ann", "bob", "cleo", "dan"}
+
+
+def twice(messages: Iterable[Message]) -> Iterable[Message]:
+    for message in messages:
+        yield message
+        yield Message(message.content, message.metadata.dst_node_id, message.metadata.message_type)
+
+
+def elsewhere(messages: Iterable[Message]) -> Iterable[Message]:
+    for message in messages:
+        yield Message(message.content, 7, message.metadata.message_type)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (twice, r"two train messages are for client '\w+', which would count twice: send each client one"),
+        (elsewhere, "a train message is for node 7, on which no client is: take nodes from `self.roster.nodes`"),
+    ],
+)
+def test_messages_of_a_subclass_are_one_for_each_client(
+    federation: ToyFederation, change: Callable[[Iterable[Message]], Iterable[Message]], problem: str
+) -> None:
+    class Changed(TapStrategy):
+        def configure_train(self, *args: Any) -> Iterable[Message]:
+            return change(super().configure_train(*args))
+
+    with pytest.raises(RunError, match=problem):
+        of(federation, Changed).start(federation.grid())
 
 
 def test_every_client_may_get_a_configuration_of_its_own(federation: ToyFederation) -> None:
