@@ -228,7 +228,7 @@ class TapStrategy(Strategy):
             new_arrays, metrics = self.aggregate_train(server_round, replies)
             run.check_replies(f"round {server_round}", len(run.reports), len(run.asked))
             result.arrays = arrays if new_arrays is None else new_arrays
-            result.train_metrics_clientapp |= _logged(server_round, metrics)
+            result.train_metrics_clientapp |= _logged(server_round, "aggregate_train", metrics)
             run.complete_round(server_round, result.arrays, began)
             self._evaluate_globally(evaluate_fn, server_round, result.arrays)
         run.end_of_stage_1()
@@ -239,7 +239,7 @@ class TapStrategy(Strategy):
         for arrays in self._asked_twice(run.personalised, "STAGE 2"):
             replies = run.exchange(grid, self.configure_personalise(server_round, arrays, train_config, grid))
             metrics = self.aggregate_personalise(server_round, replies)
-            result.personalise_metrics_clientapp |= _logged(server_round, metrics)
+            result.personalise_metrics_clientapp |= _logged(server_round, "aggregate_personalise", metrics)
         run.check_replies("stage 2", len(run.personalised), len(run.roster.manifests))
         clock.append(time.monotonic())
 
@@ -247,7 +247,7 @@ class TapStrategy(Strategy):
         for arrays in self._asked_twice(result.clients, "EVALUATION"):
             replies = run.exchange(grid, self.configure_evaluate(server_round, arrays, evaluate_config, grid))
             metrics = self.aggregate_evaluate(server_round, replies)
-            result.evaluate_metrics_clientapp |= _logged(server_round, metrics)
+            result.evaluate_metrics_clientapp |= _logged(server_round, "aggregate_evaluate", metrics)
         run.check_replies("the evaluation", len(result.clients), len(run.roster.manifests))
         clock.append(time.monotonic())
 
@@ -371,7 +371,7 @@ class TapStrategy(Strategy):
         if not contents:
             return None
         try:
-            return aggregate(contents, self.weighted_by_key)
+            return _as_record("the aggregation of metrics", aggregate(contents, self.weighted_by_key))
         except MessageError as error:  # of the default mean: the clients' results do not depend on it
             log(WARNING, "The clients' metrics are not aggregated: %s", error)
             return None
@@ -380,15 +380,31 @@ class TapStrategy(Strategy):
         """Calls the project's own evaluation on the server."""
         if evaluate_fn is None:
             return
-        metrics = evaluate_fn(server_round, arrays)
+        metrics = _as_record("evaluate_fn", evaluate_fn(server_round, arrays))
         log(INFO, "Global evaluation after round %s: %s", server_round, metrics)
         if metrics is not None:
             self.run.result.evaluate_metrics_serverapp[server_round] = metrics
 
 
-def _logged(server_round: int, metrics: MetricRecord | None) -> dict[int, MetricRecord]:
+def _as_record(where: str, metrics: MetricRecord | None) -> MetricRecord | None:
+    """What a project's own function returned as metrics; a dict of numbers is taken for a record.
+
+    Raises:
+        RunError: it is something else, such as the pair (loss, metrics) of Flower's earlier strategies.
+    """
+    if metrics is None or isinstance(metrics, MetricRecord):
+        return metrics
+    try:
+        return MetricRecord(dict(metrics))
+    except (TypeError, ValueError) as error:
+        raise RunError(
+            f"{where} returned a {type(metrics).__name__}: return a MetricRecord of numbers by name, or None"
+        ) from error
+
+
+def _logged(server_round: int, where: str, metrics: MetricRecord | None) -> dict[int, MetricRecord]:
     """Round -> metrics, as Flower's `Result` keeps them, and as its strategies log them."""
-    if metrics is None:
+    if (found := _as_record(where, metrics)) is None:
         return {}
-    log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
-    return {server_round: metrics}
+    log(INFO, "\t└──> Aggregated MetricRecord: %s", found)
+    return {server_round: found}

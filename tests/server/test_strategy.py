@@ -323,6 +323,38 @@ def test_configurations_and_mods_reach_the_clients(make_federation: Make) -> Non
     ]
 
 
+def pair(*_: object) -> Any:
+    """What a function of Flower's earlier strategies returns."""
+    return 0.5, {"accuracy": 0.5}
+
+
+class Paired(TapStrategy):
+    aggregate_personalise = pair
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "given", "where"),
+    [
+        (TapStrategy, {}, {"evaluate_fn": pair}, "evaluate_fn"),
+        (TapStrategy, {"train_metrics_aggr_fn": pair}, {}, "the aggregation of metrics"),
+        (Paired, {}, {}, "aggregate_personalise"),
+    ],
+)
+def test_metrics_that_are_no_record_are_refused(
+    federation: ToyFederation, kind: type[TapStrategy], options: Any, given: Any, where: str
+) -> None:
+    with pytest.raises(RunError, match=f"{where} returned a tuple: return a MetricRecord of numbers by name, or None"):
+        of(federation, kind, **options).start(federation.grid(), **given)
+
+
+def test_a_dict_of_numbers_is_a_record(federation: ToyFederation) -> None:
+    def plain(*_: object) -> Any:
+        return {"accuracy": 0.5}
+
+    result = of(federation).start(federation.grid(), evaluate_fn=plain)
+    assert result.evaluate_metrics_serverapp[0] == MetricRecord({"accuracy": 0.5})
+
+
 def test_metrics_are_aggregated_by_the_functions_that_are_given(federation: ToyFederation) -> None:
     def count(contents: list[RecordDict], key: str) -> MetricRecord:
         assert key == "num-examples"
