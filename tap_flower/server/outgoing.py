@@ -44,8 +44,10 @@ class Values:
 
         Raises:
             MessageError: an array is no float32 array.
-            RunError: an array is missing, or has another shape.
+            RunError: it is no record, or an array is missing, or has another shape.
         """
+        if not isinstance(record, ArrayRecord):
+            raise RunError(f"the strategy's arrays are a {type(record).__name__}: return an ArrayRecord")
         if missing := sorted(like.keys() - record.keys()):
             raise RunError(
                 f"the strategy's arrays lack {len(missing)} of {len(like)} tensors, such as {missing[0]!r}: return all"

@@ -13,7 +13,7 @@ from flwr.app import MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result
 
 from tap_flower.config import Config
-from tap_flower.errors import MessageError
+from tap_flower.errors import MessageError, RunError
 from tap_flower.plain import shown
 from tap_flower.report.results import results
 from tap_flower.server.checkpoint import Progress
@@ -49,6 +49,22 @@ class TapResult(Result):
     missing: dict[str, str] = field(default_factory=dict)
     marks: dict[str, list[str]] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
+
+
+def as_record(where: str, metrics: MetricRecord | None) -> MetricRecord | None:
+    """What a project's own function returned as metrics; a dict of numbers is taken for a record.
+
+    Raises:
+        RunError: it is something else, such as the pair (loss, metrics) of Flower's earlier strategies.
+    """
+    if metrics is None or isinstance(metrics, MetricRecord):
+        return metrics
+    try:
+        return MetricRecord(dict(metrics))
+    except (TypeError, ValueError) as error:
+        raise RunError(
+            f"{where} returned a {type(metrics).__name__}: return a MetricRecord of numbers by name, or None"
+        ) from error
 
 
 def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:

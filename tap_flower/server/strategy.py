@@ -23,7 +23,7 @@ from tap_flower.report.results import RESULTS
 from tap_flower.server import checkpoint
 from tap_flower.server.checkpoint import Progress
 from tap_flower.server.grid import StreamingGrid
-from tap_flower.server.result import TapResult, mean_metrics, round_in_words, told, weight_of
+from tap_flower.server.result import TapResult, as_record, mean_metrics, round_in_words, told, weight_of
 from tap_flower.server.roster import Roster
 from tap_flower.server.server_run import ServerRun
 from tap_flower.wire import messages
@@ -85,8 +85,11 @@ class TapStrategy(Strategy):
         if method is not None:
             self.config.method = method
         find_method(self.config.method)
-        if fraction_train is not None and not 0 < fraction_train <= 1:
-            raise ConfigError(f"fraction_train is {fraction_train}: give a share of the clients above 0, at most 1")
+        if fraction_train is not None and not (_is_number(fraction_train) and 0 < fraction_train <= 1):
+            raise ConfigError(f"fraction_train is {fraction_train!r}: give a share of the clients above 0, at most 1")
+        for name, count in (("min_train_nodes", min_train_nodes), ("min_available_nodes", min_available_nodes)):
+            if count is not None and not (isinstance(count, int) and count >= 0):
+                raise ConfigError(f"{name} is {count!r}: give a number of clients, from 0 on")
         named = time.strftime("%Y%m%d-%H%M%S")
         self.run_folder = Path.home() / "tap-flower-runs" / named if run_folder is None else Path(run_folder)
         self.resume = resume
@@ -144,20 +147,25 @@ class TapStrategy(Strategy):
             evaluate_fn: (round, arrays) -> metrics, called before the first round and after each.
 
         Raises:
-            ConfigError: the folder holds another run, or another process runs in it; the configuration differs from the one
-                to be resumed, `num_rounds` or `timeout` is out of bounds, or a tracker or differential privacy cannot be
-                had.
+            ConfigError: an argument is of another type or out of bounds; the folder holds another run, or another process
+                runs in it; the configuration differs from the one to be resumed; or a tracker or differential privacy
+                cannot be had.
             RunError: clients are missing at the start, since they are not there or cannot take part; or none is left.
             StorageError: the run folder cannot be read or written.
         """
         if num_rounds is not None:
             if not isinstance(num_rounds, int) or num_rounds < 0:
-                raise ConfigError(f"num_rounds is {num_rounds}: give a number of rounds, or 0 for stage 2 alone")
+                raise ConfigError(f"num_rounds is {num_rounds!r}: give a number of rounds, or 0 for stage 2 alone")
             self.config.rounds = num_rounds
         if timeout is not None:
-            if not timeout > 0:
-                raise ConfigError(f"timeout is {timeout}: give seconds, more than 0")
+            if not (_is_number(timeout) and timeout > 0):
+                raise ConfigError(f"timeout is {timeout!r}: give seconds, more than 0")
             self.config.round_timeout = timeout
+        if not isinstance(initial_arrays, ArrayRecord | None):
+            raise ConfigError(
+                f"initial_arrays is a {type(initial_arrays).__name__}: give an ArrayRecord with names, such as "
+                f"ArrayRecord(net.state_dict())"
+            )
         train_config = ConfigRecord() if train_config is None else train_config
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
         with checkpoint.locked(self.run_folder, self.resume):
@@ -371,7 +379,7 @@ class TapStrategy(Strategy):
         if not contents:
             return None
         try:
-            return _as_record("the aggregation of metrics", aggregate(contents, self.weighted_by_key))
+            return as_record("the aggregation of metrics", aggregate(contents, self.weighted_by_key))
         except MessageError as error:  # of the default mean: the clients' results do not depend on it
             log(WARNING, "The clients' metrics are not aggregated: %s", error)
             return None
@@ -380,31 +388,19 @@ class TapStrategy(Strategy):
         """Calls the project's own evaluation on the server."""
         if evaluate_fn is None:
             return
-        metrics = _as_record("evaluate_fn", evaluate_fn(server_round, arrays))
+        metrics = as_record("evaluate_fn", evaluate_fn(server_round, arrays))
         log(INFO, "Global evaluation after round %s: %s", server_round, metrics)
         if metrics is not None:
             self.run.result.evaluate_metrics_serverapp[server_round] = metrics
 
 
-def _as_record(where: str, metrics: MetricRecord | None) -> MetricRecord | None:
-    """What a project's own function returned as metrics; a dict of numbers is taken for a record.
-
-    Raises:
-        RunError: it is something else, such as the pair (loss, metrics) of Flower's earlier strategies.
-    """
-    if metrics is None or isinstance(metrics, MetricRecord):
-        return metrics
-    try:
-        return MetricRecord(dict(metrics))
-    except (TypeError, ValueError) as error:
-        raise RunError(
-            f"{where} returned a {type(metrics).__name__}: return a MetricRecord of numbers by name, or None"
-        ) from error
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def _logged(server_round: int, where: str, metrics: MetricRecord | None) -> dict[int, MetricRecord]:
     """Round -> metrics, as Flower's `Result` keeps them, and as its strategies log them."""
-    if (found := _as_record(where, metrics)) is None:
+    if (found := as_record(where, metrics)) is None:
         return {}
     log(INFO, "\t└──> Aggregated MetricRecord: %s", found)
     return {server_round: found}

@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.logger import FLOWER_LOGGER
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg, Result, Strategy
+from torch import nn
 
 from tap_flower.config import Encoding
 from tap_flower.errors import ConfigError, RunError
@@ -48,9 +49,18 @@ def lines() -> Iterator[list[str]]:
     FLOWER_LOGGER.removeHandler(handler)
 
 
-@pytest.mark.parametrize("share", [5.0, -0.5, 0.0])
-def test_a_fraction_is_a_share_of_the_clients(share: float) -> None:
-    with pytest.raises(ConfigError, match=f"fraction_train is {share}: give a share of the clients above 0, at most 1"):
+@pytest.mark.parametrize("name", ["min_train_nodes", "min_available_nodes"])
+@pytest.mark.parametrize("count", [-1, 1.5, "2"])
+def test_minimums_are_numbers_of_clients(name: str, count: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is {count!r}: give a number of clients, from 0 on"):
+        TapStrategy(**{name: count})
+
+
+@pytest.mark.parametrize("share", [5.0, -0.5, 0.0, "0.5"])
+def test_a_fraction_is_a_share_of_the_clients(share: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=f"fraction_train is {share!r}: give a share of the clients above 0, at most 1"
+    ):
         TapStrategy(fraction_train=share)
 
 
@@ -60,9 +70,12 @@ def test_a_fraction_is_a_share_of_the_clients(share: float) -> None:
         ({"num_rounds": -3}, "num_rounds is -3: give a number of rounds, or 0 for stage 2 alone"),
         ({"num_rounds": 2.5}, "num_rounds is 2.5: give a number of rounds"),
         ({"timeout": -5.0}, "timeout is -5.0: give seconds, more than 0"),
+        ({"timeout": "10"}, "timeout is '10': give seconds"),
+        ({"initial_arrays": [np.zeros(3)]}, r"initial_arrays is a list: give an ArrayRecord with names, such as"),
+        ({"initial_arrays": nn.Linear(2, 2).state_dict()}, r"initial_arrays is a OrderedDict: give an ArrayRecord"),
     ],
 )
-def test_rounds_and_seconds_are_bounded(federation: ToyFederation, given: dict[str, Any], problem: str) -> None:
+def test_what_a_run_is_started_with_is_checked(federation: ToyFederation, given: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         of(federation).start(federation.grid(), **given)
 
@@ -157,6 +170,17 @@ def test_every_client_may_get_a_configuration_of_its_own(federation: ToyFederati
     rates = [dict(m.content[CONFIG]) for m in grid.sent if m.metadata.message_type == TRAIN]
     assert rates == [{"lr": float(number), "server-round": 1} for number in range(4)]
     assert dict(given) == {"lr": 9.0}
+
+
+def test_arrays_of_a_subclass_are_a_record(federation: ToyFederation) -> None:
+    class Plain(TapStrategy):
+        def aggregate_train(self, *args: Any) -> Any:
+            arrays, metrics = super().aggregate_train(*args)
+            assert arrays is not None
+            return arrays.to_torch_state_dict(), metrics
+
+    with pytest.raises(RunError, match="the strategy's arrays are a .*Dict: return an ArrayRecord"):
+        of(federation, Plain).start(federation.grid())
 
 
 def test_a_subclass_adds_a_metric_and_changes_the_values(federation: ToyFederation) -> None:
