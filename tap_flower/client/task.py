@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -99,10 +99,14 @@ class Task:
                 raise ClientError(f"task {self.name!r} has {field} of type {type(given).__name__}: give a list")
             object.__setattr__(self, field, tuple(given))
         for word in (self.name, self.kind.name, *self.modalities, *self.domains):
-            if not NAME.fullmatch(word):
+            if not _is_name(word):
                 raise ClientError(
                     f"task {self.name!r}: {word!r} is no name: use letters, digits, '-' and '_', at most 64"
                 )
+        for field in ("forward", "target", "fit", "score"):
+            given = getattr(self, field)
+            if given is not None and not callable(given):
+                raise ClientError(f"task {self.name!r} has a {type(given).__name__} as `{field}`: give a function")
         if not self.modalities or len(set(self.modalities)) < len(self.modalities):
             raise ClientError(
                 f"task {self.name!r} has the modalities {list(self.modalities)}: give at least one, and each once"
@@ -262,21 +266,42 @@ class Client:
     def __post_init__(self) -> None:
         if self.buffers not in (PERSONAL, AVERAGE):
             raise ClientError(f"client {self.name!r} has buffers={self.buffers!r}: use {PERSONAL!r} or {AVERAGE!r}")
-        if isinstance(self.model, nn.Module):
+        if isinstance(self.model, nn.Module) or not callable(self.model):
             raise ClientError(
-                f"client {self.name!r} has a module as `model`: give the function that builds it, such as its class, or "
-                f"`lambda: net`"
+                f"client {self.name!r} has a {type(self.model).__name__} as `model`: give the function that builds the "
+                f"module, such as its class, or `lambda: net`"
             )
-        if not isinstance(self.tasks, Iterable):
+        tasks = tuple(self.tasks) if isinstance(self.tasks, Iterable) else None
+        if tasks is None or not all(isinstance(task, Task) for task in tasks):
             raise ClientError(
                 f"client {self.name!r} has a {type(self.tasks).__name__} as `tasks`: give a list of Tasks"
             )
-        object.__setattr__(self, "tasks", tuple(self.tasks))
-        if not NAME.fullmatch(self.name):
-            raise ClientError(f"client {self.name!r}: use a name of letters, digits, '-' and '_', at most 64")
+        object.__setattr__(self, "tasks", tasks)
+        if not _is_name(self.name):
+            raise ClientError(
+                f"client {self.name!r}: use a name of letters, digits, '-' and '_', at most 64, such as "
+                f"f\"client-{{context.node_config['partition-id']}}\""
+            )
+        for field in ("components", "reach"):
+            self._check_patterns(field, getattr(self, field))
         names = [task.name for task in self.tasks]
         if not names or len(set(names)) < len(names):
             raise ClientError(f"client {self.name!r} has the tasks {names}: give at least one, each with its own name")
+
+    def _check_patterns(self, field: str, patterns: Any) -> None:
+        if patterns is None:
+            return
+        if not isinstance(patterns, Mapping):
+            raise ClientError(
+                f"client {self.name!r} has a {type(patterns).__name__} as `{field}`: give patterns by name"
+            )
+        for name, given in patterns.items():
+            several = [given] if isinstance(given, str) or not isinstance(given, Sequence) else given
+            if not all(isinstance(pattern, str) for pattern in several):
+                raise ClientError(
+                    f"client {self.name!r}: `{field}` of {name!r} is {given!r}: give a pattern such as 'encoder.*', or "
+                    f"a list"
+                )
 
     def session(self, settings: HyperParameters, known: KnownParts | None = None) -> Session:
         """The client at work in a run.
@@ -371,6 +396,10 @@ class Client:
             return cast(BuiltModule, built_module(self.model, seed))
 
         return lambda: OwnModel(module(), forwards, parts), OwnOutline(module, parts)
+
+
+def _is_name(word: object) -> bool:
+    return isinstance(word, str) and NAME.fullmatch(word) is not None
 
 
 def _first_batch(data: ClientData, task: str, size: int) -> tuple[Any, Tensor]:

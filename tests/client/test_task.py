@@ -130,6 +130,7 @@ def test_tasks_that_are_refused(made: Callable[[], Task], words: str) -> None:
         ({"modalities": "image"}, "modalities of type str: give a list"),
         ({"domains": "web"}, "domains of type str: give a list"),
         ({"classes": "ab"}, "classes of type str: give a list"),
+        ({"forward": "net"}, "a str as `forward`: give a function"),
     ],
 )
 def test_arguments_of_a_task_that_are_refused(more: dict[str, Any], words: str) -> None:
@@ -138,19 +139,27 @@ def test_arguments_of_a_task_that_are_refused(more: dict[str, Any], words: str) 
 
 
 @pytest.mark.parametrize(
-    ("model", "tasks", "words"),
+    ("more", "words"),
     [
-        (
-            Net(),
-            [task()],
-            "has a module as `model`: give the function that builds it, such as its class, or `lambda: net`",
-        ),
-        (Net, task(), "has a Task as `tasks`: give a list of Tasks"),
+        ({"model": Net()}, " has a Net as `model`: give the function that builds the module, such as its class"),
+        ({"model": "resnet18"}, " has a str as `model`: give the function that builds the module"),
+        ({"tasks": task()}, " has a Task as `tasks`: give a list of Tasks"),
+        ({"tasks": {"digits": task()}}, " has a dict as `tasks`: give a list of Tasks"),
+        ({"components": ["trunk.*"]}, " has a list as `components`: give patterns by name"),
+        ({"reach": {"digits": 3}}, ": `reach` of 'digits' is 3: give a pattern such as 'encoder.*', or a list"),
     ],
 )
-def test_arguments_of_a_client_that_are_refused(model: Any, tasks: Any, words: str) -> None:
-    with pytest.raises(ClientError, match=f"client 'ann' {words}"):
-        Client("ann", model, tasks)
+def test_arguments_of_a_client_that_are_refused(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(ClientError, match=f"client 'ann'{words}"):
+        Client(**{"name": "ann", "model": Net, "tasks": [task()], **more})
+
+
+@pytest.mark.parametrize("name", [3, None, "a b", "a/b"])
+def test_names_are_texts_of_few_letters(name: Any) -> None:
+    with pytest.raises(ClientError, match=f'client {name!r}: use a name of letters, .* such as f"client-{{context'):
+        Client(name, Net, [task()])
+    with pytest.raises(ClientError, match=f"{name!r} is no name: use letters, digits"):
+        replace(task(), name=name)
 
 
 def test_arguments_may_be_iterated_once() -> None:
