@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
@@ -23,6 +24,8 @@ from tap_flower.data.fields import LIKE_MISSING, Field, is_missing
 from tap_flower.data.sources import OPEN, RowError, SourceNote, open_source, rows_of, values_of
 from tap_flower.data.spec import Source
 from tap_flower.errors import BackboneError
+
+log = logging.getLogger("tap_flower")
 
 TokenIds = Sequence[int] | NDArray[np.int32]
 """Token ids of one text."""
@@ -115,7 +118,7 @@ def tokenised(
     length: int | None,
     is_target: bool,
 ) -> tuple[Tokens, Sequence[RowError]]:
-    """The texts of a source's rows, in its order, read once a process.
+    """The texts of a source's rows, in its order, read once a process, which tells of those that are cut.
 
     Args:
         source: the rows.
@@ -134,11 +137,18 @@ def tokenised(
     """
     parts, errors = [np.zeros(0, dtype=np.int32)], []
     ends: list[int] = []
+    cut: list[int] = []
     for texts, wrong in texts_of(open_source(source, root), rows_of(source, root, seed), read, is_target):
         errors += wrong
         ids = token_ids(texts, tokenizer, length, is_target) if tokenizer else [[] for _ in texts]
+        if tokenizer and length is not None:
+            cut += lengths_of_cut(texts, ids, tokenizer, length, is_target)
         parts += [np.array(text, dtype=np.int32) for text in ids]
         ends += [len(text) for text in ids]
+    if cut:
+        what = "targets" if is_target else "texts"
+        told = "%s: %d of %d %s have up to %d tokens, and are cut at model.text_length = %d"
+        log.warning(told, source, len(cut), len(ends), what, max(cut), length)
     return Tokens(np.concatenate(parts), np.cumsum(ends, dtype=np.int64)), errors
 
 
@@ -230,6 +240,27 @@ def token_ids(
     encoded = tokenizer(list(texts), add_special_tokens=not is_target, verbose=False, **cut)["input_ids"]
     closing = [cast(int, tokenizer.sep_token_id)] if is_target else []
     return [[*ids, *closing] for ids in cast(list[list[int]], encoded)]
+
+
+def lengths_of_cut(
+    texts: Sequence[str],
+    ids: Sequence[TokenIds],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    is_target: bool,
+) -> list[int]:
+    """The lengths, in tokens, of those texts that `token_ids` has cut.
+
+    Args:
+        texts: as `token_ids` got them.
+        ids: what it returned.
+        tokenizer: of the backbone.
+        length: where a text is cut, in tokens.
+        is_target: as for `token_ids`.
+    """
+    full = [text for text, found in zip(texts, ids, strict=True) if len(found) == length]
+    whole = token_ids(full, tokenizer, None, is_target) if full else []
+    return [len(found) for found in whole if len(found) > length]
 
 
 def pad_inputs(texts: Sequence[TokenIds], pad: int) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from tap_flower.data.examples import moved_to
 from tap_flower.data.fields import ImageForm
 from tap_flower.data.images import open_image, pixels_of
 from tap_flower.data.loading import input_tensors, model_inputs
-from tap_flower.data.text import load_tokenizer, token_ids, tokenizer_hash
+from tap_flower.data.text import lengths_of_cut, load_tokenizer, token_ids, tokenizer_hash
 from tap_flower.errors import BackboneError, PersonalError, StorageError
 from tap_flower.hub import locate
 from tap_flower.methods.method import Memory
@@ -31,6 +32,8 @@ from tap_flower.models.load import load_backbone
 from tap_flower.models.model import TapModel
 from tap_flower.personal.answers import Answer, class_answers, image_answers, text_answers
 from tap_flower.plain import same_backbone
+
+log = logging.getLogger("tap_flower")
 
 Picture = Image.Image | str | Path | NDArray[np.uint8]
 """An image, a file of one, or pixels [H, W, 3] or [H, W], uint8."""
@@ -144,6 +147,8 @@ class PersonalModel:
         if len(set(sizes.values())) > 1:
             raise PersonalError(f"task {task!r} got {sizes['image']} images and {sizes['text']} texts: give as many")
         domain = self._domain(wanted, domain)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise PersonalError(f"batch_size is {batch_size!r}: give a number of inputs, from 1 on")
         answers: list[Answer] = []
         for start in range(0, next(iter(sizes.values())), batch_size):
             part = {name: column[start : start + batch_size] for name, column in columns.items()}
@@ -179,9 +184,12 @@ class PersonalModel:
                 raise PersonalError(f"a text is a {type(wrong[0]).__name__}: give a string")
             if not all(text.strip() for text in columns["text"]):
                 raise PersonalError("a text is empty: write one")
-            texts = token_ids(
-                columns["text"], self.tokenizer, self.description.settings.model.text_length, is_target=False
-            )
+            length = self.description.settings.model.text_length
+            texts = token_ids(columns["text"], self.tokenizer, length, is_target=False)
+            if cut := lengths_of_cut(columns["text"], texts, self.tokenizer, length, is_target=False):
+                log.warning(
+                    "%d texts have up to %d tokens, and are cut at %d, as in training", len(cut), max(cut), length
+                )
         tensors = input_tensors(images, texts, cast(int, self.tokenizer.pad_token_id))
         return model_inputs(domain, moved_to(tensors, self.device), form)
 
@@ -264,6 +272,8 @@ def _pixels(picture: Picture, form: ImageForm) -> Tensor:
                 f"an image is an array {picture.shape} of {picture.dtype}: give [height, width, 3] or [height, width], uint8"
             )
         picture = Image.fromarray(picture)
+    if not isinstance(picture, Image.Image | str | Path):
+        raise PersonalError(f"an image is a {type(picture).__name__}: give a path, a PIL image or a uint8 array")
     try:
         if isinstance(picture, Image.Image):
             return pixels_of(ImageOps.exif_transpose(picture), form)

@@ -136,6 +136,35 @@ def test_a_text_batch() -> None:
     assert (target[:, 0] != tokenizer.cls_token_id).all()
 
 
+def test_texts_that_are_cut_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = ["a " * 37, "a " * 38, "a " * 39, "a " * 60]  # with the two special tokens 39, 40, 41 and 62
+    lines = [f"{text},{target}" for text, target in zip(words, [*words[1:3], "a", "b"], strict=True)]
+    (tmp_path / "long.csv").write_text("\n".join(["question,answer", *lines]))
+    source = Source("csv", path=str(tmp_path / "long.csv"))
+    spec = changed(
+        1,
+        kind="text_generation",
+        columns={"text": "question", "target": "answer"},
+        classes=(),
+        train=(source,),
+        validation=(source,),
+        test=(source,),
+    )
+    found = data(spec)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"{source}: 2 of 4 texts have up to 62 tokens, and are cut at model.text_length = 40",
+        # and a separator behind 38, 39, 1 and 1 tokens
+    ]
+    assert found.sizes("test") == {"languages": 4}
+
+
+def test_no_text_of_the_demo_is_cut(caplog: pytest.LogCaptureFixture) -> None:
+    for client in CLIENTS:
+        data(client)
+    assert [record.getMessage() for record in caplog.records] == []
+
+
 def test_the_target_of_image_generation_is_the_image() -> None:
     spec = replace(CLIENTS[5], tasks=CLIENTS[5].tasks[1:])
     batch = next(data(spec).training_batches(4, 1, CPU))

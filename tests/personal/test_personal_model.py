@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tap_flower.data.sources import open_source
@@ -123,6 +125,12 @@ def test_a_photograph_is_turned_as_its_camera_says(run: Path, tmp_path: Path) ->
         ),
         ({"task": "shapes", "image": Image.new("F", (8, 8), 7.0)}, "an image of mode F cannot be used: it has 32-bit"),
         ({"task": "shapes", "image": "x.png", "domain": "y"}, "has no domain 'y': use one of shapes"),
+        ({"task": "shapes", "image": "x.png", "batch_size": 0}, "batch_size is 0: give a number of inputs, from 1 on"),
+        (
+            {"task": "shapes", "image": torch.zeros(3, 8, 8)},
+            "an image is a Tensor: give a path, a PIL image or a uint8",
+        ),
+        ({"task": "shapes", "image": b"PNG"}, "an image is a bytes: give a path, a PIL image or a uint8 array"),
     ],
 )
 def test_what_it_cannot_do_is_told(run: Path, arguments: dict[str, Any], message: str) -> None:
@@ -140,6 +148,14 @@ def test_lists_must_go_together(run: Path) -> None:
         model.predict("languages", text=["a", 3])  # type: ignore[list-item]
     with pytest.raises(PersonalError, match="a text is empty: write one"):
         model.predict("languages", text=["a", " "])
+
+
+def test_a_text_that_is_cut_is_told(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = PersonalModel.load(run / "clients" / "bob")
+    caplog.clear()
+    model.predict("languages", text=["gato", "gato " * 99])
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(r"1 texts have up to \d{3} tokens, and are cut at 40, as in training", told)
 
 
 @pytest.fixture
