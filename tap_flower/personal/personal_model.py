@@ -188,7 +188,10 @@ class PersonalModel:
             texts = token_ids(columns["text"], self.tokenizer, length, is_target=False)
             if cut := lengths_of_cut(columns["text"], texts, self.tokenizer, length, is_target=False):
                 log.warning(
-                    "%d texts have up to %d tokens, and are cut at %d, as in training", len(cut), max(cut), length
+                    "texts have up to %d tokens, and are cut at %d, as in training (%d of them)",
+                    max(cut),
+                    length,
+                    len(cut),
                 )
         tensors = input_tensors(images, texts, cast(int, self.tokenizer.pad_token_id))
         return model_inputs(domain, moved_to(tensors, self.device), form)

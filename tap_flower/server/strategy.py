@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from logging import INFO, WARNING
+from numbers import Integral, Real
 from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -85,10 +86,10 @@ class TapStrategy(Strategy):
         if method is not None:
             self.config.method = method
         find_method(self.config.method)
-        if fraction_train is not None and not (_is_number(fraction_train) and 0 < fraction_train <= 1):
+        if fraction_train is not None and not (isinstance(fraction_train, Real) and 0 < fraction_train <= 1):
             raise ConfigError(f"fraction_train is {fraction_train!r}: give a share of the clients above 0, at most 1")
         for name, count in (("min_train_nodes", min_train_nodes), ("min_available_nodes", min_available_nodes)):
-            if count is not None and not (isinstance(count, int) and count >= 0):
+            if count is not None and not (isinstance(count, Integral) and count >= 0):
                 raise ConfigError(f"{name} is {count!r}: give a number of clients, from 0 on")
         named = time.strftime("%Y%m%d-%H%M%S")
         self.run_folder = Path.home() / "tap-flower-runs" / named if run_folder is None else Path(run_folder)
@@ -154,13 +155,13 @@ class TapStrategy(Strategy):
             StorageError: the run folder cannot be read or written.
         """
         if num_rounds is not None:
-            if not isinstance(num_rounds, int) or num_rounds < 0:
+            if not isinstance(num_rounds, Integral) or num_rounds < 0:
                 raise ConfigError(f"num_rounds is {num_rounds!r}: give a number of rounds, or 0 for stage 2 alone")
-            self.config.rounds = num_rounds
+            self.config.rounds = int(num_rounds)
         if timeout is not None:
-            if not (_is_number(timeout) and timeout > 0):
+            if not (isinstance(timeout, Real) and timeout > 0):
                 raise ConfigError(f"timeout is {timeout!r}: give seconds, more than 0")
-            self.config.round_timeout = timeout
+            self.config.round_timeout = float(timeout)
         if not isinstance(initial_arrays, ArrayRecord | None):
             raise ConfigError(
                 f"initial_arrays is a {type(initial_arrays).__name__}: give an ArrayRecord with names, such as "
@@ -392,10 +393,6 @@ class TapStrategy(Strategy):
         log(INFO, "Global evaluation after round %s: %s", server_round, metrics)
         if metrics is not None:
             self.run.result.evaluate_metrics_serverapp[server_round] = metrics
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
 
 
 def _logged(server_round: int, where: str, metrics: MetricRecord | None) -> dict[int, MetricRecord]:

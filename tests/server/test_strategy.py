@@ -56,6 +56,12 @@ def test_minimums_are_numbers_of_clients(name: str, count: Any) -> None:
         TapStrategy(**{name: count})
 
 
+def test_numbers_may_be_numpys(federation: ToyFederation) -> None:
+    strategy = of(federation, min_train_nodes=np.int64(2), fraction_train=np.float32(0.5))
+    strategy.start(federation.grid(), num_rounds=np.int64(1), timeout=np.float32(60.0))  # type: ignore[arg-type]
+    assert [e["round"] for e in read_events(federation.out) if e["event"] == "round"] == [1]
+
+
 @pytest.mark.parametrize("share", [5.0, -0.5, 0.0, "0.5"])
 def test_a_fraction_is_a_share_of_the_clients(share: Any) -> None:
     with pytest.raises(
